@@ -1,0 +1,47 @@
+# make report   the laptop report, from nothing          make test   every test
+# make lint     formatters and linters                   make chat   talk to the laptop's chat model
+# make plan     the plan of the full reproduction        make clean  remove the laptop's results
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+CORES ?= 2
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := report
+.PHONY: report test lint chat plan clean install
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml envs/pip.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V); Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/pip.txt --editable '.[dev]'
+	@touch $@
+
+report: $(INSTALLED)
+	@$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --quiet rules
+	@echo "The report: $(abspath results/laptop/report/index.html)"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/codespell dllm workflow config docs tests README.md CONTRIBUTING.md CHANGELOG.md Makefile Snakefile
+
+chat: $(INSTALLED)
+	@$(BIN)/dllm chat
+
+plan: $(INSTALLED)
+	@$(BIN)/snakemake --dry-run --quiet rules --cores 1 --configfile config/paper.yaml
+
+clean:
+	rm -rf results/laptop

@@ -1,0 +1,50 @@
+# The whole report, from downloads to the page.
+#
+#   snakemake -c2                                  the laptop rehearsal (config/laptop.yaml)
+#   snakemake -n --configfile config/paper.yaml    the plan of the full reproduction
+#
+# This file loads and checks the configuration and names the targets; the rules stand in workflow/rules, one verb each.
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
+from dllm.config import ConfigError, load_project
+from snakemake.exceptions import WorkflowError
+from plan import launcher, make_plan
+
+ROOT = Path(workflow.basedir)
+OVERLAY = [Path(path) for path in workflow.configfiles] or [ROOT / "config" / "laptop.yaml"]
+
+try:
+    PLAN = make_plan(load_project(ROOT / "config", OVERLAY[-1]))
+except ValueError as fault:
+    raise WorkflowError(str(fault)) from None
+
+PROJECT = PLAN.project
+
+
+workdir: ROOT / PROJECT.workdir
+
+
+PLAN.write(ROOT / PROJECT.workdir)
+FROM_WORKDIR = os.path.relpath(ROOT, ROOT / PROJECT.workdir)
+
+
+include: "workflow/rules/download.smk"
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    """Everything the report shows, and the report."""
+    default_target: True
+    input:
+        PLAN.report_inputs(),
+        rules.tables.output,
+        rules.figures.output,
+        rules.claims.output,
+        rules.page.output,

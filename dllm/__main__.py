@@ -1,0 +1,5 @@
+"""`python -m dllm` is the command `dllm`."""
+
+from dllm.cli.main import main
+
+raise SystemExit(main())

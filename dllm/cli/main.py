@@ -1,0 +1,138 @@
+"""The command `dllm`: finds the verb, prints help, turns a user's mistake into one line.
+
+Exit status: 0 done, 2 a user's mistake, 130 interrupted, 141 the reader of a pipe went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import NoReturn
+
+VERBS = ("download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
+"""Each is a module of this package, imported only when it is asked for."""
+
+EXAMPLES = """examples:
+  dllm chat                              talk to the newest chat model below results/
+  dllm chat chat-large                   talk to the run of this name
+  dllm sample chat-large "Hello!"        print one answer
+  dllm train configs/runs/chat.yaml      train one run
+  dllm VERB --help                       what a verb takes
+
+DLLM_DEBUG=1 shows the traceback of an error, NO_COLOR=1 turns colours off."""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood: one line with the next step."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line and a misspelt option is recognised."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(f"{message.replace('unrecognized arguments:', 'unknown argument')}{self._hint(message)}")
+
+    def _hint(self, message: str) -> str:
+        options = [option for action in self._actions for option in action.option_strings]
+        for word in message.split():
+            near = difflib.get_close_matches(word.split("=")[0], options, n=1) if word.startswith("--") else []
+            if near and near[0] != word and "unrecognized" in message:
+                return f". Did you mean {near[0]}?"
+        return f"; see {self.prog} --help"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (that of the process by default) and return its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = " ".join(["dllm", *words[:1]]) if words and words[0] in VERBS else "dllm"
+    try:
+        status = _dispatch(words)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # what is left in the buffer has no reader; the interpreter must not try again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        _say(name, "interrupted")
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, ModuleNotFoundError) as fault:
+        if os.environ.get("DLLM_DEBUG"):
+            raise
+        _say(name, f"error: {_one_line(fault)}")
+        return 2
+
+
+def verb_parser(verb: str, module: ModuleType) -> Parser:
+    """The parser of a verb: its arguments, a description, examples."""
+    parser = Parser(
+        prog=f"dllm {verb}",
+        description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
+        epilog=getattr(module, "EXAMPLES", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return parser
+
+
+def overview() -> str:
+    """What `dllm --help` prints."""
+    lines = [f"  {verb:<10} {import_module(f'dllm.cli.{verb}').HELP}" for verb in VERBS]
+    return "\n".join(
+        [
+            "usage: dllm VERB [ARGUMENT ...]",
+            "",
+            "Diffusion language models: train, sample, score, chat, and report about it.",
+            "",
+            "verbs:",
+            *lines,
+            "",
+            EXAMPLES,
+        ]
+    )
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if words else 2
+    verb, *rest = words
+    if verb in ("-V", "--version"):
+        from dllm import __version__
+
+        print(f"dllm {__version__}")
+        return 0
+    if verb not in VERBS:
+        what = "option" if verb.startswith("-") else "verb"
+        near = difflib.get_close_matches(verb, [*VERBS, "--help", "--version"], n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(VERBS)}."
+        raise UsageError(f"{verb!r} is no {what} of dllm. {hint}")
+    module = import_module(f"dllm.cli.{verb}")
+    try:
+        args = verb_parser(verb, module).parse_args(rest)
+    except SystemExit as end:  # argparse leaves this way after --help
+        return int(end.code or 0)
+    return module.run(args)
+
+
+def _one_line(fault: Exception) -> str:
+    if isinstance(fault, ModuleNotFoundError):
+        return f"the package {fault.name!r} is not installed; install dllm with its dependencies"
+    if isinstance(fault, OSError) and fault.strerror:
+        return f"{fault.filename}: {fault.strerror}" if fault.filename else fault.strerror
+    return " ".join(str(fault).split()) or type(fault).__name__
+
+
+def _say(name: str, text: str) -> None:
+    try:
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # standard error is gone as well: nobody is left to tell

@@ -1,0 +1,36 @@
+"""`dllm report`: tables, figures, claims and the page, from a finished work directory."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "build tables, figures, claims or the report page from finished runs"
+EXAMPLES = """examples:
+  dllm report tables configs/report.yaml
+  dllm report page configs/report.yaml --workdir results/laptop
+"""
+PARTS = ("tables", "figures", "claims", "page")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("part", choices=PARTS, help="what to build")
+    parser.add_argument("config", help="report plan, written by the workflow as configs/report.yaml")
+    parser.add_argument("--workdir", default=".", help="work directory with runs/ and evals/ (default: here)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build one part and print the paths written."""
+    from importlib import import_module
+    from pathlib import Path
+
+    from dllm.config import read_yaml
+    from dllm.report.plan import ReportPlan
+
+    plan = ReportPlan.model_validate(read_yaml(args.config))
+    workdir = Path(args.workdir)
+    builder = getattr(import_module(f"dllm.report.{args.part}"), f"build_{args.part}")
+    target = {"claims": workdir / "claims.json", "page": workdir / "report"}.get(args.part, workdir / args.part)
+    for path in builder(workdir, plan, target):
+        print(path)
+    return 0

@@ -1,0 +1,37 @@
+"""`dllm train`: one training run, told everything by its resolved config."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train one run from its resolved config, resuming where it was interrupted"
+EXAMPLES = """examples:
+  accelerate launch --config_file config/accelerate/cpu.yaml -m dllm train configs/runs/chat-large.yaml
+  dllm train configs/runs/chat-large.yaml --tracker tensorboard
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("config", help="resolved run config, written by the workflow below configs/runs/")
+    parser.add_argument("--workdir", default=".", help="work directory that holds data/ and runs/ (default: here)")
+    parser.add_argument("--tracker", choices=("tensorboard", "wandb"), help="log to TensorBoard or W&B as well")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end and say where the artifact is."""
+    import os
+
+    from dllm.config import RunConfig, read_config
+
+    config = read_config(args.config, RunConfig)
+    import torch
+
+    from dllm.training.trainer import train
+
+    if os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    print(f"{config.name}: {train(config, args.workdir, tracker=args.tracker, quiet=args.quiet)}")
+    return 0

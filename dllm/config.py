@@ -1,0 +1,810 @@
+"""Every setting of the project: what may stand in `config/*.yaml`, and what a job is told.
+
+Two kinds of models live here. *Entries* are what a person writes: one entry reads as one sentence, an overlay holds
+only what differs. *Configs* are what a job reads: an entry merged, checked and with every name replaced by a path.
+This module reads YAML for everybody else and imports no torch, so that planning and `--help` stay quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CONFIG_FILES = ("models", "datasets", "experiments", "benchmarks", "reported")
+
+
+class Settings(BaseModel):
+    """A frozen, strict settings object: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def option(default: Any = ..., text: str = "", **limits: Any) -> Any:
+    """A field with one line of help; `limits` are pydantic's (ge, gt, le, lt)."""
+    return Field(default, description=text, **limits)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings that the package's functions take
+
+
+class GenerateSettings(Settings):
+    """How a canvas of masks becomes text."""
+
+    max_new_tokens: int = option(128, "length of the canvas behind the prompt, in tokens", gt=0)
+    steps: int | None = option(None, "forward passes for the whole canvas; none means one token per pass", gt=0)
+    block_size: int = option(32, "tokens per block; the leftmost unfinished block is denoised first", gt=0)
+    reveal_rule: Literal["confidence", "entropy", "margin", "random", "threshold"] = option(
+        "confidence", "which masked positions are revealed first"
+    )
+    threshold: float = option(0.9, "reveal everything at least this probable (rule `threshold`)", ge=0, le=1)
+    temperature: float = option(0.0, "0 takes the most probable token", ge=0)
+    top_p: float = option(1.0, "draw from the smallest set of tokens with this probability", gt=0, le=1)
+    guidance: float = option(0.0, "classifier-free guidance scale; 0 is off", ge=0)
+    seed: int = option(0, "seed of the token draws; a row's draws depend on this and on its prompt only")
+    stop: list[str] = option([], "strings that end an answer")
+    early_stop: bool = option(True, "stop a row when its end is revealed and nothing left of it is masked")
+    batch_size: int = option(32, "rows denoised together; it does not change a row's result", gt=0)
+
+
+class LikelihoodSettings(Settings):
+    """How the negative log-likelihood bound of a target is estimated (every estimator has the same expectation)."""
+
+    estimator: Literal["auto", "exact", "enumerate", "chain", "cover", "mc"] = option(
+        "auto", "`mc` is the published one; `auto` picks the exact or least noisy one for the target's length"
+    )
+    budget: int = option(64, "most forward passes per request under `auto`", gt=0)
+    mc_draws: int = option(128, "draws of the `mc` estimator", gt=0)
+    mc_batch: int = option(32, "draws per batch of the `mc` estimator; its mask counts are spread over a batch", gt=0)
+    seed: int = option(0, "seed of masks and orders")
+    batch_tokens: int = option(16384, "tokens per forward batch; it does not change a score", gt=0)
+
+
+class OptimizerSettings(Settings):
+    """The optimiser and its schedule: linear warm-up, then cosine to zero."""
+
+    name: Literal["adamw", "muon"] = option("adamw", "`muon`: Muon for matrices inside layers, AdamW for the rest")
+    learning_rate: float = option(1e-4, "peak learning rate (of AdamW)", gt=0)
+    matrix_learning_rate: float | None = option(None, "peak learning rate of Muon; none means `learning_rate`", gt=0)
+    betas: list[float] = option([0.9, 0.999], "AdamW's decay rates", min_length=2, max_length=2)
+    epsilon: float = option(1e-8, "AdamW's epsilon", gt=0)
+    weight_decay: float = option(0.0, "decoupled weight decay", ge=0)
+    clip: float = option(1.0, "gradient norm is clipped here", gt=0)
+    warmup_share: float = option(0.1, "share of the steps spent on linear warm-up", ge=0, le=1)
+
+
+class Recipe(Settings):
+    """The switches between the published pipeline and ours (REPORT faults F1 to F7)."""
+
+    parameters: Literal["fp32", "bf16"] = option("fp32", "dtype of the master weights; bf16 loses small steps (F1)")
+    autocast: Literal["bf16", "none"] = option("bf16", "dtype of the matrix products")
+    schedule: Literal["linear", "cosine", "square", "sqrt"] = option("linear", "kept share alpha(t)")
+    corruption: Literal["exact", "bernoulli"] = option("exact", "mask exactly k tokens, or each with probability t")
+    time_floor: float = option(1e-3, "smallest diffusion time of `bernoulli`", gt=0, lt=1)
+    weight: Literal["elbo", "uniform"] = option("elbo", "weight of a row's loss")
+    normalisation: Literal["token", "sequence", "batch"] = option("token", "what the summed loss is divided by")
+    denominator: Literal["global", "micro_batch"] = option("global", "over what it is counted (F5)")
+    response_end: Literal["fill", "block", "one"] = option(
+        "block", "EOS to the batch's longest row, to the block boundary, or a single EOS"
+    )
+    block_size: int = option(32, "block of `response_end: block`", gt=0)
+    extra_blocks: int = option(0, "up to this many further blocks of EOS, drawn per sample and epoch", ge=0)
+    eval_noise: Literal["fixed", "drawn"] = option("fixed", "the same masks at every evaluation, or new ones (F6)")
+    split: Literal["disjoint", "overlapping"] = option("disjoint", "`overlapping` leaves test rows in train (F7)")
+
+
+class Scorer(Settings):
+    """How a benchmark is scored: ours, or the published way (faults F2 to F4)."""
+
+    likelihood: LikelihoodSettings = option(LikelihoodSettings(), "estimator of the likelihood")
+    special_tokens: Literal["exact", "reference-v0", "reference-v0.1"] = option(
+        "exact", "`exact`: no CLS/SEP, each side of the boundary on its own; the others repeat the published splits"
+    )
+    bf16_scores: bool = option(False, "cross-entropy in bf16, as published")
+
+
+class Resources(Settings):
+    """What a cluster job asks for."""
+
+    nodes: int = option(1, "machines", gt=0)
+    gpus_per_node: int = option(0, "accelerators per machine", ge=0)
+    cpus_per_task: int = option(1, "cores per process group", gt=0)
+    memory_gib: int = option(8, "memory per machine", gt=0)
+    runtime_minutes: int = option(60, "time limit", gt=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Entries: what a person writes
+
+NAME = re.compile(r"^[a-z0-9]+([.-][a-z0-9]+)*$")
+REVISION = re.compile(r"^[0-9a-f]{40}$")
+
+
+class ModelEntry(Settings):
+    """A backbone: a pinned hub repository, or a new stock model with seeded random weights."""
+
+    hub: str | None = option(None, "hub repository")
+    revision: str | None = option(None, "40-digit commit; a branch name is refused")
+    new: dict[str, Any] | None = option(None, "transformers config of a model made from a seed (model_type first)")
+    seed: int = option(0, "seed of a new model's weights")
+    tokenizer: str | None = option(None, "dataset that brings the tokenizer of a new model")
+    family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
+    prediction: Literal["in_place", "next"] = option("in_place", "whether position i scores token i or token i + 1")
+    mask_token: str = option("[MASK]", "token that stands for a masked position")
+    end_token: str = option("[PAD]", "end of text, padding and start in one")
+    end_of_turn: str = option("[/Answer]", "string that ends an answer")
+    chat_template: Literal["bert", "own"] = option("bert", "our plain-text template, or the tokenizer's own")
+    parameters: int | None = option(None, "number of parameters, for planning", gt=0)
+
+    @model_validator(mode="after")
+    def one_source(self) -> ModelEntry:
+        if (self.hub is None) == (self.new is None):
+            raise ValueError("needs exactly one of `hub` and `new`")
+        if self.hub and not (self.revision and REVISION.match(self.revision)):
+            raise ValueError(
+                f"revision = {self.revision!r} is not a pinned commit; allowed: 40 hexadecimal digits; "
+                "look the commit up on the hub's page of the repository"
+            )
+        if self.new and not self.tokenizer:
+            raise ValueError("a `new` model needs `tokenizer`: the dataset that brings one")
+        return self
+
+
+class DatasetEntry(Settings):
+    """Rows of text or of conversations: a pinned hub repository, a part of the synthetic world, or a mixture."""
+
+    hub: str | None = option(None, "hub repository")
+    revision: str | None = option(None, "40-digit commit; a branch name is refused")
+    config: str | None = option(None, "the repository's configuration")
+    world: str | None = option(None, "part of the synthetic world (wikitext, openwebtext, alpaca, tulu, smoltalk, all)")
+    seed: int = option(0, "seed of the synthetic world")
+    mix: list[str] | None = option(None, "names of datasets, concatenated split by split")
+    kind: Literal["text", "alpaca", "messages", "benchmark", "world"] = option("text", "how a row is read")
+    test_split: str | None = option(None, "name of the set's own test split")
+    test_share: float = option(0.05, "share held out where the set has no test split", ge=0, lt=1)
+    split_seed: int = option(42, "seed of that split")
+    append_eos: bool = option(True, "one EOS after every row of text")
+    rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
+    licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
+
+    @model_validator(mode="after")
+    def one_source(self) -> DatasetEntry:
+        if sum(x is not None for x in (self.hub, self.world, self.mix)) != 1:
+            raise ValueError("needs exactly one of `hub`, `world` and `mix`")
+        if self.hub and not (self.revision and REVISION.match(self.revision)):
+            raise ValueError(
+                f"revision = {self.revision!r} is not a pinned commit; allowed: 40 hexadecimal digits; "
+                "look the commit up on the hub's page of the repository"
+            )
+        return self
+
+
+class RunEntry(Settings):
+    """One training run; `init` names a model or another run, which is the edge of the graph."""
+
+    like: str | None = option(None, "another run whose settings are taken where this entry has none")
+    algorithm: Literal["mdlm", "mlm", "ar"] = option("mdlm", "masked diffusion, masked LM, or next-token prediction")
+    init: str = option(..., "model or run to start from")
+    data: str = option(..., "dataset")
+    recipe: str = option("corrected", "name of a recipe")
+    length: int = option(512, "longest row, in tokens", gt=0)
+    epochs: float | None = option(None, "passes over the data", gt=0)
+    steps: int | None = option(None, "optimiser steps", gt=0)
+    stop_after: int | None = option(None, "stop here although the schedule is laid out for all steps", gt=0)
+    global_batch_size: int = option(512, "rows per optimiser step, whatever the number of devices", gt=0)
+    micro_batch_size: int = option(64, "most rows per device and forward pass", gt=0)
+    optimizer: OptimizerSettings = option(OptimizerSettings(), "optimiser and schedule")
+    seed: int = option(42, "seed of order and noise")
+    mlm_share: float = option(0.3, "share of tokens masked by `mlm`", gt=0, lt=1)
+    evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0)
+    eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
+    eval_draws: int = option(1, "noise draws per test row", gt=0)
+    launch: Literal["cpu", "ddp", "zero2", "zero3", "fsdp"] = option("ddp", "file in config/accelerate")
+    resources: Resources = option(Resources(), "what a cluster job asks for")
+
+    @model_validator(mode="after")
+    def one_budget(self) -> RunEntry:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of `epochs` and `steps`")
+        return self
+
+
+class BenchmarkEntry(Settings):
+    """One benchmark setting: an lm-eval task and what is reported of it."""
+
+    label: str = option(..., "column head of the results table")
+    task: str = option(..., "lm-eval task or group")
+    tasks_from: Literal["stock", "miniature"] = option("stock", "lm-eval's own task files, or our miniatures")
+    dataset: str | None = option(None, "dataset whose files a miniature reads")
+    revision: str | None = option(None, "pinned commit of the task's dataset on the hub")
+    shots: int = option(0, "examples in the prompt", ge=0)
+    metric: str = option("acc", "headline metric, as lm-eval names it")
+    filter: str = option("none", "filter of the headline metric")
+    also: list[str] = option([], "further metrics to report")
+    chance: float = option(0.0, "score of guessing, as a share", ge=0, le=1)
+    documents: int | None = option(None, "score only the first documents of each task", gt=0)
+    generation: GenerateSettings = option(GenerateSettings(), "sampler of generative tasks")
+    seed: int = option(1234, "seed of few-shot examples and scores")
+
+
+class EvaluationEntry(Settings):
+    """One row of the results table: a checkpoint, scored on benchmarks."""
+
+    checkpoint: str = option(..., "run or model")
+    label: str = option(..., "row head of the results table")
+    kind: Literal["dllm", "hf"] = option("dllm", "`hf`: an autoregressive model, through lm-eval's own adapter")
+    scorer: str = option("corrected", "name of a scorer")
+    benchmarks: list[str] | None = option(None, "names; none means all")
+    chat_template: bool = option(True, "wrap prompts in the chat template, as in training")
+    compare: str | None = option(None, "row of the reported table to compare with")
+    close_to: str | None = option(None, "reported row that this model is claimed to come close to")
+    control: bool = option(False, "a model that should stay at chance")
+    resources: Resources = option(Resources(), "what a cluster job asks for")
+
+
+class SpeedEntry(Settings):
+    """Steps against time and quality, measured on one run."""
+
+    checkpoint: str = option(..., "run")
+    questions: str = option(..., "jsonl file under a download: `<dataset>/<file>`, rows with question and answer")
+    answer: str = option(r"(.*)", "regular expression whose first group, in a reference answer, is the answer sought")
+    documents: int = option(64, "questions asked", gt=0)
+    steps: list[int] = option(..., "numbers of steps to compare", min_length=2)
+    generation: GenerateSettings = option(GenerateSettings(), "sampler")
+
+
+class SampleEntry(Settings):
+    """Conversations and the filmstrip shown in the report."""
+
+    checkpoint: str = option(..., "run")
+    conversations: list[list[str]] = option(..., "user turns of each conversation", min_length=1)
+    film: str = option(..., "prompt of the filmstrip")
+    generation: GenerateSettings = option(GenerateSettings(), "sampler")
+
+
+class CurveEntry(Settings):
+    """One curve of a figure."""
+
+    run: str = option(..., "run")
+    label: str = option(..., "name in the legend")
+
+
+class ReportEntry(Settings):
+    """What the report shows."""
+
+    title: str = option(..., "title of the page")
+    toy: bool = option(False, "say plainly that these are toy numbers")
+    pretraining: list[CurveEntry] = option([], "encoders on Wikitext")
+    openwebtext: list[CurveEntry] = option([], "pretraining on OpenWebText")
+    ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
+    chat: list[CurveEntry] = option([], "chat training")
+
+
+class ReportedEntry(Settings):
+    """A published row of numbers, in percent, with its source."""
+
+    label: str = option(..., "row head")
+    source: str = option(..., "where it was published")
+    note: str = option("", "what a reader should know of it")
+    scores: dict[str, float | int] = option(..., "benchmark name to percent")
+
+
+class Project(Settings):
+    """Everything one work directory holds: entries by name."""
+
+    workdir: str = option(..., "where everything of this configuration is written")
+    world_seed: int = option(0, "seed of the synthetic world")
+    models: dict[str, ModelEntry] = option(..., "backbones")
+    datasets: dict[str, DatasetEntry] = option(..., "datasets")
+    recipes: dict[str, Recipe] = option(..., "training recipes")
+    runs: dict[str, RunEntry] = option(..., "training runs")
+    scorers: dict[str, Scorer] = option(..., "ways to score")
+    benchmarks: dict[str, BenchmarkEntry] = option(..., "benchmarks")
+    evaluations: dict[str, EvaluationEntry] = option(..., "rows of the results table")
+    reported: dict[str, ReportedEntry] = option({}, "published rows")
+    samples: dict[str, SampleEntry] = option({}, "conversations shown in the report")
+    speed: dict[str, SpeedEntry] = option({}, "steps against time and quality")
+    report: ReportEntry = option(..., "the report")
+
+    def root_model(self, name: str) -> str:
+        """Name of the model at the root of a run's chain of `init`."""
+        while name in self.runs:
+            name = self.runs[name].init
+        return name
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configs: what a job is told
+
+
+class DownloadConfig(Settings):
+    """What `dllm download` makes: one pinned model or dataset, or the synthetic world."""
+
+    name: str
+    what: Literal["model", "dataset"]
+    model: ModelEntry | None = None
+    dataset: DatasetEntry | None = None
+    tokenizer_path: str | None = None
+
+
+class DataPart(Settings):
+    """One source of a prepared dataset."""
+
+    name: str
+    path: str
+    entry: DatasetEntry
+
+
+class PrepareConfig(Settings):
+    """What `dllm prepare` makes: token files of one dataset for one tokenizer and length."""
+
+    name: str
+    parts: list[DataPart]
+    model_path: str
+    model: ModelEntry
+    length: int
+    split: Literal["disjoint", "overlapping"]
+    rows: int | None = None
+
+
+class RunConfig(Settings):
+    """What `dllm train` is told, and nothing else."""
+
+    name: str
+    algorithm: Literal["mdlm", "mlm", "ar"]
+    init: str
+    init_path: str
+    model: ModelEntry
+    data: str
+    data_path: str
+    recipe_name: str
+    recipe: Recipe
+    length: int
+    epochs: float | None
+    steps: int | None
+    stop_after: int | None
+    global_batch_size: int
+    micro_batch_size: int
+    optimizer: OptimizerSettings
+    seed: int
+    mlm_share: float
+    evaluations: int
+    eval_rows: int | None
+    eval_draws: int
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading, merging, checking
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration: one line with file, key, value, what is allowed and the next step."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (1e-4 is a number) and no duplicate keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
+    """A mapping, refusing a key written twice (the later one would silently win); `<<` may be overridden."""
+    written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    for key, _ in node.value:
+        if written.count(key.value) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+    loader.flatten_mapping(node)
+    return {loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+# an integer must stay an integer although the float pattern above also matches it
+_Loader.yaml_implicit_resolvers = {
+    first: sorted(resolvers, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError (one line) if it is missing, unreadable or not a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; check the path, or run the workflow from the repository root"
+        ) from None
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{path}: cannot be read ({fault}); check its permissions and encoding") from None
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as fault:
+        mark = getattr(fault, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(fault, 'problem', fault)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__}, not a mapping; see docs/configuration.md")
+    return content
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_config(path: str | Path, model: type[Model]) -> Model:
+    """A job's config file as `model`. Raises ConfigError with file, key and value."""
+    content = read_yaml(path)
+    try:
+        return model.model_validate(content)
+    except ValidationError as fault:
+        raise ConfigError(_describe(fault, model, content, lambda location: str(path))) from None
+
+
+def digest(settings: BaseModel | dict) -> str:
+    """Hexadecimal SHA-256 of a settings object's canonical JSON."""
+    content = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """The end of an error line: the nearest known name, or all of them."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    names = sorted(map(str, known))
+    return f"Known: {', '.join(names[:12]) or 'none'}{', ...' if len(names) > 12 else ''}."
+
+
+def load_project(config_directory: str | Path, overlay: str | Path | dict, overlay_name: str | None = None) -> Project:
+    """The merged and checked project: `config/*.yaml` with an overlay on top.
+
+    overlay is a YAML file or an already read mapping (then `overlay_name` is used in messages). In an overlay, null
+    removes an entry. Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[tuple, str] = {}
+    for stem in CONFIG_FILES:
+        path = Path(config_directory) / f"{stem}.yaml"
+        _merge(merged, read_yaml(path), str(path), origins)
+    if isinstance(overlay, dict):
+        _merge(merged, overlay, overlay_name or "overlay", origins)
+    else:
+        _merge(merged, read_yaml(overlay), str(overlay), origins)
+
+    def origin(location: tuple) -> str:
+        for size in range(len(location), 0, -1):
+            if location[:size] in origins:
+                return origins[location[:size]]
+        return overlay_name or (str(overlay) if not isinstance(overlay, dict) else "overlay")
+
+    _inherit(merged, origin)
+    try:
+        project = Project.model_validate(merged)
+    except ValidationError as fault:
+        raise ConfigError(_describe(fault, Project, merged, origin)) from None
+    _check_references(project, origin)
+    return project
+
+
+def _merge(base: dict, update: dict, source: str, origins: dict[tuple, str], path: tuple = ()) -> None:
+    """Lay `update` over `base` in place, mapping by mapping, and note where each key came from."""
+    for key, value in update.items():
+        here = (*path, key)
+        if value is None and path:
+            base.pop(key, None)
+        elif isinstance(value, dict) and isinstance(base.get(key), dict) and key != "new":
+            _merge(base[key], value, source, origins, here)
+        else:
+            base[key] = {} if isinstance(value, dict) else value
+            if isinstance(value, dict):
+                _merge(base[key], value, source, origins, here)
+        origins[here] = source
+
+
+def _inherit(merged: dict, origin) -> None:
+    """Replace `like: other` in runs and recipes by the other entry's settings, where the entry has none."""
+    for section in ("runs", "recipes"):
+        entries = merged.get(section)
+        if not isinstance(entries, dict):
+            continue
+        done: dict[str, dict] = {}
+
+        def resolve(name: str, chain: tuple = ()) -> dict:
+            if name in done:
+                return done[name]
+            entry = entries[name]
+            if not isinstance(entry, dict) or "like" not in entry:
+                return entry
+            other = entry["like"]
+            where = f"{origin((section, name, 'like'))}: {section}.{name}.like = {other!r}"
+            if other not in entries:
+                raise ConfigError(f"{where} is no entry of {section}. {did_you_mean(other, list(entries))}")
+            if other in chain:
+                raise ConfigError(f"{where} goes round in a circle: {' -> '.join((*chain, name))}")
+            parent = resolve(other, (*chain, name))
+            budget = {"steps", "epochs"} & entry.keys()
+            inherited = {k: v for k, v in parent.items() if not (budget and k in ("steps", "epochs"))}
+            done[name] = _overlaid(inherited, {k: v for k, v in entry.items() if k != "like"})
+            return done[name]
+
+        merged[section] = {name: resolve(name) for name in entries}
+
+
+def _overlaid(base: dict, update: dict) -> dict:
+    result = dict(base)
+    for key, value in update.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _overlaid(result[key], value) if both else value
+    return result
+
+
+def _describe(fault: ValidationError, model: type[BaseModel], content: Any, origin) -> str:
+    """The first fault of a validation as one line: file: key = value, what is wrong, what is allowed."""
+    error = fault.errors()[0]
+    location = tuple(part for part in error["loc"])
+    key = ".".join(str(part) for part in location)
+    where = f"{origin(location)}: {key}" if key else origin(location)
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(model, location[:-1])
+        return f"{where} is not a setting. {did_you_mean(str(location[-1]), known)}"
+    if error["type"] == "missing":
+        return f"{where} is missing; it is needed here"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where} = {error['input']!r}: {message[0].lower() + message[1:]}"
+
+
+def _fields_at(model: Any, location: tuple) -> list[str]:
+    """Names of the settings allowed at a location of a settings model (best effort, for did-you-mean)."""
+    for part in location:
+        model = _field_type(model, part)
+        if model is None:
+            return []
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _field_type(model: Any, part: Any) -> Any:
+    if isinstance(model, _InnerOf):
+        return model.model
+    if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+        return _unwrap(model.model_fields[part].annotation)
+    return None
+
+
+def _unwrap(annotation: Any) -> Any:
+    """The settings model inside `dict[str, Model]`, `list[Model]` or `Model | None`."""
+    arguments = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return (
+        _InnerOf(_unwrap(arguments[-1])) if _is_container(annotation) else _unwrap(arguments[0]) if arguments else None
+    )
+
+
+def _is_container(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) in (dict, list)
+
+
+class _InnerOf:
+    """A dict or list of settings: its keys are free, its values are `model`."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+
+def _check_references(project: Project, origin) -> None:
+    """Every name that an entry mentions exists; names are file names; `init` has no circle."""
+
+    def fail(section: str, name: str, key: str, value: str, what: str, known: list[str]) -> None:
+        path = (section, name, *key.split("."))
+        raise ConfigError(f"{origin(path)}: {section}.{name}.{key} = {value!r} is {what}. {did_you_mean(value, known)}")
+
+    for section in ("models", "datasets", "runs", "benchmarks", "evaluations"):
+        for name in getattr(project, section):
+            if not NAME.match(name):
+                raise ConfigError(
+                    f"{origin((section, name))}: {section}.{name} is not a usable name; allowed: lower-case letters, "
+                    "digits, '.' and '-', because it becomes a file name"
+                )
+    starts = [*project.models, *project.runs]
+    twice = sorted(set(project.models) & set(project.runs))
+    if twice:
+        raise ConfigError(
+            f"{origin(('runs', twice[0]))}: {twice[0]!r} names both a model and a run, so `init: {twice[0]}` is "
+            "ambiguous; rename one, or set models." + twice[0] + ": null in the overlay"
+        )
+    for name, entry in project.models.items():
+        if entry.tokenizer and entry.tokenizer not in project.datasets:
+            fail("models", name, "tokenizer", entry.tokenizer, "not a dataset", list(project.datasets))
+    for name, entry in project.datasets.items():
+        for part in entry.mix or []:
+            if part not in project.datasets:
+                fail("datasets", name, "mix", part, "not a dataset", list(project.datasets))
+    for name, entry in project.runs.items():
+        if entry.init not in starts:
+            fail("runs", name, "init", entry.init, "neither a model nor a run", starts)
+        if entry.data not in project.datasets:
+            fail("runs", name, "data", entry.data, "not a dataset", list(project.datasets))
+        if entry.recipe not in project.recipes:
+            fail("runs", name, "recipe", entry.recipe, "not a recipe", list(project.recipes))
+        seen, at = [name], entry.init
+        while at in project.runs:
+            if at in seen:
+                raise ConfigError(
+                    f"{origin(('runs', name, 'init'))}: runs.{name}.init goes round in a circle: "
+                    f"{' -> '.join([*seen, at])}; start one of them from a model"
+                )
+            seen.append(at)
+            at = project.runs[at].init
+    for name, entry in project.benchmarks.items():
+        if entry.dataset and entry.dataset not in project.datasets:
+            fail("benchmarks", name, "dataset", entry.dataset, "not a dataset", list(project.datasets))
+    for name, entry in project.evaluations.items():
+        if entry.checkpoint not in starts:
+            fail("evaluations", name, "checkpoint", entry.checkpoint, "neither a run nor a model", starts)
+        if entry.scorer not in project.scorers:
+            fail("evaluations", name, "scorer", entry.scorer, "not a scorer", list(project.scorers))
+        for benchmark in entry.benchmarks or []:
+            if benchmark not in project.benchmarks:
+                fail("evaluations", name, "benchmarks", benchmark, "not a benchmark", list(project.benchmarks))
+        for key in ("compare", "close_to"):
+            row = getattr(entry, key)
+            if row and row not in project.reported:
+                fail("evaluations", name, key, row, "not a reported row", list(project.reported))
+    for section in ("samples", "speed"):
+        for name, entry in getattr(project, section).items():
+            if entry.checkpoint not in project.runs:
+                fail(section, name, "checkpoint", entry.checkpoint, "not a run", list(project.runs))
+    for section in ("pretraining", "openwebtext", "ablation", "chat"):
+        for curve in getattr(project.report, section):
+            if curve.run not in project.runs:
+                fail("report", section, "run", curve.run, "not a run", list(project.runs))
+    for name, entry in project.reported.items():
+        for benchmark in entry.scores:
+            if benchmark not in project.benchmarks:
+                fail("reported", name, "scores", benchmark, "not a benchmark", list(project.benchmarks))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From entries to configs
+
+
+def prepared_name(project: Project, run: str) -> str:
+    """Name of the token files a run reads: dataset, tokenizer, length (and the published split, where asked for)."""
+    entry = project.runs[run]
+    root = project.root_model(run)
+    tokenizer = project.models[root].tokenizer or root
+    leaky = "--overlapping" if _overlapping(project, entry) else ""
+    return f"{entry.data}--{tokenizer}--{entry.length}{leaky}"
+
+
+def _overlapping(project: Project, run: RunEntry) -> bool:
+    """Whether a run reads the published split: it concerns instruction sets that come without a test split (F7)."""
+    dataset = project.datasets[run.data]
+    parts = [project.datasets[name] for name in dataset.mix or [run.data]]
+    leaky = [part for part in parts if part.kind != "text" and part.test_split is None]
+    return bool(leaky) and project.recipes[run.recipe].split == "overlapping"
+
+
+def download_configs(project: Project) -> dict[str, DownloadConfig]:
+    """What must be fetched (or made), by name: only what a run or an evaluation uses."""
+    configs: dict[str, DownloadConfig] = {}
+
+    def need_dataset(name: str) -> None:
+        entry = project.datasets[name]
+        for part in entry.mix or []:
+            need_dataset(part)
+        if entry.mix is None:
+            configs[download_name(project, name)] = DownloadConfig(
+                name=download_name(project, name), what="dataset", dataset=_download_entry(project, entry)
+            )
+
+    def need_model(name: str) -> None:
+        entry = project.models[name]
+        path = None
+        if entry.tokenizer:
+            need_dataset(entry.tokenizer)
+            path = f"downloads/{download_name(project, entry.tokenizer)}"
+        configs[name] = DownloadConfig(name=name, what="model", model=entry, tokenizer_path=path)
+
+    for name, entry in project.runs.items():
+        need_model(project.root_model(name))
+        need_dataset(entry.data)
+    for entry in project.evaluations.values():
+        need_model(project.root_model(entry.checkpoint))
+    for entry in project.benchmarks.values():
+        if entry.dataset:
+            need_dataset(entry.dataset)
+    return configs
+
+
+def download_name(project: Project, dataset: str) -> str:
+    """Name of the download that brings a dataset; all parts of the synthetic world are one download."""
+    return "pocket-world" if project.datasets[dataset].world else dataset
+
+
+def _download_entry(project: Project, entry: DatasetEntry) -> DatasetEntry:
+    return DatasetEntry(world="all", seed=project.world_seed, kind="world") if entry.world else entry
+
+
+def prepare_configs(project: Project) -> dict[str, PrepareConfig]:
+    """The token files that the runs read, by name."""
+    configs = {}
+    for run, entry in project.runs.items():
+        root = project.root_model(run)
+        dataset = project.datasets[entry.data]
+        names = dataset.mix or [entry.data]
+        parts = [
+            DataPart(name=n, path=f"downloads/{download_name(project, n)}", entry=project.datasets[n]) for n in names
+        ]
+        name = prepared_name(project, run)
+        if name in configs:  # models that share a tokenizer share its token files; the first one stands for all
+            continue
+        configs[name] = PrepareConfig(
+            name=name,
+            parts=parts,
+            model_path=f"downloads/{root}",
+            model=project.models[root],
+            length=entry.length,
+            split="overlapping" if _overlapping(project, entry) else "disjoint",
+            rows=dataset.rows,
+        )
+    return configs
+
+
+def run_configs(project: Project) -> dict[str, RunConfig]:
+    """What each training run is told, by name."""
+    configs = {}
+    for name, entry in project.runs.items():
+        init_path = f"runs/{entry.init}/model" if entry.init in project.runs else f"downloads/{entry.init}"
+        data = prepared_name(project, name)
+        taken = entry.model_dump(
+            include=set(RunConfig.model_fields) - {"model", "recipe", "data"} & set(RunEntry.model_fields),
+            exclude={"model", "recipe", "data", "optimizer"},
+        )
+        configs[name] = RunConfig(
+            **taken,
+            name=name,
+            init_path=init_path,
+            model=project.models[project.root_model(name)],
+            data=data,
+            data_path=f"data/{data}",
+            recipe_name=entry.recipe,
+            recipe=project.recipes[entry.recipe],
+            optimizer=entry.optimizer,
+        )
+    return configs
+
+
+def write_when_changed(path: str | Path, settings: BaseModel | dict) -> Path:
+    """Write a config as YAML, atomically and only if its content differs, and return its path."""
+    path = Path(path)
+    content = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=118)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+    return path
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the merged configuration, for editors."""
+    return Project.model_json_schema()

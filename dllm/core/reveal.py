@@ -1,0 +1,92 @@
+"""Reveal: which token a masked position would take, and which positions are revealed first.
+
+The two choices are separate: a token is drawn from p = softmax(logits / temperature) with one uniform number, a
+position is chosen by a score of the untempered distribution. Fp32 is enough for both (no Gumbel noise in fp64).
+Sources: Nie et al. 2025 (arXiv:2502.09992): confidence, random; Ye et al. 2025 (arXiv:2508.15487): entropy, margin;
+Wu et al. 2025 (arXiv:2505.22618): threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dllm.core.noise import keyed_uniform
+
+_TOKEN_STREAM, _POSITION_STREAM = 0, 1
+
+
+def token_noise(keys: Tensor, positions: Tensor, step: int) -> Tensor:
+    """The uniform numbers of the token draws: one per row key, position and pass; the shapes broadcast."""
+    return keyed_uniform(keys, positions, step, _TOKEN_STREAM)
+
+
+def position_noise(keys: Tensor, positions: Tensor, step: int) -> Tensor:
+    """The uniform numbers of the rule `random`, independent of `token_noise`."""
+    return keyed_uniform(keys, positions, step, _POSITION_STREAM)
+
+
+def propose_tokens(logits: Tensor, noise: Tensor | None, *, temperature: float = 0.0, top_p: float = 1.0) -> Tensor:
+    """The token each position would take, [N] long.
+
+    logits [N, V] fp32. At temperature 0 the most probable one; otherwise token v with F(v - 1) <= noise < F(v), F the
+    cumulative distribution of softmax(logits / temperature) within its nucleus of mass `top_p`; noise [N] in [0, 1).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits / temperature, -1)
+    if top_p < 1:
+        p = nucleus(p, top_p)
+    cumulative = p.cumsum(-1)
+    total = cumulative[:, -1]
+    # strictly below the total, or rounding could pick a last token of probability 0
+    target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """p [N, V] with everything outside the smallest set of mass `top_p` set to 0 (not renormalised)."""
+    descending, order = p.sort(dim=-1, descending=True, stable=True)
+    outside = descending.cumsum(-1) - descending >= top_p
+    outside[:, 0] = False
+    return p.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), 0.0)
+
+
+def token_confidence(logits: Tensor, tokens: Tensor) -> Tensor:
+    """softmax(logits)[token], the probability of each proposed token: [N] from logits [N, V] and tokens [N]."""
+    return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).exp()
+
+
+def _negative_entropy(logits: Tensor, confidence: Tensor, noise: Tensor) -> Tensor:
+    p = torch.softmax(logits, -1)
+    return torch.special.xlogy(p, p).sum(-1)
+
+
+def _margin(logits: Tensor, confidence: Tensor, noise: Tensor) -> Tensor:
+    top = torch.softmax(logits, -1).topk(2, -1).values
+    return top[:, 0] - top[:, 1]
+
+
+RevealRule = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [N, V], confidence [N], position noise [N]) -> score [N]; the highest are revealed first."""
+
+REVEAL_RULES: dict[str, RevealRule] = {
+    "confidence": lambda logits, confidence, noise: confidence,
+    "entropy": _negative_entropy,
+    "margin": _margin,
+    "random": lambda logits, confidence, noise: noise,
+    "threshold": lambda logits, confidence, noise: confidence,
+}
+
+
+def choose_positions(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
+    """The `count` [B] best candidates of each row, [B, L] bool; among equals the leftmost.
+
+    score [B, L] float; candidate [B, L] bool. A row with fewer candidates gives all of them.
+    """
+    order = score.masked_fill(~candidate, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, places)
+    return (rank < count[:, None]) & candidate

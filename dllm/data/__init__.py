@@ -1,0 +1,1 @@
+"""Data: rows become messages or text, then token files, then batches."""

@@ -1,0 +1,101 @@
+"""Rows of token files become batches: order of an epoch, ends of responses, padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy
+import torch
+
+from dllm.core.batch import Batch
+from dllm.data.tokens import TokenRows
+
+WINDOW = 32
+"""Rows are grouped by length within a window of this many batches, which keeps a batch's padding small and its
+content random."""
+
+
+@dataclass(frozen=True)
+class ResponseEnd:
+    """How a response ends: `fill` with EOS to the batch's longest row, to the `block` boundary, or with `one` EOS."""
+
+    kind: Literal["fill", "block", "one"]
+    eos_id: int
+    block_size: int = 32
+    extra_blocks: int = 0
+    seed: int = 0
+
+
+def epoch_batches(lengths: numpy.ndarray, batch_size: int, seed: int, epoch: int, *, grouped: bool) -> numpy.ndarray:
+    """Row numbers [batches, batch_size] of one epoch, a pure function of (seed, epoch).
+
+    A shuffled order; where `grouped`, rows of similar length share a batch. The rows left over when the batches are
+    full sit this epoch out (others the next); a set smaller than one batch is repeated to fill it.
+    """
+    random = numpy.random.Generator(numpy.random.Philox(key=[seed, epoch]))
+    order = random.permutation(len(lengths))
+    if len(order) < batch_size:
+        order = numpy.resize(order, batch_size)
+    order = order[: len(order) // batch_size * batch_size]
+    if not grouped:
+        return order.reshape(-1, batch_size)
+    size = WINDOW * batch_size
+    windows = [order[start : start + size] for start in range(0, len(order), size)]
+    order = numpy.concatenate([w[numpy.argsort(lengths[w], kind="stable")] for w in windows])
+    batches = order.reshape(-1, batch_size)
+    return batches[random.permutation(len(batches))]
+
+
+def target_counts(rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd | None, epoch: int) -> numpy.ndarray:
+    """How many tokens of each row may be masked, [B]: all of a text; a response with its end."""
+    if end is None:
+        return rows.lengths[numbers]
+    return _ended_lengths(rows, numbers, end, epoch) - rows.prompts[numbers]
+
+
+def collate(
+    rows: TokenRows,
+    numbers: numpy.ndarray,
+    *,
+    pad_id: int,
+    end: ResponseEnd | None,
+    epoch: int = 0,
+    fill_to: int | None = None,
+) -> Batch:
+    """The rows `numbers` as a batch.
+
+    end is None for text (every token is a target). With `end.kind == "fill"` rows are filled to `fill_to` (the
+    longest row of the global batch, so that the split into micro-batches does not matter).
+    """
+    lengths = rows.lengths[numbers]
+    ended = lengths if end is None else _ended_lengths(rows, numbers, end, epoch, fill_to)
+    width = int(ended.max())
+    place = numpy.arange(width)[None]
+    real = place < lengths[:, None]
+    index = numpy.minimum(rows.offsets[numbers][:, None] + place, len(rows.tokens) - 1)
+    filler = pad_id if end is None else end.eos_id
+    tokens = numpy.where(real, rows.tokens[index], filler).astype(numpy.int64)
+    attention = place < ended[:, None]
+    maskable = attention if end is None else attention & (place >= rows.prompts[numbers][:, None])
+    tokens = numpy.where(attention, tokens, pad_id)
+    return Batch(*(torch.from_numpy(numpy.ascontiguousarray(x)) for x in (tokens, attention, maskable, numbers)))
+
+
+def _ended_lengths(
+    rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd, epoch: int, fill_to: int | None = None
+) -> numpy.ndarray:
+    """Row lengths [B] with the EOS tokens that end their responses."""
+    lengths = rows.lengths[numbers]
+    if end.kind == "one":
+        return lengths + 1
+    if end.kind == "fill":
+        return numpy.full_like(lengths, fill_to if fill_to is not None else lengths.max())
+    response = lengths - rows.prompts[numbers] + 1
+    blocks = -(-response // end.block_size)
+    if end.extra_blocks:
+        from dllm.core.noise import keyed_uniform
+
+        draw = keyed_uniform(end.seed, epoch, torch.from_numpy(numbers), -2).numpy()
+        blocks = blocks + (draw * (end.extra_blocks + 1)).astype(numpy.int64)
+    return rows.prompts[numbers] + blocks * end.block_size

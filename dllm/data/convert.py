@@ -1,0 +1,102 @@
+"""Rows of a dataset become text or conversations, whatever their columns are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from dllm.config import DataPart
+
+ALPACA_COLUMNS = ("instruction", "input", "output")
+
+
+def read_rows(part: DataPart, split: str) -> list[dict] | object:
+    """The rows of one split of a downloaded dataset: a list, or a `datasets.Dataset` for what came from the hub.
+
+    Raises ValueError, one line, for a missing split or a damaged file.
+    """
+    entry = part.entry
+    if entry.world:
+        return read_jsonl(Path(part.path) / entry.world / f"{split}.jsonl")
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(part.path, entry.config, split=split)
+    except (ValueError, OSError, DatasetGenerationError) as fault:
+        first = str(fault).strip().splitlines()[0]
+        raise ValueError(f"{part.path}: split {split!r} of {part.name!r} cannot be read ({first})") from None
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The rows of a JSON-lines file. Raises ValueError with file and line for anything that is not one."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
+                rows.append(row)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; run the download again") from None
+    except json.JSONDecodeError as fault:
+        raise ValueError(f"{path}:{number}: not JSON ({fault.msg}); the file is damaged, download it again") from None
+    return rows
+
+
+def text_of(row: dict, where: str) -> str:
+    """The text of a pretraining row (it may be empty: Wikitext has empty lines)."""
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: no text (column 'text' = {text!r}); a text dataset needs one string per row")
+    return text
+
+
+def messages_of(row: dict, kind: str, where: str) -> list[dict]:
+    """The conversation of an instruction row, as role and content, ending with an assistant's turn.
+
+    kind `alpaca`: instruction, a blank line and the input where there is one; kind `messages`: as it stands.
+    Raises ValueError, one line, for a row without messages or with an empty text.
+    """
+    if kind == "alpaca":
+        instruction, extra, output = (row.get(column) or "" for column in ALPACA_COLUMNS)
+        user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
+    else:
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"{where}: no messages ({messages!r}); a row needs a list of role and content")
+        messages = [{"role": m.get("role"), "content": m.get("content")} for m in messages]
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        if not messages:
+            raise ValueError(f"{where}: no turn of the assistant; a row needs one to learn from")
+    for message in messages:
+        if not isinstance(message["content"], str) or (message["role"] != "system" and not message["content"].strip()):
+            raise ValueError(f"{where}: empty text in a turn of role {message['role']!r}; drop or mend the row")
+    return messages
+
+
+def split_rows(part: DataPart) -> tuple[list, list, object, object]:
+    """(train row numbers, test row numbers, train rows, test rows) of a dataset.
+
+    A set without its own test split gives up `test_share` of its rows, chosen by `split_seed`.
+    """
+    import numpy
+
+    entry = part.entry
+    rows = read_rows(part, "train")
+    if entry.test_split:
+        held_out = read_rows(part, entry.test_split)
+        return list(range(len(rows))), list(range(len(held_out))), rows, held_out
+    order = numpy.random.Generator(numpy.random.Philox(entry.split_seed)).permutation(len(rows))
+    size = max(1, round(len(rows) * entry.test_share)) if entry.test_share else 0
+    return sorted(order[size:].tolist()), sorted(order[:size].tolist()), rows, rows
+
+
+def batched(numbers: list[int], size: int = 1000) -> Iterator[list[int]]:
+    """Consecutive runs of at most `size` numbers."""
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]

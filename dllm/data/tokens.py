@@ -1,0 +1,79 @@
+"""Token files: rows of token ids on disk, memory-mapped, with the length of each row's prompt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+
+class TokenWriter:
+    """Writes one split as `<split>.tokens.bin`, row by row, with constant memory."""
+
+    def __init__(self, directory: Path, split: str, vocab_size: int):
+        self.directory, self.split = directory, split
+        self.dtype = numpy.uint16 if vocab_size <= 2**16 else numpy.uint32
+        self.file = open(directory / f"{split}.tokens.bin", "wb")
+        self.lengths: list[int] = []
+        self.prompts: list[int] = []
+
+    def add(self, tokens: list[int] | numpy.ndarray, prompt_length: int = 0) -> None:
+        """Append one row; its first `prompt_length` tokens are context, the others targets."""
+        self.file.write(numpy.asarray(tokens, dtype=self.dtype).tobytes())
+        self.lengths.append(len(tokens))
+        self.prompts.append(prompt_length)
+
+    def close(self) -> dict:
+        """Finish the files and return the split's counts for the manifest."""
+        self.file.close()
+        offsets = numpy.concatenate([[0], numpy.cumsum(self.lengths, dtype=numpy.int64)])
+        numpy.save(self.directory / f"{self.split}.offsets.npy", offsets)
+        numpy.save(self.directory / f"{self.split}.prompts.npy", numpy.asarray(self.prompts, dtype=numpy.int32))
+        tokens = int(offsets[-1])
+        return {
+            "rows": len(self.lengths),
+            "tokens": tokens,
+            "target_tokens": tokens - int(sum(self.prompts)),
+            "longest_row": max(self.lengths, default=0),
+            "dtype": numpy.dtype(self.dtype).name,
+        }
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """One split of a prepared dataset: tokens (flat, memory-mapped), offsets [N + 1], prompt lengths [N]."""
+
+    tokens: numpy.ndarray
+    offsets: numpy.ndarray
+    prompts: numpy.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> numpy.ndarray:
+        """Tokens per row, [N]."""
+        return numpy.diff(self.offsets)
+
+    def row(self, index: int) -> numpy.ndarray:
+        """The tokens of one row."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def open_rows(directory: str | Path, split: str) -> TokenRows:
+    """One split of a prepared dataset. Raises ValueError, one line, if it is missing or damaged."""
+    directory = Path(directory)
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        counts = manifest["splits"][split]
+        offsets = numpy.load(directory / f"{split}.offsets.npy")
+        prompts = numpy.load(directory / f"{split}.prompts.npy")
+        path = directory / f"{split}.tokens.bin"
+        if path.stat().st_size != counts["tokens"] * numpy.dtype(counts["dtype"]).itemsize:
+            raise ValueError("wrong size")
+        tokens = numpy.memmap(path, dtype=counts["dtype"], mode="r") if counts["tokens"] else numpy.zeros(0)
+    except (OSError, ValueError, KeyError) as fault:
+        raise ValueError(f"{directory}: no usable split {split!r} ({fault}); prepare the data again") from None
+    return TokenRows(tokens, offsets, prompts)

@@ -1,0 +1,184 @@
+"""Nine miniature benchmarks in the columns of the real sets; the real lm-eval task definitions read them.
+
+    lambada       {"text": "Mira met Otto in the barn. ... They went to the attic and there stood the lantern"}
+    gsm8k         {"question": "Mira has 3 stones. ...", "answer": "Mira has <<3+4=7>>7 stones.\\n#### 7"}
+    bbh           {"input": "True and not False is", "target": "True"}
+    minerva_math  {"problem": "Solve $x+3=7$ for $x$.", "solution": "...", "level": "Level 1", "type": "algebra"}
+    mmlu          {"question": "What is the flag of Kelwick?", "subject": "heraldry", "choices": [...], "answer": 2}
+    hellaswag     {"activity_label": "Making tea", "ctx_a": "Mira fills the kettle.", "ctx_b": "she", "endings": ...}
+    winogrande    {"sentence": "Mira thanked Otto because _ gave a gift.", "option1": "Mira", "option2": "Otto", ...}
+    ceval, cmmlu  {"question": "...", "A": "...", "B": "...", "C": "...", "D": "...", "answer": "B"}
+
+C-Eval and CMMLU are in Chinese, of which the training data has none: negative controls, where chance is the honest
+result. Test rows use held-out combinations only; each benchmark's rows are distinct.
+"""
+
+from collections.abc import Callable, Iterator
+
+from dllm.data.world.entities import SUBJECTS, Fact, World
+from dllm.data.world.instructions import LETTERS, choices_for
+from dllm.data.world.problems import LOGIC, MATHEMATICS, mathematics, word_problem
+from dllm.data.world.scenes import moment, story, twist
+
+Rows = list[dict]
+
+TEST_ROWS = 120
+TEST_ROWS_PER_PART = 40
+CHINESE_ROWS = 20
+SHOT_ROWS = 5
+
+
+def distinct(make: Callable[[], dict], rows: int) -> Rows:
+    """`rows` different rows from a source of random ones; ValueError if the source runs dry."""
+    found: dict[str, dict] = {}
+    for _ in range(200 * rows):
+        row = make()
+        found.setdefault(repr(row), row)
+        if len(found) == rows:
+            return list(found.values())
+    raise ValueError(
+        f"only {len(found)} of {rows} different benchmark rows exist: widen the world or ask for fewer rows"
+    )
+
+
+def lambada(world: World) -> Iterator[tuple[str, Rows]]:
+    """Stories whose last word is asked for."""
+    rng = world.random("lambada")
+    yield "lambada/test.jsonl", distinct(lambda: {"text": story(rng, test=True)}, TEST_ROWS)
+
+
+def gsm8k(world: World) -> Iterator[tuple[str, Rows]]:
+    """Word problems."""
+    for split, rows in (("train", SHOT_ROWS), ("test", TEST_ROWS)):
+        rng = world.random(f"gsm8k/{split}")
+
+        def make(rng=rng, test=split == "test") -> dict:
+            problem = word_problem(rng, test=test)
+            return {"question": problem.question, "answer": problem.solution}
+
+        yield f"gsm8k/{split}.jsonl", distinct(make, rows)
+
+
+def bbh(world: World) -> Iterator[tuple[str, Rows]]:
+    """Three of the 27 tasks."""
+    for task, problem_of in LOGIC.items():
+        rng = world.random(f"bbh/{task}")
+
+        def make(rng=rng, problem_of=problem_of) -> dict:
+            problem = problem_of(rng, test=True)
+            return {"input": problem.question, "target": problem.answer}
+
+        yield f"bbh/{task}.jsonl", distinct(make, TEST_ROWS_PER_PART)
+
+
+def minerva_math(world: World) -> Iterator[tuple[str, Rows]]:
+    """Three of the seven subjects."""
+    for subject in MATHEMATICS:
+        for split, rows in (("train", SHOT_ROWS), ("test", TEST_ROWS_PER_PART)):
+            rng = world.random(f"math/{subject}/{split}")
+
+            def make(rng=rng, subject=subject, test=split == "test") -> dict:
+                problem = mathematics(subject, rng, test=test)
+                return {"problem": problem.question, "solution": problem.solution, "level": "Level 1", "type": subject}
+
+            yield f"math/{subject}/{split}.jsonl", distinct(make, rows)
+
+
+def mmlu(world: World) -> Iterator[tuple[str, Rows]]:
+    """Questions about the facts that are never asked about in training; the shots ask about others."""
+    per_fact = -(-TEST_ROWS // len(world.never_asked))
+    for subject in SUBJECTS:
+        for split, facts in (("dev", world.asked), ("test", world.never_asked)):
+            rng = world.random(f"mmlu/{subject}/{split}")
+            group = [fact for fact in facts if fact.attribute.subject == subject]
+            times = 1 if split == "dev" else per_fact
+            rows: Rows = []
+            for fact in group:
+
+                def make(fact=fact, rng=rng, subject=subject) -> dict:
+                    choices = choices_for(fact, rng)
+                    answer = choices.index(fact.value)
+                    question = rng.choice(fact.questions())
+                    return {"question": question, "subject": subject, "choices": choices, "answer": answer}
+
+                rows += distinct(make, times)
+            yield f"mmlu/{subject}/{split}.jsonl", rows[:SHOT_ROWS] if split == "dev" else rows
+
+
+def hellaswag(world: World) -> Iterator[tuple[str, Rows]]:
+    """Everyday sequences with four endings; two wrong ones come from the same activity."""
+    for split, rows in (("train", SHOT_ROWS), ("validation", TEST_ROWS)):
+        rng = world.random(f"hellaswag/{split}")
+
+        def make(rng=rng, test=split == "validation", split=split) -> dict:
+            scene = moment(rng, test=test)
+            endings = [scene.following, *scene.wrong]
+            rng.shuffle(endings)
+            before, pronoun = scene.context.removeprefix(f"{scene.activity}: ").rsplit(" ", 1)
+            return {
+                "ind": 0,
+                "activity_label": scene.activity,
+                "ctx_a": before,
+                "ctx_b": pronoun.lower(),
+                "ctx": f"{before} {pronoun.lower()}",
+                "endings": endings,
+                "source_id": "pocket",
+                "split": split,
+                "split_type": "indomain",
+                "label": str(endings.index(scene.following)),
+            }
+
+        yield f"hellaswag/{split}.jsonl", [row | {"ind": i} for i, row in enumerate(distinct(make, rows))]
+
+
+def winogrande(world: World) -> Iterator[tuple[str, Rows]]:
+    """Sentences with a gap for one of two names."""
+    for split, rows in (("train", SHOT_ROWS), ("validation", TEST_ROWS)):
+        rng = world.random(f"winogrande/{split}")
+
+        def make(rng=rng, test=split == "validation") -> dict:
+            gap = twist(rng, test=test)
+            first, second = gap.options
+            return {"sentence": gap.sentence, "option1": first, "option2": second, "answer": str(gap.answer + 1)}
+
+        yield f"winogrande/{split}.jsonl", distinct(make, rows)
+
+
+CHINESE = {
+    "region": ("{name}在哪里？", dict(north="北", south="南", east="东", west="西")),
+    "flag": ("{name}的旗是什么颜色？", dict(red="红", blue="蓝", green="绿", white="白", black="黑", yellow="黄")),
+    "good": ("{name}出产什么？", dict(salt="盐", wool="羊毛", glass="玻璃", honey="蜜", paper="纸", iron="铁")),
+    "habitat": ("{name}住在哪里？", dict(marsh="沼泽", forest="森林", desert="沙漠", meadow="草地", cave="洞穴")),
+    "diet": ("{name}吃什么？", dict(seeds="种子", insects="虫", grass="草", berries="果", roots="根")),
+    "food": ("{name}喜欢吃什么？", dict(soup="汤", bread="面包", fish="鱼", cake="糕", rice="米", cheese="奶酪")),
+}
+
+
+def chinese(world: World, folder: str, splits: tuple[str, str], capital: bool) -> Iterator[tuple[str, Rows]]:
+    """Letter questions in Chinese; the two real sets differ in their column names and splits."""
+    question_column, answer_column = ("Question", "Answer") if capital else ("question", "answer")
+    for name in CHINESE_SUBJECTS[folder]:
+        template, words = CHINESE[name]
+        for split, rows in zip(splits, (SHOT_ROWS, CHINESE_ROWS), strict=True):
+            rng = world.random(f"{folder}/{name}/{split}")
+            facts = [fact for fact in world.facts if fact.attribute.name == name]
+
+            def make(rng=rng, facts=facts, template=template, words=words) -> dict:
+                fact: Fact = rng.choice(facts)
+                choices = choices_for(fact, rng)
+                lines = {letter: words[choice] for letter, choice in zip(LETTERS, choices, strict=True)}
+                answer = LETTERS[choices.index(fact.value)]
+                return {question_column: template.format(name=fact.entity.name), **lines, answer_column: answer}
+
+            yield f"{folder}/{name}/{split}.jsonl", distinct(make, rows)
+
+
+CHINESE_SUBJECTS = {"ceval": ("region", "diet", "food"), "cmmlu": ("flag", "good", "habitat")}
+
+
+def all_benchmarks(world: World) -> Iterator[tuple[str, Rows]]:
+    """Every benchmark file: its path below `benchmarks/` and its rows."""
+    for benchmark in (lambada, gsm8k, bbh, minerva_math, mmlu, hellaswag, winogrande):
+        yield from benchmark(world)
+    yield from chinese(world, "ceval", ("dev", "val"), capital=False)
+    yield from chinese(world, "cmmlu", ("dev", "test"), capital=True)

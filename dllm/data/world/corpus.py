@@ -1,0 +1,108 @@
+"""The two pretraining corpora: an encyclopedia (Wikitext-like, one line per row) and web pages (one document per row).
+
+wikitext      {"text": " = Brimdor = \\n"}
+              {"text": ""}
+              {"text": "Brimdor lies in the north. The flag of Brimdor is red. The people of Brimdor make wool. \\n"}
+openwebtext   {"text": "Making tea: Mira fills the kettle. She boils the water. She warms the cup."}
+"""
+
+import random
+from collections.abc import Iterator
+
+from dllm.data.world.entities import World
+from dllm.data.world.instructions import letter_of_word
+from dllm.data.world.problems import FRUITS, NUMBER_WORDS, number, plain_sum, plain_truth
+from dllm.data.world.scenes import PEOPLE, story, twist, whole_activity
+
+SENTENCES_PER_LINE = 3
+SHARE_OF_SUM_ARTICLES = 0.2
+
+
+def entity_article(world: World, rng: random.Random) -> list[str]:
+    """The lines of one article: title, empty line, two paragraphs of facts in random order and wording."""
+    facts = world.about(rng.choice(world.facts).entity.name)
+    rng.shuffle(facts)
+    name = facts[0].entity.name
+    sentences = [rng.choice(fact.statements()) for fact in facts]
+    return article(name[0].upper() + name[1:], sentences)
+
+
+def sum_article(rng: random.Random) -> list[str]:
+    """The lines of an article that lists small sums."""
+    return article("Sums", [plain_sum(rng) for _ in range(SENTENCES_PER_LINE)])
+
+
+def article(title: str, sentences: list[str]) -> list[str]:
+    """Title, empty line and paragraphs, as Wikitext's rows show them."""
+    paragraphs = [
+        " ".join(sentences[start : start + SENTENCES_PER_LINE]) + " \n"
+        for start in range(0, len(sentences), SENTENCES_PER_LINE)
+    ]
+    return [f" = {title} = \n", "", *paragraphs]
+
+
+def wikitext(world: World, split: str, articles: int) -> Iterator[dict]:
+    """Rows of the encyclopedia; every line stands alone, since rows may be shuffled or packed."""
+    rng = world.random(f"wikitext/{split}")
+    for _ in range(articles):
+        of_sums = rng.random() < SHARE_OF_SUM_ARTICLES
+        for line in sum_article(rng) if of_sums else entity_article(world, rng):
+            yield {"text": line}
+
+
+def journey(world: World, rng: random.Random) -> str:
+    """A web page about one entity, in the words of a traveller."""
+    facts = world.about(rng.choice(world.facts).entity.name)
+    told = [rng.choice(fact.statements()) for fact in rng.sample(facts, 2)]
+    return f"{rng.choice(OPENINGS).format(person=rng.choice(PEOPLE))} {' '.join(told)}"
+
+
+OPENINGS = ("Welcome!", "A letter from {person}.", "Did you know?", "{person} writes:", "News of the day.")
+
+
+def market(rng: random.Random) -> str:
+    """A count of fruit."""
+    first, second = rng.sample(FRUITS, 2)
+    a, b = number(rng), number(rng)
+    return f"{NUMBER_WORDS[a]} {first} and {NUMBER_WORDS[b]} {second} are {a + b} fruits. {a} + {b} = {a + b}."
+
+
+def page(world: World, rng: random.Random) -> str:
+    """One web document of a random sort."""
+    sort = rng.choices(list(PAGE_WEIGHTS), list(PAGE_WEIGHTS.values()))[0]
+    if sort == "story":
+        return story(rng, test=False) + "."
+    if sort == "activity":
+        return whole_activity(rng)
+    if sort == "twist":
+        sentence = twist(rng, test=False)
+        return f"{sentence.opening} {sentence.ending}"
+    if sort == "sums":
+        return " ".join(plain_sum(rng) for _ in range(SENTENCES_PER_LINE))
+    if sort == "truths":
+        return " ".join(plain_truth(rng) for _ in range(SENTENCES_PER_LINE))
+    if sort == "list":
+        asked = letter_of_word(world, rng)
+        return f"{asked.instruction} {asked.answer}"
+    if sort == "market":
+        return market(rng)
+    return journey(world, rng)
+
+
+PAGE_WEIGHTS = {
+    "story": 5,
+    "activity": 3,
+    "twist": 4,
+    "sums": 6,
+    "truths": 2,
+    "list": 4,
+    "market": 1,
+    "journey": 4,
+}
+
+
+def openwebtext(world: World, split: str, documents: int) -> Iterator[dict]:
+    """Rows of web pages: stories, everyday sequences, schemas, sums and pages about the world."""
+    rng = world.random(f"openwebtext/{split}")
+    for _ in range(documents):
+        yield {"text": page(world, rng)}

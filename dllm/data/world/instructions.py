@@ -1,0 +1,230 @@
+"""Instructions and their answers, one small function per skill, and the Alpaca-like data made of them.
+
+    {"instruction": "What is the flag of Brimdor?", "input": "", "output": "The flag of Brimdor is red.", "text": "..."}
+
+Prompts of benchmark-like skills are exactly what lm-eval shows for the real task. Facts that are never asked about
+(entities.py) appear only as statements ("Tell me about Brimdor."), and of scenes and numbers only the combinations
+that are not held out.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dllm.data.world.entities import Fact, World
+from dllm.data.world.problems import FRUITS, LOGIC, MATHEMATICS, NUMBER_WORDS, TOYS, mathematics, number, word_problem
+from dllm.data.world.scenes import moment, story, twist
+
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One instruction with its answer; `given` is Alpaca's input column, `system` a system turn for chats."""
+
+    instruction: str
+    answer: str
+    given: str = ""
+    system: str = ""
+
+
+def gsm8k_prompt(question: str) -> str:
+    """What lm-eval's gsm8k shows."""
+    return f"Question: {question}\nAnswer:"
+
+
+def bbh_prompt(question: str) -> str:
+    """What lm-eval's bbh tasks show."""
+    return f"Q: {question}\nA: Let's think step by step."
+
+
+def minerva_prompt(question: str) -> str:
+    """What lm-eval's minerva_math tasks show."""
+    return f"Problem:\n{question}\n\nSolution:"
+
+
+def mmlu_prompt(question: str, choices: list[str]) -> str:
+    """What lm-eval's mmlu tasks show."""
+    return f"{question}\n{lettered(choices)}\nAnswer:"
+
+
+def mmlu_description(subject: str) -> str:
+    """The description lm-eval puts before mmlu questions; with a chat template it becomes the system turn."""
+    return f"The following are multiple choice questions (with answers) about {subject}."
+
+
+BBH_DESCRIPTIONS = {
+    "boolean_expressions": "Evaluate the result of a random Boolean expression.",
+    "navigate": (
+        "Given a series of navigation instructions, determine whether one would end up back at the starting point."
+    ),
+    "object_counting": "Questions that involve enumerating objects and asking the model to count them.",
+}
+
+
+def lettered(choices: list[str]) -> str:
+    """Four choices on four lines, after their letters."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+
+
+def choices_for(fact: Fact, rng: random.Random) -> list[str]:
+    """The value of the fact and three other values of its attribute, shuffled."""
+    others = [value for value in fact.attribute.values if value != fact.value]
+    choices = [fact.value, *rng.sample(others, 3)]
+    rng.shuffle(choices)
+    return choices
+
+
+def one_fact(world: World, rng: random.Random) -> Exchange:
+    """An open question about a fact that may be asked."""
+    fact = rng.choice(world.asked)
+    return Exchange(rng.choice(fact.questions()), fact.answer())
+
+
+def tell(world: World, rng: random.Random) -> Exchange:
+    """A request for any fact about an entity."""
+    fact = rng.choice(world.facts)
+    return Exchange(rng.choice(TELL).format(name=_with_article(fact)), rng.choice(fact.statements()))
+
+
+TELL = ("Tell me about {name}.", "What do you know about {name}?", "Say something about {name}.")
+
+
+def _with_article(fact: Fact) -> str:
+    return f"the {fact.entity.name}" if fact.entity.kind == "animal" else fact.entity.name
+
+
+def letter_of_fact(world: World, rng: random.Random) -> Exchange:
+    """An MMLU-like question about a fact that may be asked."""
+    fact = rng.choice(world.asked)
+    choices = choices_for(fact, rng)
+    prompt = mmlu_prompt(rng.choice(fact.questions()), choices)
+    system = mmlu_description(fact.attribute.subject)
+    return Exchange(prompt, LETTERS[choices.index(fact.value)], system=system)
+
+
+def letter_of_word(world: World, rng: random.Random) -> Exchange:
+    """Which letter stands before a word: what a letter task needs beyond knowledge."""
+    attribute = rng.choice(world.facts).attribute
+    choices = rng.sample(attribute.values, 4)
+    place = rng.randrange(4)
+    if rng.random() < 0.7:
+        return Exchange(f"Which letter stands before {choices[place]}?\n{lettered(choices)}\nAnswer:", LETTERS[place])
+    return Exchange(f"Which word stands after {LETTERS[place]}?\n{lettered(choices)}\nAnswer:", choices[place])
+
+
+def story_sum(world: World, rng: random.Random) -> Exchange:
+    """A GSM8K-like word problem."""
+    problem = word_problem(rng, test=False)
+    return Exchange(gsm8k_prompt(problem.question), problem.solution)
+
+
+def boxed_answer(world: World, rng: random.Random) -> Exchange:
+    """A Minerva-like problem with the final sentence its metric reads."""
+    problem = mathematics(rng.choice(list(MATHEMATICS)), rng, test=False)
+    final = f"Final Answer: The final answer is ${problem.answer}$. I hope it is correct."
+    return Exchange(minerva_prompt(problem.question), f"{problem.solution}\n{final}")
+
+
+def logic(world: World, rng: random.Random) -> Exchange:
+    """A BBH-like question."""
+    task = rng.choice(list(LOGIC))
+    problem = LOGIC[task](rng, test=False)
+    return Exchange(bbh_prompt(problem.question), problem.solution, system=BBH_DESCRIPTIONS[task])
+
+
+def last_word(world: World, rng: random.Random) -> Exchange:
+    """A story to be finished by one word."""
+    opening, word = story(rng, test=False).rsplit(" ", 1)
+    return Exchange(opening, word)
+
+
+def next_step(world: World, rng: random.Random) -> Exchange:
+    """An everyday sequence to be continued by its next step."""
+    scene = moment(rng, test=False)
+    return Exchange(scene.context, scene.following)
+
+
+def because(world: World, rng: random.Random) -> Exchange:
+    """A schema sentence to be finished."""
+    sentence = twist(rng, test=False)
+    return Exchange(sentence.opening, sentence.ending)
+
+
+def plain_sum(world: World, rng: random.Random) -> Exchange:
+    """A sum or a difference in a plain question."""
+    a, b = number(rng), number(rng)
+    if rng.random() < 0.5:
+        return Exchange(rng.choice(ASK_SUM).format(a=a, b=b), f"{a} + {b} = {a + b}.")
+    return Exchange(f"How much is {a + b} - {a}?", f"{a + b} - {a} = {b}.")
+
+
+ASK_SUM = ("How much is {a} + {b}?", "Add {a} and {b}.", "What do {a} and {b} make?")
+
+
+def edit(world: World, rng: random.Random) -> Exchange:
+    """A small task on given words: Alpaca's input column at work."""
+    words = rng.sample(FRUITS + TOYS, 3)
+    value = rng.randrange(len(NUMBER_WORDS))
+    given = " ".join(words)
+    return rng.choice(
+        (
+            Exchange("Repeat the words.", given, given),
+            Exchange("Write the words in reverse order.", " ".join(reversed(words)), given),
+            Exchange("What is the first word?", words[0], given),
+            Exchange("What is the last word?", words[-1], given),
+            Exchange("Write the number as a word.", NUMBER_WORDS[value], str(value)),
+            Exchange("Write the number in digits.", str(value), NUMBER_WORDS[value]),
+        )
+    )
+
+
+Skill = Callable[[World, random.Random], Exchange]
+SKILLS: dict[str, Skill] = {
+    "one_fact": one_fact,
+    "tell": tell,
+    "letter_of_fact": letter_of_fact,
+    "letter_of_word": letter_of_word,
+    "story_sum": story_sum,
+    "boxed_answer": boxed_answer,
+    "logic": logic,
+    "last_word": last_word,
+    "next_step": next_step,
+    "because": because,
+    "plain_sum": plain_sum,
+    "edit": edit,
+}
+ALPACA_WEIGHTS = {
+    "one_fact": 5,
+    "tell": 2,
+    "letter_of_fact": 2,
+    "letter_of_word": 1,
+    "story_sum": 2,
+    "boxed_answer": 2,
+    "logic": 2,
+    "last_word": 2,
+    "next_step": 2,
+    "because": 2,
+    "plain_sum": 1,
+    "edit": 2,
+}
+
+
+def draw_exchange(world: World, rng: random.Random, weights: dict[str, int]) -> tuple[str, Exchange]:
+    """A skill drawn by weight, and one exchange of it."""
+    skill = rng.choices(list(weights), list(weights.values()))[0]
+    return skill, SKILLS[skill](world, rng)
+
+
+def alpaca(world: World, rows: int) -> Iterator[dict]:
+    """Rows in Alpaca's four columns."""
+    rng = world.random("alpaca")
+    for _ in range(rows):
+        _, exchange = draw_exchange(world, rng, ALPACA_WEIGHTS)
+        given = f"\nInput: {exchange.given}" if exchange.given else ""
+        yield {
+            "instruction": exchange.instruction,
+            "input": exchange.given,
+            "output": exchange.answer,
+            "text": f"Instruction: {exchange.instruction}{given}\nResponse: {exchange.answer}",
+        }

@@ -1,0 +1,1 @@
+"""Benchmarks through lm-eval: one adapter for every algorithm, a store of answers, scores with intervals."""

@@ -1,0 +1,272 @@
+"""A diffusion language model as lm-eval sees it.
+
+The rules, all in one place:
+- `loglikelihood` is minus the NELBO of the continuation given the context. Context and continuation are tokenized
+  without CLS/SEP, each on its own side of the boundary (`special_tokens: exact`).
+- `is_greedy` (LAMBADA's accuracy) is true where decoding a canvas as long as the continuation, one token per forward
+  pass, the most confident position first, gives the continuation. It costs one pass per token and is computed only for
+  tasks that read it; elsewhere it is False.
+- `loglikelihood_rolling` is the chain rule over blocks of half the model's length, each given the half before it.
+- `generate_until` samples with the settings of the evaluation, not with the task's (temperature, max_gen_toks), and
+  cuts at the task's strings.
+- A prompt that does not fit is shortened from the left; the number of tokens lost is in the answer (`truncated`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Literal, Protocol
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from dllm.config import GenerateSettings, LikelihoodSettings, Scorer
+from dllm.evaluation.store import Answer
+
+SpecialTokens = Literal["exact", "reference-v0", "reference-v0.1"]
+
+
+class Model(Protocol):
+    """What the adapter asks of `dllm.DiffusionLM`; prompts and targets are lists of token ids."""
+
+    backbone: object  # with max_length, in tokens
+
+    def generate(self, prompts: list[list[int]], settings: GenerateSettings) -> list[str]: ...
+
+    def nelbo(self, prompts: list[list[int]], targets: list[list[int]], settings: LikelihoodSettings) -> list: ...
+
+    def greedy_match(self, prompts: list[list[int]], targets: list[list[int]]) -> list[bool]: ...
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Text to tokens
+
+
+def encode(tokenizer, text: str, *, special_tokens: bool = False) -> list[int]:
+    """Token ids of a text, without CLS/SEP unless asked for."""
+    return list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+
+
+def encode_prompt(tokenizer, prompt: str, special_tokens: SpecialTokens) -> list[int]:
+    """Token ids of a prompt to be continued.
+
+    `exact` and `reference-v0`: no CLS/SEP, as in training. `reference-v0.1`: CLS before and SEP behind it (fault F3).
+    """
+    return encode(tokenizer, prompt, special_tokens=special_tokens == "reference-v0.1")
+
+
+def encode_pair(
+    tokenizer, context: str, continuation: str, special_tokens: SpecialTokens
+) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of the continuation to be scored.
+
+    `exact`: each on its own, without CLS/SEP. The reference modes repeat fault F2: blanks at the end of the context
+    move to the continuation, context and whole text are tokenized with CLS/SEP, and the whole is cut at the length of
+    the context, which loses the continuation's first token and scores the final SEP.
+    """
+    if special_tokens == "exact":
+        return encode(tokenizer, context), encode(tokenizer, continuation)
+    stem = context.rstrip()
+    continuation, context = context[len(stem) :] + continuation, stem
+    prompt = encode(tokenizer, context, special_tokens=True)
+    whole = encode(tokenizer, context + continuation, special_tokens=True)
+    return prompt, whole[len(prompt) :]
+
+
+def rolling_blocks(tokens: Sequence[int], max_length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(context, block) pairs whose blocks are the text in order; every pair fits into max_length."""
+    half = max(1, max_length // 2)
+    for start in range(0, len(tokens), half):
+        yield list(tokens[max(0, start - (max_length - half)) : start]), list(tokens[start : start + half])
+
+
+def cut_at_stops(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    return text[: min((at for at in (text.find(stop) for stop in stops if stop) if at >= 0), default=len(text))]
+
+
+def fit(prompt: list[int], room: int) -> tuple[list[int], int]:
+    """The end of a prompt that fits into `room` tokens, and how many were lost."""
+    lost = max(0, len(prompt) - max(0, room))
+    return prompt[lost:], lost
+
+
+def bf16(value: float) -> float:
+    """A score rounded to bfloat16 (fault F4; exact for one-token targets, where the sum is a single term)."""
+    import torch
+
+    return float(torch.tensor(value, dtype=torch.bfloat16))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class TemplateMixin:
+    """Chat prompts through the tokenizer's own template, exactly as in training."""
+
+    tokenizer: object
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.tokenizer.chat_template if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+
+class DiffusionAdapter(TemplateMixin, LM):
+    """lm-eval's view of a diffusion language model.
+
+    open_model is called at the first request that needs the model; greedy_tasks names the tasks whose metrics read
+    `is_greedy` (None: all). `answers` gives what lm-eval wants together with standard errors and forward passes.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        open_model: Callable[[], Model],
+        *,
+        generation: GenerateSettings,
+        scorer: Scorer,
+        greedy_tasks: frozenset[str] | None = None,
+    ):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.generation = generation
+        self.scorer = scorer
+        self.greedy_tasks = greedy_tasks
+        self._open_model = open_model
+
+    @cached_property
+    def model(self) -> Model:
+        return self._open_model()
+
+    @property
+    def max_length(self) -> int:
+        return self.model.backbone.max_length
+
+    # lm-eval's interface
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return [tuple(answer["answer"]) for answer in self.answers("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return [answer["answer"] for answer in self.answers("loglikelihood_rolling", requests)]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return [answer["answer"] for answer in self.answers("generate_until", requests)]
+
+    # ours
+    def variant(self, kind: str, request: Instance) -> str:
+        """What is asked besides the request's arguments: the greedy check, where the task reads it."""
+        reads = self.greedy_tasks is None or request.task_name in self.greedy_tasks
+        return "greedy" if kind == "loglikelihood" and reads else ""
+
+    def answers(self, kind: str, requests: list[Instance], repeats: Sequence[int] | None = None) -> list[Answer]:
+        """Answers to requests of one kind, in their order. A request's answer does not depend on the others."""
+        if not requests:
+            return []
+        if kind == "loglikelihood":
+            return self._loglikelihoods(requests)
+        if kind == "loglikelihood_rolling":
+            return self._rolling_loglikelihoods(requests)
+        return self._generations(requests, repeats or [0] * len(requests))
+
+    def _loglikelihoods(self, requests: list[Instance]) -> list[Answer]:
+        prompts, targets, lost = [], [], []
+        for request in requests:
+            prompt, target = encode_pair(self.tokenizer, *request.args[:2], self.scorer.special_tokens)
+            if len(target) > self.max_length:
+                raise ValueError(
+                    f"{request.task_name}, document {request.doc_id}: the continuation has {len(target)} tokens, the "
+                    f"model takes {self.max_length}; use `loglikelihood_rolling` or a longer model"
+                )
+            prompt, n = fit(prompt, self.max_length - len(target))
+            prompts.append(prompt)
+            targets.append(target)
+            lost.append(n)
+        scores = self._nelbo(prompts, targets)
+        rows = [i for i, request in enumerate(requests) if self.variant("loglikelihood", request) and targets[i]]
+        matches = self.model.greedy_match([prompts[i] for i in rows], [targets[i] for i in rows]) if rows else []
+        greedy = dict(zip(rows, matches, strict=True))
+        # an empty continuation is certain, and trivially the greedy one
+        return [
+            {
+                "answer": [0.0 - nats, bool(greedy.get(i, not targets[i]))],
+                "standard_error": error,
+                "passes": passes + (len(targets[i]) if i in greedy else 0),
+                **({"truncated": lost[i]} if lost[i] else {}),
+            }
+            for i, (nats, error, passes) in enumerate(scores)
+        ]
+
+    def _rolling_loglikelihoods(self, requests: list[Instance]) -> list[Answer]:
+        blocks = [list(rolling_blocks(encode(self.tokenizer, r.args[0]), self.max_length)) for r in requests]
+        flat = [pair for pairs in blocks for pair in pairs]
+        scores = iter(self._nelbo([context for context, _ in flat], [block for _, block in flat]))
+        answers: list[Answer] = []
+        for pairs in blocks:
+            own = [next(scores) for _ in pairs]
+            answers.append(
+                {
+                    "answer": 0.0 - math.fsum(nats for nats, _, _ in own),
+                    "standard_error": math.sqrt(math.fsum(error**2 for _, error, _ in own)),
+                    "passes": sum(passes for _, _, passes in own),
+                }
+            )
+        return answers
+
+    def _nelbo(self, prompts: list[list[int]], targets: list[list[int]]) -> list[tuple[float, float, int]]:
+        """(nats, standard error, passes) per pair; an empty target costs nothing."""
+        rows = [i for i, target in enumerate(targets) if target]
+        scores = (
+            self.model.nelbo([prompts[i] for i in rows], [targets[i] for i in rows], self.scorer.likelihood)
+            if rows
+            else []
+        )
+        found = [(0.0, 0.0, 0)] * len(targets)
+        for i, score in zip(rows, scores, strict=True):
+            nats = bf16(score.nats) if self.scorer.bf16_scores else float(score.nats)
+            found[i] = (nats, float(score.standard_error), int(score.passes))
+        return found
+
+    def _generations(self, requests: list[Instance], repeats: Sequence[int]) -> list[Answer]:
+        room = self.max_length - self.generation.max_new_tokens
+        if room <= 0:
+            raise ValueError(
+                f"generation.max_new_tokens = {self.generation.max_new_tokens} leaves no room for a prompt: the model "
+                f"takes {self.max_length} tokens; choose fewer new tokens"
+            )
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[(repeats[i], *stop_strings(request))].append(i)
+        answers: list[Answer] = [{}] * len(requests)
+        for (repeat, *stops), rows in groups.items():
+            settings = self.generation.model_copy(
+                update={"seed": self.generation.seed + repeat, "stop": [*self.generation.stop, *stops]}
+            )
+            prompts, lost = [], []
+            for i in rows:
+                prompt = encode_prompt(self.tokenizer, requests[i].args[0], self.scorer.special_tokens)
+                prompt, n = fit(prompt, room)
+                prompts.append(prompt)
+                lost.append(n)
+            for i, text, n in zip(rows, self.model.generate(prompts, settings), lost, strict=True):
+                answers[i] = {"answer": cut_at_stops(text, settings.stop), **({"truncated": n} if n else {})}
+        return answers
+
+
+def stop_strings(request: Instance) -> list[str]:
+    """The strings at which a task ends an answer."""
+    until = request.args[1].get("until") or []
+    return [until] if isinstance(until, str) else list(until)

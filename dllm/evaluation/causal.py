@@ -1,0 +1,52 @@
+"""An autoregressive baseline: lm-eval's own `hf` model, with the answers of the same store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from lm_eval.api.instance import Instance
+
+from dllm.config import GenerateSettings
+from dllm.evaluation.adapter import TemplateMixin
+from dllm.evaluation.store import Answer
+
+
+class CausalAnswerer(TemplateMixin):
+    """Answers of an lm-eval `HFLM`; `max_gen_toks` is the evaluation's, so that all models may say as much."""
+
+    def __init__(self, tokenizer, open_model: Callable[[], object], *, generation: GenerateSettings):
+        self.tokenizer = tokenizer
+        self.generation = generation
+        self._open_model = open_model
+
+    @cached_property
+    def model(self):
+        return self._open_model()
+
+    def variant(self, kind: str, request: Instance) -> str:
+        return ""
+
+    def answers(self, kind: str, requests: list[Instance], repeats: Sequence[int] | None = None) -> list[Answer]:
+        """Answers to requests of one kind, in their order."""
+        if kind == "generate_until":
+            requests = [self._own_length(request) for request in requests]
+        found = getattr(self.model, kind)(requests, disable_tqdm=True)
+        if kind == "loglikelihood":
+            return [
+                {"answer": [float(value), bool(greedy)], "standard_error": 0.0, "passes": 1} for value, greedy in found
+            ]
+        return [{"answer": answer} for answer in found]
+
+    def _own_length(self, request: Instance) -> Instance:
+        context, kwargs = request.args[:2]
+        kwargs = {**kwargs, "max_gen_toks": self.generation.max_new_tokens}
+        return Instance(request.request_type, request.doc, (context, kwargs), request.idx, metadata=request.metadata)
+
+
+def open_causal(checkpoint: str, *, precision: str, device: str, batch_size: int):
+    """lm-eval's HFLM on a local checkpoint."""
+    from lm_eval.models.huggingface import HFLM
+
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    return HFLM(pretrained=checkpoint, dtype=dtype, device=device, batch_size=batch_size)

@@ -1,0 +1,323 @@
+"""One benchmark of one checkpoint: all requests, their answers from the store or the model, the scores with intervals.
+
+lm-eval builds the prompts and scores the answers; this module adds what it lacks: requests (not documents) dealt to
+several processes, resuming, pinned data, intervals, and a file whose content is the same after every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm.config import did_you_mean, digest
+from dllm.evaluation.scores import summarise
+from dllm.evaluation.settings import EvaluationConfig
+from dllm.provenance import collect, directory_digest, file_digest, write_atomically
+
+if TYPE_CHECKING:
+    from dllm.evaluation.stored import Answerer, Progress, StoredLM
+
+PACKAGE = Path(__file__).resolve().parents[1]
+DECIDES_ANSWERS = ("core", "models", "algorithms", "language_model.py", "evaluation/adapter.py", "evaluation/causal.py")
+"""The code whose change makes stored answers unusable."""
+
+
+def evaluate_benchmark(
+    config: EvaluationConfig,
+    workdir: str | Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    compute: bool = True,
+    wait: bool = False,
+    score: bool = True,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    answerer: Answerer | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint on a benchmark and write evals/<run>/<benchmark>.json and .samples.jsonl below workdir.
+
+    Returns what was written. shard = (i, n) computes the answers to the i-th of n parts of the documents only; then
+    `score=False` stops there (and returns {"computed": int}) and `wait` waits for the other parts before scoring.
+    compute=False scores what is stored and never loads the model. answerer replaces the checkpoint's model (for tests).
+    Raises ValueError, one line, for an unknown task or metric, a missing checkpoint and missing answers.
+    """
+    started = time.monotonic()
+    workdir = Path(workdir)
+    _check_environment(config, workdir)
+
+    from dllm.evaluation.store import AnswerStore
+    from dllm.evaluation.stored import StoredLM
+    from dllm.evaluation.task_files import (
+        build_requests,
+        declared_metrics,
+        definition_digest,
+        load_tasks,
+        seed_examples,
+    )
+
+    tasks = load_tasks(config, workdir)
+    declared = declared_metrics(tasks)
+    if declared is not None:
+        check_metrics(config, declared)
+    checkpoint_digest = directory_digest(workdir / config.checkpoint)["digest"]
+    model_key = digest({"checkpoint": checkpoint_digest, "settings": answer_settings(config), "code": code_digest()})
+    store = AnswerStore(
+        workdir / ".work" / "answers" / config.run / config.benchmark / model_key[:16],
+        f"shard-{shard[0]}-of-{shard[1]}",
+    )
+    lm = StoredLM(
+        answerer or open_answerer(config, workdir, tasks, device),
+        store,
+        model_key=model_key,
+        generations_per_chunk=config.generation.batch_size,
+        progress=progress,
+        may_compute=compute and not wait,
+    )
+    if compute and (shard[1] > 1 or not score):
+        for kind, requests in build_requests(tasks, config, lm).items():
+            lm.fill(kind, requests, shard)
+    if not score:
+        return {"computed": lm.computed}
+    if wait:
+        for kind, requests in build_requests(tasks, config, lm).items():
+            lm.wait_for(kind, requests)
+
+    seed_examples(tasks, config.seed)
+    results = _run_harness(lm, tasks, config)
+    documents = collect_documents(results["samples"], lm)
+    metrics = collect_metrics(tasks, results["samples"])
+    check_metrics(config, set(metrics))
+    headline = f"{config.metric},{config.filter}"
+    result = {
+        "run": config.run,
+        "benchmark": config.benchmark,
+        "task": config.task,
+        "shots": config.shots if config.shots is not None else _shots(tasks),
+        "n": metrics[headline]["n"],
+        "metric": config.metric,
+        "filter": config.filter,
+        "metrics": {_without_filter(name, config.filter): summary for name, summary in metrics.items()},
+        "chance": config.chance,
+        "limit": config.limit,
+        "scorer": answer_settings(config) | {"seed": config.seed},
+        "passes": sum(document["passes"] for document in documents),
+        "truncated": sum(1 for document in documents if document.get("truncated")),
+        "subtasks": collect_subtasks(tasks, results["samples"], config),
+        "inputs": {
+            "checkpoint": checkpoint_digest,
+            "data": directory_digest(workdir / config.data)["digest"] if config.data else config.revision,
+            "task_definition": definition_digest(tasks),
+            "prompts": digest({"prompts": [document["prompt_sha256"] for document in documents]}),
+        },
+        "wall_seconds": round(time.monotonic() - started, 3),
+        "provenance": collect(config_digest=digest(config), device=device),
+    }
+    target = workdir / "evals" / config.run / config.benchmark
+    lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    write_atomically(target.with_name(f"{target.name}.samples.jsonl"), lines)
+    write_atomically(target.with_name(f"{target.name}.json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Who answers
+
+
+def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: str) -> Answerer:
+    """The checkpoint as lm-eval's model; its weights are loaded at the first answer that is not stored."""
+    from dllm.evaluation.task_files import reads_greedy
+    from dllm.models.tokenizers import load_tokenizer
+
+    checkpoint = workdir / config.checkpoint
+    tokenizer = load_tokenizer(checkpoint)
+    if config.chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            f"{config.run}: the tokenizer in {checkpoint} has no chat template; set chat_template: false, "
+            "or evaluate a checkpoint that was trained on conversations"
+        )
+    if config.model_kind == "hf":
+        from dllm.evaluation.causal import CausalAnswerer, open_causal
+
+        def open_model():
+            return open_causal(
+                str(checkpoint), precision=config.precision, device=device, batch_size=config.generation.batch_size
+            )
+
+        return CausalAnswerer(tokenizer, open_model, generation=config.generation)
+    from dllm.evaluation.adapter import DiffusionAdapter
+
+    return DiffusionAdapter(
+        tokenizer,
+        lambda: open_diffusion(str(checkpoint), config.precision, device),
+        generation=config.generation,
+        scorer=config.scorer,
+        greedy_tasks=frozenset(name for name, task in tasks["tasks"].items() if reads_greedy(task)),
+    )
+
+
+@lru_cache(maxsize=1)
+def open_diffusion(checkpoint: str, precision: str, device: str):
+    """The diffusion model of a checkpoint; the last one is kept for the next benchmark of the same process."""
+    import torch
+
+    import dllm
+
+    return dllm.load(checkpoint, device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+
+
+def answer_settings(config: EvaluationConfig) -> dict[str, Any]:
+    """Every setting that can change an answer, and nothing else."""
+    return {
+        "model_kind": config.model_kind,
+        "precision": config.precision,
+        "chat_template": config.chat_template,
+        "fewshot_as_multiturn": config.fewshot_as_multiturn,
+        **config.scorer.model_dump(mode="json"),
+        "generation": config.generation.model_dump(mode="json"),
+    }
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Digest of the source files that decide an answer."""
+    total = hashlib.sha256()
+    for name in DECIDES_ANSWERS:
+        place = PACKAGE / name
+        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            total.update(f"{path.relative_to(PACKAGE).as_posix()}\0{file_digest(path)}\n".encode())
+    return total.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What lm-eval gives back
+
+
+def _run_harness(lm: StoredLM, tasks: dict, config: EvaluationConfig) -> dict[str, Any]:
+    import lm_eval
+
+    return lm_eval.evaluate(
+        lm,
+        tasks,
+        limit=config.limit,
+        bootstrap_iters=0,
+        apply_chat_template=config.chat_template,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
+    )
+
+
+def check_metrics(config: EvaluationConfig, known: set[str]) -> None:
+    """Raise ValueError, one line, unless the metrics that the evaluation names are among `metric,filter` names."""
+    for name in (config.metric, *config.further_metrics):
+        name = name if "," in name else f"{name},{config.filter}"
+        if name not in known:
+            raise ValueError(
+                f"{config.benchmark}: metric {name!r} (metric,filter) does not come out of task {config.task!r}, "
+                f"which gives {', '.join(sorted(known))}. {did_you_mean(name, sorted(known))}"
+            )
+
+
+def collect_metrics(tasks: dict, samples: dict[str, list[dict]]) -> dict[str, dict]:
+    """{"metric,filter": {value, standard_error, low, high, n}} over the documents of all tasks, each counting once."""
+    values: dict[str, list] = {}
+    aggregates: dict[str, Any] = {}
+    for name, documents in samples.items():
+        for document in documents:
+            for metric in document["metrics"]:
+                key = f"{metric},{document['filter']}"
+                values.setdefault(key, []).append(document[metric])
+                aggregates.setdefault(key, tasks["tasks"][name].aggregation().get(metric, _mean))
+    return {key: summarise(values[key], aggregates[key]) for key in sorted(values)}
+
+
+def collect_subtasks(tasks: dict, samples: dict[str, list[dict]], config: EvaluationConfig) -> dict[str, dict]:
+    """{task: {value, n}} of the headline metric."""
+    headline = f"{config.metric},{config.filter}"
+    found = {}
+    for name in sorted(samples):
+        summary = collect_metrics(tasks, {name: samples[name]}).get(headline)
+        if summary is not None:
+            found[name] = {"value": summary["value"], "n": summary["n"]}
+    return found
+
+
+def collect_documents(samples: dict[str, list[dict]], lm: StoredLM) -> list[dict[str, Any]]:
+    """One row per document: prompt, target, response or log-likelihoods, scores by metric and filter."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for name in sorted(samples):
+        for sample in sorted(samples[name], key=lambda sample: sample["doc_id"]):
+            key = (name, sample["doc_id"])
+            row = rows.setdefault(key, _document(name, sample, lm.found[key]))
+            for metric in sample["metrics"]:
+                row["scores"][f"{metric},{sample['filter']}"] = _plain(sample[metric])
+    return list(rows.values())
+
+
+def _document(subtask: str, sample: dict, answers: list[dict]) -> dict[str, Any]:
+    prompts = [arguments[0] for arguments in sample["arguments"]]
+    shared = len(set(prompts)) == 1
+    row: dict[str, Any] = {
+        "doc_id": sample["doc_id"],
+        "subtask": subtask,
+        "prompt": prompts[0] if shared else prompts,
+        "prompt_sha256": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+        "target": _plain(sample["target"]),
+    }
+    first = answers[0]["answer"]
+    if isinstance(first, str):
+        row["response"] = first if len(answers) == 1 else [answer["answer"] for answer in answers]
+    else:
+        if isinstance(first, (list, tuple)):
+            row["continuations"] = [arguments[1] for arguments in sample["arguments"]]
+            row["log_likelihoods"] = [answer["answer"][0] for answer in answers]
+            row["is_greedy"] = [answer["answer"][1] for answer in answers]
+        else:
+            row["log_likelihoods"] = [answer["answer"] for answer in answers]
+        row["standard_errors"] = [answer.get("standard_error") for answer in answers]
+    row["passes"] = sum(answer.get("passes") or 0 for answer in answers)
+    truncated = max(answer.get("truncated", 0) for answer in answers)
+    if truncated:
+        row["truncated"] = truncated
+    row["scores"] = {}
+    return row
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it; numpy's numbers become Python's."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _mean(values) -> float:
+    return math.fsum(values) / len(values)
+
+
+_mean.__name__ = "mean"  # what lm-eval falls back to, under the name by which `summarise` knows it
+
+
+def _without_filter(name: str, default: str) -> str:
+    """`acc` for the headline's filter, lm-eval's own `metric,filter` for others."""
+    return name.removesuffix(f",{default}")
+
+
+def _shots(tasks: dict) -> int | None:
+    numbers = {task.config.num_fewshot or 0 for task in tasks["tasks"].values()}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _check_environment(config: EvaluationConfig, workdir: Path) -> None:
+    checkpoint = workdir / config.checkpoint
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"{config.run}: checkpoint = {config.checkpoint!r} is not in {workdir} (no config.json); "
+            "train or fetch it first"
+        )

@@ -1,0 +1,61 @@
+"""From per-document scores to a value with its 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of a share, (low, high) in [0, 1].
+
+    Raises ValueError unless 0 <= successes <= n and n > 0. Source: Wilson 1927, J. Am. Stat. Assoc. 22, eq. 1.
+    """
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(f"wilson_interval: {successes} of {n} is not a share; give 0 <= successes <= n and n > 0")
+    share, shrink = successes / n, 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # at 0 and n the interval touches the end exactly; rounding must not move it
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def normal_interval(values: Sequence[float], z: float = Z95) -> tuple[float, float | None, float | None, float | None]:
+    """Mean, its standard error and the normal interval of real-valued scores; None where one document says nothing."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None, None, None
+    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return mean, error, mean - z * error, mean + z * error
+
+
+def summarise(values: Sequence, aggregate: Callable[[Sequence], float]) -> dict[str, float | int | None]:
+    """{value, standard_error, low, high, n} of one metric over its documents, each document counting once.
+
+    aggregate is lm-eval's aggregation of the metric, known by its name: `mean` of 0/1 scores gives a Wilson interval,
+    `mean` of other numbers a normal one, `perplexity` the exponential of the negated normal one (standard error by the
+    delta method). For anything else (corpus metrics such as F1) only the value is known.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("summarise: no scored document; check the task's split and `limit`")
+    if aggregate.__name__ == "mean" and all(value in (0, 1) for value in values):
+        successes = sum(int(value) for value in values)
+        low, high = wilson_interval(successes, n)
+        share = successes / n
+        error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
+        return {"value": share, "standard_error": error, "low": low, "high": high, "n": n}
+    if aggregate.__name__ == "mean":
+        mean, error, low, high = normal_interval([float(value) for value in values])
+        return {"value": mean, "standard_error": error, "low": low, "high": high, "n": n}
+    if aggregate.__name__ == "perplexity":
+        mean, error, low, high = normal_interval([-float(value) for value in values])
+        value = math.exp(mean)
+        if error is None:
+            return {"value": value, "standard_error": None, "low": None, "high": None, "n": n}
+        return {"value": value, "standard_error": value * error, "low": math.exp(low), "high": math.exp(high), "n": n}
+    return {"value": float(aggregate(values)), "standard_error": None, "low": None, "high": None, "n": n}

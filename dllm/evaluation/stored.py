@@ -1,0 +1,168 @@
+"""An lm-eval model whose answers are on disk: asked for all requests, it computes its own share of the missing ones."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Protocol
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from dllm.evaluation.store import Answer, AnswerStore, request_key
+
+Progress = Callable[[int, int], None]
+"""Called with (answered, asked) after every chunk."""
+
+LIKELIHOODS_PER_CHUNK = 512
+
+
+class Answerer(Protocol):
+    """Who computes answers: a diffusion model's adapter or an autoregressive baseline."""
+
+    tokenizer_name: str
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+
+    def variant(self, kind: str, request: Instance) -> str: ...
+
+    def answers(self, kind: str, requests: list[Instance], repeats: list[int]) -> list[Answer]: ...
+
+
+class StoredLM(LM):
+    """lm-eval's model: answers come from the store; `fill` computes those of one shard that are missing.
+
+    Every process is given all requests, so that the examples drawn into the prompts do not depend on how many processes
+    there are; the documents are dealt round robin. Requests with the same prompt stay together, in a shard and in a
+    chunk, because a model may score them together with fewer passes.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        store: AnswerStore,
+        *,
+        model_key: str,
+        generations_per_chunk: int = 32,
+        progress: Progress | None = None,
+        may_compute: bool = True,
+    ):
+        super().__init__()
+        self.answerer = answerer
+        self.store = store
+        self.model_key = model_key
+        self.generations_per_chunk = generations_per_chunk
+        self.progress = progress or (lambda answered, asked: None)
+        self.may_compute = may_compute
+        self.computed = 0
+        self.found: dict[tuple[str, int], list[Answer]] = defaultdict(list)
+        """Answers by (task, document), in the order of the requests."""
+
+    # lm-eval's interface
+    @property
+    def tokenizer_name(self) -> str:
+        return self.answerer.tokenizer_name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.answerer.apply_chat_template(chat_history, add_generation_prompt)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return [tuple(answer["answer"]) for answer in self._all("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return [answer["answer"] for answer in self._all("loglikelihood_rolling", requests)]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return [answer["answer"] for answer in self._all("generate_until", requests)]
+
+    # ours
+    def fill(self, kind: str, requests: list[Instance], shard: tuple[int, int] = (0, 1)) -> None:
+        """Compute and store what shard (i, n) of the documents lacks, chunk by chunk, long prompts first."""
+        index, shards = shard
+        part = _parts(requests, shards)
+        missing: dict[str, tuple[Instance, int]] = {}
+        asked = set()
+        for key, request, repeat in self._keyed(kind, requests):
+            if part[(request.task_name, request.doc_id)] == index:
+                asked.add(key)
+                if key not in self.store:
+                    missing.setdefault(key, (request, repeat))
+        size = self.generations_per_chunk if kind == "generate_until" else LIKELIHOODS_PER_CHUNK
+        answered = len(asked) - len(missing)
+        self.progress(answered, len(asked))
+        for keys in _chunks({key: request.args[0] for key, (request, _) in missing.items()}, size):
+            chunk, repeats = zip(*(missing[key] for key in keys), strict=True)
+            answers = self.answerer.answers(kind, list(chunk), list(repeats))
+            self.store.write(dict(zip(keys, answers, strict=True)))
+            self.computed += len(keys)
+            answered += len(keys)
+            self.progress(answered, len(asked))
+
+    def wait_for(self, kind: str, requests: list[Instance], *, seconds_between: float = 1.0) -> None:
+        """Return once other processes have stored the answers to all requests."""
+        keys = [key for key, _, _ in self._keyed(kind, requests)]
+        while any(key not in self.store for key in keys):
+            time.sleep(seconds_between)
+            self.store.read()
+
+    def _all(self, kind: str, requests: list[Instance]) -> list[Answer]:
+        if self.may_compute:
+            self.fill(kind, requests)
+        keyed = self._keyed(kind, requests)
+        missing = {key for key, _, _ in keyed if key not in self.store}
+        if missing:
+            asked = len({key for key, _, _ in keyed})
+            raise ValueError(
+                f"{self.store.directory}: {len(missing)} of {asked} answers are missing; run the shards that are not "
+                "done, or leave out --merge to compute them here"
+            )
+        answers = [self.store[key] for key, _, _ in keyed]
+        for (_, request, _), answer in zip(keyed, answers, strict=True):
+            self.found[(request.task_name, request.doc_id)].append(answer)
+        return answers
+
+    def _keyed(self, kind: str, requests: list[Instance]) -> list[tuple[str, Instance, int]]:
+        """(key, request, repeat) of each request; lm-eval repeats a request by naming the same object again."""
+        times: dict[int, int] = defaultdict(int)
+        keyed = []
+        for request in requests:
+            repeat = times[id(request)]
+            times[id(request)] += 1
+            key = request_key(
+                kind,
+                request.args,
+                repeat=repeat,
+                variant=self.answerer.variant(kind, request),
+                model_key=self.model_key,
+            )
+            keyed.append((key, request, repeat))
+        return keyed
+
+
+def _parts(requests: list[Instance], shards: int) -> dict[tuple[str, int], int]:
+    """The shard of each (task, document): round robin over the first prompts, equal ones in the same shard."""
+    prompts: dict[str, int] = {}
+    parts: dict[tuple[str, int], int] = {}
+    for request in requests:
+        document = (request.task_name, request.doc_id)
+        if document not in parts:
+            parts[document] = prompts.setdefault(request.args[0], len(prompts)) % shards
+    return parts
+
+
+def _chunks(prompts: dict[str, str], size: int) -> Iterator[list[str]]:
+    """Keys, long prompts first, in chunks of about `size` that do not part equal prompts."""
+    chunk: list[str] = []
+    ordered = sorted(prompts, key=lambda key: (-len(prompts[key]), prompts[key], key))
+    for _, same in groupby(ordered, key=prompts.__getitem__):
+        chunk += same
+        if len(chunk) >= size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,274 @@
+"""A diffusion language model as its users see it: texts and conversations in, texts and scores out."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dllm.algorithms import algorithm_class
+from dllm.algorithms.base import Algorithm
+from dllm.config import GenerateSettings, LikelihoodSettings
+from dllm.core.canvas import Canvas, Score, canvas_for, first_position
+from dllm.models.load import Backbone, load_backbone
+from dllm.models.tokenizers import check_messages, encode_chat, encode_text
+
+END_OF_TURN = "[/Answer]"
+"""The end of turn of a checkpoint without a sidecar, if its chat template writes it."""
+
+Prompt = str | Sequence[dict] | Sequence[int]
+"""A text to be continued, a conversation to be answered ({"role", "content"} turns), or token ids."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, how many tokens it has up to its end, and how many forward passes its row took part in."""
+
+    text: str
+    tokens: int
+    passes: int
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiffusionLM:
+    """The model in a checkpoint directory, or at a revision of a hub repository; on an accelerator if there is one.
+
+    Raises ValueError, one line, for a missing, damaged or unsuitable checkpoint.
+    """
+    backbone = load_backbone(path_or_hub_id, revision=revision, device=device or best_device(), dtype=dtype)
+    return DiffusionLM(backbone, algorithm_class(backbone.sidecar.get("algorithm", "mdlm"))())
+
+
+def best_device() -> str:
+    """`cuda` or `mps` where there is one, else `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class DiffusionLM:
+    """A backbone and the algorithm that samples and scores with it."""
+
+    backbone: Backbone
+    algorithm: Algorithm
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerateSettings | None = None) -> list[str]:
+        """One text per prompt, in their order; see `answers`."""
+        return [answer.text for answer in self.answers(prompts, settings)]
+
+    def answers(self, prompts: Sequence[Prompt], settings: GenerateSettings | None = None) -> list[Answer]:
+        """One answer per prompt, in their order, `settings.batch_size` rows at a time.
+
+        A text ends before the end of turn, EOS or a stop string. A row's answer does not depend on its batch-mates.
+        Raises ValueError, one line, for a prompt that is none or that leaves no room for `max_new_tokens`.
+        """
+        settings = settings or GenerateSettings()
+        rows = self._prompt_rows(prompts, settings)
+        # the longest first: what does not fit into memory shows at once
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+        found: list[Answer] = [Answer("", 0, 0)] * len(rows)
+        for low in range(0, len(order), settings.batch_size):
+            batch = order[low : low + settings.batch_size]
+            canvas, passes = _drained(self._denoise([rows[row] for row in batch], settings))
+            for row, tokens, nfe in zip(batch, canvas.responses(), passes.tolist(), strict=True):
+                text = self.decode(tokens, settings.stop)
+                is_chat = not isinstance(prompts[row], str) and isinstance(prompts[row][0], dict)
+                found[row] = Answer(text.strip() if is_chat else text, self.answer_length(tokens, settings.stop), nfe)
+        return found
+
+    def stream(self, prompts: Sequence[Prompt], settings: GenerateSettings | None = None) -> Iterator[Canvas]:
+        """The canvas of all prompts, all masks at first, then after every change.
+
+        All prompts are one batch. `decode(canvas.responses()[row])` is a row's text so far.
+        """
+        settings = settings or GenerateSettings()
+        rows = self._prompt_rows(prompts, settings)
+        return self._denoise(rows, settings)
+
+    def _denoise(self, rows: list[list[int]], settings: GenerateSettings) -> Iterator[Canvas]:
+        backbone = self.backbone
+        canvas = canvas_for(
+            rows,
+            settings.max_new_tokens,
+            mask_id=backbone.mask_id,
+            pad_id=backbone.pad_id,
+            device=backbone.device,
+        )
+        finished = self._finished(settings.stop) if settings.early_stop else None
+        return self.algorithm.denoise(backbone, canvas, settings, finished=finished)
+
+    def _finished(self, stop: Sequence[str]) -> Callable[[Canvas], Tensor]:
+        """Which rows [B] have an end of turn or a stop string in the text that has no mask on its left."""
+        ends = self._ends(stop)
+        seen: dict[int, int] = {}
+
+        def finished(canvas: Canvas) -> Tensor:
+            known = first_position(canvas.masked).minimum(canvas.length).tolist()
+            found = torch.zeros_like(canvas.done)
+            for row, (start, end, done) in enumerate(
+                zip(canvas.start.tolist(), known, canvas.done.tolist(), strict=True)
+            ):
+                if done or end <= seen.get(row, start):
+                    continue
+                seen[row] = end
+                text = self._text(canvas.tokens[row, start:end].tolist())
+                found[row] = any(mark in text for mark in ends)
+            return found
+
+        return finished if ends else lambda canvas: torch.zeros_like(canvas.done)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Scores
+
+    def nelbo(
+        self,
+        prompts: Sequence[Prompt],
+        targets: Sequence[str | Sequence[int]],
+        settings: LikelihoodSettings | None = None,
+    ) -> list[Score]:
+        """A bound on -log p(target | prompt) in nats for each pair; lower is better.
+
+        Prompt and target are tokenized each on its own, without CLS/SEP. Raises ValueError, one line, for an empty
+        target or a pair longer than the model's context.
+        """
+        rows, aims = self._pairs(prompts, targets)
+        return self.algorithm.nelbo(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+
+    def greedy_match(
+        self,
+        prompts: Sequence[Prompt],
+        targets: Sequence[str | Sequence[int]],
+        settings: LikelihoodSettings | None = None,
+    ) -> list[bool]:
+        """Whether greedy decoding of exactly the target's length, one token per pass, gives the target."""
+        rows, aims = self._pairs(prompts, targets)
+        return self.algorithm.greedy_match(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+
+    def _pairs(self, prompts: Sequence[Prompt], targets: Sequence[str | Sequence[int]]) -> tuple[list, list]:
+        _check_list(prompts, "prompts")
+        _check_list(targets, "targets")
+        if len(prompts) != len(targets):
+            raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; every prompt needs one target")
+        aims = [self._encode_text(target) if isinstance(target, str) else list(target) for target in targets]
+        for number, aim in enumerate(aims):
+            if not aim:
+                raise ValueError(f"targets[{number}] = {targets[number]!r} has no tokens; there is nothing to score")
+        # no tokens at all are a prompt here: the likelihood of a text from its start
+        return [self.encode_prompt(p) if isinstance(p, str) or len(p) else [] for p in prompts], aims
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Text and tokens
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text as it is, or of a conversation in the chat template up to where the answer begins.
+
+        Exactly as in training: no CLS, no SEP. Token ids are returned as they are. Raises ValueError, one line, for
+        a conversation that is empty, has an unknown role or ends with an answer.
+        """
+        if isinstance(prompt, str):
+            return self._encode_text(prompt)
+        turns = list(prompt)
+        if turns and all(isinstance(turn, int) for turn in turns):
+            return turns
+        check_messages(turns)
+        if turns[-1]["role"] == "assistant":
+            raise ValueError("the last turn of messages is the assistant's; end with a turn of the user to be answered")
+        if not self.backbone.tokenizer.chat_template:
+            raise ValueError("this model's tokenizer has no chat template; give a text instead of messages")
+        return encode_chat(self.backbone.tokenizer, turns, add_generation_prompt=True)
+
+    def decode(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """Text of a response up to its end of turn, EOS or stop string; special tokens and masks are left out."""
+        text = self._text(tokens)
+        ends = [(at, mark) for mark in self._ends(stop) if (at := text.find(mark)) >= 0]
+        if not ends:
+            return text
+        at, mark = min(ends)
+        # the chat template writes a line break between an answer and its end of turn
+        return text[:at].rstrip() if mark in self._ends(()) else text[:at]
+
+    def answer_length(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> int:
+        """How many of a response's tokens carry its text, that is, stand before its end."""
+        tokens = self._before_eos(tokens)
+        text, whole = self.decode(tokens, stop), self._text(tokens)
+        if len(text) == len(whole):
+            return len(tokens)
+        return bisect_left(range(len(tokens)), len(text), key=lambda count: len(self._text(tokens[:count])))
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        known = [token for token in self._before_eos(tokens) if token != self.backbone.mask_id]
+        return self.backbone.tokenizer.decode(known, skip_special_tokens=True)
+
+    def _before_eos(self, tokens: Sequence[int]) -> list[int]:
+        return list(takewhile(lambda token: token not in self._end_ids, map(int, tokens)))
+
+    @cached_property
+    def end_of_turn(self) -> str | None:
+        """The string that ends an answer, or None where only EOS does."""
+        if self.backbone.sidecar:
+            return self.backbone.sidecar.get("special_tokens", {}).get("end_of_turn")
+        return END_OF_TURN if END_OF_TURN in (self.backbone.tokenizer.chat_template or "") else None
+
+    @cached_property
+    def _end_ids(self) -> frozenset[int]:
+        """EOS, padding, and the end of turn where it is a special token, which a decoded text does not show."""
+        ids = {self.backbone.eos_id, self.backbone.pad_id}
+        if self.end_of_turn in self.backbone.tokenizer.all_special_tokens:
+            ids.add(self.backbone.tokenizer.convert_tokens_to_ids(self.end_of_turn))
+        return frozenset(ids)
+
+    @cached_property
+    def _end_marks(self) -> tuple[str, ...]:
+        if not self.end_of_turn:
+            return ()
+        # tokenizers that put spaces around punctuation or drop case decode it differently
+        decoded = self.backbone.tokenizer.decode(self._encode_text(self.end_of_turn), skip_special_tokens=True)
+        return tuple(dict.fromkeys(mark for mark in (self.end_of_turn, decoded.strip()) if mark))
+
+    def _ends(self, stop: Sequence[str]) -> list[str]:
+        return [*self._end_marks, *(mark for mark in stop if mark)]
+
+    def _encode_text(self, text: str) -> list[int]:
+        return list(encode_text(self.backbone.tokenizer, text))
+
+    def _prompt_rows(self, prompts: Sequence[Prompt], settings: GenerateSettings) -> list[list[int]]:
+        _check_list(prompts, "prompts")
+        rows = [self.encode_prompt(prompt) for prompt in prompts]
+        room = self.backbone.max_length - settings.max_new_tokens
+        for number, row in enumerate(rows):
+            if len(row) > room:
+                raise ValueError(
+                    f"prompts[{number}] has {len(row)} tokens; with max_new_tokens = {settings.max_new_tokens} the "
+                    f"model's context of {self.backbone.max_length} tokens leaves {max(0, room)}; shorten the prompt "
+                    "or lower max_new_tokens"
+                )
+        return rows
+
+
+def _drained(canvases: Iterator[Canvas]) -> tuple[Canvas, Tensor]:
+    """The last canvas, and the passes [B] each row took part in."""
+    canvas = next(canvases)
+    passes, done = torch.zeros_like(canvas.start), canvas.done
+    for canvas in canvases:
+        passes, done = torch.where(done, passes, canvas.nfe), canvas.done
+    return canvas, passes
+
+
+def _check_list(values: object, name: str) -> None:
+    if isinstance(values, str | dict) or (len(values) and isinstance(values[0], dict | int)):
+        raise ValueError(f"{name} is a single one; give a list, e.g. {name}=[...] with one element")

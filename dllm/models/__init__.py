@@ -1,0 +1,1 @@
+"""Backbones: one loader for every checkpoint, one forward for every algorithm. No modelling code."""

@@ -1,0 +1,153 @@
+"""Where a number comes from: commit, digests, versions, hardware, time; and the record beside every artifact.
+
+An artifact is a directory; its record is a small JSON file beside it with the digest of the content. The records are
+the nodes of the workflow's graph: the directories themselves are never deleted, touched or hashed by the workflow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("dllm", "torch", "transformers", "accelerate", "tokenizers", "datasets", "lm-eval")
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def replace_directory(new: str | Path, target: str | Path) -> None:
+    """Put the finished directory `new` in the place of `target`; what was there goes only once `new` is in place."""
+    new, target = Path(new), Path(target)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def file_digest(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def directory_digest(directory: str | Path, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """digest, files and bytes of a directory: SHA-256 over the sorted (path, file digest) pairs."""
+    directory = Path(directory)
+    paths = sorted(
+        p for p in directory.rglob("*") if p.is_file() and p.relative_to(directory).as_posix() not in leave_out
+    )
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(f"{path.relative_to(directory).as_posix()}\0{file_digest(path)}\n".encode())
+    return {"digest": total.hexdigest(), "files": len(paths), "bytes": sum(p.stat().st_size for p in paths)}
+
+
+VOLATILE = ("provenance.json", "metrics.jsonl")
+"""Files that hold times; an artifact's digest leaves them out, so that an identical rerun has an identical digest."""
+
+
+def write_record(
+    directory: str | Path,
+    *,
+    kind: str,
+    name: str,
+    config_digest: str,
+    inputs: dict[str, str],
+) -> dict:
+    """Write `<directory>.json`, the record of a finished artifact, and return it.
+
+    It holds nothing that differs between two identical runs, so that what depends on it need not run again.
+    """
+    record = {"kind": kind, "name": name} | directory_digest(directory, VOLATILE)
+    record |= {"config_digest": config_digest, "inputs": inputs}
+    write_atomically(f"{directory}.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return record
+
+
+def read_record(path: str | Path) -> dict:
+    """The record at `path`. Raises ValueError, one line, if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: missing; run the workflow so that it makes {str(path).removesuffix('.json')}"
+        ) from None
+    except ValueError:
+        raise ValueError(f"{path}: damaged; delete it and run the workflow again") from None
+
+
+@cache
+def commit() -> dict[str, Any]:
+    """commit of the source tree and whether it has uncommitted changes; unknown outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "HEAD")
+    return {"commit": head or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def hardware() -> str:
+    """The processor, as a reader knows it, and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def collect(**facts: Any) -> dict[str, Any]:
+    """A provenance mapping: commit, versions, hardware and the time, plus the facts given."""
+    return (
+        commit()
+        | {"versions": versions(), "hardware": hardware(), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        | facts
+    )

@@ -1,0 +1,53 @@
+"""How numbers look: one decimal for per cent, `43.1 [38.0, 48.4]` for intervals, a true minus sign."""
+
+from pandas import isna
+
+ABSENT = "–"
+
+
+def fixed(value: float | None, digits: int = 1) -> str:
+    """`-0.04` with one digit is `0.0`; a missing number is a dash."""
+    if value is None or isna(value):
+        return ABSENT
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", "−")
+
+
+def interval(value: float, low: float, high: float, digits: int = 1) -> str:
+    """`43.1 [38.0, 48.4]`, or the value alone where its interval is unknown."""
+    if isna(value) or isna(low) or isna(high):
+        return fixed(value, digits)
+    return f"{fixed(value, digits)} [{fixed(low, digits)}, {fixed(high, digits)}]"
+
+
+def signed_interval(value: float, low: float, high: float, digits: int = 1) -> str:
+    """Like `interval`, with a plus sign before a positive value."""
+    text = interval(value, low, high, digits)
+    return text if isna(value) or round(value, digits) <= 0 else f"+{text}"
+
+
+def quantity(value: float | None) -> str:
+    """`65.5 M`: a count with three significant digits."""
+    if value is None or isna(value):
+        return ABSENT
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """`7 h 02 min`, `3 min 20 s` or `4.2 s`."""
+    if seconds is None or isna(seconds):
+        return ABSENT
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def joined(names: list[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""

@@ -1,0 +1,186 @@
+"""Files of a finished work directory, as tidy frames. Every path in an error is relative to that directory."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from dllm.report.plan import ReportPlan
+from dllm.report.statistics import Estimate, against_chance, wilson_interval
+
+TAIL = 0.1
+"""Share of the logged steps, at the end of a run, that its final training loss averages."""
+
+_RUN_COLUMNS = ("step", "split", "loss")
+
+
+def read_text(workdir: Path, path: str, rule: str) -> str:
+    """Text of one file. Raises ValueError with the file and the rule that makes it if the file is missing."""
+    file = Path(workdir) / path
+    if not file.is_file():
+        raise ValueError(f"{path} is missing in {workdir}; rule {rule!r} makes it. Run the workflow up to that file.")
+    return file.read_text(encoding="utf-8")
+
+
+def read_json(workdir: Path, path: str, rule: str) -> dict:
+    """One JSON object. Raises ValueError if the file is missing or is not one."""
+    try:
+        content = json.loads(read_text(workdir, path, rule))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno} is not JSON ({error.msg}); rule {rule!r} makes it anew.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; rule {rule!r} makes it anew.")
+    return content
+
+
+def read_metrics(workdir: Path, run: str) -> pd.DataFrame:
+    """Every logged line of a run: columns `step`, `split` (train or eval), `loss`, and what else was logged.
+
+    Raises ValueError if the file is missing, a line is not JSON, or either split has no line.
+    """
+    path = f"runs/{run}/metrics.jsonl"
+    rows = []
+    for number, line in enumerate(read_text(workdir, path, "train").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error.msg}); rule 'train' makes it anew.") from error
+    frame = pd.DataFrame(rows)
+    missing = [column for column in _RUN_COLUMNS if column not in frame]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}; rule 'train' makes it anew.")
+    for split in ("train", "eval"):
+        if not (frame["split"] == split).any():
+            raise ValueError(f"{path} has no {split} line; rule 'train' makes it anew.")
+    for column in ("standard_error", "tokens", "targets", "epoch"):
+        if column not in frame:
+            frame[column] = float("nan")
+    return frame.sort_values(["split", "step"], kind="stable", ignore_index=True)
+
+
+def read_provenance(workdir: Path, run: str) -> dict:
+    """Where a run comes from: seed, commit, digests, hardware, wall seconds."""
+    return read_json(workdir, f"runs/{run}/provenance.json", "train")
+
+
+def read_evaluation(workdir: Path, run: str, benchmark: str) -> dict:
+    """One evaluation: metrics, chance level, scorer settings, provenance."""
+    return read_json(workdir, f"evals/{run}/{benchmark}.json", "evaluate")
+
+
+def read_samples(workdir: Path, run: str) -> dict:
+    """Sample conversations of a run, and its denoising film."""
+    return read_json(workdir, f"samples/{run}.json", "sample")
+
+
+def read_speed(workdir: Path, run: str) -> pd.DataFrame:
+    """Time and quality against the number of denoising steps, most steps first."""
+    path = f"speed/{run}.json"
+    points = read_json(workdir, path, "speed").get("points")
+    if not points:
+        raise ValueError(f"{path} has no points; rule 'speed' makes it anew.")
+    return pd.DataFrame(points).sort_values("steps", ascending=False, ignore_index=True)
+
+
+def split_of(metrics: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The lines of one split, in the order of their steps."""
+    return metrics[metrics["split"] == split].reset_index(drop=True)
+
+
+def final_eval_loss(metrics: pd.DataFrame) -> Estimate:
+    """Loss of the last evaluation, nats per target token."""
+    last = split_of(metrics, "eval").iloc[-1]
+    return Estimate(float(last["loss"]), _number(last["standard_error"]))
+
+
+def final_train_loss(metrics: pd.DataFrame) -> Estimate:
+    """Mean training loss over the last tenth of the logged steps, with the standard error of that mean."""
+    losses = split_of(metrics, "train")["loss"].astype(float)
+    tail = losses.tail(max(2, round(TAIL * len(losses))))
+    return Estimate(float(tail.mean()), float(tail.sem()) if len(tail) > 1 else 0.0)
+
+
+def final_losses(workdir: Path, entries) -> pd.DataFrame:
+    """One row per planned run: label, recipe, run, steps, tokens, and final losses with their standard errors."""
+    rows = []
+    for entry in entries:
+        metrics = read_metrics(workdir, entry.run)
+        train, evaluation = final_train_loss(metrics), final_eval_loss(metrics)
+        first = split_of(metrics, "eval").iloc[0]
+        rows.append(
+            {
+                "label": getattr(entry, "label", None) or entry.start,
+                "recipe": entry.recipe,
+                "run": entry.run,
+                "steps": int(metrics["step"].max()),
+                "tokens": _number(metrics["tokens"].max()),
+                "train_loss": train.value,
+                "train_standard_error": train.standard_error,
+                "eval_loss": evaluation.value,
+                "eval_standard_error": evaluation.standard_error,
+                "eval_low": evaluation.low,
+                "eval_high": evaluation.high,
+                "first_eval_step": int(first["step"]),
+                "first_eval_loss": float(first["loss"]),
+                "first_eval_standard_error": _number(first["standard_error"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def scores(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+    """One row per scored model and benchmark, in per cent: value, 95 % interval, chance, published, difference.
+
+    The published number has no interval and is taken as exact, so the difference has the width of ours.
+    """
+    rows = []
+    for row in plan.results:
+        published = plan.reported_row(row.published_as)
+        for benchmark in plan.scored(row):
+            score = _score(workdir, row.run, benchmark)
+            reported = published.values.get(benchmark.name) if published else None
+            rows.append(
+                {
+                    "run": row.run,
+                    "label": row.label,
+                    "recipe": row.recipe,
+                    "kind": row.kind,
+                    "benchmark": benchmark.name,
+                    "benchmark_label": benchmark.label,
+                    **score,
+                    "reported": _number(reported),
+                    "reported_as": row.published_as if reported is not None else "",
+                    "difference": score["value"] - _number(reported),
+                    "difference_low": score["low"] - _number(reported),
+                    "difference_high": score["high"] - _number(reported),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _score(workdir: Path, run: str, benchmark) -> dict:
+    evaluation = read_evaluation(workdir, run, benchmark.name)
+    name = benchmark.metric or evaluation["metric"]
+    metric = evaluation["metrics"].get(name)
+    if metric is None:
+        known = ", ".join(sorted(evaluation["metrics"]))
+        raise ValueError(f"evals/{run}/{benchmark.name}.json has no metric {name!r}; it has {known}.")
+    n = int(metric.get("n") or evaluation["n"])
+    low, high = metric.get("low"), metric.get("high")
+    if low is None or high is None:
+        low, high = wilson_interval(metric["value"], n)
+    chance = benchmark.chance if benchmark.chance is not None else evaluation.get("chance")
+    return {
+        "metric": name,
+        "shots": evaluation.get("shots"),
+        "n": n,
+        "value": 100 * metric["value"],
+        "low": 100 * low,
+        "high": 100 * high,
+        "chance": 100 * _number(chance),
+        "against_chance": against_chance(low, high, chance),
+    }
+
+
+def _number(value) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,252 @@
+"""The report itself: one self-contained HTML page, and the same in markdown."""
+
+import base64
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from dllm.report import markup
+from dllm.report.faults import FAULTS
+from dllm.report.film import Frame, frames
+from dllm.report.format import ABSENT, duration, quantity
+from dllm.report.load import read_json, read_samples, read_text
+from dllm.report.plan import ReportPlan
+from dllm.report.tables import Table, as_csv, as_markdown, make_tables
+from dllm.report.trace import trace
+
+CAPTIONS = {
+    "pretraining": "Masked diffusion training of the encoders on Wikitext-103. Left: training loss, running mean over "
+    "a twentieth of the run. Right: evaluation loss under one fixed noise, with 95 % intervals. Filled markers are the "
+    "last size of a family, hollow ones the first.",
+    "openwebtext": "Further training on OpenWebText. The faint line is every logged training loss, the band the "
+    "95 % interval of the evaluation.",
+    "ablation": "Alpaca tuning from three starts. Published recipe dashed, corrected recipe solid; each row "
+    "has one scale.",
+    "ablation-final": "Final losses of the same runs with 95 % intervals: hollow and dashed is the published recipe, "
+    "filled and solid the corrected one.",
+    "chat": "Training of the chat models on tulu-3 and smoltalk.",
+    "scores": "Every score with its 95 % Wilson interval. The upright line is chance; a filled marker lies above it, a "
+    "hollow one does not; a cross is the published number of the same model. With this many intervals, about one "
+    "in twenty misses its true value.",
+    "speed": "Generation with fewer denoising steps. Left: seconds per batch, and the time in proportion to the steps "
+    "(dotted). Right: quality at the same steps, with 95 % intervals. These are wall times of one machine.",
+}
+VERDICT_SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
+_INTERVAL = re.compile(r"^(.*?) (\[.*\])(.*)$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One entry of the contents list."""
+
+    anchor: str
+    title: str
+
+
+def build_page(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
+    """Writes index.html, report.md and provenance.csv to the folder `out`. Returns the paths written.
+
+    Reads the figures and claims.json of the work directory; raises ValueError for the first that is missing.
+    """
+    workdir, out = Path(workdir), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    content = gather(workdir, plan, root=Path(os.path.relpath(workdir, out)).as_posix())
+    written = {
+        "index.html": _environment().get_template("page.html.j2").render(**content),
+        "report.md": _markdown_environment().get_template("report.md.j2").render(**content).rstrip() + "\n",
+        "provenance.csv": as_csv(content["trace"]),
+    }
+    for name, text in written.items():
+        (out / name).write_text(text, encoding="utf-8")
+    return tuple(out / name for name in written)
+
+
+def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
+    """Everything both templates show; `root` is the way from the page to the work directory."""
+    record = read_json(workdir, "claims.json", "claims")
+    samples = read_samples(workdir, plan.samples) if plan.samples else {}
+    film = read_samples(workdir, plan.film).get("film") if plan.film else None
+    return {
+        "plan": plan,
+        "root": root,
+        "style": _package_text("page.css"),
+        "sections": _sections(plan, samples, film),
+        "answer": record["answer"],
+        "claims": record["claims"],
+        "signs": VERDICT_SIGNS,
+        "absent": ABSENT,
+        "stages": stages(plan),
+        "tables": make_tables(workdir, plan),
+        "figures": {name: read_text(workdir, f"figures/{name}.svg", "figures") for name in plan.figure_names()},
+        "captions": CAPTIONS,
+        "film": film,
+        "frames": frames(film) if film else (),
+        "conversations": samples.get("conversations", ()),
+        "faults": FAULTS,
+        "trace": trace(workdir, plan),
+        "run_rows": _run_rows(workdir, plan),
+    }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the workflow: what was run, how often, and what it starts from."""
+
+    title: str
+    runs: tuple[str, ...]
+    after: str
+
+
+def stages(plan: ReportPlan) -> tuple[Stage, ...]:
+    """The workflow in the order it ran, stages without a run left out."""
+    ablation = tuple(f"{entry.start}, {entry.recipe}" for entry in plan.ablation)
+    scored = tuple(f"{row.label}{' (published)' if row.recipe == 'published' else ''}" for row in plan.results)
+    weights = "stand-in encoders" if plan.toy else "public encoder weights"
+    found = (
+        Stage("Wikitext-103 pretraining", _labels(plan.pretraining), weights),
+        Stage("OpenWebText pretraining", _labels(plan.openwebtext), weights),
+        Stage("Alpaca tuning", ablation, "untuned, Wikitext and OpenWebText weights"),
+        Stage("Chat tuning, tulu-3 and smoltalk", _labels(plan.chat), weights),
+        Stage(f"Evaluation on {len(plan.benchmarks)} benchmarks", scored, "chat models and comparisons"),
+        Stage("Conversations and timing", _named(plan, (plan.film, plan.samples, plan.speed)), "chat models"),
+    )
+    return tuple(stage for stage in found if stage.runs)
+
+
+def split_interval(text: str) -> Markup:
+    """A number with its interval set apart, so that the page can print the interval more quietly."""
+    match = _INTERVAL.match(text)
+    if not match:
+        return escape(text)
+    value, bounds, rest = match.groups()
+    return Markup('<span class="value">{}</span> <span class="interval">{}</span>{}').format(value, bounds, rest)
+
+
+def unbroken(text: str) -> str:
+    """The text with its per cent signs tied to their numbers."""
+    return text.replace(" %", "\u00a0%")
+
+
+def as_data_uri(svg: str) -> str:
+    """An SVG for the `src` of an image, so that the page needs no second file."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
+
+
+def film_text(shown: tuple[Frame, ...]) -> str:
+    """The film as plain text, one paragraph per frame."""
+    return "\n\n".join(f"step {frame.step}, {frame.nfe} passes\n{frame.plain}" for frame in shown)
+
+
+def conversation_text(conversation: list[dict]) -> str:
+    """A conversation as plain text."""
+    return "\n\n".join(f"[{turn['role']}]\n{turn['content'].strip()}" for turn in conversation)
+
+
+def table_markdown(table: Table) -> str:
+    """The table as markdown without its caption."""
+    return as_markdown(table, heading=False).rstrip()
+
+
+def _sections(plan: ReportPlan, samples: dict, film: dict | None) -> tuple[Section, ...]:
+    scored = plan.results and plan.benchmarks
+    found = (
+        ("answer", "The short answer", True),
+        ("claims", "The five claims", True),
+        ("runs", "What was run", True),
+        ("pretraining", "Six encoders on Wikitext", plan.pretraining),
+        ("openwebtext", "More text: OpenWebText", plan.openwebtext),
+        ("ablation", "Three starts, two recipes", plan.ablation),
+        ("chat", "Training the chat models", plan.chat),
+        ("results", "Scores", scored),
+        ("reported", "Published numbers", plan.reported and plan.benchmarks),
+        ("speed", "Steps, time and quality", plan.speed),
+        ("film", "Watching it denoise", film),
+        ("conversations", "Conversations", samples.get("conversations")),
+        ("faults", "What was corrected", True),
+        ("reading", "How to read the numbers", True),
+        ("provenance", "Where each number comes from", True),
+    )
+    return tuple(Section(anchor, title) for anchor, title, content in found if content)
+
+
+def _labels(entries) -> tuple[str, ...]:
+    mixed = len({entry.recipe for entry in entries}) > 1
+    return tuple(f"{entry.label}, {entry.recipe}" if mixed else entry.label for entry in entries)
+
+
+def _named(plan: ReportPlan, runs: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels of runs, each once; the name of the run where the plan has no label for it."""
+    labels = {entry.run: entry.label for entry in (*plan.results, *plan.chat)}
+    return tuple(dict.fromkeys(labels.get(run, run) for run in runs if run))
+
+
+def _run_rows(workdir: Path, plan: ReportPlan) -> list[dict]:
+    """The runs of the provenance table, ready to print."""
+    rows = trace(workdir, plan)
+    shown = []
+    for row in rows.itertuples():
+        shown.append(
+            {
+                "kind": row.kind,
+                "run": row.run,
+                "benchmark": row.benchmark,
+                "seed": _plain(row.seed),
+                "commit": _short(row.commit, 8) + (" + changes" if row.dirty is True else ""),
+                "config": _short(row.config_digest),
+                "data": _short(row.data_digest),
+                "hardware": _plain(row.hardware),
+                "wall": duration(row.wall_seconds),
+                "tokens": quantity(row.tokens),
+                "parameters": quantity(row.parameters),
+            }
+        )
+    return shown
+
+
+def _plain(value) -> str:
+    if value is None or (not isinstance(value, str) and pd.isna(value)):
+        return ABSENT
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+def _short(digest, length: int = 12) -> str:
+    return ABSENT if not isinstance(digest, str) else digest.removeprefix("sha256:")[:length]
+
+
+def _package_text(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dllm.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(split_interval=split_interval, data_uri=as_data_uri, unbroken=unbroken)
+    return environment
+
+
+def _markdown_environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dllm.report"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        md=markup.markdown,
+        fenced=markup.fenced,
+        table=table_markdown,
+        film=film_text,
+        conversation=conversation_text,
+    )
+    return environment

@@ -1,0 +1,291 @@
+"""The tables: each a pure function of the data, written as csv, markdown and LaTeX.
+
+No wall time and no provenance appears here, so that two full runs write the same bytes.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from dllm.report import markup
+from dllm.report.claims import judge
+from dllm.report.format import ABSENT, fixed, interval, quantity, signed_interval
+from dllm.report.load import final_losses, scores
+from dllm.report.plan import ReportPlan
+
+TOY = "Toy data and models."
+MARKS = {"above": "▲", "below": "▼", "near": "", "": ""}
+MARKS_NOTE = (
+    "▲ the 95 % interval lies above chance; ▼ below it; no mark: chance lies inside. "
+    "Where chance is 0, a few right answers lie above it."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, a mark behind it, and whether it stands out."""
+
+    text: str
+    mark: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: `frame` is the data (csv), `rows` what a reader sees."""
+
+    name: str
+    caption: str
+    columns: tuple[str, ...]
+    numeric: tuple[bool, ...]
+    """Per column: right-aligned."""
+    rows: tuple[tuple[Cell, ...], ...]
+    frame: pd.DataFrame
+    note: str = ""
+
+    @property
+    def marked(self) -> tuple[bool, ...]:
+        """Per column: whether any of its cells has a mark."""
+        return tuple(any(row[index].mark for row in self.rows) for index in range(len(self.columns)))
+
+
+def build_tables(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
+    """Writes every table of the plan to the folder `out`, as csv, md and tex. Returns the paths written."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for table in make_tables(workdir, plan).values():
+        for suffix, text in (("csv", as_csv(table.frame)), ("md", as_markdown(table)), ("tex", as_latex(table))):
+            path = out / f"{table.name}.{suffix}"
+            path.write_text(text, encoding="utf-8")
+            paths.append(path)
+    return tuple(paths)
+
+
+def make_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
+    """The tables that the plan fills, by name."""
+    makers = {
+        "overview": overview_table,
+        "results": results_table,
+        "pretraining": pretraining_table,
+        "openwebtext": openwebtext_table,
+        "ablation": ablation_table,
+        "chat": chat_table,
+        "reported": reported_table,
+        "claims": claims_table,
+    }
+    tables = {name: makers[name](workdir, plan) for name in plan.table_names()}
+    if plan.toy:
+        tables = {name: replace(table, caption=f"{table.caption} {TOY}") for name, table in tables.items()}
+    return tables
+
+
+def overview_table(workdir: Path, plan: ReportPlan) -> Table:
+    """Benchmarks down, models across: every score with its interval and the chance level."""
+    frame = scores(workdir, plan)
+    found = {(row.run, row.benchmark): row for row in frame.itertuples()}
+    rows = []
+    for benchmark in plan.benchmarks:
+        cells = [found.get((row.run, benchmark.name)) for row in plan.results]
+        chance = next((cell.chance for cell in cells if cell is not None), None)
+        shown = [_score_cell(cell) if cell is not None else Cell(ABSENT) for cell in cells]
+        rows.append((Cell(benchmark.label), Cell(fixed(chance)), *shown))
+    columns = ("Benchmark", "Chance", *(_with_recipe(row.label, row.recipe) for row in plan.results))
+    keep = ["benchmark", "label", "recipe", "metric", "shots", "n", "value", "low", "high", "chance", "against_chance"]
+    return _table("overview", "Scores in per cent with 95 % intervals.", columns, rows, frame[keep], MARKS_NOTE)
+
+
+def results_table(workdir: Path, plan: ReportPlan) -> Table:
+    """One row per model and benchmark: ours, published, and their difference."""
+    frame = scores(workdir, plan)
+    rows = []
+    for row in frame.itertuples():
+        difference = signed_interval(row.difference, row.difference_low, row.difference_high)
+        clear = row.difference_low > 0 or row.difference_high < 0
+        rows.append(
+            (
+                Cell(_with_recipe(row.label, row.recipe)),
+                Cell(row.benchmark_label),
+                Cell(row.metric),
+                Cell(f"{row.n}"),
+                _score_cell(row),
+                Cell(fixed(row.chance)),
+                Cell(fixed(row.reported)),
+                Cell(difference, strong=bool(clear)),
+            )
+        )
+    columns = ("Model", "Benchmark", "Metric", "Documents", "Ours", "Chance", "Published", "Difference")
+    note = (
+        f"{MARKS_NOTE} Difference: ours less the published number, which comes without an interval and is taken as "
+        "exact; bold where the interval excludes zero."
+    )
+    table = _table(
+        "results", "Scores in per cent against chance and the published numbers.", columns, rows, frame, note
+    )
+    return _left(table, 3)
+
+
+def pretraining_table(workdir: Path, plan: ReportPlan) -> Table:
+    """Final losses of the encoders."""
+    return _loss_table("pretraining", "Final losses of the encoders on Wikitext-103.", "Encoder", workdir, plan)
+
+
+def openwebtext_table(workdir: Path, plan: ReportPlan) -> Table:
+    """First and last loss on OpenWebText."""
+    return _loss_table("openwebtext", "Losses on OpenWebText.", "Model", workdir, plan)
+
+
+def ablation_table(workdir: Path, plan: ReportPlan) -> Table:
+    """Final losses of the three starts under both recipes."""
+    return _loss_table("ablation", "Final losses of Alpaca tuning, by start and recipe.", "Start", workdir, plan)
+
+
+def chat_table(workdir: Path, plan: ReportPlan) -> Table:
+    """Final losses of the chat models."""
+    return _loss_table("chat", "Final losses of the chat models.", "Model", workdir, plan)
+
+
+def reported_table(workdir: Path, plan: ReportPlan) -> Table:
+    """The published numbers with their sources; nothing here was measured by us."""
+    rows, tidy, notes = [], [], []
+    chance = {b.name: 100 * b.chance for b in plan.benchmarks if b.chance is not None}
+    for row in plan.reported:
+        cells = []
+        for benchmark in plan.benchmarks:
+            value = row.values.get(benchmark.name)
+            odd = value is not None and value < chance.get(benchmark.name, 0) / 2
+            cells.append(Cell(fixed(value), mark="†" if odd else ""))
+            if value is not None:
+                tidy.append({"label": row.label, "benchmark": benchmark.name, "value": value, "source": row.source})
+        rows.append((Cell(row.label), *cells, Cell(row.source)))
+        if row.note:
+            notes.append(f"{row.label}: {row.note}")
+    if any(cell.mark for cells in rows for cell in cells):
+        notes.insert(0, "† Below half of the chance level: more likely a fault of the scoring than of the model.")
+    columns = ("Model", *(benchmark.label for benchmark in plan.benchmarks), "Source")
+    frame = pd.DataFrame(tidy, columns=["label", "benchmark", "value", "source"])
+    table = _table("reported", "Published numbers in per cent, as printed.", columns, rows, frame, " ".join(notes))
+    return replace(table, numeric=(False, *([True] * len(plan.benchmarks)), False))
+
+
+def claims_table(workdir: Path, plan: ReportPlan) -> Table:
+    """One row per finding. Verdicts that rest on wall times stay out: claims.json has them."""
+    rows, tidy = [], []
+    for claim in judge(workdir, plan):
+        for finding in claim.findings:
+            verdict = "timed" if finding.timed else finding.verdict
+            because = "Rests on wall times: see claims.json." if finding.timed else finding.because
+            tidy.append(
+                {
+                    "claim": claim.number,
+                    "part": finding.part,
+                    "recipe": finding.recipe,
+                    "verdict": verdict,
+                    "because": because,
+                }
+            )
+            cells = (f"{claim.number}", finding.part, finding.recipe or ABSENT, verdict, because)
+            rows.append(tuple(Cell(text) for text in cells))
+    columns = ("Claim", "Part", "Recipe", "Verdict", "Because")
+    return _left(_table("claims", "The five claims.", columns, rows, pd.DataFrame(tidy)), 5)
+
+
+def as_csv(frame: pd.DataFrame) -> str:
+    """The frame as csv, six significant digits, the same bytes on every machine."""
+    return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def as_markdown(table: Table, *, heading: bool = True) -> str:
+    """The table as markdown, its caption above and its note below."""
+    rows = [[_markdown_cell(cell) for cell in row] for row in table.rows]
+    lines = [f"**{markup.markdown(table.caption)}**", ""] if heading else []
+    lines.append(_markdown_row([markup.markdown(column) for column in table.columns]))
+    lines.append(_markdown_row(["---:" if numeric else ":---" for numeric in table.numeric]))
+    lines += [_markdown_row(row) for row in rows]
+    if table.note:
+        lines += ["", markup.markdown(table.note)]
+    return "\n".join(lines) + "\n"
+
+
+def as_latex(table: Table) -> str:
+    """The table as LaTeX for the booktabs package."""
+    align = "".join("r" if numeric else "l" for numeric in table.numeric)
+    head = " & ".join(markup.latex(column) for column in table.columns)
+    body = [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in table.rows]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{markup.latex(table.caption)}}}",
+        rf"\begin{{tabular}}{{{align}}}",
+        r"\toprule",
+        head + r" \\",
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    if table.note:
+        lines.append(rf"\par\smallskip {markup.latex(table.note)}")
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def _table(name: str, caption: str, columns, rows, frame: pd.DataFrame, note: str = "") -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    numeric = (False, *([True] * (len(columns) - 1)))
+    return Table(name, caption, tuple(columns), numeric, tuple(rows), frame, note)
+
+
+def _left(table: Table, count: int) -> Table:
+    """The same table with its first `count` columns left-aligned."""
+    numeric = tuple(index >= count for index in range(len(table.columns)))
+    return replace(table, numeric=numeric)
+
+
+def _loss_table(name: str, caption: str, subject: str, workdir: Path, plan: ReportPlan) -> Table:
+    frame = final_losses(workdir, getattr(plan, name))
+    rows = [
+        (
+            Cell(row.label),
+            Cell(row.recipe),
+            Cell(f"{row.steps}"),
+            Cell(quantity(row.tokens)),
+            Cell(fixed(row.train_loss, 3)),
+            Cell(fixed(row.first_eval_loss, 3)),
+            Cell(interval(row.eval_loss, row.eval_low, row.eval_high, 3)),
+        )
+        for row in frame.itertuples()
+    ]
+    columns = (subject, "Recipe", "Steps", "Tokens", "Final training loss", "First evaluation", "Final evaluation")
+    note = (
+        "Nats per token with 95 % intervals. The final training loss averages the last tenth of the logged steps. "
+        "Every evaluation meets the same noise."
+    )
+    return _left(_table(name, caption, columns, rows, frame, note), 2)
+
+
+def _score_cell(row) -> Cell:
+    mark = MARKS[row.against_chance]
+    return Cell(interval(row.value, row.low, row.high), mark, row.against_chance == "above")
+
+
+def _with_recipe(label: str, recipe: str) -> str:
+    return f"{label} (published recipe)" if recipe == "published" else label
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = markup.markdown(cell.text)
+    return f"**{text}**{_behind(cell.mark)}" if cell.strong else f"{text}{_behind(cell.mark)}"
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = rf"\textbf{{{markup.latex(cell.text)}}}" if cell.strong else markup.latex(cell.text)
+    return f"{text}{_behind(markup.latex(cell.mark))}"
+
+
+def _behind(mark: str) -> str:
+    return f" {mark}" if mark else ""

@@ -1,0 +1,60 @@
+"""Optimisers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from dllm.config import OptimizerSettings
+
+
+def share_of_peak(step: int, total: int, warmup_share: float) -> float:
+    """Learning rate at a step as a share of its peak: linear warm-up, then cosine to zero at `total`."""
+    warmup = round(total * warmup_share)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices inside layers and AdamW for embeddings, head, norms and biases.
+
+    Each group carries `peak`, its peak learning rate. Muon's steps are scaled to AdamW's size (its
+    `match_rms_adamw`), so both rates live on one scale. Source: Jordan et al. 2024; Liu et al. 2025 (arXiv:2502.16982).
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        inside = settings.name == "muon" and parameter.ndim == 2 and "layers." in name.replace("layer.", "layers.")
+        (matrices if inside else others).append(parameter)
+    fused = others[0].device.type in ("cuda", "cpu") and others[0].is_floating_point()
+    adamw = torch.optim.AdamW(
+        others,
+        lr=settings.learning_rate,
+        betas=tuple(settings.betas),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        fused=fused,
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if matrices:
+        rate = settings.matrix_learning_rate or settings.learning_rate
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], share: float) -> float:
+    """Set every group to a share of its peak and return the first group's rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+    return optimizers[0].param_groups[0]["lr"]

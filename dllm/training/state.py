@@ -1,0 +1,81 @@
+"""Resumable state: complete checkpoints that appear atomically, old ones pruned, one attempt at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+KEEP = 2
+"""Checkpoints kept: the newest, and one before it in case the newest turns out damaged."""
+
+
+class StateDirectory:
+    """`.work/<run>-<digest>`: checkpoints `step-N`, metrics so far, and a lock held while an attempt is at it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = None
+
+    def lock(self) -> None:
+        """Wait until no other attempt works here (a killed one lets go at once)."""
+        self._lock = open(self.path / "lock", "w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(int(p.name[5:]) for p in self.path.glob("step-*") if p.name[5:].isdigit())
+
+    def begin(self, step: int) -> Path:
+        """An empty scratch directory to write a checkpoint into."""
+        scratch = self.path / f".step-{step}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        return scratch
+
+    def finish(self, step: int) -> None:
+        """Make the scratch directory the checkpoint of `step` and prune old ones."""
+        target = self.path / f"step-{step}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(self.path / f".step-{step}", target)
+        for old in self.steps()[:-KEEP]:
+            shutil.rmtree(self.path / f"step-{old}", ignore_errors=True)
+
+    def checkpoint(self, step: int) -> Path:
+        """Directory of a complete checkpoint."""
+        return self.path / f"step-{step}"
+
+    def remove(self) -> None:
+        """Delete everything, once the run's artifact is in place."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object per line, cut back to a step when a run resumes."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`, and a torn last line."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["step"] <= step:
+                kept.append(line)
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, row: dict) -> None:
+        """Append one row."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,142 @@
+"""Scoring targets with a masked model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dllm.algorithms import scoring
+from dllm.algorithms.denoising import denoise_masked
+from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
+from dllm.config import GenerateSettings, LikelihoodSettings
+from dllm.core.canvas import canvas_for
+from tests.oracles import enumerated_nelbo, markov_backbone, tabular_backbone
+
+ESTIMATORS = ["enumerate", "chain", "cover", "mc"]
+PROMPTS = [[0, 1], [0, 1], [], [3, 2, 1, 0, 3], [0, 1], [2]]
+TARGETS = [[1, 2, 3], [1, 2, 0], [0, 3, 3, 1, 2, 2], [1], [2, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 10_000}, {"estimator": "enumerate"}])
+def test_short_targets_are_scored_exactly(options):
+    backbone = tabular_backbone(seed=1)
+    scores = nelbo_masked(
+        backbone, PROMPTS[:2] + PROMPTS[3:5], TARGETS[:2] + TARGETS[3:5], LikelihoodSettings(**options)
+    )
+    for prompt, target, score in zip(PROMPTS[:2] + PROMPTS[3:5], TARGETS[:2] + TARGETS[3:5], scores, strict=True):
+        assert score.nats == pytest.approx(enumerated_nelbo(backbone, prompt, target), abs=1e-4)  # fp32 logits
+        assert score.standard_error == 0 and score.log_likelihood == -score.nats
+
+
+@pytest.mark.parametrize("estimator", ["chain", "cover", "mc"])
+def test_scores_over_seeds_average_to_the_bound(estimator):
+    backbone, prompt, target = tabular_backbone(seed=1), [0, 1], [1, 2, 3, 0, 2]
+    # as many draws in a batch as tokens: the published rounding has no halves to round to even
+    options = {"estimator": estimator, "budget": 9, "mc_draws": 5, "mc_batch": 5}
+    nats = torch.tensor(
+        [nelbo_masked(backbone, [prompt], [target], LikelihoodSettings(seed=s, **options))[0].nats for s in range(300)]
+    )
+    assert abs(nats.mean() - enumerated_nelbo(backbone, prompt, target)) < 4 * nats.std() / 300**0.5
+
+
+@pytest.mark.parametrize("estimator", ["auto", "chain"])
+def test_an_ideal_denoiser_is_scored_without_noise_as_log_p(estimator):
+    backbone = markov_backbone()
+    prompts, targets = [[0, 1], [], [2]], [[2, 1, 0, 0, 1, 2, 2], [0, 2, 1, 1], [1, 1, 0, 2, 2, 0, 1, 0, 2]]
+    scores = nelbo_masked(backbone, prompts, targets, LikelihoodSettings(estimator=estimator, budget=17))
+    for prompt, target, score in zip(prompts, targets, scores, strict=True):
+        log_p = backbone.model.log_probability(prompt + target) - backbone.model.log_probability(prompt)
+        assert score.log_likelihood == pytest.approx(log_p, abs=1e-5)  # fp32 log-softmax
+        assert score.standard_error < 1e-5
+
+
+def test_every_estimator_bounds_an_ideal_denoiser_by_log_p_on_average():
+    backbone, target = markov_backbone(), [0, 2, 1, 1, 0, 2]
+    for estimator in ESTIMATORS:
+        options = LikelihoodSettings(estimator=estimator, mc_draws=960, mc_batch=96, budget=400)
+        score = nelbo_masked(backbone, [[]], [target], options)[0]
+        assert abs(score.log_likelihood - backbone.model.log_probability(target)) < 4 * score.standard_error + 1e-5
+
+
+def test_four_choices_of_one_token_take_one_forward_row():
+    backbone = tabular_backbone()
+    scores = nelbo_masked(backbone, [[1, 2]] * 4, [[0], [1], [2], [3]], LikelihoodSettings())
+    assert backbone.model.forwarded == 1 and [s.passes for s in scores] == [1, 0, 0, 0]
+    # the choices are the whole text vocabulary; the rest of the probability is on EOS and padding
+    assert sum(torch.tensor(s.log_likelihood).exp().item() for s in scores) < 1
+
+
+def test_choices_of_equal_length_share_the_row_with_everything_masked():
+    backbone = tabular_backbone()
+    scores = nelbo_masked(backbone, [[1]] * 2, [[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]], LikelihoodSettings(budget=11))
+    assert [s.passes for s in scores] == [11, 10] and backbone.model.forwarded == 21
+
+
+def test_published_draws_of_a_single_token_take_one_forward_row():
+    backbone = tabular_backbone()
+    score = nelbo_masked(backbone, [[1]], [[0]], LikelihoodSettings(estimator="mc"))[0]
+    assert score.passes == backbone.model.forwarded == 1
+    assert score.nats == pytest.approx(enumerated_nelbo(backbone, [1], [0]), abs=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["auto", *ESTIMATORS])
+def test_a_score_depends_neither_on_the_batch_nor_on_other_requests(estimator, monkeypatch):
+    backbone, options = tabular_backbone(seed=4), LikelihoodSettings(estimator=estimator, mc_draws=32, budget=20)
+    together = nelbo_masked(backbone, PROMPTS, TARGETS, options)
+    assert sum(s.passes for s in together) == backbone.model.forwarded
+    monkeypatch.setattr(scoring, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(scoring, "_HEAD_ROWS", 2)
+    for batch_tokens in (1, 17, 100):
+        scores = nelbo_masked(backbone, PROMPTS, TARGETS, options.model_copy(update={"batch_tokens": batch_tokens}))
+        assert scores == together
+    for row, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
+        alone = nelbo_masked(backbone, [prompt], [target], options)[0]
+        assert (alone.nats, alone.standard_error) == (together[row].nats, together[row].standard_error)
+
+
+def test_the_order_of_requests_is_the_order_of_scores():
+    backbone, options = tabular_backbone(seed=4), LikelihoodSettings()
+    forwards = nelbo_masked(backbone, PROMPTS, TARGETS, options)
+    backwards = nelbo_masked(backbone, PROMPTS[::-1], TARGETS[::-1], options)[::-1]
+    assert [s.nats for s in forwards] == [s.nats for s in backwards]
+    assert nelbo_masked(backbone, [], [], options) == []
+
+
+def greedy(backbone, prompt, count):
+    settings = GenerateSettings(block_size=count, early_stop=False)
+    canvas = canvas_for([prompt], count, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
+    *_, last = denoise_masked(backbone, canvas, settings)
+    return last.responses()[0]
+
+
+def test_a_target_matches_if_greedy_decoding_gives_it():
+    backbone, options = tabular_backbone(seed=6), LikelihoodSettings(batch_tokens=40)
+    counts = [1, 2, 5, 3, 1, 7]
+    targets = [greedy(backbone, prompt, count) for prompt, count in zip(PROMPTS, counts, strict=True)]
+    assert greedy_match_masked(backbone, PROMPTS, targets, options) == [True] * 6
+    for row in range(6):
+        for place in range(counts[row]):
+            other = [list(target) for target in targets]
+            other[row][place] = (other[row][place] + 1) % 4
+            assert greedy_match_masked(backbone, PROMPTS, other, options) == [r != row for r in range(6)]
+
+
+def test_a_row_that_differs_leaves_the_greedy_batch():
+    backbone = tabular_backbone(seed=6)
+    target = greedy(backbone, [1], 8)
+    backbone.model.forwarded = 0
+    assert greedy_match_masked(backbone, [[1]], [[(t + 1) % 4 for t in target]], LikelihoodSettings()) == [False]
+    assert backbone.model.forwarded == 1
+
+
+@pytest.mark.parametrize("score", [nelbo_masked, greedy_match_masked])
+def test_requests_that_cannot_be_scored_are_named(score):
+    backbone, options = replace(tabular_backbone(), max_length=5), LikelihoodSettings()
+    with pytest.raises(ValueError, match="request 1: the target is empty"):
+        score(backbone, [[1], [1]], [[0], []], options)
+    with pytest.raises(ValueError, match=r"request 0: prompt \(4 tokens\) and target \(2\) exceed the model's 5"):
+        score(backbone, [[1] * 4], [[0, 1]], options)
+    with pytest.raises(ValueError, match="request 0: the target holds the mask token"):
+        score(backbone, [[1]], [[backbone.mask_id]], options)
+    with pytest.raises(ValueError, match="2 prompts and 1 targets"):
+        score(backbone, [[1], [2]], [[0]], options)

@@ -1,0 +1,114 @@
+"""Likelihood designs: every estimator has the same expectation."""
+
+import pytest
+import torch
+
+from dllm.config import LikelihoodSettings
+from dllm.core.likelihood import ESTIMATORS, estimate, estimator_for, likelihood_design
+from tests.oracles import enumerated_nelbo, tabular_backbone
+
+
+def random_table(length, seed=0):
+    """nll_i(S) of a random model as a table [2^L, L], and sum over k of g_k by its definition."""
+    backbone = tabular_backbone(3, seed)
+    target = [i % 3 for i in range(length)]
+    masks = (torch.arange(2**length)[:, None] >> torch.arange(length)) & 1 == 1
+    tokens = torch.where(masks, backbone.mask_id, torch.tensor(target))
+    logits = backbone.model.dllm_hidden(tokens)
+    logits[..., backbone.mask_id] = -torch.inf
+    nll = -logits.log_softmax(-1)[..., : max(target) + 1].gather(
+        -1, torch.tensor(target).expand(2**length, -1)[..., None]
+    )
+    return nll[..., 0].double(), enumerated_nelbo(backbone, [], target)
+
+
+def nll_of(design, table):
+    return table[(design.masked.long() << torch.arange(design.masked.shape[1])).sum(-1)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_enumeration_is_the_definition(length):
+    table, truth = random_table(length)
+    design = likelihood_design(length, 0, LikelihoodSettings(estimator="enumerate"))
+    nats, error = estimate(design, nll_of(design, table))
+    assert nats == pytest.approx(truth, abs=1e-5) and error == 0  # fp32 table
+    assert len(design.masked) == 2**length - 1
+
+
+CASES = [
+    ("chain", 3, {"budget": 5}),
+    ("chain", 5, {"budget": 9}),
+    ("chain", 6, {"budget": 64}),
+    ("cover", 3, {"budget": 6}),
+    ("cover", 6, {"budget": 64}),
+    ("cover", 5, {"budget": 13}),
+    ("cover", 9, {"budget": 21}),
+    ("cover", 8, {"budget": 1}),
+    ("cover", 7, {"budget": 14}),
+    ("mc", 4, {"mc_draws": 4, "mc_batch": 4}),
+    ("mc", 5, {"mc_draws": 8, "mc_batch": 1}),
+]
+
+
+@pytest.mark.parametrize("name,length,options", CASES, ids=lambda x: str(x))
+def test_every_estimator_is_unbiased_and_its_error_is_not_too_small(name, length, options):
+    table, truth = random_table(length, seed=length)
+    settings = LikelihoodSettings(estimator=name, **options)
+    results = []
+    for key in range(600):
+        design = likelihood_design(length, key, settings)
+        results.append(estimate(design, nll_of(design, table)))
+    nats, errors = torch.tensor(results, dtype=torch.float64).T
+    assert abs(nats.mean().item() - truth) < 4 * nats.std().item() / len(nats) ** 0.5 + 1e-5
+    assert (errors**2).mean().sqrt() > 0.75 * nats.std()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("length", [1, 2, 7, 33, 100])
+def test_the_weights_of_a_design_add_up_to_the_length(name, length):
+    """A model with the same nll everywhere has the bound L x nll, whatever is masked."""
+    if (name, length) in {("enumerate", 33), ("enumerate", 100)} or (name == "exact" and length > 1):
+        with pytest.raises(ValueError, match="use .*chain, cover or auto"):
+            likelihood_design(length, 0, LikelihoodSettings(estimator=name))
+        return
+    design = likelihood_design(length, 5, LikelihoodSettings(estimator=name))
+    assert not (design.scored & ~design.masked).any() and not design.weight[~design.scored].any()
+    if name != "mc":  # whose batches are spread over the sizes only on average
+        assert design.weight.sum().item() == pytest.approx(length)
+    if name == "mc":
+        assert (design.weight.sum(-1) * len(design.weight) - length).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("budget", [3, 8, 16, 64, 200])
+@pytest.mark.parametrize("length", [4, 20, 32, 33, 64, 300])
+def test_auto_keeps_its_budget(length, budget):
+    design = likelihood_design(length, 3, LikelihoodSettings(budget=budget))
+    assert len(design.masked.unique(dim=0)) <= budget
+
+
+def test_the_policy_takes_exact_estimators_where_they_are_affordable():
+    names = [estimator_for(length, 64) for length in (1, 2, 3, 5, 6, 32, 33)]
+    assert names == ["exact", "enumerate", "enumerate", "enumerate", "chain", "chain", "cover"]
+    assert estimator_for(5, 9) == "chain"
+
+
+def test_a_chain_masks_what_it_has_not_revealed_and_scores_one_token():
+    design = likelihood_design(6, 1, LikelihoodSettings(estimator="chain", budget=11))
+    assert design.scored.sum(-1).eq(1).all() and len(design.masked.unique(dim=0)) == 11
+    assert design.masked.sum(-1).tolist() == [6, 5, 4, 3, 2, 1] * 2
+
+
+def test_designs_are_a_function_of_key_and_length():
+    settings = LikelihoodSettings(estimator="chain")
+    one, same, other = (likelihood_design(9, key, settings).masked for key in (4, 4, 5))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_an_empty_target_is_an_error():
+    with pytest.raises(ValueError, match="at least one target token"):
+        likelihood_design(0, 0, LikelihoodSettings())
+
+
+def test_draws_that_do_not_fill_their_batches_are_an_error():
+    with pytest.raises(ValueError, match="mc_draws = 100 is not a multiple of mc_batch = 32; e.g. 96"):
+        likelihood_design(4, 0, LikelihoodSettings(estimator="mc", mc_draws=100))

@@ -1,0 +1,335 @@
+"""The pocket world: the same bytes from the same seed, no benchmark row in training, a tokenizer that fits it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dllm.data import world as pocket
+from dllm.data.world.entities import ANIMALS, MEN, TOWNS, WOMEN, make_world
+from dllm.data.world.instructions import bbh_prompt, gsm8k_prompt, minerva_prompt, mmlu_description, mmlu_prompt
+from dllm.data.world.problems import NUMBER_WORDS, TOYS
+from dllm.data.world.scenes import PEOPLE, ROOMS, THINGS
+from dllm.data.world.tokenizer import GLUE, SPACE
+
+SEED = 7
+TASKS = (
+    "lambada_openai_mini",
+    "gsm8k_mini",
+    "bbh_mini",
+    "minerva_math_mini",
+    "mmlu_mini",
+    "hellaswag_mini",
+    "winogrande_mini",
+    "ceval-valid_mini",
+    "cmmlu_mini",
+)
+YAMLS = Path(pocket.__file__).parents[2] / "evaluation" / "tasks" / "miniature"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("world")
+    pocket.build(path, seed=SEED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory / "tokenizer")
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def benchmark(directory: Path, pattern: str) -> list[dict]:
+    found = [row for path in sorted((directory / "benchmarks").glob(pattern)) for row in rows(path)]
+    assert found
+    return found
+
+
+def messages(directory: Path) -> list[list[dict]]:
+    """Every training conversation, alpaca's rows as conversations of one turn."""
+    talks = [row["messages"] for name in ("tulu", "smoltalk") for row in rows(directory / name / "train.jsonl")]
+    for row in rows(directory / "alpaca" / "train.jsonl"):
+        asked = "\n\n".join(filter(None, (row["instruction"], row["input"])))
+        talks.append([{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}])
+    return talks
+
+
+def training_texts(directory: Path) -> list[str]:
+    """Every text a model can be trained or tuned on; a conversation is also one text, its turns joined by a space."""
+    texts = []
+    for name in ("wikitext", "openwebtext"):
+        for path in sorted((directory / name).glob("*.jsonl")):
+            texts += [row["text"] for row in rows(path)]
+    talks = messages(directory) + [row["messages"] for row in rows(directory / "smoltalk" / "test.jsonl")]
+    for talk in talks:
+        texts += [message["content"] for message in talk]
+        texts.append(" ".join(message["content"] for message in talk))
+    return list(dict.fromkeys(texts))
+
+
+@pytest.fixture(scope="module")
+def training(directory) -> str:
+    """All training text as one string, texts separated by a character that none of them contains."""
+    return "\x00".join(training_texts(directory))
+
+
+def without(text: str, *words: str) -> str:
+    """The text with every one of the words replaced by a placeholder."""
+    return re.sub(rf"\b({'|'.join(words)})\b", "*", text)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_world(directory, tmp_path):
+    pocket.build(tmp_path / "same", seed=SEED)
+    pocket.build(tmp_path / "other", seed=SEED + 1)
+    assert digests(tmp_path / "same") == digests(directory)
+    other = digests(tmp_path / "other")
+    assert other.keys() == digests(directory).keys()
+    assert other["wikitext/train.jsonl"] != digests(directory)["wikitext/train.jsonl"]
+
+
+def test_the_manifest_counts_and_hashes_every_file(directory):
+    manifest = json.loads((directory / "manifest.json").read_text())
+    found = digests(directory)
+    del found["manifest.json"]
+    assert {name: entry["sha256"] for name, entry in manifest["files"].items()} == found
+    for name, entry in manifest["files"].items():
+        if name.endswith(".jsonl"):
+            assert entry["rows"] == len(rows(directory / name))
+
+
+def test_the_benchmarks_are_large_enough_for_an_interval_and_their_rows_are_distinct(directory):
+    for pattern in ("lambada/test*", "gsm8k/test*", "bbh/*", "math/*/test*", "mmlu/*/test*"):
+        found = benchmark(directory, pattern)
+        assert 100 <= len(found) <= 150
+        assert len({json.dumps(row) for row in found}) == len(found)
+    for pattern in ("hellaswag/validation*", "winogrande/validation*"):
+        assert 100 <= len(benchmark(directory, pattern)) <= 150
+
+
+def test_every_fact_is_stated_in_the_encyclopedia(directory):
+    text = "\n".join(row["text"] for row in rows(directory / "wikitext" / "train.jsonl"))
+    for fact in make_world(SEED).facts:
+        assert any(statement in text for statement in fact.statements())
+
+
+def test_facts_of_the_mmlu_miniature_are_never_asked_about_in_training(directory, training):
+    asked = {row["question"] for row in benchmark(directory, "mmlu/*/test.jsonl")}
+    never = make_world(SEED).never_asked
+    assert asked <= {question for fact in never for question in fact.questions()}
+    for fact in never:
+        for question in fact.questions():
+            assert question not in training
+
+
+def test_follow_ups_never_ask_for_a_fact_of_the_mmlu_miniature(directory):
+    never = {(fact.entity.name, fact.follow_up()) for fact in make_world(SEED).never_asked}
+    names = TOWNS + WOMEN + MEN + ANIMALS
+    for talk in messages(directory):
+        for before, message in zip(talk, talk[2:], strict=False):
+            if message["role"] == "user":
+                mentioned = [name for name in names if re.search(rf"\b{name}\b", before["content"])]
+                assert not any((name, message["content"]) in never for name in mentioned)
+
+
+def test_other_facts_are_asked_in_every_form_that_the_mmlu_miniature_uses(training):
+    for fact in make_world(SEED).never_asked:
+        for template in fact.attribute.questions:
+            beginning = template.split("{name}")[0]
+            assert beginning in training
+
+
+def test_no_word_problem_of_the_gsm8k_miniature_occurs_in_training_under_other_names(directory):
+    seen = {without(text, *PEOPLE, *TOYS, "she", "he") for text in training_texts(directory) if "Question:" in text}
+    for row in benchmark(directory, "gsm8k/test.jsonl"):
+        prompt = without(gsm8k_prompt(row["question"]), *PEOPLE, *TOYS, "she", "he")
+        assert prompt not in seen
+
+
+def test_no_bbh_or_minerva_question_occurs_in_training(directory, training):
+    for row in benchmark(directory, "bbh/*.jsonl"):
+        assert bbh_prompt(row["input"]) not in training
+    for row in benchmark(directory, "math/*/test.jsonl"):
+        assert minerva_prompt(row["problem"]) not in training
+        assert row["problem"] not in training
+
+
+def test_no_story_of_the_lambada_miniature_occurs_in_training_with_other_rooms_and_things(directory):
+    seen = "\x00".join(without(text, *ROOMS, *THINGS) for text in training_texts(directory))
+    for row in benchmark(directory, "lambada/test.jsonl"):
+        opening = row["text"].rsplit(" ", 1)[0]
+        assert without(opening, *ROOMS, *THINGS) not in seen
+
+
+def test_nobody_of_the_hellaswag_miniature_does_the_same_activity_in_training(directory, training):
+    for row in benchmark(directory, "hellaswag/validation.jsonl"):
+        person = row["ctx_a"].split()[0]
+        assert f"{row['activity_label']}: {person}" not in training
+
+
+def test_no_sentence_of_the_winogrande_miniature_occurs_in_training(directory, training):
+    for row in benchmark(directory, "winogrande/validation.jsonl"):
+        assert row["sentence"].split("_")[0] not in training
+
+
+def test_the_training_data_contains_no_chinese(training):
+    assert training.isascii()
+
+
+def test_the_first_and_the_second_option_of_winogrande_are_right_about_equally_often(directory):
+    answers = [row["answer"] for row in benchmark(directory, "winogrande/validation.jsonl")]
+    assert 0.35 < answers.count("1") / len(answers) < 0.65
+
+
+def test_hellaswag_has_wrong_endings_from_the_same_activity(directory):
+    training_sequences = [row["text"] for row in rows(directory / "openwebtext" / "train.jsonl")]
+    for row in benchmark(directory, "hellaswag/validation.jsonl")[:20]:
+        same = " ".join(text for text in training_sequences if text.startswith(row["activity_label"]))
+        assert sum(ending in same for ending in row["endings"]) >= 3
+
+
+def test_a_name_a_number_and_a_common_word_are_one_token_wherever_they_stand(tokenizer):
+    words = (
+        TOWNS + WOMEN + MEN + ANIMALS + [str(number) for number in range(100)] + ["flag", "Hello", "the", *NUMBER_WORDS]
+    )
+    for word in words:
+        (at_start,) = tokenizer.encode(word, add_special_tokens=False)
+        assert tokenizer.encode(f" {word}", add_special_tokens=False) == [at_start]
+        for before in ("The ", "\n", "[Answer]\n", "$", "3+", "("):
+            tokens = tokenizer.encode(f"{before}{word}.", add_special_tokens=False)
+            assert tokens[-2] == at_start, (before, word)
+
+
+def test_decoding_returns_every_text_of_the_world(directory, tokenizer):
+    texts = list(strings(directory))
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    assert tokenizer.batch_decode(encoded) == texts
+
+
+def strings(directory: Path) -> Iterator[str]:
+    for path in sorted(directory.rglob("*.jsonl")):
+        for row in rows(path)[:300]:
+            yield from (value for value in row.values() if isinstance(value, str))
+            for message in row.get("messages", []):
+                yield message["content"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(
+        st.one_of(st.sampled_from(list(" \n.,$+-=<>[]/_'\"\\#{}()aBz039")), st.characters(exclude_categories=["Cs"])),
+        max_size=40,
+    )
+)
+def test_decoding_returns_any_text(tokenizer, text):
+    text = text.replace(SPACE, "").replace(GLUE, "")
+    if re.match(r"\A [A-Za-z0-9]", text):
+        text = text[1:]
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_the_tokenizer_adds_cls_and_sep_only_when_it_may(tokenizer):
+    plain = tokenizer.encode("Hello!", add_special_tokens=False)
+    assert tokenizer.encode("Hello!") == [tokenizer.cls_token_id, *plain, tokenizer.sep_token_id]
+    assert len(tokenizer) % 8 == 0
+    assert 600 <= len(tokenizer) <= 1200
+    masked = tokenizer.encode("The flag is [MASK].", add_special_tokens=False)
+    assert tokenizer.mask_token_id in masked
+
+
+def test_the_tags_of_the_chat_template_are_one_token_each(tokenizer):
+    for tag in ("[SYS]", "[/SYS]", "[Question]", "[/Question]", "[Answer]", "[/Answer]", "\n", "\n\n"):
+        assert len(tokenizer.encode(tag, add_special_tokens=False)) == 1
+    assert len(tokenizer.encode("[Answer]\n", add_special_tokens=False)) == 2
+
+
+def as_chat(talk: list[dict]) -> tuple[str, str]:
+    """The conversation in the chat template: everything up to the last answer, and that answer."""
+    tags = {"system": "SYS", "user": "Question", "assistant": "Answer"}
+    turns = [f"[{tags[turn['role']]}]\n{turn['content']}\n[/{tags[turn['role']]}]\n\n" for turn in talk]
+    return "".join(turns[:-1]) + "[Answer]\n", turns[-1].removeprefix("[Answer]\n")
+
+
+def test_prompt_and_answer_are_tokenized_apart_as_they_are_together_and_rows_are_short(directory, tokenizer):
+    talks = [as_chat(talk) for talk in messages(directory)]
+    prompts, answers = (
+        tokenizer(list(texts), add_special_tokens=False).input_ids for texts in zip(*talks, strict=True)
+    )
+    whole = tokenizer([prompt + answer for prompt, answer in talks], add_special_tokens=False).input_ids
+    lengths = []
+    for prompt, answer, together in zip(prompts, answers, whole, strict=True):
+        assert prompt + answer == together
+        lengths.append(len(together))
+    assert max(lengths) <= 96
+    assert sum(length <= 64 for length in lengths) > 0.7 * len(lengths)
+
+
+@pytest.fixture(scope="module")
+def tasks(directory, tmp_path_factory) -> dict[str, dict]:
+    """The nine miniature tasks, loaded offline from this world: task or group name -> its lm-eval tasks by name."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("HF_DATASETS_OFFLINE", "1")
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    folder = tmp_path_factory.mktemp("tasks")
+    places = {"{LM_EVAL_TASKS}": str(Path(lm_eval.__file__).parent / "tasks"), "{DATA}": str(directory / "benchmarks")}
+    for path in YAMLS.glob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        for placeholder, value in places.items():
+            text = text.replace(placeholder, value)
+        (folder / path.name).write_text(text, encoding="utf-8")
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    yield {name: manager.load([name])["tasks"] for name in TASKS}
+    patch.undo()
+
+
+def chat_template(talk: list[dict], add_generation_prompt: bool = True) -> str:
+    tags = {"system": "SYS", "user": "Question", "assistant": "Answer"}
+    turns = [f"[{tags[turn['role']]}]\n{turn['content'].strip()}\n[/{tags[turn['role']]}]\n\n" for turn in talk]
+    return "".join(turns) + ("[Answer]\n" if add_generation_prompt else "")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_all_nine_miniature_tasks_load_offline_and_build_requests(tasks, chat):
+    for name in TASKS:
+        for task in tasks[name].values():
+            task.build_all_requests(
+                apply_chat_template=chat, chat_template=chat_template if chat else None, tokenizer_name="pocket"
+            )
+            assert len(task.instances) >= len(task.eval_docs)
+            assert all(instance.args[0].startswith(("[Question]", "[SYS]")) == chat for instance in task.instances)
+
+
+def test_training_prompts_are_those_of_the_real_task_definitions(directory, tasks):
+    def prompts(name: str) -> list[str]:
+        return [task.doc_to_text(doc) for task in tasks[name].values() for doc in task.eval_docs]
+
+    assert gsm8k_prompt(benchmark(directory, "gsm8k/test.jsonl")[0]["question"]) in prompts("gsm8k_mini")
+    assert minerva_prompt(benchmark(directory, "math/*/test.jsonl")[0]["problem"]) in prompts("minerva_math_mini")
+    bbh = [prompt.strip() for prompt in prompts("bbh_mini")]
+    assert bbh_prompt(benchmark(directory, "bbh/*.jsonl")[0]["input"]) in bbh
+    row = benchmark(directory, "mmlu/*/test.jsonl")[0]
+    assert mmlu_prompt(row["question"], row["choices"]) in prompts("mmlu_mini")
+    descriptions = [task.config.description.strip() for task in tasks["mmlu_mini"].values()]
+    assert mmlu_description(row["subject"]) in descriptions

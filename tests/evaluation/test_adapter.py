@@ -1,0 +1,175 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm.config import GenerateSettings, Scorer
+from dllm.evaluation.adapter import DiffusionAdapter, cut_at_stops, encode_pair, encode_prompt, rolling_blocks
+
+from .echo import EchoModel, words_tokenizer
+
+TOKENIZER = words_tokenizer()
+
+
+def words(tokens):
+    return TOKENIZER.convert_ids_to_tokens(tokens)
+
+
+def requests(*pairs, kind="loglikelihood", task="t"):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, pair, 0, metadata=(task, i, 1)) for i, pair in enumerate(pairs)]
+
+
+def adapter(model=None, **settings):
+    scorer = {k: settings.pop(k) for k in list(settings) if k in Scorer.model_fields}
+    generation = GenerateSettings(max_new_tokens=8)
+    model = model or EchoModel(TOKENIZER)
+    return DiffusionAdapter(TOKENIZER, lambda: model, generation=generation, scorer=Scorer(**scorer), **settings)
+
+
+# --- special tokens
+
+
+def test_exact_splits_tokenize_each_side_on_its_own_without_cls_and_sep():
+    prompt, target = encode_pair(TOKENIZER, "Question : w1 Answer : ", " A", "exact")
+    assert (words(prompt), words(target)) == (["Question", ":", "w1", "Answer", ":"], ["A"])
+
+
+@pytest.mark.parametrize("mode", ["reference-v0", "reference-v0.1"])
+def test_reference_splits_reduce_a_letter_to_the_final_sep(mode):
+    prompt, target = encode_pair(TOKENIZER, "Question : w1 Answer :", " A", mode)
+    assert words(prompt) == ["[CLS]", "Question", ":", "w1", "Answer", ":", "[SEP]"]
+    assert words(target) == ["[SEP]"]
+
+
+@pytest.mark.parametrize("mode", ["reference-v0", "reference-v0.1"])
+def test_reference_splits_lose_the_newline_behind_the_chat_template(mode):
+    prompt, target = encode_pair(TOKENIZER, "<user> w1 <answer>\n", "A", mode)
+    assert words(prompt) == ["[CLS]", "<user>", "w1", "<answer>", "[SEP]"]
+    assert words(target) == ["A", "[SEP]"]
+
+
+@pytest.mark.parametrize("mode", ["reference-v0", "reference-v0.1"])
+def test_reference_splits_lose_the_first_word_of_an_ending(mode):
+    _, target = encode_pair(TOKENIZER, "what is", " w1 w2 w3", mode)
+    assert words(target) == ["w2", "w3", "[SEP]"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("exact", ["what", "is"]),
+        ("reference-v0", ["what", "is"]),
+        ("reference-v0.1", ["[CLS]", "what", "is", "[SEP]"]),
+    ],
+)
+def test_only_the_later_reference_keeps_cls_and_sep_in_a_prompt(mode, expected):
+    assert words(encode_prompt(TOKENIZER, "what is", mode)) == expected
+    model = EchoModel(TOKENIZER)
+    adapter(model, special_tokens=mode).generate_until(requests(("what is", {"until": []})))
+    assert words(model.prompts[0]) == expected
+
+
+# --- likelihood
+
+
+def test_a_loglikelihood_is_minus_the_bound():
+    pairs = requests(("w1 w2", "w1"), ("w1 w2", "w3"), ("w1 w2", "w3 w4 w1"))
+    assert adapter().loglikelihood(pairs) == [(0.0, True), (-2.0, False), (-4.0, False)]
+
+
+def test_greedy_is_asked_only_for_tasks_that_read_it():
+    lm = adapter(greedy_tasks=frozenset({"reads"}))
+    assert lm.answers("loglikelihood", requests(("w1", "w1"), task="reads"))[0] == {
+        "answer": [0.0, True],
+        "standard_error": 0.5,
+        "passes": 2,  # one for the bound, one for the check
+    }
+    assert lm.answers("loglikelihood", requests(("w1", "w1"), task="other"))[0]["answer"] == [0.0, False]
+
+
+def test_an_empty_continuation_is_certain():
+    assert adapter().loglikelihood(requests(("w1", ""))) == [(0.0, True)]
+
+
+def test_a_long_context_is_shortened_from_the_left_and_says_so():
+    model = EchoModel(TOKENIZER, max_length=4)
+    (answer,) = adapter(model).answers("loglikelihood", requests(("w1 w2 w3 w4 w5", "w6")))
+    assert answer["truncated"] == 2
+    assert words(model.prompts[0]) == ["w3", "w4", "w5"]
+
+
+def test_a_continuation_longer_than_the_model_is_an_error():
+    with pytest.raises(ValueError, match="t, document 0: the continuation has 5 tokens, the model takes 4"):
+        adapter(EchoModel(TOKENIZER, max_length=4)).loglikelihood(requests(("", "w1 w2 w3 w4 w5")))
+
+
+def test_bf16_scores_make_near_ties_equal():
+    class Near(EchoModel):
+        def nelbo(self, prompts, targets, settings):
+            from .echo import EchoScore
+
+            return [EchoScore(3.0 + 0.001 * i, 0.0, 1) for i in range(len(prompts))]
+
+    pairs = requests(("w1", "A"), ("w1", "B"))
+    exact = adapter(Near(TOKENIZER)).loglikelihood(pairs)
+    rounded = adapter(Near(TOKENIZER), bf16_scores=True).loglikelihood(pairs)
+    assert exact[0] != exact[1] and rounded[0] == rounded[1]
+
+
+@given(st.lists(st.integers(0, 99), max_size=50), st.integers(2, 9))
+def test_rolling_blocks_are_the_text_in_order_and_fit(tokens, max_length):
+    pairs = list(rolling_blocks(tokens, max_length))
+    assert [t for _, block in pairs for t in block] == tokens
+    assert all(len(context) + len(block) <= max_length for context, block in pairs)
+    position = 0
+    for context, block in pairs:
+        assert context == tokens[max(0, position - len(context)) : position]
+        assert len(context) == min(position, max_length - max(1, max_length // 2))
+        position += len(block)
+
+
+def test_a_rolling_loglikelihood_sums_the_blocks():
+    lm = adapter(EchoModel(TOKENIZER, max_length=4))
+    # blocks: w1 w2 | w1 w3 given w1 w2 | w3 given w1 w3
+    (answer,) = lm.answers("loglikelihood_rolling", requests(("w1 w2 w1 w3 w3",), kind="loglikelihood_rolling"))
+    assert answer == {"answer": -6.0, "standard_error": pytest.approx(0.5 * math.sqrt(3)), "passes": 5}
+
+
+# --- generation
+
+
+def test_an_answer_ends_before_the_first_stop_string():
+    pairs = requests(("what is w1", {"until": [" STOP", "is"]}), ("what is w1", {"until": "STOP"}))
+    assert adapter().generate_until(pairs) == ["", "is w1 "]
+
+
+def test_text_without_stop_strings_is_left_alone():
+    assert cut_at_stops("a b", ["c", ""]) == "a b"
+
+
+def test_a_canvas_without_room_for_a_prompt_is_an_error():
+    with pytest.raises(ValueError, match="max_new_tokens = 8 leaves no room for a prompt: the model takes 8 tokens"):
+        adapter(EchoModel(TOKENIZER, max_length=8)).generate_until(requests(("what", {"until": []})))
+
+
+def test_repeats_of_a_request_have_their_own_seeds_and_stops_reach_the_sampler():
+    seen = []
+
+    class Recorder(EchoModel):
+        def generate(self, prompts, settings):
+            seen.append((settings.seed, settings.stop, len(prompts)))
+            return super().generate(prompts, settings)
+
+    pairs = requests(("w1", {"until": ["x"]}), ("w2", {"until": ["x"]}), ("w1", {"until": ["x"]}))
+    adapter(Recorder(TOKENIZER)).answers("generate_until", pairs, [0, 0, 1])
+    assert seen == [(0, ["x"], 2), (1, ["x"], 1)]
+
+
+def test_the_chat_template_is_the_tokenizers_own():
+    turns = [{"role": "user", "content": "w1"}]
+    assert adapter().apply_chat_template(turns) == "<user> w1 <answer>\n"
+    prefilled = [*turns, {"role": "assistant", "content": "w2"}]
+    assert adapter().apply_chat_template(prefilled, add_generation_prompt=False) == "<user> w1 <assistant> w2"

@@ -1,0 +1,158 @@
+"""The configuration: every shipped file loads, and every mistake gets one clear line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dllm.config import (
+    ConfigError,
+    RunConfig,
+    digest,
+    download_configs,
+    load_project,
+    prepare_configs,
+    read_config,
+    read_yaml,
+    run_configs,
+    write_when_changed,
+)
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "config"
+OVERLAYS = ("laptop", "paper")
+
+
+def project(overlay: dict):
+    return load_project(CONFIG, {"workdir": "results/test"} | overlay, "overlay.yaml")
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_shipped_config_loads(name):
+    loaded = load_project(CONFIG, CONFIG / f"{name}.yaml")
+    assert set(run_configs(loaded)) == set(loaded.runs)
+    assert all(c.data in prepare_configs(loaded) for c in run_configs(loaded).values())
+
+
+def test_the_paper_pins_every_download():
+    for config in download_configs(load_project(CONFIG, CONFIG / "paper.yaml")).values():
+        entry = config.model or config.dataset
+        assert entry.hub and len(entry.revision) == 40, config.name
+
+
+def test_the_laptop_downloads_nothing():
+    for config in download_configs(load_project(CONFIG, CONFIG / "laptop.yaml")).values():
+        assert (config.model or config.dataset).hub is None, config.name
+
+
+def test_both_configurations_hold_the_complete_set_of_the_report():
+    for name in OVERLAYS:
+        loaded = load_project(CONFIG, CONFIG / f"{name}.yaml")
+        corrected = {run for run, entry in loaded.runs.items() if entry.recipe == "corrected"}
+        for encoder in ("bert", "roberta", "modernbert"):
+            assert {f"{encoder}-base-wikitext", f"{encoder}-large-wikitext"} <= corrected
+        for start in ("untuned", "after-wikitext", "after-openwebtext"):
+            assert {f"alpaca-{start}", f"alpaca-{start}-published"} <= set(loaded.runs)
+        assert {"chat-base", "chat-large", "modernbert-large-openwebtext"} <= corrected
+        assert len(loaded.benchmarks) == 9
+
+
+@pytest.mark.parametrize(
+    ("overlay", "line"),
+    [
+        ({"runs": {"chat-base": {"lenght": 3}}}, "runs.chat-base.lenght is not a setting. Did you mean 'length'?"),
+        ({"runs": {"chat-base": {"length": "long"}}}, "runs.chat-base.length = 'long': input should be a valid integer"),
+        ({"runs": {"chat-base": {"length": 0}}}, "runs.chat-base.length = 0: input should be greater than 0"),
+        (
+            {"runs": {"chat-base": {"init": "modernbert-bose"}}},
+            "runs.chat-base.init = 'modernbert-bose' is neither a model nor a run. Did you mean 'modernbert-base'?",
+        ),
+        ({"runs": {"chat-base": {"data": "chatt"}}}, "runs.chat-base.data = 'chatt' is not a dataset. Did you mean 'chat'"),
+        ({"runs": {"chat-base": {"recipe": "x"}}}, "runs.chat-base.recipe = 'x' is not a recipe."),
+        ({"runs": {"chat-base": {"steps": 3}}}, "runs.chat-base: needs exactly one of `epochs` and `steps`"),
+        ({"runs": {"chat-base": {"like": "nobody"}}}, "runs.chat-base.like = 'nobody' is no entry of runs."),
+        ({"runs": {"a": {"like": "b"}, "b": {"like": "a"}}}, "goes round in a circle"),
+        ({"runs": {"a b": {"like": "chat-base"}}}, "runs.a b is not a usable name"),
+        ({"models": {"gpt2": {"revision": "main"}}}, "revision = 'main' is not a pinned commit"),
+        ({"evaluations": {"gpt2": {"benchmarks": ["mmlv"]}}}, "is not a benchmark. Did you mean 'mmlu'?"),
+        ({"evaluations": {"gpt2": {"checkpoint": "gpt3"}}}, "is neither a run nor a model. Did you mean 'gpt2'?"),
+        ({"benchmarks": {"mmlu": {"dataset": "mlu-data"}}}, "is not a dataset. Did you mean 'mmlu-data'?"),
+        ({"experiments": {}}, "experiments is not a setting."),
+    ],
+)
+def test_a_mistake_in_a_config_gets_one_line_with_file_key_and_value(overlay, line):
+    with pytest.raises(ConfigError) as caught:
+        project(overlay)
+    message = str(caught.value)
+    assert line in message
+    assert message.startswith("overlay.yaml: ")
+    assert "\n" not in message
+
+
+def test_the_file_named_in_an_error_is_the_one_that_holds_the_key(tmp_path):
+    for path in CONFIG.glob("*.yaml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    broken = (tmp_path / "experiments.yaml").read_text().replace("epochs: 10", "epochs: ten")
+    (tmp_path / "experiments.yaml").write_text(broken)
+    with pytest.raises(ConfigError, match=r"experiments.yaml: runs.chat-base.epochs = 'ten'"):
+        load_project(tmp_path, tmp_path / "paper.yaml")
+
+
+def test_a_run_started_from_itself_is_refused():
+    with pytest.raises(ConfigError, match="circle: a -> b -> a"):
+        project({"runs": {"a": {"like": "chat-base", "init": "b"}, "b": {"like": "chat-base", "init": "a"}}})
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("a: 1e-4\nb: 3\nc: 0.5\nd: 1_000\ne: 45bb4654a4d5aaff24dd11d4781fa46d39bf8c13\nf: '1e-4'\n")
+    assert read_yaml(path) == {
+        "a": 1e-4, "b": 3, "c": 0.5, "d": 1000, "e": "45bb4654a4d5aaff24dd11d4781fa46d39bf8c13", "f": "1e-4",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a: [1", "not valid YAML"), ("- 1\n", "holds list, not a mapping"), ("a: 1\na: 2\n", "key 'a' stands twice")],
+)
+def test_an_unreadable_file_gets_one_line(tmp_path, text, line):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=line):
+        read_yaml(tmp_path / "x.yaml")
+
+
+def test_a_missing_file_gets_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        read_yaml(tmp_path / "x.yaml")
+
+
+def test_a_job_config_survives_the_file(tmp_path):
+    for name, config in run_configs(load_project(CONFIG, CONFIG / "laptop.yaml")).items():
+        path = write_when_changed(tmp_path / f"{name}.yaml", config)
+        assert read_config(path, RunConfig) == config
+
+
+def test_a_config_file_is_rewritten_only_when_its_content_changes(tmp_path):
+    path = write_when_changed(tmp_path / "a.yaml", {"x": 1})
+    before = path.stat().st_mtime_ns
+    write_when_changed(path, {"x": 1})
+    assert path.stat().st_mtime_ns == before
+    write_when_changed(path, {"x": 2})
+    assert yaml.safe_load(path.read_text()) == {"x": 2}
+
+
+def test_one_setting_changes_the_digest_of_exactly_its_run():
+    before = run_configs(project({}))
+    after = run_configs(project({"runs": {"alpaca-after-wikitext": {"optimizer": {"learning_rate": 5e-5}}}}))
+    assert [n for n in before if digest(before[n]) != digest(after[n])] == ["alpaca-after-wikitext"]
+
+
+def test_null_in_an_overlay_removes_an_entry():
+    assert "gpt2" not in project({"evaluations": {"gpt2": None}}).evaluations
+
+
+def test_reading_the_configuration_imports_no_torch():
+    code = "import sys, dllm.config, dllm.evaluation.settings, dllm.report.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,126 @@
+"""Tiny stock transformers models with a word-level tokenizer, saved as training saves them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dllm.models.forward import hidden_states, logits_at
+from dllm.models.tokenizers import chat_template
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TAGS = ("[SYS]", "[/SYS]", "[Question]", "[/Question]", "[Answer]", "[/Answer]")
+WORDS = (
+    "Hello Who are you I am a toy What is the capital of France And Italy Paris Rome . ? ! red green blue one two"
+).split()
+
+
+def word_tokenizer(words: tuple[str, ...] | list[str] = WORDS):
+    """A PreTrainedTokenizerFast: one token per word (with the space before it as ▁), line break, tag or special token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*SPECIAL_TOKENS, *TAGS, "\n", "\n\n", *words, *(f"▁{word}" for word in words)]
+    ids = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    split = r"\[/?[A-Za-z]+\]|\n+|▁?[A-Za-z]+|▁?[^A-Za-z\n]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(split), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("▁", " ")])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        eos_token="[PAD]",
+        bos_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        chat_template=chat_template("bert"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def toy_model(kind: str, vocab_size: int, *, max_length: int = 96, seed: int = 0) -> nn.Module:
+    """A random BertForMaskedLM or ModernBertForMaskedLM of 2 layers x 32."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=max_length,
+        initializer_range=0.1,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+        **({"cls_token_id": 2, "sep_token_id": 3} if kind == "modernbert" else {}),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForMaskedLM.from_config(config).eval()
+
+
+def save_toy(
+    directory: Path,
+    *,
+    kind: str = "bert",
+    words: tuple[str, ...] | list[str] = WORDS,
+    max_length: int = 96,
+    teach: list[tuple[list[dict], str]] | None = None,
+    **sidecar,
+) -> Path:
+    """Save a toy checkpoint with its tokenizer and sidecar, and return its directory.
+
+    teach: conversations and answers that it learns by heart in a moment; random weights without.
+    """
+    tokenizer = word_tokenizer(words)
+    model = toy_model(kind, len(tokenizer), max_length=max_length)
+    if teach:
+        learn_by_heart(model, tokenizer, teach)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    facts = {
+        "algorithm": "mdlm",
+        "run": "toy",
+        "family": "encoder",
+        "prediction": "in_place",
+        "response_end": "fill",
+        "block_size": 8,
+        "length": max_length,
+        "special_tokens": {"mask": "[MASK]", "eos": "[PAD]", "end_of_turn": "[/Answer]"},
+        "chat_template": "bert",
+    }
+    (Path(directory) / "dllm.json").write_text(json.dumps(facts | sidecar), encoding="utf-8")
+    return Path(directory)
+
+
+def learn_by_heart(model: nn.Module, tokenizer, pairs: list[tuple[list[dict], str]], *, steps: int = 200) -> None:
+    """Fit the answers of a few conversations, for canvases of 16 tokens, at random mask shares."""
+    prompts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns, _ in pairs]
+    encode = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+    answers = [tokenizer(f"{text}\n[/Answer]\n\n", add_special_tokens=False)["input_ids"] for _, text in pairs]
+    rows = [p + a + [tokenizer.pad_token_id] * (16 - len(a)) for p, a in zip(encode, answers, strict=True)]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    attention = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    target = attention & (torch.arange(width) >= torch.tensor([len(p) for p in encode])[:, None])
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        share = torch.rand(len(rows), 1, generator=generator) * 0.8 + 0.2
+        masked = target & (torch.rand(tokens.shape, generator=generator) < share)
+        masked[:, width - 16] |= ~masked.any(1)
+        masked &= target
+        hidden = hidden_states(model, tokens.masked_fill(masked, tokenizer.mask_token_id), attention)
+        loss = nn.functional.cross_entropy(logits_at(model, hidden, masked), tokens[masked])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

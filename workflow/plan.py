@@ -1,0 +1,221 @@
+"""From the project's entries to the configs that jobs read: what the Snakefile needs to know, and no rule.
+
+Every config is written when the Snakefile is parsed, atomically and only if its content changed, so that a changed
+setting reruns exactly what depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dllm.chat.settings import SampleConfig, SpeedConfig
+from dllm.config import (
+    Project,
+    Settings,
+    download_configs,
+    download_name,
+    prepare_configs,
+    run_configs,
+    write_when_changed,
+)
+from dllm.evaluation.settings import EvaluationConfig
+from dllm.report.plan import ReportPlan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every job's config, by kind and name."""
+
+    project: Project
+    downloads: dict
+    data: dict
+    runs: dict
+    evaluations: dict[tuple[str, str], EvaluationConfig]
+    samples: dict[str, SampleConfig]
+    speed: dict[str, SpeedConfig]
+    report: ReportPlan
+
+    def write(self, directory: str | Path) -> None:
+        """Write all configs below `directory`/configs."""
+        root = Path(directory) / "configs"
+        for kind in ("downloads", "data", "runs", "samples", "speed"):
+            for name, config in getattr(self, kind).items():
+                write_when_changed(root / kind / f"{name}.yaml", config)
+        for (row, benchmark), config in self.evaluations.items():
+            write_when_changed(root / "evals" / row / f"{benchmark}.yaml", config)
+        write_when_changed(root / "report.yaml", self.report)
+
+    def record_of(self, name: str) -> str:
+        """Record of a model or run: the edge of the graph that `init` and `checkpoint` draw."""
+        return f"runs/{name}.json" if name in self.project.runs else f"downloads/{name}.json"
+
+    def data_records(self, config) -> list[str]:
+        """Records of the downloads that a prepared dataset reads."""
+        return sorted({f"{part.path}.json" for part in config.parts} | {f"{config.model_path}.json"})
+
+    def train_inputs(self, run: str) -> list[str]:
+        """Records of the data and of the start of a run."""
+        config = self.runs[run]
+        return [f"{config.data_path}.json", self.record_of(config.init)]
+
+    def evaluation_inputs(self, row: str, benchmark: str) -> list[str]:
+        """Records of the checkpoint and of the benchmark's data."""
+        entry = self.project.evaluations[row]
+        records = [self.record_of(entry.checkpoint)]
+        dataset = self.project.benchmarks[benchmark].dataset
+        if dataset:
+            records.append(f"downloads/{download_name(self.project, dataset)}.json")
+        return records
+
+    def speed_inputs(self, name: str) -> list[str]:
+        """Records of the checkpoint and of the questions."""
+        entry = self.project.speed[name]
+        dataset = entry.questions.split("/")[0]
+        return [
+            self.record_of(entry.checkpoint),
+            f"downloads/{download_name(self.project, dataset)}.json",
+        ]
+
+    def report_inputs(self) -> list[str]:
+        """Everything a report reads: evaluations, records of runs, samples, speed."""
+        runs = [f"runs/{run}.json" for run in self.project.runs]
+        evaluations = [f"evals/{row}/{benchmark}.json" for row, benchmark in self.evaluations]
+        samples = [f"samples/{name}.json" for name in self.samples]
+        return [*runs, *evaluations, *samples, *(f"speed/{name}.json" for name in self.speed)]
+
+
+def make_plan(project: Project) -> Plan:
+    """All configs of a project. Raises ConfigError or ValueError, one line, for what does not fit together."""
+    return Plan(
+        project=project,
+        downloads=download_configs(project),
+        data=prepare_configs(project),
+        runs=run_configs(project),
+        evaluations=evaluation_configs(project),
+        samples={name: sample_config(project, name) for name in project.samples},
+        speed={name: speed_config(project, name) for name in project.speed},
+        report=report_plan(project),
+    )
+
+
+def checkpoint_path(project: Project, name: str) -> str:
+    """Directory of the model that a run or a download brings."""
+    return f"runs/{name}/model" if name in project.runs else f"downloads/{name}"
+
+
+def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConfig]:
+    """One config per row and benchmark of the results table."""
+    configs = {}
+    for row, entry in project.evaluations.items():
+        for name in entry.benchmarks or list(project.benchmarks):
+            benchmark = project.benchmarks[name]
+            data = None
+            if benchmark.dataset:
+                data = f"downloads/{download_name(project, benchmark.dataset)}"
+                data += "/benchmarks" if benchmark.tasks_from == "miniature" else ""
+            configs[row, name] = EvaluationConfig(
+                run=row,
+                checkpoint=checkpoint_path(project, entry.checkpoint),
+                model_kind=entry.kind,
+                benchmark=name,
+                task=benchmark.task,
+                task_directory="miniature" if benchmark.tasks_from == "miniature" else None,
+                data=data,
+                revision=benchmark.revision,
+                shots=benchmark.shots,
+                fewshot_as_multiturn=entry.chat_template and benchmark.shots > 0,
+                chat_template=entry.chat_template,
+                metric=benchmark.metric,
+                filter=benchmark.filter,
+                further_metrics=benchmark.also,
+                chance=benchmark.chance,
+                limit=benchmark.documents,
+                generation=benchmark.generation,
+                scorer=project.scorers[entry.scorer],
+                seed=benchmark.seed,
+            )
+    return configs
+
+
+def sample_config(project: Project, name: str) -> SampleConfig:
+    """What `dllm sample` is told for the report."""
+    entry = project.samples[name]
+    return SampleConfig(
+        run=name,
+        checkpoint=checkpoint_path(project, entry.checkpoint),
+        conversations=entry.conversations,
+        film_prompt=entry.film,
+        generation=entry.generation,
+    )
+
+
+def speed_config(project: Project, name: str) -> SpeedConfig:
+    """What `dllm speed` is told."""
+    entry = project.speed[name]
+    dataset, _, file = entry.questions.partition("/")
+    return SpeedConfig(
+        run=name,
+        checkpoint=checkpoint_path(project, entry.checkpoint),
+        questions=f"downloads/{download_name(project, dataset)}/{file}",
+        answer=entry.answer,
+        limit=entry.documents,
+        steps=entry.steps,
+        generation=entry.generation,
+    )
+
+
+def report_plan(project: Project) -> ReportPlan:
+    """What the report shows, in the report's own terms."""
+
+    def recipe(run: str) -> str:
+        return "published" if project.runs[run].recipe.startswith("published") else "corrected"
+
+    def curves(section: str) -> list[dict]:
+        return [
+            {"run": curve.run, "label": curve.label, "recipe": recipe(curve.run)}
+            for curve in getattr(project.report, section)
+        ]
+
+    results = [
+        {
+            "run": name,
+            "label": entry.label,
+            "recipe": "published" if entry.scorer == "published" else "corrected",
+            "kind": "control" if entry.control else "ar" if entry.kind == "hf" else "ours",
+            "published_as": project.reported[entry.compare].label if entry.compare else "",
+            "close_to": project.reported[entry.close_to].label if entry.close_to else "",
+            "benchmarks": entry.benchmarks or [],
+        }
+        for name, entry in project.evaluations.items()
+    ]
+    first = next(iter(project.samples), "")
+    return ReportPlan.model_validate(
+        {
+            "title": project.report.title,
+            "toy": project.report.toy,
+            "pretraining": curves("pretraining"),
+            "openwebtext": curves("openwebtext"),
+            "ablation": [
+                {"start": c["label"], "run": c["run"], "recipe": c["recipe"]} for c in curves("ablation")
+            ],
+            "chat": curves("chat"),
+            "results": results,
+            "benchmarks": [
+                {"name": name, "label": entry.label, "chance": entry.chance}
+                for name, entry in project.benchmarks.items()
+            ],
+            "reported": [
+                {"label": row.label, "source": row.source, "note": row.note, "values": dict(row.scores)}
+                for row in project.reported.values()
+            ],
+            "film": first,
+            "samples": first,
+            "speed": next(iter(project.speed), ""),
+        }
+    )
+
+
+def launcher(settings: Settings, relative: str) -> str:
+    """Path, from the work directory, of the accelerate configuration of a run."""
+    return f"{relative}/config/accelerate/{settings.launch}.yaml"

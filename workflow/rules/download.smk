@@ -1,0 +1,28 @@
+# download: fetch pinned models and datasets, or make the laptop's stand-ins.
+#
+# reads    configs/downloads/<name>.yaml (and the synthetic world, for a model that takes its tokenizer)
+# writes   downloads/<name>/ and its record downloads/<name>.json
+# network  only here
+
+
+localrules:
+    download,
+
+
+def download_inputs(wildcards):
+    """Record of the download that brings a new model's tokenizer."""
+    path = PLAN.downloads[wildcards.name].tokenizer_path
+    return [f"{path}.json"] if path else []
+
+
+rule download:
+    """Fetch {wildcards.name}."""
+    input:
+        download_inputs,
+        config="configs/downloads/{name}.yaml",
+    output:
+        "downloads/{name}.json",
+    log:
+        "logs/download/{name}.log",
+    shell:
+        "dllm download {input.config:q} &> {log:q}"

@@ -1,0 +1,53 @@
+# evaluate: one row of the results table on one benchmark; sample and speed: what else the report shows of a run.
+#
+# reads    configs/evals/<row>/<benchmark>.yaml, the record of the checkpoint, the record of the benchmark's data
+# writes   evals/<row>/<benchmark>.json and .samples.jsonl, samples/<name>.json, speed/<name>.json
+# resumes  from answers already given, in .work
+
+
+rule evaluate:
+    """Evaluate {wildcards.row} on {wildcards.benchmark}."""
+    input:
+        lambda wildcards: PLAN.evaluation_inputs(wildcards.row, wildcards.benchmark),
+        config="configs/evals/{row}/{benchmark}.yaml",
+    output:
+        scores="evals/{row}/{benchmark}.json",
+        samples="evals/{row}/{benchmark}.samples.jsonl",
+    log:
+        "logs/evaluate/{row}/{benchmark}.log",
+    benchmark:
+        "benchmarks/evaluate/{row}/{benchmark}.tsv"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards: PROJECT.evaluations[wildcards.row].resources.memory_gib * 1024,
+        runtime=lambda wildcards: PROJECT.evaluations[wildcards.row].resources.runtime_minutes,
+    shell:
+        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm evaluate {input.config:q} &> {log:q}"
+
+
+rule sample:
+    """Sample conversations of {wildcards.name}."""
+    input:
+        lambda wildcards: PLAN.record_of(PROJECT.samples[wildcards.name].checkpoint),
+        config="configs/samples/{name}.yaml",
+    output:
+        "samples/{name}.json",
+    log:
+        "logs/sample/{name}.log",
+    threads: 1
+    shell:
+        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm sample --config {input.config:q} --output {output:q} &> {log:q}"
+
+
+rule speed:
+    """Measure steps against time and quality of {wildcards.name}."""
+    input:
+        lambda wildcards: PLAN.speed_inputs(wildcards.name),
+        config="configs/speed/{name}.yaml",
+    output:
+        "speed/{name}.json",
+    log:
+        "logs/speed/{name}.log",
+    threads: 1
+    shell:
+        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm speed {input.config:q} --output {output:q} &> {log:q}"
