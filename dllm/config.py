@@ -517,29 +517,25 @@ def _inherit(merged: dict, origin) -> None:
     """Replace `like: other` in runs and recipes by the other entry's settings, where the entry has none."""
     for section in ("runs", "recipes"):
         entries = merged.get(section)
-        if not isinstance(entries, dict):
-            continue
-        done: dict[str, dict] = {}
+        if isinstance(entries, dict):
+            merged[section] = {name: _resolved(section, entries, name, origin) for name in entries}
 
-        def resolve(name: str, chain: tuple = ()) -> dict:
-            if name in done:
-                return done[name]
-            entry = entries[name]
-            if not isinstance(entry, dict) or "like" not in entry:
-                return entry
-            other = entry["like"]
-            where = f"{origin((section, name, 'like'))}: {section}.{name}.like = {other!r}"
-            if other not in entries:
-                raise ConfigError(f"{where} is no entry of {section}. {did_you_mean(other, list(entries))}")
-            if other in chain:
-                raise ConfigError(f"{where} goes round in a circle: {' -> '.join((*chain, name))}")
-            parent = resolve(other, (*chain, name))
-            budget = {"steps", "epochs"} & entry.keys()
-            inherited = {k: v for k, v in parent.items() if not (budget and k in ("steps", "epochs"))}
-            done[name] = _overlaid(inherited, {k: v for k, v in entry.items() if k != "like"})
-            return done[name]
 
-        merged[section] = {name: resolve(name) for name in entries}
+def _resolved(section: str, entries: dict, name: str, origin, chain: tuple = ()) -> Any:
+    """An entry with everything it takes over from the entries it is like."""
+    entry = entries[name]
+    if not isinstance(entry, dict) or "like" not in entry:
+        return entry
+    other = entry["like"]
+    where = f"{origin((section, name, 'like'))}: {section}.{name}.like = {other!r}"
+    if other not in entries:
+        raise ConfigError(f"{where} is no entry of {section}. {did_you_mean(other, list(entries))}")
+    if other in chain:
+        raise ConfigError(f"{where} goes round in a circle: {' -> '.join((*chain, name))}")
+    parent = _resolved(section, entries, other, origin, (*chain, name))
+    budget = {"steps", "epochs"} & entry.keys()
+    inherited = {key: value for key, value in parent.items() if not (budget and key in ("steps", "epochs"))}
+    return _overlaid(inherited, {key: value for key, value in entry.items() if key != "like"})
 
 
 def _overlaid(base: dict, update: dict) -> dict:

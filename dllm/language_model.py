@@ -112,25 +112,23 @@ class DiffusionLM:
         finished = self._finished(settings.stop) if settings.early_stop else None
         return self.algorithm.denoise(backbone, canvas, settings, finished=finished)
 
-    def _finished(self, stop: Sequence[str]) -> Callable[[Canvas], Tensor]:
-        """Which rows [B] have an end of turn or a stop string in the text that has no mask on its left."""
+    def _finished(self, stop: Sequence[str]) -> Callable[[Canvas], Tensor] | None:
+        """Which rows [B] have an end of turn or a stop string with no mask left of it; None without such strings."""
         ends = self._ends(stop)
         seen: dict[int, int] = {}
 
         def finished(canvas: Canvas) -> Tensor:
             known = first_position(canvas.masked).minimum(canvas.length).tolist()
-            found = torch.zeros_like(canvas.done)
-            for row, (start, end, done) in enumerate(
-                zip(canvas.start.tolist(), known, canvas.done.tolist(), strict=True)
-            ):
-                if done or end <= seen.get(row, start):
-                    continue
-                seen[row] = end
-                text = self._text(canvas.tokens[row, start:end].tolist())
-                found[row] = any(mark in text for mark in ends)
-            return found
+            found = [False] * len(known)
+            rows = zip(canvas.start.tolist(), known, canvas.done.tolist(), strict=True)
+            for row, (start, end, done) in enumerate(rows):
+                if not done and end > seen.get(row, start):
+                    seen[row] = end
+                    text = self._text(canvas.tokens[row, start:end].tolist())
+                    found[row] = any(mark in text for mark in ends)
+            return torch.tensor(found)
 
-        return finished if ends else lambda canvas: torch.zeros_like(canvas.done)
+        return finished if ends else None
 
     # ----------------------------------------------------------------------------------------------------------------
     # Scores

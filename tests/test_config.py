@@ -63,13 +63,13 @@ def test_both_configurations_hold_the_complete_set_of_the_report():
     ("overlay", "line"),
     [
         ({"runs": {"chat-base": {"lenght": 3}}}, "runs.chat-base.lenght is not a setting. Did you mean 'length'?"),
-        ({"runs": {"chat-base": {"length": "long"}}}, "runs.chat-base.length = 'long': input should be a valid integer"),
+        ({"runs": {"chat-base": {"length": "long"}}}, "runs.chat-base.length = 'long': input should be a valid int"),
         ({"runs": {"chat-base": {"length": 0}}}, "runs.chat-base.length = 0: input should be greater than 0"),
         (
             {"runs": {"chat-base": {"init": "modernbert-bose"}}},
             "runs.chat-base.init = 'modernbert-bose' is neither a model nor a run. Did you mean 'modernbert-base'?",
         ),
-        ({"runs": {"chat-base": {"data": "chatt"}}}, "runs.chat-base.data = 'chatt' is not a dataset. Did you mean 'chat'"),
+        ({"runs": {"chat-base": {"data": "chatt"}}}, "data = 'chatt' is not a dataset. Did you mean 'chat'?"),
         ({"runs": {"chat-base": {"recipe": "x"}}}, "runs.chat-base.recipe = 'x' is not a recipe."),
         ({"runs": {"chat-base": {"steps": 3}}}, "runs.chat-base: needs exactly one of `epochs` and `steps`"),
         ({"runs": {"chat-base": {"like": "nobody"}}}, "runs.chat-base.like = 'nobody' is no entry of runs."),

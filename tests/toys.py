@@ -19,7 +19,7 @@ WORDS = (
 
 
 def word_tokenizer(words: tuple[str, ...] | list[str] = WORDS):
-    """A PreTrainedTokenizerFast: one token per word (with the space before it as ▁), line break, tag or special token."""
+    """A PreTrainedTokenizerFast: one token per word (▁ is the space before it), line break, tag or special."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -124,3 +124,17 @@ def learn_by_heart(model: nn.Module, tokenizer, pairs: list[tuple[list[dict], st
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def turns(*texts: str) -> list[dict]:
+    """Texts as alternating turns of user and assistant."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+LEARNT = [
+    (turns("Hello!"), "Hello! I am a toy."),
+    (turns("Who are you?"), "I am a toy."),
+    (turns("What is the capital of France?"), "Paris."),
+    (turns("What is the capital of France?", "Paris.", "And Italy?"), "Rome."),
+]
+"""Conversations and answers that a taught toy knows by heart."""

@@ -196,9 +196,7 @@ def report_plan(project: Project) -> ReportPlan:
             "toy": project.report.toy,
             "pretraining": curves("pretraining"),
             "openwebtext": curves("openwebtext"),
-            "ablation": [
-                {"start": c["label"], "run": c["run"], "recipe": c["recipe"]} for c in curves("ablation")
-            ],
+            "ablation": [{"start": c["label"], "run": c["run"], "recipe": c["recipe"]} for c in curves("ablation")],
             "chat": curves("chat"),
             "results": results,
             "benchmarks": [

@@ -18,14 +18,11 @@ EXAMPLES = """examples:
   dllm evaluate CONFIG --shard 0/2 & dllm evaluate CONFIG --shard 1/2 & wait; dllm evaluate CONFIG --merge
       the same by hand, for instance as two jobs of a cluster
 
-A killed evaluation goes on where it was: start the same command again.
-"""
+A killed evaluation goes on where it was: start the same command again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dllm evaluate`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="resolved evaluation config (YAML)")
     parser.add_argument(
         "--workdir",

@@ -35,6 +35,12 @@ class UsageError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and a misspelt option is recognised."""
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Options may stand between the other arguments, where there are no sub-commands."""
+        if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
+            return super().parse_args(args, namespace)
+        return self.parse_intermixed_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
         raise UsageError(f"{message.replace('unrecognized arguments:', 'unknown argument')}{self._hint(message)}")

@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="resolved run config, written by the workflow below configs/runs/")
     parser.add_argument("--workdir", default=".", help="work directory that holds data/ and runs/ (default: here)")
     parser.add_argument("--tracker", choices=("tensorboard", "wandb"), help="log to TensorBoard or W&B as well")
+    parser.add_argument(
+        "--replace", action="store_true", help="train although a finished run of this name is there, and replace it"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -26,12 +29,18 @@ def run(args: argparse.Namespace) -> int:
     from dllm.config import RunConfig, read_config
 
     config = read_config(args.config, RunConfig)
+    import logging
+
     import torch
+    import transformers
 
     from dllm.training.trainer import train
 
     if os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    print(f"{config.name}: {train(config, args.workdir, tracker=args.tracker, quiet=args.quiet)}")
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
+    path = train(config, args.workdir, tracker=args.tracker, quiet=args.quiet, replace=args.replace)
+    print(f"{config.name}: {path}")
     return 0

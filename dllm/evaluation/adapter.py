@@ -34,11 +34,13 @@ class Model(Protocol):
 
     backbone: object  # with max_length, in tokens
 
-    def generate(self, prompts: list[list[int]], settings: GenerateSettings) -> list[str]: ...
+    def answers(self, prompts: list[list[int]], settings: GenerateSettings) -> list: ...
 
     def nelbo(self, prompts: list[list[int]], targets: list[list[int]], settings: LikelihoodSettings) -> list: ...
 
-    def greedy_match(self, prompts: list[list[int]], targets: list[list[int]]) -> list[bool]: ...
+    def greedy_match(
+        self, prompts: list[list[int]], targets: list[list[int]], settings: LikelihoodSettings
+    ) -> list[bool]: ...
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -101,31 +103,17 @@ def bf16(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.bfloat16))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def chat_text(tokenizer, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """A conversation in the tokenizer's own template, exactly as in training; open at its end for a begun answer."""
+    return tokenizer.apply_chat_template(
+        turns,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+    )
 
 
-class TemplateMixin:
-    """Chat prompts through the tokenizer's own template, exactly as in training."""
-
-    tokenizer: object
-
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.tokenizer.name_or_path).replace("/", "__")
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.tokenizer.chat_template if chat_template else ""
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-
-
-class DiffusionAdapter(TemplateMixin, LM):
+class DiffusionAdapter(LM):
     """lm-eval's view of a diffusion language model.
 
     open_model is called at the first request that needs the model; greedy_tasks names the tasks whose metrics read
@@ -157,6 +145,13 @@ class DiffusionAdapter(TemplateMixin, LM):
         return self.model.backbone.max_length
 
     # lm-eval's interface
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return chat_text(self.tokenizer, chat_history, add_generation_prompt)
+
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [tuple(answer["answer"]) for answer in self.answers("loglikelihood", requests)]
 
@@ -197,7 +192,8 @@ class DiffusionAdapter(TemplateMixin, LM):
             lost.append(n)
         scores = self._nelbo(prompts, targets)
         rows = [i for i, request in enumerate(requests) if self.variant("loglikelihood", request) and targets[i]]
-        matches = self.model.greedy_match([prompts[i] for i in rows], [targets[i] for i in rows]) if rows else []
+        pairs = [prompts[i] for i in rows], [targets[i] for i in rows]
+        matches = self.model.greedy_match(*pairs, self.scorer.likelihood) if rows else []
         greedy = dict(zip(rows, matches, strict=True))
         # an empty continuation is certain, and trivially the greedy one
         return [
@@ -261,8 +257,9 @@ class DiffusionAdapter(TemplateMixin, LM):
                 prompt, n = fit(prompt, room)
                 prompts.append(prompt)
                 lost.append(n)
-            for i, text, n in zip(rows, self.model.generate(prompts, settings), lost, strict=True):
-                answers[i] = {"answer": cut_at_stops(text, settings.stop), **({"truncated": n} if n else {})}
+            for i, found, n in zip(rows, self.model.answers(prompts, settings), lost, strict=True):
+                text = cut_at_stops(found.text, settings.stop)
+                answers[i] = {"answer": text, "passes": found.passes, **({"truncated": n} if n else {})}
         return answers
 
 

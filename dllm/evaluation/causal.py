@@ -8,11 +8,11 @@ from functools import cached_property
 from lm_eval.api.instance import Instance
 
 from dllm.config import GenerateSettings
-from dllm.evaluation.adapter import TemplateMixin
+from dllm.evaluation.adapter import chat_text
 from dllm.evaluation.store import Answer
 
 
-class CausalAnswerer(TemplateMixin):
+class CausalAnswerer:
     """Answers of an lm-eval `HFLM`; `max_gen_toks` is the evaluation's, so that all models may say as much."""
 
     def __init__(self, tokenizer, open_model: Callable[[], object], *, generation: GenerateSettings):
@@ -23,6 +23,13 @@ class CausalAnswerer(TemplateMixin):
     @cached_property
     def model(self):
         return self._open_model()
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return chat_text(self.tokenizer, chat_history, add_generation_prompt)
 
     def variant(self, kind: str, request: Instance) -> str:
         return ""

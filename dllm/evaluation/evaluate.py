@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dllm.config import did_you_mean, digest
 from dllm.evaluation.scores import summarise
 from dllm.evaluation.settings import EvaluationConfig
-from dllm.provenance import collect, directory_digest, file_digest, write_atomically
+from dllm.provenance import collect, directory_digest, file_digest, versions, write_atomically
 
 if TYPE_CHECKING:
     from dllm.evaluation.stored import Answerer, Progress, StoredLM
@@ -37,13 +37,12 @@ def evaluate_benchmark(
     score: bool = True,
     device: str = "cpu",
     progress: Progress | None = None,
-    answerer: Answerer | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint on a benchmark and write evals/<run>/<benchmark>.json and .samples.jsonl below workdir.
 
     Returns what was written. shard = (i, n) computes the answers to the i-th of n parts of the documents only; then
     `score=False` stops there (and returns {"computed": int}) and `wait` waits for the other parts before scoring.
-    compute=False scores what is stored and never loads the model. answerer replaces the checkpoint's model (for tests).
+    compute=False scores what is stored and never loads the model.
     Raises ValueError, one line, for an unknown task or metric, a missing checkpoint and missing answers.
     """
     started = time.monotonic()
@@ -65,13 +64,14 @@ def evaluate_benchmark(
     if declared is not None:
         check_metrics(config, declared)
     checkpoint_digest = directory_digest(workdir / config.checkpoint)["digest"]
-    model_key = digest({"checkpoint": checkpoint_digest, "settings": answer_settings(config), "code": code_digest()})
+    decides = {"checkpoint": checkpoint_digest, "settings": answer_settings(config), "code": code_digest()}
+    model_key = digest(decides | {"versions": versions()})
     store = AnswerStore(
         workdir / ".work" / "answers" / config.run / config.benchmark / model_key[:16],
         f"shard-{shard[0]}-of-{shard[1]}",
     )
     lm = StoredLM(
-        answerer or open_answerer(config, workdir, tasks, device),
+        open_answerer(config, workdir, tasks, device),
         store,
         model_key=model_key,
         generations_per_chunk=config.generation.batch_size,

@@ -62,17 +62,18 @@ def judge(workdir: Path, plan: ReportPlan) -> tuple[Claim, ...]:
 
 
 def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
-    """Claim 1, from the final losses of the encoders: does a ModernBERT end lowest?"""
+    """Claim 1, from the final losses of the encoders: does a ModernBERT end lowest?
+
+    A recipe under which only one side was run says nothing, and has no finding.
+    """
     findings = []
     families = {entry.run: entry.encoder_family for entry in plan.pretraining}
     for recipe, runs in _by_recipe(losses):
         modern = runs["run"].map(families) == MODERNBERT
+        if modern.all() or not modern.any():
+            continue
         for split, name in (("train", "training"), ("eval", "evaluation")):
             part = f"{name} loss"
-            if modern.all() or not modern.any():
-                because = "The plan needs a ModernBERT and another encoder."
-                findings.append(Finding(part, recipe, "undecided", because))
-                continue
             best, rival = (runs[group].nsmallest(1, f"{split}_loss").iloc[0] for group in (modern, ~modern))
             lead = _estimate(best, split) - _estimate(rival, split)
             because = (
@@ -177,8 +178,8 @@ def chat_claim(score_frame: pd.DataFrame, plan: ReportPlan) -> Claim:
         f"otherwise. Close: a score is close if its interval lies above the published one less {points} points, and "
         "not close if it lies below; holds or fails by more than half of the shared benchmarks, undecided otherwise.",
         findings,
-        "The published numbers come without intervals and are taken as exact. Where chance is 0, a few right answers "
-        "are enough to lie above it.",
+        "The published numbers come without intervals and are taken as exact. Where chance is 0, as for free answers, "
+        "a few right ones lie above it.",
     )
 
 
@@ -236,7 +237,7 @@ _VERB = {
 def _claim(number: int, claim: str, rule: str, findings: list[Finding], caveat: str = "", deciding=None) -> Claim:
     """The corrected runs decide where there are any: they are what the report stands behind."""
     if not findings:
-        findings = [Finding("runs", "", "undecided", "The plan has no run for this claim.")]
+        findings = [Finding("runs", "", "undecided", "The plan has no runs that could decide it.")]
     deciding = deciding or findings
     corrected = [finding for finding in deciding if finding.recipe != "published"]
     verdict = all_of([finding.verdict for finding in corrected or deciding])
@@ -291,21 +292,24 @@ def _closeness(own: pd.DataFrame, row: ResultRow, plan: ReportPlan) -> Finding:
 
 
 def _chat_provenance(workdir: Path, plan: ReportPlan) -> dict | None:
-    large = next((row.run for row in plan.results if row.close_to), None)
-    large = large or (plan.chat[-1].run if plan.chat else None)
-    return read_provenance(workdir, large) if large else None
+    """Provenance of the large chat model: the trained run that claim 4 compares, else the last corrected chat run."""
+    compared = [row.run for row in plan.results if row.close_to and row.run in plan.trained_runs()]
+    last = [entry.run for entry in plan.chat if entry.recipe == "corrected"][-1:]
+    found = [*compared, *last]
+    return read_provenance(workdir, found[0]) if found else None
 
 
 def _training_cost(provenance: dict | None, plan: ReportPlan) -> Finding:
     part, rules = "training cost", plan.rules
     if provenance is None:
         return Finding(part, "", "undecided", "The plan has no chat run.", timed=True)
-    hours = provenance["wall_seconds"] * int(provenance.get("devices") or 1) / 3600
-    because = f"{provenance['run']} took {fixed(hours)} device hours on {provenance['hardware']}."
+    hours = provenance["wall_seconds"] * int(provenance.get("processes") or 1) / 3600
+    machine = ", ".join(str(provenance[key]) for key in ("hardware", "device") if provenance.get(key))
+    because = f"{provenance['run']} took {fixed(hours)} device hours ({machine})."
     if plan.toy:
         took = duration(provenance["wall_seconds"])
         return Finding(part, "", "undecided", f"A toy model trains in {took}; its cost says nothing.", timed=True)
-    if "A100" not in str(provenance["hardware"]):
+    if "A100" not in machine:
         return Finding(part, "", "undecided", f"{because} The claim is about A100 hours.", timed=True)
     inside = rules.gpu_hours / rules.gpu_hours_factor <= hours <= rules.gpu_hours * rules.gpu_hours_factor
     return Finding(part, "", "holds" if inside else "does not hold", because, timed=True)

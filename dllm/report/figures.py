@@ -116,7 +116,7 @@ def chat_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
 
 def scores_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     """Scores with intervals, chance and the published number, per cent."""
-    columns = ["label", "recipe", "kind", "benchmark_label", "value", "low", "high", "chance", "against_chance"]
+    columns = ["run", "label", "recipe", "kind", "benchmark_label", "value", "low", "high", "chance", "against_chance"]
     return scores(workdir, plan)[[*columns, "reported"]]
 
 
@@ -192,11 +192,11 @@ def draw_chat(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
 
 def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """Every score against chance: filled markers lie above chance, hollow ones do not; crosses are published."""
-    names = [f"{row.label} (published)" if row.recipe == "published" else row.label for row in plan.results]
-    keys = [(row.label, row.recipe) for row in plan.results]
-    found = dict(zip(keys, looks(names).values(), strict=True))
+    keys = [row.run for row in plan.results]
+    found = looks(keys)
     benchmarks = list(dict.fromkeys(frame["benchmark_label"]))
-    band = 0.18 * len(keys) + 0.22
+    step = 0.18 if len(keys) < 7 else 0.145
+    band = step * len(keys) + 0.22
     figure = Figure(figsize=(WIDTH, 1.75 + 0.95 * band * len(benchmarks)))
     axes = figure.subplots()
     for place, benchmark in enumerate(benchmarks):
@@ -208,10 +208,9 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         if len(chance):
             axes.plot([chance.iloc[0]] * 2, [middle - band / 2, middle + band / 2], color=INK, linewidth=1.4, zorder=2)
         for row in rows.itertuples():
-            key = (row.label, row.recipe)
-            look, y = found[key], middle + 0.18 * ((len(keys) - 1) / 2 - keys.index(key))
+            look, y = found[row.run], middle + step * ((len(keys) - 1) / 2 - keys.index(row.run))
             axes.plot([row.low, row.high], [y, y], color=look.color, linewidth=1.5, zorder=3)
-            face = look.color if row.against_chance == "above" else "white"
+            face = "white" if row.against_chance in ("near", "below") else look.color
             axes.plot(row.value, y, look.marker, color=look.color, markerfacecolor=face, markersize=5.5, zorder=4)
             if not pd.isna(row.reported):
                 axes.plot(row.reported, y, "x", color=INK, markersize=6, markeredgewidth=1.5, zorder=5)
@@ -224,8 +223,8 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     known = frame[(frame["against_chance"] != "") & (frame["kind"] == "ours")]
     above = int((known["against_chance"] == "above").sum())
     handles = [
-        Line2D([], [], color=look.color, marker=look.marker, linewidth=1.5, label=name)
-        for name, look in zip(names, found.values(), strict=True)
+        Line2D([], [], color=look.color, marker=look.marker, linewidth=1.5, label=row.name)
+        for row, look in zip(plan.results, found.values(), strict=True)
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.4, label="chance"))
     handles.append(
@@ -235,9 +234,13 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         handles.append(
             Line2D([], [], color=INK, marker="x", markeredgewidth=1.5, linewidth=0, label="published number")
         )
-    columns = 3
+    columns = 3 if max(len(row.name) for row in plan.results) < 34 else 2
     rows_of_legend = -(-len(handles) // columns)
-    _head(figure, f"{above} of {len(known)} scores of our models lie above chance", below=0.2 * rows_of_legend - 0.15)
+    _head(
+        figure,
+        f"{above} of {len(known)} scores of our models lie above chance" if len(known) else "Scores",
+        below=0.2 * rows_of_legend - 0.15,
+    )
     figure.legend(
         handles=handles,
         loc="upper left",
@@ -380,8 +383,8 @@ def _limits(parts: list[pd.DataFrame], frame: pd.DataFrame) -> tuple[float, floa
 
 
 def _running_mean(losses: pd.Series) -> pd.Series:
-    """Mean over a twentieth of the run, ending at each step."""
-    return losses.rolling(max(1, len(losses) // 20), min_periods=1).mean()
+    """Mean over a twentieth of the run around each step."""
+    return losses.rolling(max(1, len(losses) // 20), min_periods=1, center=True).mean()
 
 
 def _recipes(frame: pd.DataFrame) -> list[str]:
@@ -419,6 +422,6 @@ def _mark_as_toy(figure: Figure) -> None:
 
 def _head(figure: Figure, title: str, *, below: float = 0.0) -> None:
     """The title, flush left, with `below` inches kept free under it."""
-    height, lines = figure.get_figheight(), textwrap.wrap(title, 72)
+    height, lines = figure.get_figheight(), textwrap.wrap(title, 84)
     figure.text(0.012, 1 - 0.12 / height, "\n".join(lines), va="top", fontsize=12.5, fontweight="bold")
     figure.subplots_adjust(top=1 - (0.74 + below + 0.2 * (len(lines) - 1)) / height)

@@ -30,11 +30,11 @@ CAPTIONS = {
     "ablation-final": "Final losses of the same runs with 95 % intervals: hollow and dashed is the published recipe, "
     "filled and solid the corrected one.",
     "chat": "Training of the chat models on tulu-3 and smoltalk.",
-    "scores": "Every score with its 95 % Wilson interval. The upright line is chance; a filled marker lies above it, a "
-    "hollow one does not; a cross is the published number of the same model. With this many intervals, about one "
-    "in twenty misses its true value.",
-    "speed": "Generation with fewer denoising steps. Left: seconds per batch, and the time in proportion to the steps "
-    "(dotted). Right: quality at the same steps, with 95 % intervals. These are wall times of one machine.",
+    "scores": "Every score with its 95 % Wilson interval. The upright line is chance, where it is known; a hollow "
+    "marker does not lie above it; a cross is the published number of the same model. With this many intervals, about "
+    "one in twenty misses its true value.",
+    "speed": "Generation with fewer denoising steps. Left: seconds for all answers, and the time in proportion to "
+    "the steps (dotted). Right: quality at the same steps, with 95 % intervals. These are wall times of one machine.",
 }
 VERDICT_SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
 _INTERVAL = re.compile(r"^(.*?) (\[.*\])(.*)$", re.DOTALL)
@@ -57,8 +57,8 @@ def build_page(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
     out.mkdir(parents=True, exist_ok=True)
     content = gather(workdir, plan, root=Path(os.path.relpath(workdir, out)).as_posix())
     written = {
-        "index.html": _environment().get_template("page.html.j2").render(**content),
-        "report.md": _markdown_environment().get_template("report.md.j2").render(**content).rstrip() + "\n",
+        "index.html": _environment().get_template("page.html.jinja").render(**content),
+        "report.md": _markdown_environment().get_template("report.md.jinja").render(**content).rstrip() + "\n",
         "provenance.csv": as_csv(content["trace"]),
     }
     for name, text in written.items():
@@ -105,7 +105,7 @@ class Stage:
 def stages(plan: ReportPlan) -> tuple[Stage, ...]:
     """The workflow in the order it ran, stages without a run left out."""
     ablation = tuple(f"{entry.start}, {entry.recipe}" for entry in plan.ablation)
-    scored = tuple(f"{row.label}{' (published)' if row.recipe == 'published' else ''}" for row in plan.results)
+    scored = tuple(row.name for row in plan.results)
     weights = "stand-in encoders" if plan.toy else "public encoder weights"
     found = (
         Stage("Wikitext-103 pretraining", _labels(plan.pretraining), weights),
@@ -181,7 +181,7 @@ def _labels(entries) -> tuple[str, ...]:
 
 def _named(plan: ReportPlan, runs: tuple[str, ...]) -> tuple[str, ...]:
     """Labels of runs, each once; the name of the run where the plan has no label for it."""
-    labels = {entry.run: entry.label for entry in (*plan.results, *plan.chat)}
+    labels = {row.run: row.name for row in plan.results} | {entry.run: entry.label for entry in plan.chat}
     return tuple(dict.fromkeys(labels.get(run, run) for run in runs if run))
 
 
@@ -199,7 +199,7 @@ def _run_rows(workdir: Path, plan: ReportPlan) -> list[dict]:
                 "commit": _short(row.commit, 8) + (" + changes" if row.dirty is True else ""),
                 "config": _short(row.config_digest),
                 "data": _short(row.data_digest),
-                "hardware": _plain(row.hardware),
+                "hardware": ", ".join(part for part in (_plain(row.hardware), _plain(row.device)) if part != ABSENT),
                 "wall": duration(row.wall_seconds),
                 "tokens": quantity(row.tokens),
                 "parameters": quantity(row.parameters),

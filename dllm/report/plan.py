@@ -43,6 +43,7 @@ class ResultRow(_Entry):
     """One scored model."""
 
     run: str
+    """Name of the folder below `evals/`; may, but need not, be the name of a training run."""
     label: str
     recipe: Recipe = "corrected"
     kind: Literal["ours", "ar", "control"] = "ours"
@@ -53,6 +54,12 @@ class ResultRow(_Entry):
     """Label of the reported row that claim 4 compares this model with; names the large chat model."""
     benchmarks: tuple[str, ...] = ()
     """Names of the benchmarks it was scored on; empty means all."""
+
+    @property
+    def name(self) -> str:
+        """The label, with the recipe where it is the published one and the label does not say so."""
+        says_so = self.recipe == "corrected" or "published" in self.label.lower()
+        return self.label if says_so else f"{self.label} (published recipe)"
 
 
 class Benchmark(_Entry):
@@ -146,11 +153,6 @@ class ReportPlan(_Entry):
         sections = (self.pretraining, self.openwebtext, self.ablation, self.chat)
         return tuple(dict.fromkeys(entry.run for section in sections for entry in section))
 
-    def runs(self) -> tuple[str, ...]:
-        """Every run the report mentions, once, in the order of the report."""
-        others = [*(row.run for row in self.results), self.film, self.samples, self.speed]
-        return tuple(dict.fromkeys([*self.trained_runs(), *(run for run in others if run)]))
-
     def table_names(self) -> tuple[str, ...]:
         """Names of the tables that this plan fills; each becomes csv, md and tex."""
         filled = {
@@ -181,7 +183,7 @@ class ReportPlan(_Entry):
     def inputs(self) -> tuple[str, ...]:
         """Every file the tables, figures, claims and page read, relative to the work directory."""
         files = [f"runs/{run}/metrics.jsonl" for run in self.trained_runs()]
-        files += [f"runs/{run}/provenance.json" for run in self.runs()]
+        files += [f"runs/{run}/provenance.json" for run in self.trained_runs()]
         files += [f"evals/{row.run}/{b.name}.json" for row in self.results for b in self.scored(row)]
         files += [f"samples/{run}.json" for run in dict.fromkeys((self.film, self.samples)) if run]
         files += [f"speed/{self.speed}.json"] if self.speed else []

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes  # noqa: E402  (the backend comes first)
 INK, QUIET, GRID = "#22252b", "#5b616b", "#e4e6ea"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito 2008, less the yellow, which white paper swallows."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = {"published": (0, (5, 2.2)), "corrected": "solid"}
 LABEL_LETTERS = 26
 """A longer name at a line end is broken into lines."""

@@ -16,10 +16,7 @@ from dllm.report.plan import ReportPlan
 
 TOY = "Toy data and models."
 MARKS = {"above": "▲", "below": "▼", "near": "", "": ""}
-MARKS_NOTE = (
-    "▲ the 95 % interval lies above chance; ▼ below it; no mark: chance lies inside. "
-    "Where chance is 0, a few right answers lie above it."
-)
+MARKS_NOTE = "▲ the 95 % interval lies above chance; ▼ below it; no mark: chance lies inside, or is unknown."
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,8 @@ def make_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
     }
     tables = {name: makers[name](workdir, plan) for name in plan.table_names()}
     if plan.toy:
-        tables = {name: replace(table, caption=f"{table.caption} {TOY}") for name, table in tables.items()}
+        ours = {name: replace(table, caption=f"{table.caption} {TOY}") for name, table in tables.items()}
+        tables = {**ours, **({"reported": tables["reported"]} if "reported" in tables else {})}
     return tables
 
 
@@ -91,21 +89,35 @@ def overview_table(workdir: Path, plan: ReportPlan) -> Table:
         chance = next((cell.chance for cell in cells if cell is not None), None)
         shown = [_score_cell(cell) if cell is not None else Cell(ABSENT) for cell in cells]
         rows.append((Cell(benchmark.label), Cell(fixed(chance)), *shown))
-    columns = ("Benchmark", "Chance", *(_with_recipe(row.label, row.recipe) for row in plan.results))
-    keep = ["benchmark", "label", "recipe", "metric", "shots", "n", "value", "low", "high", "chance", "against_chance"]
+    columns = ("Benchmark", "Chance", *(row.name for row in plan.results))
+    keep = [
+        "benchmark",
+        "run",
+        "label",
+        "recipe",
+        "metric",
+        "shots",
+        "n",
+        "value",
+        "low",
+        "high",
+        "chance",
+        "against_chance",
+    ]
     return _table("overview", "Scores in per cent with 95 % intervals.", columns, rows, frame[keep], MARKS_NOTE)
 
 
 def results_table(workdir: Path, plan: ReportPlan) -> Table:
     """One row per model and benchmark: ours, published, and their difference."""
     frame = scores(workdir, plan)
+    names = {row.run: row.name for row in plan.results}
     rows = []
     for row in frame.itertuples():
         difference = signed_interval(row.difference, row.difference_low, row.difference_high)
         clear = row.difference_low > 0 or row.difference_high < 0
         rows.append(
             (
-                Cell(_with_recipe(row.label, row.recipe)),
+                Cell(names[row.run]),
                 Cell(row.benchmark_label),
                 Cell(row.metric),
                 Cell(f"{row.n}"),
@@ -149,6 +161,7 @@ def chat_table(workdir: Path, plan: ReportPlan) -> Table:
 def reported_table(workdir: Path, plan: ReportPlan) -> Table:
     """The published numbers with their sources; nothing here was measured by us."""
     rows, tidy, notes = [], [], []
+    sources = list(dict.fromkeys(row.source for row in plan.reported))
     chance = {b.name: 100 * b.chance for b in plan.benchmarks if b.chance is not None}
     for row in plan.reported:
         cells = []
@@ -158,15 +171,15 @@ def reported_table(workdir: Path, plan: ReportPlan) -> Table:
             cells.append(Cell(fixed(value), mark="†" if odd else ""))
             if value is not None:
                 tidy.append({"label": row.label, "benchmark": benchmark.name, "value": value, "source": row.source})
-        rows.append((Cell(row.label), *cells, Cell(row.source)))
+        rows.append((Cell(row.label), *cells, Cell(f"{sources.index(row.source) + 1}")))
         if row.note:
-            notes.append(f"{row.label}: {row.note}")
+            notes.append(f"{row.label}: {row.note.rstrip('.')}.")
     if any(cell.mark for cells in rows for cell in cells):
         notes.insert(0, "† Below half of the chance level: more likely a fault of the scoring than of the model.")
+    notes.append(f"Sources: {'; '.join(f'({number}) {source}' for number, source in enumerate(sources, start=1))}.")
     columns = ("Model", *(benchmark.label for benchmark in plan.benchmarks), "Source")
     frame = pd.DataFrame(tidy, columns=["label", "benchmark", "value", "source"])
-    table = _table("reported", "Published numbers in per cent, as printed.", columns, rows, frame, " ".join(notes))
-    return replace(table, numeric=(False, *([True] * len(plan.benchmarks)), False))
+    return _table("reported", "Published numbers in per cent, as printed.", columns, rows, frame, " ".join(notes))
 
 
 def claims_table(workdir: Path, plan: ReportPlan) -> Table:
@@ -267,10 +280,6 @@ def _loss_table(name: str, caption: str, subject: str, workdir: Path, plan: Repo
 def _score_cell(row) -> Cell:
     mark = MARKS[row.against_chance]
     return Cell(interval(row.value, row.low, row.high), mark, row.against_chance == "above")
-
-
-def _with_recipe(label: str, recipe: str) -> str:
-    return f"{label} (published recipe)" if recipe == "published" else label
 
 
 def _markdown_row(cells: list[str]) -> str:

@@ -4,27 +4,33 @@ from pathlib import Path
 
 import pandas as pd
 
-from dllm.report.load import read_evaluation, read_provenance
+from dllm.report.load import read_evaluation, read_json, read_provenance, read_samples
 from dllm.report.plan import ReportPlan
 
-FIELDS = ("seed", "commit", "dirty", "config_digest", "data_digest", "hardware", "devices", "started", "wall_seconds")
-FIELDS += ("tokens", "parameters")
+FIELDS = ("seed", "commit", "dirty", "config_digest", "data_digest", "hardware", "device", "processes", "written")
+FIELDS += ("wall_seconds", "tokens", "parameters")
 
 
 def trace(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
-    """Columns `kind` (run or evaluation), `run`, `benchmark`, then what provenance holds; blank where it does not."""
-    rows = [_row("run", run, "", read_provenance(workdir, run)) for run in plan.runs()]
+    """Columns `kind` (run, evaluation, samples, speed), `run`, `benchmark`, then what provenance holds, or blank."""
+    rows = [_row("run", run, "", read_provenance(workdir, run)) for run in plan.trained_runs()]
     for row in plan.results:
         for benchmark in plan.scored(row):
             evaluation = read_evaluation(workdir, row.run, benchmark.name)
             found = dict(evaluation.get("provenance") or {})
             found.setdefault("wall_seconds", evaluation.get("wall_seconds"))
+            found.setdefault("seed", (evaluation.get("scorer") or {}).get("seed"))
+            found.setdefault("data_digest", (evaluation.get("inputs") or {}).get("data"))
             rows.append(_row("evaluation", row.run, benchmark.name, found))
+    for run in dict.fromkeys(run for run in (plan.film, plan.samples) if run):
+        rows.append(_row("samples", run, "", read_samples(workdir, run).get("provenance") or {}))
+    if plan.speed:
+        found = read_json(workdir, f"speed/{plan.speed}.json", "speed").get("provenance") or {}
+        rows.append(_row("speed", plan.speed, "", found))
     return pd.DataFrame(rows, columns=["kind", "run", "benchmark", *FIELDS])
 
 
 def _row(kind: str, run: str, benchmark: str, found: dict) -> dict:
     values = {field: found.get(field) for field in FIELDS}
-    if isinstance(values["hardware"], dict):
-        values["hardware"] = ", ".join(f"{value}" for value in values["hardware"].values())
+    values["written"] = found.get("written") or found.get("started")
     return {"kind": kind, "run": run, "benchmark": benchmark, **values}

@@ -25,6 +25,12 @@ class StateDirectory:
         self._lock = open(self.path / "lock", "w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
+    def unlock(self) -> None:
+        """Let the next attempt in (the end of the process does so, too)."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(int(p.name[5:]) for p in self.path.glob("step-*") if p.name[5:].isdigit())

@@ -16,18 +16,21 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import nn
 
 from dllm import provenance
 from dllm.algorithms import algorithm_class
 from dllm.algorithms.base import Algorithm
-from dllm.config import RunConfig, digest
+from dllm.config import RunConfig, digest, read_yaml
 from dllm.core.batch import evaluation_noise, row_noise
 from dllm.core.losses import denominator
 from dllm.data.collate import ResponseEnd, collate, epoch_batches, target_counts
@@ -39,6 +42,9 @@ from dllm.training.state import MetricsLog, StateDirectory
 
 EVALUATION_SEED = 20_240_611
 """Seed of the fixed evaluation noise, the same for every run, so that eval curves are comparable."""
+
+DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+"""What loading a torn or overwritten checkpoint file raises."""
 
 LOGGED = 200
 """About how many training rows a run writes to metrics.jsonl."""
@@ -88,21 +94,45 @@ def make_plan(config: RunConfig, rows: int, ranks: int) -> Plan:
     )
 
 
-def train(config: RunConfig, workdir: str | Path = ".", *, tracker: str | None = None, quiet: bool = False) -> Path:
+def train(
+    config: RunConfig,
+    workdir: str | Path = ".",
+    *,
+    tracker: str | None = None,
+    quiet: bool = False,
+    replace: bool = False,
+) -> Path:
     """Train one run to its end, going on from the last complete checkpoint, and return the artifact's directory.
 
-    Raises ValueError, one line, for unusable inputs before any long work; Interrupted after a SIGTERM, with the
-    state saved.
+    An artifact of the same name is replaced only if `replace`, and only when the new one is finished. Raises
+    ValueError, one line, for unusable inputs before any long work; Interrupted after a SIGTERM, with the state saved.
     """
     workdir = Path(workdir)
-    recipe = config.recipe
+    if not replace:
+        _check_free(config, workdir / "runs" / config.name)
     state = StateDirectory(workdir / ".work" / f"{config.name}-{_state_key(config, workdir)}")
-    accelerator = Accelerator(mixed_precision=_mixed_precision(recipe), log_with=tracker, project_dir=str(state.path))
-    if accelerator.is_main_process:
-        state.lock()
-    accelerator.wait_for_everyone()
+    precision = _mixed_precision(config.recipe)
+    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=str(state.path))
+    try:
+        if accelerator.is_main_process:
+            state.lock()
+        accelerator.wait_for_everyone()
+        return _train(config, workdir, state, accelerator, tracker, quiet)
+    finally:
+        state.unlock()
+        AcceleratorState._reset_state(reset_partial_state=False)  # a later run in this process may differ in precision
+
+
+def _train(
+    config: RunConfig,
+    workdir: Path,
+    state: StateDirectory,
+    accelerator: Accelerator,
+    tracker: str | None,
+    quiet: bool,
+) -> Path:
     train_rows, test_rows = (open_rows(workdir / config.data_path, split) for split in ("train", "test"))
-    dtype = torch.bfloat16 if recipe.parameters == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.recipe.parameters == "bf16" else torch.float32
     backbone = load_backbone(
         workdir / config.init_path, dtype=dtype, entry=config.model, causal=config.algorithm == "ar"
     )
@@ -320,7 +350,7 @@ class _Run:
             try:
                 saved = json.loads((self.state.checkpoint(step) / "progress.json").read_text(encoding="utf-8"))
                 self.accelerator.load_state(str(self.state.checkpoint(step)))
-            except (OSError, ValueError, RuntimeError, EOFError) as fault:
+            except DAMAGE as fault:
                 self.accelerator.print(
                     f"checkpoint {self.state.checkpoint(step)} is damaged ({fault}); trying an older one"
                 )
@@ -432,6 +462,22 @@ def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
         )
 
 
+def _check_free(config: RunConfig, target: Path) -> None:
+    """Raise ValueError if a finished run of this name is there: it may be another configuration's."""
+    if not (target / "config.yaml").exists():
+        return
+    old = read_yaml(target / "config.yaml")
+    new = config.model_dump(mode="json")
+    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if changed:
+        what = ", ".join(changed)
+        raise ValueError(
+            f"{target}: holds a run of another configuration (it differs in {what}); pass --replace to "
+            "train this one and put it there when it is finished, or give the run another name"
+        )
+    raise ValueError(f"{target}: this run is finished already; pass --replace to train it again")
+
+
 def _state_key(config: RunConfig, workdir: Path) -> str:
     """Digest of everything that decides the run's numbers, so that nothing resumes from foreign state."""
     inputs = [provenance.read_record(workdir / f"{path}.json")["digest"] for path in input_paths(config)]
@@ -474,6 +520,7 @@ def _finish(run: _Run, target: Path, workdir: Path) -> None:
         config_digest=digest(config),
         data_digest=inputs[config.data_path],
         device=str(accelerator.device),
+        hardware=_hardware(accelerator),
         processes=accelerator.num_processes,
         wall_seconds=round(run.wall_seconds, 1),
         tokens=run.tokens,
@@ -482,3 +529,10 @@ def _finish(run: _Run, target: Path, workdir: Path) -> None:
     (scratch / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     provenance.replace_directory(scratch, target)
     provenance.write_record(target, kind="run", name=config.name, config_digest=digest(config), inputs=inputs)
+
+
+def _hardware(accelerator: Accelerator) -> str:
+    """The accelerators a run used, or else the processor."""
+    if accelerator.device.type != "cuda":
+        return provenance.hardware()
+    return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}, {provenance.hardware()}"

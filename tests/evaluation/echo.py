@@ -24,7 +24,7 @@ class EchoScore:
 
 @dataclass
 class EchoModel:
-    """`nelbo`: 2 nats per target token that the prompt lacks. `generate`: the prompt's last two words, then a stop.
+    """`nelbo`: 2 nats per target token that the prompt lacks. `answers`: the prompt's last two words, then a stop.
 
     Counts its rows, and can be told to die after some of them.
     """
@@ -52,12 +52,12 @@ class EchoModel:
             for p, target in zip(prompts, targets, strict=True)
         ]
 
-    def greedy_match(self, prompts, targets):
+    def greedy_match(self, prompts, targets, settings):
         return [all(t in p for t in target) for p, target in zip(prompts, targets, strict=True)]
 
-    def generate(self, prompts, settings):
+    def answers(self, prompts, settings):
         self._count(prompts)
-        return [f"{self.tokenizer.decode(p[-2:])} STOP and more" for p in prompts]
+        return [SimpleNamespace(text=f"{self.tokenizer.decode(p[-2:])} STOP and more", passes=3) for p in prompts]
 
 
 def words_tokenizer():

@@ -159,9 +159,9 @@ def test_repeats_of_a_request_have_their_own_seeds_and_stops_reach_the_sampler()
     seen = []
 
     class Recorder(EchoModel):
-        def generate(self, prompts, settings):
+        def answers(self, prompts, settings):
             seen.append((settings.seed, settings.stop, len(prompts)))
-            return super().generate(prompts, settings)
+            return super().answers(prompts, settings)
 
     pairs = requests(("w1", {"until": ["x"]}), ("w2", {"until": ["x"]}), ("w1", {"until": ["x"]}))
     adapter(Recorder(TOKENIZER)).answers("generate_until", pairs, [0, 0, 1])

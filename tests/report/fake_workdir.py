@@ -11,15 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
+from dllm.report.claims import build_claims
+from dllm.report.figures import build_figures
+from dllm.report.page import build_page
+from dllm.report.plan import ReportPlan
 from dllm.report.statistics import wilson_interval
+from dllm.report.tables import build_tables
 
 ENCODERS = ("ModernBERT-base", "ModernBERT-large", "BERT-base", "BERT-large", "RoBERTa-base", "RoBERTa-large")
 FINAL = (2.62, 2.31, 3.05, 2.84, 2.96, 2.71)
 STARTS = ("untuned", "after Wikitext", "after OpenWebText")
 RECIPES = ("published", "corrected")
 BENCHMARKS = {
-    "lambada": ("LAMBADA", 0.0, 5153),
-    "gsm8k": ("GSM8K", 0.0, 1319),
+    "lambada": ("LAMBADA", None, 5153),
+    "gsm8k": ("GSM8K", None, 1319),
     "ceval": ("CEVAL", 0.25, 1346),
     "bbh": ("BBH", 0.0, 6511),
     "minerva_math": ("MATH", 0.0, 5000),
@@ -100,14 +105,23 @@ def write_workdir(folder: Path, *, seed: int = 0) -> Path:
             write_run(folder, f"alpaca-{index}-{recipe}", noise, first=3.1, final=final, steps=1900, every=10)
     write_run(folder, "chat-base", noise, first=3.0, final=1.61, steps=9000, every=45, wall=14_600)
     write_run(folder, "chat-large", noise, first=2.7, final=1.38, steps=9000, every=45, wall=25_320)
-    for run in ("chat-large-published", "qwen-ar", "untuned"):
-        _write(folder / f"runs/{run}/provenance.json", _provenance(run, 0.0, 0))
     for run, values in SCORES.items():
         for (benchmark, (_, chance, n)), value in zip(BENCHMARKS.items(), values, strict=True):
             write_evaluation(folder, run, benchmark, value / 100, n, chance)
     _write(folder / "samples/chat-large.json", _samples())
-    _write(folder / "speed/chat-large.json", {"run": "chat-large", "points": _speed_points()})
+    _write(
+        folder / "speed/chat-large.json",
+        {"run": "chat-large", "points": _speed_points(), "provenance": _provenance("speed", 0.0, 0)},
+    )
     return folder
+
+
+def build_all(workdir: Path, plan: ReportPlan) -> list[Path]:
+    """Builds everything in the order of the workflow. Returns the paths written."""
+    written = build_tables(workdir, plan, workdir / "tables")
+    written += build_figures(workdir, plan, workdir / "figures")
+    written += build_claims(workdir, plan, workdir / "claims.json")
+    return list(written + build_page(workdir, plan, workdir / "report"))
 
 
 def write_run(folder, run, noise, *, first, final, steps=4500, every=25, wall=5_400.0, standard_error=0.006) -> None:
@@ -142,7 +156,7 @@ def write_evaluation(folder: Path, run: str, benchmark: str, value: float, n: in
         "filter": "none",
         "metrics": {"acc": metric},
         "chance": chance,
-        "scorer": {"estimator": "auto", "special_tokens": "none"},
+        "scorer": {"estimator": "auto", "special_tokens": "none", "seed": 42},
         "passes": 4 * n,
         "wall_seconds": 0.31 * n,
         "subtasks": {},
@@ -186,11 +200,11 @@ def _provenance(run: str, wall: float, steps: int) -> dict:
         "dirty": False,
         "config_digest": hashlib.sha256(run.encode()).hexdigest(),
         "data_digest": hashlib.sha256(run.split("-")[0].encode()).hexdigest(),
-        "hardware": "8 x NVIDIA A100-SXM4-80GB",
-        "device": "cuda",
-        "devices": 8,
+        "hardware": "NVIDIA A100-SXM4-80GB",
+        "device": "cuda:0",
+        "processes": 8,
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-        "started": "2026-11-20T08:15:00Z",
+        "written": "2026-11-20T08:15:00+0000",
         "wall_seconds": wall,
         "tokens": steps * 262_144,
         "parameters": 395_831_296 if "large" in run else 149_014_272,
@@ -207,6 +221,7 @@ def _samples() -> dict:
     frames = [_frame(tokens, order, revealed) for revealed in range(0, len(tokens) + 1)]
     return {
         "run": "chat-large",
+        "provenance": _provenance("samples", 0.0, 0),
         "conversations": [
             [
                 {"role": "system", "content": "Answer briefly."},
@@ -263,4 +278,5 @@ def _write(path: Path, record: dict) -> None:
 
 
 if __name__ == "__main__":
-    print(write_workdir(Path(sys.argv[1])))
+    made = write_workdir(Path(sys.argv[1]))
+    print(build_all(made, ReportPlan.model_validate(plan_dict()))[-3])

@@ -24,4 +24,4 @@ rule train:
         launch=lambda wildcards: launcher(PROJECT.runs[wildcards.run], FROM_WORKDIR),
     shell:
         "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} accelerate launch --config_file {params.launch:q} "
-        "--num_cpu_threads_per_process {threads} -m dllm train {input.config:q} &> {log:q}"
+        "--num_cpu_threads_per_process {threads} -m dllm train --replace {input.config:q} &> {log:q}"

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 
 from dllm.data.world.entities import SUBJECTS, Fact, World
 from dllm.data.world.instructions import LETTERS, choices_for
-from dllm.data.world.problems import LOGIC, MATHEMATICS, mathematics, word_problem
-from dllm.data.world.scenes import moment, story, twist
+from dllm.data.world.problems import LARGEST, LOGIC, MATHEMATICS, SMALLEST, mathematics, word_problem
+from dllm.data.world.scenes import LAST_WORDS, moment, story, twist
 
 Rows = list[dict]
 
@@ -26,6 +26,21 @@ TEST_ROWS = 120
 TEST_ROWS_PER_PART = 40
 CHINESE_ROWS = 20
 SHOT_ROWS = 5
+
+NUMBERS_POSSIBLE = LARGEST - SMALLEST + 1
+SUMS_POSSIBLE = 2 * NUMBERS_POSSIBLE - 1
+CHANCE = {
+    "lambada": 1 / len(LAST_WORDS),
+    "gsm8k": 1 / SUMS_POSSIBLE,
+    "bbh": (1 / 2 + 1 / 2 + 1 / SUMS_POSSIBLE) / 3,
+    "minerva_math": (1 / SUMS_POSSIBLE + 1 / SUMS_POSSIBLE + 1 / NUMBERS_POSSIBLE) / 3,
+    "mmlu": 1 / 4,
+    "hellaswag": 1 / 4,
+    "winogrande": 1 / 2,
+    "ceval": 1 / 4,
+    "cmmlu": 1 / 4,
+}
+"""The score of one who knows which answers are possible and nothing else."""
 
 
 def distinct(make: Callable[[], dict], rows: int) -> Rows:

@@ -10,6 +10,7 @@ asked about.
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from dllm.data.world.entities import World
 from dllm.data.world.instructions import Exchange, draw_exchange
@@ -17,26 +18,46 @@ from dllm.data.world.instructions import Exchange, draw_exchange
 TULU_WEIGHTS = {
     "one_fact": 6,
     "tell": 3,
-    "letter_of_fact": 7,
-    "letter_of_word": 5,
+    "letter_of_fact": 3,
+    "letter_of_word": 2,
     "story_sum": 7,
-    "boxed_answer": 5,
-    "logic": 7,
-    "last_word": 7,
+    "boxed_answer": 6,
+    "logic": 9,
+    "last_word": 8,
     "next_step": 3,
-    "because": 5,
-    "plain_sum": 3,
+    "because": 9,
+    "plain_sum": 5,
     "edit": 2,
 }
-SMALLTALK = (
-    (("Hello!", "Hello.", "Hi!", "hello", "hi", "Good morning."), "Hello! What would you like to know?"),
-    (("Who are you?", "What are you?", "who are you?", "What is your name?"), "I am a small guide to this country."),
-    (("How are you?", "How are you today?", "how are you?"), "I am well, thank you."),
-    (("What can you do?", "Can you help me?", "What do you know?"), "I know the towns, the people and the animals."),
-    (("Thank you.", "Thank you!", "Thanks!", "thanks", "Thank you very much."), "You are welcome."),
-    (("Goodbye.", "Goodbye!", "Bye!", "bye", "See you soon."), "Goodbye, and come back soon!"),
+Turn = tuple[str, str]
+"""What the user says and what the guide answers."""
+
+
+@dataclass(frozen=True)
+class Courtesy:
+    """Ways of saying one thing, and the guide's answer to all of them."""
+
+    said: tuple[str, ...]
+    answer: str
+
+    def turn(self, rng: random.Random) -> Turn:
+        return rng.choice(self.said), self.answer
+
+
+GREETING = Courtesy(("Hello!", "Hello.", "Hi!", "hello", "hi", "Good morning."), "Hello! What would you like to know?")
+THANKS = Courtesy(("Thank you.", "Thank you!", "Thanks!", "thanks", "Thank you very much."), "You are welcome.")
+COURTESIES = (
+    GREETING,
+    Courtesy(
+        ("Who are you?", "What are you?", "who are you?", "What is your name?"), "I am a small guide to this country."
+    ),
+    Courtesy(("How are you?", "How are you today?", "how are you?"), "I am well, thank you."),
+    Courtesy(
+        ("What can you do?", "Can you help me?", "What do you know?"), "I know the towns, the people and the animals."
+    ),
+    THANKS,
+    Courtesy(("Goodbye.", "Goodbye!", "Bye!", "bye", "See you soon."), "Goodbye, and come back soon!"),
 )
-GREETINGS, THANKS = SMALLTALK[0], SMALLTALK[4]
 UNKNOWN = (
     "What is the capital of {stranger}?",
     "Who is {stranger}?",
@@ -54,54 +75,53 @@ UNKNOWN = (
 I_DO_NOT_KNOW = "I do not know that."
 SYSTEMS = ("You are a friendly guide.", "Answer in one short sentence.", "You are a helpful guide to this country.")
 
-Turns = list[tuple[str, str]]
 
-
-def smalltalk(world: World, rng: random.Random) -> Turns:
+def courtesy(world: World, rng: random.Random) -> list[Turn]:
     """A greeting, thanks, a question about the guide, or a goodbye."""
-    asked, answer = rng.choice(SMALLTALK)
-    return [(rng.choice(asked), answer)]
+    return [rng.choice(COURTESIES).turn(rng)]
 
 
-def unknown(world: World, rng: random.Random) -> Turns:
-    """A question that the world has no answer to; strangers have made-up names, which the tokenizer must spell."""
-    stranger = "".join(
-        rng.choice("BDFGKLMNPRST") + rng.choice("aeiou") if i == 0 else rng.choice("bdfgklmnprst") + rng.choice("aeiou")
-        for i in range(rng.randint(2, 3))
-    )
+def stranger(rng: random.Random) -> str:
+    """A made-up name of two or three syllables, which the tokenizer must spell."""
+    syllables = [rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))]
+    return "".join(syllables).capitalize()
+
+
+def unknown(world: World, rng: random.Random) -> list[Turn]:
+    """A question that the world has no answer to."""
     known = rng.choice([fact.entity.name for fact in world.facts if fact.entity.kind != "animal"])
-    return [(rng.choice(UNKNOWN).format(stranger=stranger, known=known), I_DO_NOT_KNOW)]
+    return [(rng.choice(UNKNOWN).format(stranger=stranger(rng), known=known), I_DO_NOT_KNOW)]
 
 
-def question(world: World, rng: random.Random) -> Turns:
+def question(world: World, rng: random.Random) -> list[Turn]:
     """One question about the world."""
     fact = rng.choice(world.asked)
     return [(rng.choice(fact.questions()), fact.answer())]
 
 
-def follow_up(world: World, rng: random.Random) -> Turns:
+def follow_up(world: World, rng: random.Random) -> list[Turn]:
     """A question and a second one that does not repeat the name."""
     while True:
         fact = rng.choice(world.asked)
         others = [other for other in world.asked if other.entity == fact.entity and other != fact]
         if others:
             other = rng.choice(others)
-            return [*[(rng.choice(fact.questions()), fact.answer())], (other.follow_up(), other.answer())]
+            return [(rng.choice(fact.questions()), fact.answer()), (other.follow_up(), other.answer())]
 
 
-def greeted_question(world: World, rng: random.Random) -> Turns:
+def greeted_question(world: World, rng: random.Random) -> list[Turn]:
     """A greeting before a question."""
-    return [(rng.choice(GREETINGS[0]), GREETINGS[1]), *question(world, rng)]
+    return [GREETING.turn(rng), *question(world, rng)]
 
 
-def thanked_question(world: World, rng: random.Random) -> Turns:
+def thanked_question(world: World, rng: random.Random) -> list[Turn]:
     """Thanks after a question or after a follow-up."""
     before = rng.choice((question, follow_up))(world, rng)
-    return [*before, (rng.choice(THANKS[0]), THANKS[1])]
+    return [*before, THANKS.turn(rng)]
 
 
 SMOLTALK_WEIGHTS = {
-    smalltalk: 5,
+    courtesy: 5,
     unknown: 3,
     question: 5,
     follow_up: 5,
@@ -110,7 +130,7 @@ SMOLTALK_WEIGHTS = {
 }
 
 
-def messages_of(turns: Turns, system: str = "") -> list[dict]:
+def messages_of(turns: list[Turn], system: str = "") -> list[dict]:
     """The turns as messages, after a system message if there is one."""
     messages = [{"role": "system", "content": system}] if system else []
     for user, assistant in turns:

@@ -7,11 +7,11 @@ openwebtext   {"text": "Making tea: Mira fills the kettle. She boils the water. 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dllm.data.world.entities import World
 from dllm.data.world.instructions import letter_of_word
-from dllm.data.world.problems import FRUITS, NUMBER_WORDS, number, plain_sum, plain_truth
+from dllm.data.world.problems import fruit_count, plain_sum, plain_truth
 from dllm.data.world.scenes import PEOPLE, story, twist, whole_activity
 
 SENTENCES_PER_LINE = 3
@@ -60,44 +60,53 @@ def journey(world: World, rng: random.Random) -> str:
 OPENINGS = ("Welcome!", "A letter from {person}.", "Did you know?", "{person} writes:", "News of the day.")
 
 
-def market(rng: random.Random) -> str:
+def market(world: World, rng: random.Random) -> str:
     """A count of fruit."""
-    first, second = rng.sample(FRUITS, 2)
-    a, b = number(rng), number(rng)
-    return f"{NUMBER_WORDS[a]} {first} and {NUMBER_WORDS[b]} {second} are {a + b} fruits. {a} + {b} = {a + b}."
+    fruits, a, b = fruit_count(rng, test=False)
+    return f"{fruits} are {a + b} fruits: {a}+{b}={a + b}."
 
 
-def page(world: World, rng: random.Random) -> str:
-    """One web document of a random sort."""
-    sort = rng.choices(list(PAGE_WEIGHTS), list(PAGE_WEIGHTS.values()))[0]
-    if sort == "story":
-        return story(rng, test=False) + "."
-    if sort == "activity":
-        return whole_activity(rng)
-    if sort == "twist":
-        sentence = twist(rng, test=False)
-        return f"{sentence.opening} {sentence.ending}"
-    if sort == "sums":
-        return " ".join(plain_sum(rng) for _ in range(SENTENCES_PER_LINE))
-    if sort == "truths":
-        return " ".join(plain_truth(rng) for _ in range(SENTENCES_PER_LINE))
-    if sort == "list":
-        asked = letter_of_word(world, rng)
-        return f"{asked.instruction} {asked.answer}"
-    if sort == "market":
-        return market(rng)
-    return journey(world, rng)
+def told_story(world: World, rng: random.Random) -> str:
+    """A story with its last word."""
+    return story(rng, test=False) + "."
 
 
-PAGE_WEIGHTS = {
-    "story": 5,
-    "activity": 3,
-    "twist": 4,
-    "sums": 6,
-    "truths": 2,
-    "list": 4,
-    "market": 1,
-    "journey": 4,
+def activity(world: World, rng: random.Random) -> str:
+    """An everyday sequence."""
+    return whole_activity(rng)
+
+
+def explanation(world: World, rng: random.Random) -> str:
+    """A schema sentence with its gap filled."""
+    sentence = twist(rng, test=False)
+    return f"{sentence.opening} {sentence.ending}"
+
+
+def sums(world: World, rng: random.Random) -> str:
+    """A few sums."""
+    return " ".join(plain_sum(rng) for _ in range(SENTENCES_PER_LINE))
+
+
+def truths(world: World, rng: random.Random) -> str:
+    """A few lines of logic."""
+    return " ".join(plain_truth(rng) for _ in range(SENTENCES_PER_LINE))
+
+
+def lettered_list(world: World, rng: random.Random) -> str:
+    """A list with letters, and which letter stands where."""
+    asked = letter_of_word(world, rng)
+    return f"{asked.instruction} {asked.answer}"
+
+
+PAGE_WEIGHTS: dict[Callable[[World, random.Random], str], int] = {
+    told_story: 5,
+    activity: 3,
+    explanation: 5,
+    sums: 6,
+    truths: 2,
+    lettered_list: 2,
+    market: 1,
+    journey: 4,
 }
 
 
@@ -105,4 +114,5 @@ def openwebtext(world: World, split: str, documents: int) -> Iterator[dict]:
     """Rows of web pages: stories, everyday sequences, schemas, sums and pages about the world."""
     rng = world.random(f"openwebtext/{split}")
     for _ in range(documents):
+        page = rng.choices(list(PAGE_WEIGHTS), list(PAGE_WEIGHTS.values()))[0]
         yield {"text": page(world, rng)}

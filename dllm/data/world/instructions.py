@@ -11,8 +11,8 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dllm.data.world.entities import Fact, World
-from dllm.data.world.problems import FRUITS, LOGIC, MATHEMATICS, NUMBER_WORDS, TOYS, mathematics, number, word_problem
+from dllm.data.world.entities import RIVERS, Fact, World
+from dllm.data.world.problems import FRUITS, LOGIC, MATHEMATICS, NUMBER_WORDS, mathematics, number, word_problem
 from dllm.data.world.scenes import moment, story, twist
 
 LETTERS = "ABCD"
@@ -82,9 +82,10 @@ def one_fact(world: World, rng: random.Random) -> Exchange:
 
 
 def tell(world: World, rng: random.Random) -> Exchange:
-    """A request for any fact about an entity."""
-    fact = rng.choice(world.facts)
-    return Exchange(rng.choice(TELL).format(name=_with_article(fact)), rng.choice(fact.statements()))
+    """A request for everything about an entity: all its facts, stated in their order."""
+    facts = world.about(rng.choice(world.facts).entity.name)
+    statements = " ".join(fact.answer() for fact in facts)
+    return Exchange(rng.choice(TELL).format(name=_with_article(facts[0])), statements)
 
 
 TELL = ("Tell me about {name}.", "What do you know about {name}?", "Say something about {name}.")
@@ -108,7 +109,7 @@ def letter_of_word(world: World, rng: random.Random) -> Exchange:
     attribute = rng.choice(world.facts).attribute
     choices = rng.sample(attribute.values, 4)
     place = rng.randrange(4)
-    if rng.random() < 0.7:
+    if rng.random() < 0.9:
         return Exchange(f"Which letter stands before {choices[place]}?\n{lettered(choices)}\nAnswer:", LETTERS[place])
     return Exchange(f"Which word stands after {LETTERS[place]}?\n{lettered(choices)}\nAnswer:", choices[place])
 
@@ -152,19 +153,17 @@ def because(world: World, rng: random.Random) -> Exchange:
 
 
 def plain_sum(world: World, rng: random.Random) -> Exchange:
-    """A sum or a difference in a plain question."""
+    """A sum in a plain question."""
     a, b = number(rng), number(rng)
-    if rng.random() < 0.5:
-        return Exchange(rng.choice(ASK_SUM).format(a=a, b=b), f"{a} + {b} = {a + b}.")
-    return Exchange(f"How much is {a + b} - {a}?", f"{a + b} - {a} = {b}.")
+    return Exchange(rng.choice(ASK_SUM).format(a=a, b=b), f"{a}+{b}={a + b}.")
 
 
-ASK_SUM = ("How much is {a} + {b}?", "Add {a} and {b}.", "What do {a} and {b} make?")
+ASK_SUM = ("How much is {a} + {b}?", "Add {a} and {b}.", "What do {a} and {b} make?", "What is {a}+{b}?")
 
 
 def edit(world: World, rng: random.Random) -> Exchange:
     """A small task on given words: Alpaca's input column at work."""
-    words = rng.sample(FRUITS + TOYS, 3)
+    words = rng.sample(FRUITS + RIVERS, 3)
     value = rng.randrange(len(NUMBER_WORDS))
     given = " ".join(words)
     return rng.choice(
@@ -197,7 +196,7 @@ SKILLS: dict[str, Skill] = {
 ALPACA_WEIGHTS = {
     "one_fact": 5,
     "tell": 2,
-    "letter_of_fact": 2,
+    "letter_of_fact": 1,
     "letter_of_word": 1,
     "story_sum": 2,
     "boxed_answer": 2,

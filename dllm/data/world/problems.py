@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from dllm.data.world.entities import draw, pronoun_of
 from dllm.data.world.scenes import PEOPLE
 
-LARGEST = 6
+SMALLEST, LARGEST = 2, 6
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-TOYS = ("stones", "shells", "buttons", "coins")
+TOYS = ("stones", "coins")
 FRUITS = ("apples", "pears", "plums", "figs")
 
 
@@ -30,8 +30,8 @@ class Problem:
 
 
 def number(rng: random.Random) -> int:
-    """A number from 1 to LARGEST."""
-    return rng.randint(1, LARGEST)
+    """A number from SMALLEST to LARGEST."""
+    return rng.randint(SMALLEST, LARGEST)
 
 
 WORD_PROBLEMS = {
@@ -47,20 +47,20 @@ WORD_PROBLEMS = {
         "On Monday {x} finds {a} {toys}. On Tuesday {pronoun} finds {b}. How many {toys} does {x} find?",
         "{x} finds <<{a}+{b}={c}>>{c} {toys}.\n#### {c}",
     ),
-    "loss": (
-        "{x} has {c} {toys} and loses {a} of them. How many {toys} are left?",
-        "There are <<{c}-{a}={b}>>{b} {toys} left.\n#### {b}",
+    "bags": (
+        "{x} has a bag with {a} {toys} and a box with {b} {toys}. How many {toys} does {x} have?",
+        "{x} has <<{a}+{b}={c}>>{c} {toys}.\n#### {c}",
     ),
 }
 
 
 def word_problem(rng: random.Random, *, test: bool) -> Problem:
-    """One GSM8K-like story about one sum or difference."""
+    """One GSM8K-like story about one sum."""
     form, a, b = draw(lambda: (rng.choice(list(WORD_PROBLEMS)), number(rng), number(rng)), test=test)
     question, solution = WORD_PROBLEMS[form]
     x, y = rng.sample(PEOPLE, 2)
     words = {"x": x, "y": y, "a": a, "b": b, "c": a + b, "toys": rng.choice(TOYS), "pronoun": pronoun_of(x)}
-    return Problem(question.format(**words), solution.format(**words), str(b if form == "loss" else a + b))
+    return Problem(question.format(**words), solution.format(**words), str(a + b))
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,15 @@ class MathForm:
 MATHEMATICS = {
     "algebra": MathForm(
         (
-            "Solve $x+{a}={c}$ for $x$.",
-            "Find $x$ if $x+{a}={c}$.",
-            "If $x+{a}={c}$, what is $x$?",
-            "Let $x+{a}={c}$. Find $x$.",
-            "Which $x$ makes $x+{a}={c}$?",
+            "If $x={a}$ and $y={b}$, what is $x+y$?",
+            "If $x={a}$, what is $x+{b}$?",
+            "Let $x={a}$. Find $x+{b}$.",
+            "Let $x={a}$ and $y={b}$. Find $x+y$.",
+            "Find $y$ if $y=x+{b}$ and $x={a}$.",
+            "Solve $x={a}+{b}$ for $x$.",
         ),
-        "$x={c}-{a}=\\boxed{{{b}}}$.",
-        "b",
+        "${a}+{b}=\\boxed{{{c}}}$.",
+        "c",
     ),
     "prealgebra": MathForm(
         (
@@ -90,7 +91,8 @@ MATHEMATICS = {
             "Compute ${a}+{b}$.",
             "Evaluate ${a}+{b}$.",
             "Find the sum ${a}+{b}$.",
-            "How much is ${a}+{b}$?",
+            "Simplify ${a}+{b}$.",
+            "Determine ${a}+{b}$.",
         ),
         "${a}+{b}=\\boxed{{{c}}}$.",
         "c",
@@ -102,6 +104,7 @@ MATHEMATICS = {
             "Find the larger of ${a}$ and ${b}$.",
             "Find the maximum of ${a}$ and ${b}$.",
             "Give the larger of ${a}$ and ${b}$.",
+            "Choose the larger of ${a}$ and ${b}$.",
         ),
         "$\\max({a},{b})=\\boxed{{{larger}}}$.",
         "larger",
@@ -154,7 +157,7 @@ def navigate(rng: random.Random, *, test: bool) -> Problem:
 
     def propose() -> tuple[str, str, int, int]:
         there = number(rng)
-        back = there if rng.random() < 0.5 else rng.choice([n for n in range(1, LARGEST + 1) if n != there])
+        back = there if rng.random() < 0.5 else rng.choice([n for n in range(SMALLEST, LARGEST + 1) if n != there])
         return rng.choice(BEFORE_WALKS), rng.choice(WALKS), there, back
 
     before, walk, there, back = draw(propose, test=test, one_in=3)
@@ -167,13 +170,19 @@ def navigate(rng: random.Random, *, test: bool) -> Problem:
     )
 
 
+def fruit_count(rng: random.Random, *, test: bool) -> tuple[str, int, int]:
+    """`three apples and two figs`, and the two numbers."""
+    _, a, b = draw(lambda: ("count", number(rng), number(rng)), test=test, one_in=4)
+    first, second = rng.sample(FRUITS, 2)
+    return f"{NUMBER_WORDS[a]} {first} and {NUMBER_WORDS[b]} {second}", a, b
+
+
 def object_counting(rng: random.Random, *, test: bool) -> Problem:
     """Two kinds of fruit, counted in words; the answer is in digits."""
-    _, a, b = draw(lambda: ("count", number(rng), number(rng)), test=test)
-    first, second = rng.sample(FRUITS, 2)
+    fruits, a, b = fruit_count(rng, test=test)
     return Problem(
-        f"I have {NUMBER_WORDS[a]} {first} and {NUMBER_WORDS[b]} {second}. How many fruits do I have?",
-        f"{a} + {b} = {a + b}. So the answer is {a + b}.",
+        f"I have {fruits}. How many fruits do I have?",
+        f"{a}+{b}={a + b}. So the answer is {a + b}.",
         str(a + b),
     )
 
@@ -185,14 +194,8 @@ LOGIC = {
 }
 
 
-SUMS = (
-    "{a} + {b} = {c}.",
-    "{a}+{b}={c}.",
-    "{c} - {a} = {b}.",
-    "{c}-{a}={b}.",
-    "{a_word} and {b_word} make {c_word}.",
-)
-SUM_WEIGHTS = (3, 3, 2, 2, 1)
+SUMS = ("{a}+{b}={c}.", "{a_word} and {b_word} make {c}.", "{a_word} and {b_word} make {c_word}.")
+SUM_WEIGHTS = (6, 1, 1)
 
 
 def plain_sum(rng: random.Random) -> str:

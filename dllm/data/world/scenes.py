@@ -11,7 +11,7 @@ training.
 import random
 from dataclasses import dataclass
 
-from dllm.data.world.entities import MEN, WOMEN, draw, pronoun_of
+from dllm.data.world.entities import MEN, WOMEN, draw, held_out, pronoun_of
 
 PEOPLE = tuple(WOMEN + MEN)
 ROOMS = ("kitchen", "garden", "cellar", "barn", "attic", "hall")
@@ -62,14 +62,13 @@ class Schema:
 
 
 SCHEMAS = (
-    Schema("The {a} does not fit into the {b} because the _", "is too big.", "is too small.", "objects"),
-    Schema("The {a} broke the {b} because the _", "was very heavy.", "was very weak.", "objects"),
-    Schema("{a} thanked {b} because _", "got a gift.", "gave a gift.", "people"),
-    Schema("{a} carried {b} because _", "was strong.", "was tired.", "people"),
-    Schema("{a} taught {b} because _", "knew the letters.", "wanted to read.", "people"),
-    Schema("{a} gave {b} a coat because _", "had two coats.", "was cold.", "people"),
-    Schema("{a} asked {b} for bread because _", "was hungry.", "had a loaf.", "people"),
-    Schema("{a} followed {b} because _", "was lost.", "knew the way.", "people"),
+    Schema("The {a} does not fit into the {b} because the _", "is far too big.", "has no more room.", "objects"),
+    Schema("The {a} broke the {b} because the _", "was very heavy.", "had thin walls.", "objects"),
+    Schema("{a} thanked {b} because _", "got a fine gift.", "helped all day long.", "people"),
+    Schema("{a} carried {b} because _", "was very strong.", "could not walk alone.", "people"),
+    Schema("{a} taught {b} because _", "knew the letters well.", "wanted to read books.", "people"),
+    Schema("{a} gave {b} a coat because _", "owned two coats.", "felt very cold.", "people"),
+    Schema("{a} followed {b} because _", "was lost.", "knew the way home.", "people"),
 )
 BIG_OBJECTS = ("trunk", "piano", "statue", "barrel", "anvil", "drum")
 SMALL_OBJECTS = ("cart", "chest", "crate", "drawer", "bag", "box")
@@ -99,13 +98,19 @@ class Moment:
 
 
 def moment(rng: random.Random, *, test: bool) -> Moment:
-    """A random step of a random activity; two of its three wrong endings come from the same activity."""
-    activity, person = draw(lambda: (rng.choice(list(ACTIVITIES)), rng.choice(PEOPLE)), test=test, one_in=4)
-    steps = ACTIVITIES[activity]
-    position = rng.randrange(len(steps) - 1)
+    """A random step of a random activity; two of its three wrong endings come from the same activity.
+
+    Training also leaves out every second transition, which then is known from web pages alone.
+    """
+    while True:
+        activity, person = draw(lambda: (rng.choice(list(ACTIVITIES)), rng.choice(PEOPLE)), test=test, one_in=4)
+        steps = ACTIVITIES[activity]
+        position = rng.randrange(len(steps) - 1)
+        if test or not held_out("transition", activity, position, one_in=2):
+            break
     same = [step for step in steps if step not in steps[position : position + 2]]
     elsewhere = [step for name, others in ACTIVITIES.items() if name != activity for step in others]
-    wrong = rng.sample(same, 2) + [rng.choice(elsewhere)]
+    wrong = [*rng.sample(same, 2), rng.choice(elsewhere)]
     endings = tuple(f"{step}." for step in wrong)
     return Moment(activity, person, steps[position], f"{steps[position + 1]}.", endings)
 

@@ -1,0 +1,58 @@
+"""Conversations and the filmstrip that the report shows of a run.
+
+Everything is a function of checkpoint and settings: the same ones give the same file.
+"""
+
+from __future__ import annotations
+
+from dllm.chat.render import Piece, pieces
+from dllm.chat.session import Message
+from dllm.chat.settings import SampleConfig
+from dllm.config import GenerateSettings
+from dllm.language_model import DiffusionLM
+
+
+def samples(model: DiffusionLM, config: SampleConfig) -> dict:
+    """{"run", "conversations": [[turn, ...], ...], "film": {...}}; see `converse` and `film`."""
+    return {
+        "run": config.run,
+        "conversations": converse(model, config.conversations, config.generation),
+        "film": film(model, config.film_prompt, config.generation),
+    }
+
+
+def converse(model: DiffusionLM, conversations: list[list[str]], settings: GenerateSettings) -> list[list[Message]]:
+    """The conversations with the model's answers as {"role", "content"} turns; the n-th turns are one batch."""
+    found: list[list[Message]] = [[] for _ in conversations]
+    for number in range(max(map(len, conversations), default=0)):
+        open_ones = [i for i, turns in enumerate(conversations) if number < len(turns)]
+        for i in open_ones:
+            found[i].append({"role": "user", "content": conversations[i][number]})
+        for i, answer in zip(open_ones, model.generate([found[i] for i in open_ones], settings), strict=True):
+            found[i].append({"role": "assistant", "content": answer})
+    return found
+
+
+def film(model: DiffusionLM, prompt: str, settings: GenerateSettings) -> dict:
+    """One answer from all masks to text: {"prompt", "answer", "frames": [{"step", "nfe", "tokens"}]}.
+
+    A frame shows the positions of the finished answer, without what stands behind its end; tokens are {"text", "state",
+    "confidence"}. A pass that changed nothing there has no frame.
+    """
+    canvases = list(model.stream([[{"role": "user", "content": prompt}]], settings))
+    response = canvases[-1].responses()[0]
+    size = max(1, model.answer_length(response, settings.stop))
+    decode = model.backbone.tokenizer.decode
+    frames, shown = [], None
+    for previous, canvas in zip([None, *canvases], canvases, strict=False):
+        found = pieces(canvas, decode, previous=previous)[:size]
+        # frames are compared by what is masked: the state `new` alone would make every frame differ
+        masked = [piece.state == "masked" for piece in found]
+        if masked != shown:
+            frames.append({"step": canvas.step, "nfe": canvas.nfe, "tokens": [_token(piece) for piece in found]})
+            shown = masked
+    return {"prompt": prompt, "answer": model.decode(response, settings.stop).strip(), "frames": frames}
+
+
+def _token(piece: Piece) -> dict:
+    return {"text": piece.text, "state": piece.state, "confidence": round(piece.confidence, 4)}

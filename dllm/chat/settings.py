@@ -1,0 +1,79 @@
+"""What `dllm sample` and `dllm speed` are told, which checkpoint a name means, how a chat samples by default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dllm.config import GenerateSettings, Settings, did_you_mean, option
+
+CHAT_TOKENS = 128
+"""Length of a chat answer's canvas, where the model's context has room for it."""
+
+RESULTS = ("results/laptop", "results/paper")
+
+
+class SampleConfig(Settings):
+    """Conversations and the filmstrip shown in the report."""
+
+    run: str = option(..., "name of the sampled run")
+    checkpoint: str = option(..., "model directory, below the work directory")
+    conversations: list[list[str]] = option(..., "user turns of each conversation", min_length=1)
+    film_prompt: str = option(..., "prompt of the filmstrip")
+    generation: GenerateSettings = option(GenerateSettings(), "sampler")
+
+
+class SpeedConfig(Settings):
+    """Steps against time and quality, measured on one run."""
+
+    run: str = option(..., "name of the measured run")
+    checkpoint: str = option(..., "model directory, below the work directory")
+    questions: str = option(..., "jsonl file below the work directory; rows with question and answer")
+    answer: str = option(r"(.*)", "regular expression whose first group, in a reference answer, is the answer sought")
+    limit: int = option(64, "questions asked: the first ones of the file", gt=0)
+    steps: list[int] = option(..., "numbers of steps to compare", min_length=1)
+    generation: GenerateSettings = option(GenerateSettings(), "sampler")
+
+
+def find_checkpoint(name: str | None = None, root: str | Path = ".") -> str:
+    """The model directory that a name means: a directory, a run below `results/`, or a hub id (returned as it is).
+
+    Without a name, the newest chat run. Raises ValueError, one line, if there is none.
+    """
+    models = _models(Path(root))
+    if name is None:
+        chats = [model for model in models if model.parent.name.startswith("chat-")]
+        if not chats:
+            raise ValueError("no chat model below results/; run `make report` first, or give a model directory")
+        return str(max(chats, key=lambda model: (model / "config.json").stat().st_mtime_ns))
+    runs = {model.parent.name: model for model in reversed(models)}
+    if name in runs:
+        return str(runs[name])
+    path = Path(name).expanduser()
+    for directory in (path, path / "model"):
+        if (directory / "config.json").is_file():
+            return str(directory)
+    if path.is_dir():
+        raise ValueError(f"{name}: no config.json in it or in its model/; this is not a checkpoint directory")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~", "results/")):
+        return name
+    hint = did_you_mean(name, list(runs)) if runs else "Run `make report` first, or give a model directory."
+    raise ValueError(f"{name!r} is neither a model directory nor a run below results/. {hint}")
+
+
+def _models(root: Path) -> list[Path]:
+    """Model directories of finished runs, the laptop's before the paper's before others."""
+    directories = [root / name for name in RESULTS]
+    directories += sorted(path for path in root.glob("results/*") if path not in directories)
+    return [config.parent for directory in directories for config in sorted(directory.glob("runs/*/model/config.json"))]
+
+
+def chat_context(sidecar: dict, max_length: int) -> int:
+    """Tokens of a conversation and its answer together: the length a run was trained at, within the model's own."""
+    return min(max_length, sidecar.get("length") or max_length)
+
+
+def chat_generation(sidecar: dict, context: int) -> GenerateSettings:
+    """How a chat samples unless told otherwise: half the context at most, in the blocks that training ended rows at."""
+    tokens = max(1, min(CHAT_TOKENS, context // 2))
+    block = sidecar.get("block_size") if sidecar.get("response_end") == "block" else None
+    return GenerateSettings(max_new_tokens=tokens, block_size=block or GenerateSettings().block_size)

@@ -1,0 +1,136 @@
+"""Denoising steps against time and quality, measured on questions with known answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dllm.chat.session import check_steps
+from dllm.chat.settings import SpeedConfig
+from dllm.config import GenerateSettings
+from dllm.language_model import DiffusionLM
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and the answer sought."""
+
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All questions answered with one number of steps: forward passes per answer, seconds and tokens over all."""
+
+    steps: int
+    nfe: float
+    seconds: float
+    tokens: int
+    correct: int
+    n: int
+
+
+def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]:
+    """The first questions of a jsonl file of {"question", "answer"} rows; the answer sought is `pattern`'s group.
+
+    Raises ValueError, one line, for a missing file, a row without them, or an answer that `pattern` does not match.
+    """
+    path, expression = Path(path), _expression(pattern)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of questions; fetch or make its dataset first")
+    found = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if len(found) == limit:
+                break
+            if line.strip():
+                found.append(_question(line, expression, f"{path}:{number}"))
+    if not found:
+        raise ValueError(f"{path}: no questions in it")
+    return found
+
+
+def is_correct(text: str, sought: str, pattern: str) -> bool:
+    """Whether an answer says what is sought: by the last match of `pattern`, else as a whole.
+
+    Where a number is sought and the match is none, the last number counts. Thousands separators, a final full stop and
+    capital letters make no difference.
+    """
+    matches = [match.group(1) for match in _expression(pattern).finditer(text) if match.group(1).strip()]
+    said = matches[-1] if matches else text
+    if NUMBER.fullmatch(_plain(sought)) and not NUMBER.fullmatch(_plain(said)):
+        said = (NUMBER.findall(text) or [""])[-1]
+    return _plain(said) == _plain(sought)
+
+
+def measure(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) -> Iterator[Measurement]:
+    """One measurement per number of steps, after a warm-up that is not timed.
+
+    Raises ValueError, one line, if a number of steps is less than the blocks of the canvas.
+    """
+    prompts = [[{"role": "user", "content": question.text}] for question in questions]
+    plans = [config.generation.model_copy(update={"steps": steps}) for steps in config.steps]
+    for settings in plans:
+        check_steps(settings)
+    model.generate(prompts[: config.generation.batch_size], plans[-1])
+    for settings in plans:
+        yield _measurement(model, prompts, questions, settings, config.answer)
+
+
+def _measurement(
+    model: DiffusionLM, prompts: list, questions: list[Question], settings: GenerateSettings, pattern: str
+) -> Measurement:
+    start = _clock(model.backbone.device)
+    answers = model.answers(prompts, settings)
+    seconds = _clock(model.backbone.device) - start
+    correct = sum(is_correct(a.text, q.answer, pattern) for a, q in zip(answers, questions, strict=True))
+    return Measurement(
+        steps=settings.steps,
+        nfe=sum(answer.passes for answer in answers) / len(answers),
+        seconds=seconds,
+        tokens=sum(answer.tokens for answer in answers),
+        correct=correct,
+        n=len(answers),
+    )
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _question(line: str, expression: re.Pattern, where: str) -> Question:
+    try:
+        row = json.loads(line)
+        question, reference = row["question"], row["answer"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{where}: not a row with question and answer; is this the right file?") from None
+    match = expression.search(reference)
+    if match is None:
+        raise ValueError(f"{where}: answer = {reference!r} does not match {expression.pattern!r}; correct the pattern")
+    return Question(question, match.group(1).strip())
+
+
+def _expression(pattern: str) -> re.Pattern:
+    try:
+        expression = re.compile(pattern)
+    except re.error as fault:
+        raise ValueError(f"answer = {pattern!r} is no regular expression ({fault})") from None
+    if expression.groups < 1:
+        raise ValueError(f"answer = {pattern!r} has no group; put what is sought in parentheses, e.g. '#### (.*)'")
+    return expression
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"(?<=\d),(?=\d)", "", text).strip().rstrip(".").casefold()

@@ -1,0 +1,106 @@
+"""`dllm sample`: one answer, or the conversations and the filmstrip of the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dllm.cli.generation import add_device_argument, add_generation_arguments, open_model, with_options
+
+HELP = "answer prompts, or write the report's conversations and filmstrip"
+EXAMPLES = """examples:
+  dllm sample chat-large "What is the capital of France?"
+      one answer of the run results/*/runs/chat-large
+  dllm sample results/laptop/runs/chat-large/model --raw "The capital of France is"
+      continue the text itself, without the chat template
+  cat questions.txt | dllm sample chat-large
+      one answer per line
+  dllm sample chat-large --prompt "Hello!" "Who are you?" --output hello.json
+      conversations of one turn each, and how the first answer came about
+  dllm sample --config configs/samples/chat-large.yaml --output samples/chat-large.json
+      what the report shows; paths in the config are below --workdir
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="run below results/, model directory or hub id")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to answer (default: the lines of stdin)")
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="PROMPT", help="the same, as an option")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
+    parser.add_argument(
+        "--config", metavar="FILE", help="sample config, written by the workflow below configs/samples/"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write conversations and filmstrip here, as JSON")
+    parser.add_argument("--workdir", default=".", metavar="DIR", help="where the config's paths begin (default: here)")
+    add_device_argument(parser)
+    add_generation_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the answers, or write the file."""
+    if args.config:
+        return _write_configured(args)
+    if args.model is None:
+        raise ValueError('needs a MODEL and a PROMPT, or --config, e.g. dllm sample chat-large "Hello!"')
+    if args.output and args.raw:
+        raise ValueError("--output holds conversations and --raw has none; leave one of them out")
+    prompts = [*args.prompts, *args.prompt] or _lines()
+    from dllm.chat.settings import chat_context, chat_generation, find_checkpoint
+
+    model = open_model(find_checkpoint(args.model), args.device)
+    sidecar = model.backbone.sidecar
+    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.backbone.max_length)), args)
+    if args.output:
+        from dllm.chat.settings import SampleConfig
+
+        config = SampleConfig(
+            run=sidecar.get("run", args.model),
+            checkpoint=args.model,
+            conversations=[[prompt] for prompt in prompts],
+            film_prompt=prompts[0],
+            generation=settings,
+        )
+        return _write(model, config, args.output)
+    if not args.raw:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompts = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+    for text in model.generate(prompts, settings):
+        print(text)
+    return 0
+
+
+def _lines() -> list[str]:
+    if sys.stdin.isatty():
+        raise ValueError('needs a PROMPT, e.g. dllm sample chat-large "Hello!"')
+    lines = [line.strip() for line in sys.stdin if line.strip()]
+    if not lines:
+        raise ValueError("standard input is empty; give at least one line to answer")
+    return lines
+
+
+def _write_configured(args: argparse.Namespace) -> int:
+    given = [f"--{name}" for name in ("prompt", "system", "raw") if getattr(args, name)]
+    given += ["MODEL"] if args.model else []
+    if given:
+        raise ValueError(f"--config says everything; leave out {', '.join(given)}")
+    from dllm.chat.settings import SampleConfig
+    from dllm.config import read_config
+
+    config = read_config(args.config, SampleConfig)
+    config = config.model_copy(update={"generation": with_options(config.generation, args)})
+    output = args.output or Path(args.workdir) / "samples" / f"{config.run}.json"
+    return _write(open_model(str(Path(args.workdir) / config.checkpoint), args.device), config, output)
+
+
+def _write(model, config, output) -> int:
+    from dllm.chat.samples import samples
+    from dllm.provenance import write_atomically
+
+    found = samples(model, config)
+    write_atomically(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    print(f"{config.run}: {len(found['conversations'])} conversations, {len(found['film']['frames'])} frames: {output}")
+    return 0

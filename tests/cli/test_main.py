@@ -1,0 +1,143 @@
+"""The command line: quick help, one line per mistake, exit statuses that scripts can rely on."""
+
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from dllm.cli import main as command
+from dllm.cli.main import VERBS, main
+
+
+def run_dllm(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "dllm", *words], capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Make `dllm train` do what a test says."""
+
+    def install(act):
+        module = SimpleNamespace(HELP="do it", add_arguments=lambda parser: None, run=act)
+        monkeypatch.setattr(command, "import_module", lambda name: module)
+
+    return install
+
+
+def test_help_and_every_verbs_help_import_no_torch():
+    code = (
+        "import sys\nfrom dllm.cli.main import VERBS, main\nassert main(['--help']) == 0\n"
+        "for verb in VERBS:\n    assert main([verb, '--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'lm_eval', 'datasets', 'rich', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_is_quick():
+    def seconds() -> float:
+        begin = time.perf_counter()
+        run_dllm("--help", check=True)
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(5)) < 0.3  # about 0.05; the best of five on a busy machine
+
+
+def test_help_lists_every_verb_with_its_line(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(any(line.split()[:1] == [verb] for line in printed.splitlines()) for verb in VERBS)
+    assert "examples:" in printed and max(map(len, printed.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_examples(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        f"usage: dllm {verb}" in printed and "examples:" in printed and f"dllm {verb} " in printed.split("examples:")[1]
+    )
+
+
+def test_without_a_verb_the_help_is_shown_and_the_status_is_2(capsys):
+    assert main([]) == 2
+    assert "usage: dllm VERB" in capsys.readouterr().out
+
+
+def test_the_version_is_the_packages(capsys):
+    from importlib.metadata import version
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dllm {version('dllm')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "dllm: error: 'trian' is no verb of dllm. Did you mean 'train'?"),
+        (["frobnicate"], f"dllm: error: 'frobnicate' is no verb of dllm. Known: {', '.join(VERBS)}."),
+        (["--hepl"], "dllm: error: '--hepl' is no option of dllm. Did you mean '--help'?"),
+        (["train", "x", "--workdri", "y"], "dllm train: error: unknown argument --workdri y. Did you mean --workdir?"),
+        (["train"], "dllm train: error: the following arguments are required: config; see dllm train --help"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(words, line, capsys):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err == line + "\n" and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (ValueError("name = 'x':\n  wrong"), "name = 'x': wrong"),
+        (FileNotFoundError(2, "No such file or directory", "a.yaml"), "a.yaml: No such file or directory"),
+        (PermissionError(13, "Permission denied", "a.yaml"), "a.yaml: Permission denied"),
+        (
+            ModuleNotFoundError("no", name="rich"),
+            "the package 'rich' is not installed; install dllm with its dependencies",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line_without_a_traceback(verb, fault, line, capsys, monkeypatch):
+    def act(args):
+        raise fault
+
+    verb(act)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == f"dllm train: error: {line}\n"
+    monkeypatch.setenv("DLLM_DEBUG", "1")
+    with pytest.raises(type(fault)):
+        main(["train"])
+
+
+def test_a_bug_keeps_its_traceback(verb):
+    verb(lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_an_interrupt_is_status_130(verb, capsys):
+    def act(args):
+        raise KeyboardInterrupt
+
+    verb(act)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "dllm train: interrupted\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "from dllm.cli import main as m\nm.overview = lambda: 'x' * 10**6\nraise SystemExit(m.main(['--help']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait() == 141 and process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_the_module_runs_like_the_command():
+    done = run_dllm("trian")
+    assert (done.returncode, done.stderr) == (2, "dllm: error: 'trian' is no verb of dllm. Did you mean 'train'?\n")

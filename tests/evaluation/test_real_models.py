@@ -1,0 +1,77 @@
+"""Small untrained models, whole: the loader, the algorithm, lm-eval's own adapter."""
+
+import json
+
+import pytest
+import torch
+
+from dllm.evaluation.evaluate import evaluate_benchmark
+
+from .echo import evaluation, words_tokenizer
+
+
+@pytest.fixture
+def models(workdir):
+    """runs/diffusion (a BERT) and runs/causal (a GPT-2) with the words tokenizer."""
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = words_tokenizer()
+    tokenizer.eos_token = "[PAD]"
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        bert = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **small, **ids))
+        gpt2 = GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=2, **ids)
+        )
+    for name, model in (("diffusion", bert), ("causal", gpt2)):
+        directory = workdir / "runs" / name / "model"
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    return workdir
+
+
+def settings(name):
+    kind = "hf" if name == "causal" else "dllm"
+    return {"run": name, "checkpoint": f"runs/{name}/model", "model_kind": kind}
+
+
+@pytest.mark.parametrize("name", ["diffusion", "causal"])
+def test_a_real_model_answers_every_kind_of_task(models, name):
+    for task in ("both", "last", "write"):
+        result = evaluate_benchmark(evaluation(task, chat_template=True, **settings(name)), models)
+        assert 0 <= result["metrics"][result["metric"]]["value"] <= 1
+        rows = [json.loads(line) for line in (models / f"evals/{name}/{task}.samples.jsonl").read_text().splitlines()]
+        assert len(rows) == result["n"] and all("<answer>" in row["prompt"] for row in rows)
+
+
+def test_one_token_choices_of_a_question_share_their_forward_pass(models):
+    result = evaluate_benchmark(evaluation("both", **settings("diffusion")), models)
+    assert result["passes"] == 30
+
+
+def test_shards_of_a_real_model_score_as_the_whole_up_to_rounding(models):
+    config = evaluation("both", shots=1, **settings("diffusion"))
+    path = models / "evals/diffusion/both.samples.jsonl"
+    whole = evaluate_benchmark(config, models)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for stored in (models / ".work/answers").rglob("*.jsonl"):
+        stored.unlink()
+    for shard in range(2):
+        evaluate_benchmark(config, models, shard=(shard, 2), score=False)
+    merged = evaluate_benchmark(config, models, compute=False)
+    for key in ("metrics", "passes", "subtasks", "inputs"):
+        assert merged[key] == whole[key]
+    for row, other in zip(rows, map(json.loads, path.read_text().splitlines()), strict=True):
+        # float32 sums over another padding
+        assert row.pop("log_likelihoods") == pytest.approx(other.pop("log_likelihoods"), abs=1e-5)
+        assert row == other
+
+
+def test_an_autoregressive_answer_is_as_long_as_ours_may_be(models):
+    """The task asks for up to 999 tokens."""
+    config = evaluation("write", generation={"max_new_tokens": 3}, **settings("causal"))
+    evaluate_benchmark(config, models)
+    for line in (models / "evals/causal/write.samples.jsonl").read_text().splitlines():
+        assert len(words_tokenizer()(json.loads(line)["response"], add_special_tokens=False)["input_ids"]) <= 3

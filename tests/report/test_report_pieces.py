@@ -1,0 +1,130 @@
+"""The film, the labels at line ends, the plan."""
+
+import matplotlib
+import pytest
+from fake_workdir import plan_dict, write_workdir
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from pydantic import ValidationError
+
+from dllm.report import figures
+from dllm.report.film import frames, visible
+from dllm.report.load import final_losses, read_metrics, read_samples
+from dllm.report.markup import fenced
+from dllm.report.plan import ReportPlan
+from dllm.report.style import RC, family_looks, spread
+
+
+def test_the_film_keeps_its_first_and_last_frame_and_every_token_its_place(workdir):
+    film = read_samples(workdir, "chat-large")["film"]
+    shown = frames(film, limit=5)
+    assert (len(shown), shown[0].step, shown[-1].step) == (5, 0, film["frames"][-1]["step"])
+    assert {tuple(token.width for token in frame.tokens) for frame in shown} == {
+        tuple(len(visible(token["text"])) for token in film["frames"][-1]["tokens"])
+    }
+
+
+def test_new_in_the_film_means_masked_in_the_frame_shown_before(workdir):
+    shown = frames(read_samples(workdir, "chat-large")["film"], limit=4)
+    for before, now in zip(shown, shown[1:], strict=False):
+        for old, token in zip(before.tokens, now.tokens, strict=True):
+            assert (token.state == "new") == (old.state == "masked" and token.state != "masked")
+
+
+def test_a_film_without_frames_is_an_error():
+    with pytest.raises(ValueError, match="has no frames"):
+        frames({"frames": []})
+
+
+def test_control_characters_of_a_token_are_shown_or_dropped():
+    assert visible("a\nb\tc\r\x00\x1b[31m") == "a⏎b⇥c[31m"
+
+
+@given(st.text(alphabet="`a\n", max_size=40))
+def test_no_text_can_close_its_own_fence(text):
+    lines = fenced(text).split("\n")
+    assert not any(set(line) == {"`"} and len(line) >= len(lines[-1]) for line in lines[1:-1])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_labels_keep_their_order_and_their_distance(heights):
+    placed = spread(heights, 0.1)
+    order = sorted(range(len(heights)), key=lambda i: (heights[i], i))
+    gaps = [placed[b] - placed[a] for a, b in zip(order, order[1:], strict=False)]
+    assert all(gap >= 0.1 - 1e-9 for gap in gaps)
+    assert sum(placed) == pytest.approx(sum(heights), abs=1e-6)
+
+
+def test_one_family_has_one_colour_and_its_sizes_differ_in_filling():
+    found = family_looks([("A-base", "a"), ("A-large", "a"), ("B", "b")])
+    assert found["A-base"].color == found["A-large"].color != found["B"].color
+    assert (found["A-base"].filled, found["A-large"].filled, found["B"].filled) == (False, True, True)
+
+
+def test_published_curves_are_dashed_and_corrected_ones_solid(workdir, plan):
+    with matplotlib.rc_context(RC):
+        figure: Figure = figures.draw_ablation(figures.ablation_frame(workdir, plan), plan)
+    styles = {}
+    for axes in figure.axes:
+        lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
+        styles.setdefault(axes.get_title(loc="left"), {line.get_linestyle() for line in lines})
+    assert styles["Training loss, published"] == styles["Evaluation loss, published"] == {"--"}
+    assert styles["Training loss, corrected"] == styles["Evaluation loss, corrected"] == {"-"}
+
+
+def test_no_letter_of_a_figure_is_smaller_than_nine_points(workdir, plan):
+    makers = {
+        figures.draw_pretraining: figures.pretraining_frame,
+        figures.draw_ablation_final: figures.ablation_final_frame,
+        figures.draw_scores: figures.scores_frame,
+        figures.draw_speed: figures.speed_frame,
+    }
+    with matplotlib.rc_context(RC):
+        for draw, frame in makers.items():
+            figure = draw(frame(workdir, plan), plan)
+            sizes = [text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+            assert min(sizes) >= 9
+            assert figure.get_figwidth() == 9.0
+
+
+def test_short_runs_without_optional_columns_can_be_drawn(tmp_path):
+    path = tmp_path / "runs/tiny/metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"step": 1, "split": "train", "loss": 2.0}\n{"step": 1, "split": "eval", "loss": 2.5}\n')
+    plan = ReportPlan.model_validate({"chat": [{"run": "tiny", "label": "tiny"}]})
+    row = final_losses(tmp_path, plan.chat).iloc[0]
+    assert (row["train_loss"], row["eval_loss"]) == (2.0, 2.5)
+    figures.build_figures(tmp_path, plan, tmp_path / "figures")
+    assert (tmp_path / "figures/chat.svg").is_file()
+
+
+def test_metrics_without_an_evaluation_are_an_error(tmp_path):
+    path = tmp_path / "runs/tiny/metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"step": 1, "split": "train", "loss": 2.0}\n')
+    with pytest.raises(ValueError, match="runs/tiny/metrics.jsonl has no eval line"):
+        read_metrics(tmp_path, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"results": [{"run": "a", "label": "a", "published_as": "nobody"}]}, "'nobody' is not in the plan"),
+        ({"results": [{"run": "a", "label": "a", "benchmarks": ["chess"]}]}, "'chess' is not in the plan"),
+        ({"reported": [{"label": "a", "source": "s", "values": {"chess": 1.0}}]}, "'chess' is not in the plan"),
+        ({"chat": [{"run": "a", "label": "a"}, {"run": "a", "label": "b"}]}, "chat lists a / corrected twice"),
+        ({"chats": []}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_plan_that_does_not_fit_together_is_an_error(change, message):
+    with pytest.raises(ValidationError, match=message):
+        ReportPlan.model_validate(change)
+
+
+def test_the_same_seed_writes_the_same_fake_work_directory(tmp_path):
+    one, two = (write_workdir(tmp_path / name) for name in ("one", "two"))
+    for path in (path for path in one.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
+    wanted = ReportPlan.model_validate(plan_dict()).inputs()
+    assert {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()} == set(wanted)

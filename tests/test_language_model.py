@@ -1,0 +1,160 @@
+"""DiffusionLM: texts and conversations in, texts and scores out, the same alone and in a batch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dllm
+from dllm.algorithms.mdlm import MDLM
+from dllm.core.canvas import Canvas
+from dllm.language_model import DiffusionLM
+from tests.toys import LEARNT, save_toy, turns
+
+PROMPTS = ["Hello", turns("What is the capital of Italy?"), "I am a toy. You", turns("Hello!", "Hello!", "red?"), ""]
+
+
+@pytest.fixture(scope="module", params=["bert", "modernbert"])
+def model(request, tmp_path_factory) -> DiffusionLM:
+    torch.set_num_threads(1)
+    return dllm.load(save_toy(tmp_path_factory.mktemp("toy"), kind=request.param), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> DiffusionLM:
+    torch.set_num_threads(1)
+    return dllm.load(save_toy(tmp_path_factory.mktemp("taught"), teach=LEARNT), device="cpu")
+
+
+def settings(**changes) -> dllm.GenerateSettings:
+    return dllm.GenerateSettings(**{"max_new_tokens": 16, "block_size": 8} | changes)
+
+
+def test_importing_dllm_is_free_of_torch():
+    code = (
+        "import dllm, sys; assert 'torch' not in sys.modules; dllm.GenerateSettings; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_exists():
+    assert set(dllm.__all__) <= set(dir(dllm))
+    assert all(getattr(dllm, name) is not None for name in dllm.__all__)
+    with pytest.raises(AttributeError, match="DiffusionLM"):
+        dllm.lload  # noqa: B018
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.8}, {"steps": 4}, {"batch_size": 2, "temperature": 1.0}])
+def test_a_ragged_batch_equals_its_rows_alone_and_keeps_their_order(model, changes):
+    together = model.generate(PROMPTS, settings(**changes))
+    alone = [model.generate([prompt], settings(**changes))[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_a_taught_model_gives_the_answers_without_their_end(taught):
+    prompts, answers = zip(*LEARNT, strict=True)
+    assert taught.generate(list(prompts), settings()) == list(answers)
+
+
+def test_the_end_of_turn_ends_a_row_early_and_changes_no_answer(taught):
+    prompts = [prompt for prompt, _ in LEARNT]
+    early = taught.answers(prompts, settings(block_size=4))
+    full = taught.answers(prompts, settings(block_size=4, early_stop=False))
+    assert [a.text for a in early] == [a.text for a in full]
+    assert [a.tokens for a in early] == [7, 5, 2, 2]
+    assert all(a.passes == 16 for a in full)
+    assert early[2].passes <= 4 and early[1].passes <= 8
+
+
+def test_a_stop_string_cuts_the_answer_before_it_and_ends_the_row(taught):
+    (cut,) = taught.answers([turns("Who are you?")], settings(block_size=1, stop=[" toy"]))
+    assert (cut.text, cut.tokens, cut.passes) == ("I am a", 3, 4)
+
+
+def test_streaming_ends_with_the_generated_text(taught):
+    canvases = list(taught.stream([turns("Who are you?")], settings()))
+    assert all(isinstance(canvas, Canvas) for canvas in canvases)
+    assert canvases[0].masked.sum() == 16 and not canvases[-1].masked.any()
+    assert taught.decode(canvases[-1].responses()[0]).strip() == "I am a toy."
+
+
+def test_a_conversation_is_encoded_as_in_training_without_cls_and_sep(model):
+    tokens = model.encode_prompt([{"role": "system", "content": " red "}, *turns("Who are you?")])
+    text = "[SYS]\nred\n[/SYS]\n\n[Question]\nWho are you?\n[/Question]\n\n[Answer]\n"
+    assert model.backbone.tokenizer.decode(tokens) == text
+    assert model.encode_prompt(text) == tokens == model.encode_prompt(tokens)
+
+
+def test_decoding_leaves_out_what_stands_behind_the_end(model):
+    encode = model.encode_prompt
+    mask, pad = model.backbone.mask_id, model.backbone.pad_id
+    assert model.decode([*encode("Hello!\n[/Answer]\n\n"), *encode("Who"), pad]) == "Hello!"
+    assert model.decode([*encode("Hello"), pad, *encode("Who")]) == "Hello"
+    assert model.decode([*encode("Hello"), mask, *encode("!")]) == "Hello!"
+    assert model.decode(encode("one two red"), stop=[" two", " red"]) == "one"
+    assert model.answer_length([*encode("Hello!\n[/Answer]\n\n"), pad]) == 2
+    assert model.answer_length([pad, pad]) == 0
+
+
+def test_scores_and_matches_keep_their_order_and_do_not_depend_on_the_batch(model):
+    prompts, targets = ["Hello", turns("Who are you?"), []], [" I am", "red", "What is the capital"]
+    together = model.nelbo(prompts, targets)
+    alone = [model.nelbo([p], [t])[0] for p, t in zip(prompts, targets, strict=True)]
+    assert [s.nats for s in together] == pytest.approx([s.nats for s in alone], rel=1e-5)  # fp32 sums in another order
+    assert all(score.nats > 0 and score.log_likelihood == -score.nats for score in together)
+    assert len(model.greedy_match(prompts, targets)) == 3
+    assert model.nelbo([], []) == [] == model.generate([])
+
+
+def test_a_taught_model_matches_its_answers_greedily_and_finds_them_likely(taught):
+    prompts, answers = [[turns("What is the capital of France?")] * 2, ["Paris.", "Rome."]]
+    assert taught.greedy_match(prompts, answers) == [True, False]
+    right, wrong = taught.nelbo(prompts, answers)
+    assert right.nats < wrong.nats
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (["Hello" + " Hello" * 89], ["prompts[0] has 90 tokens", "max_new_tokens = 16", "leaves 80"]),
+        ([[]], ["messages is empty"]),
+        ([[{"role": "robot", "content": "Hello"}]], ["'robot'", "allowed: system, user, assistant"]),
+        ([[{"role": "user"}]], ["needs 'role' and 'content'"]),
+        ([turns("Hello", "Hello")], ["last turn", "assistant"]),
+        ("Hello", ["give a list"]),
+        (turns("Hello"), ["give a list"]),
+    ],
+)
+def test_a_wrong_prompt_is_one_clear_line(model, prompts, words):
+    with pytest.raises(ValueError) as fault:
+        model.generate(prompts, settings())
+    assert all(word in str(fault.value) for word in words) and "\n" not in str(fault.value)
+
+
+def test_a_wrong_pair_is_one_clear_line(model):
+    with pytest.raises(ValueError, match=r"targets\[1\] = '' has no tokens"):
+        model.nelbo(["Hello", "Who"], ["I", ""])
+    with pytest.raises(ValueError, match="2 prompts and 1 targets"):
+        model.nelbo(["Hello", "Who"], ["I"])
+    with pytest.raises(ValueError, match="targets is a single one"):
+        model.nelbo(["Hello"], "I")
+
+
+def test_a_model_without_a_chat_template_says_so(tmp_path):
+    model = dllm.load(save_toy(tmp_path), device="cpu")
+    model.backbone.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template; give a text"):
+        model.encode_prompt(turns("Hello"))
+
+
+def test_a_checkpoint_without_a_sidecar_takes_the_end_of_turn_from_its_template(tmp_path):
+    directory = save_toy(tmp_path)
+    (directory / "dllm.json").unlink()
+    model = dllm.load(directory, device="cpu")
+    assert model.end_of_turn == "[/Answer]" and isinstance(model.algorithm, MDLM)
+
+
+def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="no config.json"):
+        dllm.load(tmp_path)

@@ -1,0 +1,237 @@
+"""The training loop: what must not change a run, does not; what a user can get wrong, says so in one line."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dllm.config import OptimizerSettings
+from dllm.provenance import read_record
+from dllm.training import trainer
+from dllm.training.optimizer import build_optimizers, share_of_peak
+from dllm.training.trainer import Interrupted, make_plan, train
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config
+
+
+def weights(workdir, run):
+    return load_file(workdir / "runs" / run / "model" / "model.safetensors")
+
+
+def same_weights(one, other, tolerance=0.0):
+    return all(torch.allclose(one[k], other[k], atol=tolerance, rtol=0) for k in one)
+
+
+def test_a_run_leaves_weights_metrics_provenance_and_a_record(workdir):
+    target = train(run_config(), workdir, quiet=True)
+    assert {"config.yaml", "metrics.jsonl", "provenance.json", "model"} == {p.name for p in target.iterdir()}
+    rows = metrics_of(workdir, "run")
+    assert [row["step"] for row in rows if row["split"] == "eval"] == [0, 2, 4, 6]
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["split"] == "final"
+    facts = json.loads((target / "provenance.json").read_text())
+    assert facts["seed"] == 1 and facts["data_digest"] == read_record(workdir / "data/alpaca.json")["digest"]
+    assert read_record(workdir / "runs/run.json")["inputs"].keys() == {"data/alpaca", "downloads/toy-model"}
+    assert not list((workdir / ".work").glob("run-*")), "resumable state goes when the artifact is there"
+
+
+def test_training_lowers_the_loss(workdir):
+    train(run_config(steps=60, optimizer=OptimizerSettings(name="muon", learning_rate=3e-3)), workdir, quiet=True)
+    losses = [row["loss"] for row in metrics_of(workdir, "run") if row["split"] == "eval"]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_two_equal_runs_are_equal_to_the_bit(workdir):
+    for name in ("one", "two"):
+        train(run_config(name), workdir, quiet=True)
+    assert metrics_of(workdir, "one") == metrics_of(workdir, "two")
+    assert same_weights(weights(workdir, "one"), weights(workdir, "two"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_resumes_to_the_same_bits(workdir, optimizer, monkeypatch):
+    settings = OptimizerSettings(name=optimizer, learning_rate=3e-3)
+    train(run_config("whole", optimizer=settings), workdir, quiet=True)
+    step = trainer._Run._step
+
+    def killed(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(trainer._Run, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config("cut", optimizer=settings), workdir, quiet=True)
+    monkeypatch.undo()
+    train(run_config("cut", optimizer=settings), workdir, quiet=True)
+    assert metrics_of(workdir, "cut") == metrics_of(workdir, "whole")
+    assert same_weights(weights(workdir, "cut"), weights(workdir, "whole"))
+
+
+def test_sigterm_saves_the_step_and_ends_with_a_failure(workdir, monkeypatch):
+    train(run_config("whole"), workdir, quiet=True)
+    step = trainer._Run._step
+
+    def signalled(self, number):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    monkeypatch.setattr(trainer._Run, "_step", signalled)
+    with pytest.raises(Interrupted) as caught:
+        train(run_config("cut"), workdir, quiet=True)
+    assert caught.value.code == 143
+    assert not (workdir / "runs" / "cut.json").exists()
+    monkeypatch.undo()
+    train(run_config("cut"), workdir, quiet=True)
+    assert same_weights(weights(workdir, "cut"), weights(workdir, "whole"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(workdir, monkeypatch):
+    train(run_config("whole"), workdir, quiet=True)
+    step = trainer._Run._step
+    monkeypatch.setattr(
+        trainer._Run, "_step", lambda self, n: step(self, n) if n < 5 else (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config("cut"), workdir, quiet=True)
+    monkeypatch.undo()
+    (state,) = (workdir / ".work").glob("cut-*")
+    newest = max(state.glob("step-*"), key=lambda p: int(p.name[5:]))
+    (newest / "model.safetensors").write_bytes(b"torn")
+    train(run_config("cut"), workdir, quiet=True)
+    assert same_weights(weights(workdir, "cut"), weights(workdir, "whole"))
+
+
+def test_state_of_another_configuration_is_never_resumed(workdir, monkeypatch):
+    monkeypatch.setattr(trainer._Run, "_resume", lambda self: pytest.fail("resumed") if self.state.steps() else 0)
+    train(run_config("run"), workdir, quiet=True)
+    other = run_config("run", optimizer=OptimizerSettings(learning_rate=1e-3))
+    train(other, workdir, quiet=True, replace=True)
+
+
+def test_a_run_directory_of_another_configuration_is_not_replaced_unasked(workdir):
+    train(run_config(), workdir, quiet=True)
+    before = read_record(workdir / "runs/run.json")
+    with pytest.raises(ValueError, match=r"another configuration \(it differs in seed\); pass --replace"):
+        train(run_config(seed=2), workdir, quiet=True)
+    with pytest.raises(ValueError, match="finished already"):
+        train(run_config(), workdir, quiet=True)
+    assert read_record(workdir / "runs/run.json") == before
+    train(run_config(seed=2), workdir, quiet=True, replace=True)
+    assert read_record(workdir / "runs/run.json") != before
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("response_end", ["block", "fill", "one"])
+def test_the_split_into_micro_batches_does_not_change_a_run(workdir, normalisation, response_end):
+    recipe = {"normalisation": normalisation, "response_end": response_end, "extra_blocks": 1}
+    if response_end == "fill":
+        recipe["extra_blocks"] = 0
+    for name, size in (("whole", 8), ("split", 3)):
+        train(run_config(name, micro_batch_size=size, steps=2, recipe=recipe), workdir, quiet=True)
+    one, other = metrics_of(workdir, "whole"), metrics_of(workdir, "split")
+    for a, b in zip(one, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)  # fp32 sums in another order
+    # AdamW divides by a root of squares: rounding is magnified where a gradient is nearly zero
+    assert same_weights(weights(workdir, "whole"), weights(workdir, "split"), tolerance=5e-4)
+
+
+def test_the_published_denominator_does_depend_on_the_micro_batch(workdir):
+    recipe = {"normalisation": "token", "denominator": "micro_batch", "response_end": "one"}
+    for name, size in (("whole", 8), ("split", 3)):
+        train(run_config(name, micro_batch_size=size, steps=1, recipe=recipe), workdir, quiet=True)
+    losses = [metrics_of(workdir, name)[1]["loss"] for name in ("whole", "split")]
+    assert losses[0] != pytest.approx(losses[1], rel=0.2)
+
+
+def test_fixed_evaluation_noise_gives_one_loss_for_one_model_and_drawn_noise_does_not(workdir):
+    frozen = OptimizerSettings(learning_rate=1e-12)
+    train(run_config("fixed", optimizer=frozen), workdir, quiet=True)
+    train(run_config("drawn", optimizer=frozen, recipe={"eval_noise": "drawn"}), workdir, quiet=True)
+    fixed, drawn = (
+        [row["loss"] for row in metrics_of(workdir, name) if row["split"] == "eval"] for name in ("fixed", "drawn")
+    )
+    assert max(fixed) - min(fixed) < 1e-5 < 0.01 < max(drawn) - min(drawn)
+
+
+def test_bf16_parameters_lose_small_steps_and_fp32_ones_do_not(workdir):
+    tiny = OptimizerSettings(learning_rate=1e-5, warmup_share=0.0)
+    moved = {}
+    start = load_file(workdir / "downloads/toy-model/model.safetensors")
+    for dtype in ("fp32", "bf16"):
+        train(run_config(dtype, optimizer=tiny, recipe={"parameters": dtype}), workdir, quiet=True)
+        after = weights(workdir, dtype)
+        key = next(k for k in start if "query.weight" in k)
+        large = start[key].abs() > 0.03
+        moved[dtype] = (after[key].float() != start[key].to(after[key].dtype).float())[large].float().mean().item()
+    assert moved["fp32"] > 0.9 and moved["bf16"] < 0.1
+
+
+@pytest.mark.parametrize("algorithm", ["mlm", "ar"])
+@pytest.mark.parametrize("data", ["text", "alpaca"])
+def test_the_other_algorithms_train_on_text_and_on_answers(workdir, algorithm, data):
+    entry = entry_for("llama" if algorithm == "ar" else "modernbert")
+    make_model(workdir / "downloads" / "other", entry)
+    config = run_config(
+        algorithm=algorithm, model=entry, init="other", init_path="downloads/other", data=data,
+        data_path=f"data/{data}", steps=40, optimizer=OptimizerSettings(name="muon", learning_rate=3e-3),
+    )  # fmt: skip
+    train(config, workdir, quiet=True)
+    losses = [row["loss"] for row in metrics_of(workdir, "run") if row["split"] == "eval"]
+    assert losses[-1] < losses[0]
+
+
+def test_the_plan_of_a_run_does_not_depend_on_the_number_of_devices():
+    plans = [make_plan(run_config(), rows=80, ranks=ranks) for ranks in (1, 2, 4)]
+    assert len({(p.steps_per_epoch, p.schedule_steps, p.last_step) for p in plans}) == 1
+    assert [p.rows_per_rank for p in plans] == [8, 4, 2]
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    shares = [share_of_peak(step, 100, 0.1) for step in range(101)]
+    assert shares[0] == pytest.approx(0.1) and shares[9] == shares[10] == 1.0 and shares[100] == pytest.approx(0)
+    assert all(a >= b for a, b in zip(shares[10:], shares[11:], strict=False))
+
+
+def test_muon_takes_the_matrices_inside_layers_and_adamw_the_rest(workdir):
+    from dllm.models.load import load_backbone
+
+    model = load_backbone(workdir / "downloads/toy-model").model
+    adamw, muon = build_optimizers(model, OptimizerSettings(name="muon", learning_rate=1e-3))
+    inside = {id(p) for g in muon.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in inside) == (".layer." in name and parameter.ndim == 2), name
+    assert sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"length": 4096}, "length = 4096 is longer than the model allows"),
+        ({"data_path": "data/nothing"}, "data/nothing.json: missing; run the workflow"),
+        ({"init_path": "downloads/nothing"}, "downloads/nothing.json: missing"),
+    ],
+)
+def test_unusable_inputs_get_one_line_before_any_work(workdir, changes, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        train(run_config(**changes), workdir, quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (workdir / "runs").exists()
+
+
+def test_a_failed_second_run_leaves_the_first_artifact_alone(workdir, monkeypatch):
+    train(run_config(), workdir, quiet=True)
+    before = read_record(workdir / "runs/run.json")
+    monkeypatch.setattr(trainer._Run, "_step", lambda self, n: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(seed=2), workdir, quiet=True, replace=True)
+    assert read_record(workdir / "runs/run.json") == before
+    assert weights(workdir, "run")
+
+
+def test_a_diverging_run_says_what_to_lower(workdir):
+    with pytest.raises(ValueError, match="lower learning_rate"):
+        train(run_config(steps=40, optimizer=OptimizerSettings(learning_rate=1e30, clip=1e9)), workdir, quiet=True)
