@@ -24,7 +24,8 @@ $(INSTALLED): pyproject.toml envs/pip.txt
 	@touch $@
 
 report: $(INSTALLED)
-	@$(BIN)/snakemake --cores $(CORES) --rerun-incomplete --quiet rules
+	@if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
+	  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show
 	@echo "The report: $(abspath results/laptop/report/index.html)"
 
 test: $(INSTALLED)

@@ -15,10 +15,12 @@ from snakemake.exceptions import WorkflowError
 from plan import launcher, make_plan
 
 ROOT = Path(workflow.basedir)
-OVERLAY = [Path(path) for path in workflow.configfiles] or [ROOT / "config" / "laptop.yaml"]
+OVERLAYS = [Path(path) for path in workflow.configfiles] or [
+    ROOT / "config" / "laptop.yaml"
+]
 
 try:
-    PLAN = make_plan(load_project(ROOT / "config", OVERLAY[-1]))
+    PLAN = make_plan(load_project(ROOT / "config", *OVERLAYS))
 except ValueError as fault:
     raise WorkflowError(str(fault)) from None
 

@@ -467,27 +467,23 @@ def did_you_mean(name: str, known: list[str] | tuple[str, ...]) -> str:
     return f"Known: {', '.join(names[:12]) or 'none'}{', ...' if len(names) > 12 else ''}."
 
 
-def load_project(config_directory: str | Path, overlay: str | Path | dict, overlay_name: str | None = None) -> Project:
-    """The merged and checked project: `config/*.yaml` with an overlay on top.
+def load_project(config_directory: str | Path, *overlays: str | Path | dict) -> Project:
+    """The merged and checked project: `config/*.yaml` with overlays on top, later ones over earlier ones.
 
-    overlay is a YAML file or an already read mapping (then `overlay_name` is used in messages). In an overlay, null
-    removes an entry. Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
+    An overlay is a YAML file, or an already read mapping (called "overlay" in messages). In an overlay, null removes
+    an entry. Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
     """
     merged: dict[str, Any] = {}
     origins: dict[tuple, str] = {}
-    for stem in CONFIG_FILES:
-        path = Path(config_directory) / f"{stem}.yaml"
-        _merge(merged, read_yaml(path), str(path), origins)
-    if isinstance(overlay, dict):
-        _merge(merged, overlay, overlay_name or "overlay", origins)
-    else:
-        _merge(merged, read_yaml(overlay), str(overlay), origins)
+    for source in (*(Path(config_directory) / f"{stem}.yaml" for stem in CONFIG_FILES), *overlays):
+        content, name = (source, "overlay") if isinstance(source, dict) else (read_yaml(source), str(source))
+        _merge(merged, content, name, origins)
 
     def origin(location: tuple) -> str:
         for size in range(len(location), 0, -1):
             if location[:size] in origins:
                 return origins[location[:size]]
-        return overlay_name or (str(overlay) if not isinstance(overlay, dict) else "overlay")
+        return name
 
     _inherit(merged, origin)
     try:

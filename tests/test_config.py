@@ -26,7 +26,7 @@ OVERLAYS = ("laptop", "paper")
 
 
 def project(overlay: dict):
-    return load_project(CONFIG, {"workdir": "results/test"} | overlay, "overlay.yaml")
+    return load_project(CONFIG, {"workdir": "results/test"} | overlay)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -87,7 +87,7 @@ def test_a_mistake_in_a_config_gets_one_line_with_file_key_and_value(overlay, li
         project(overlay)
     message = str(caught.value)
     assert line in message
-    assert message.startswith("overlay.yaml: ")
+    assert message.startswith("overlay: ")
     assert "\n" not in message
 
 
@@ -147,6 +147,12 @@ def test_one_setting_changes_the_digest_of_exactly_its_run():
     before = run_configs(project({}))
     after = run_configs(project({"runs": {"alpaca-after-wikitext": {"optimizer": {"learning_rate": 5e-5}}}}))
     assert [n for n in before if digest(before[n]) != digest(after[n])] == ["alpaca-after-wikitext"]
+
+
+def test_a_later_overlay_wins(tmp_path):
+    (tmp_path / "tiny.yaml").write_text("runs: {chat-base: {seed: 7}}")
+    loaded = load_project(CONFIG, CONFIG / "laptop.yaml", tmp_path / "tiny.yaml")
+    assert loaded.runs["chat-base"].seed == 7 and loaded.workdir == "results/laptop"
 
 
 def test_null_in_an_overlay_removes_an_entry():

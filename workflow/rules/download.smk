@@ -16,7 +16,6 @@ def download_inputs(wildcards):
 
 
 rule download:
-    """Fetch {wildcards.name}."""
     input:
         download_inputs,
         config="configs/downloads/{name}.yaml",
@@ -24,5 +23,7 @@ rule download:
         "downloads/{name}.json",
     log:
         "logs/download/{name}.log",
+    message:
+        "Fetch {wildcards.name}."
     shell:
         "dllm download {input.config:q} &> {log:q}"

@@ -6,7 +6,6 @@
 
 
 rule evaluate:
-    """Evaluate {wildcards.row} on {wildcards.benchmark}."""
     input:
         lambda wildcards: PLAN.evaluation_inputs(wildcards.row, wildcards.benchmark),
         config="configs/evals/{row}/{benchmark}.yaml",
@@ -19,14 +18,20 @@ rule evaluate:
         "benchmarks/evaluate/{row}/{benchmark}.tsv"
     threads: 1
     resources:
-        mem_mb=lambda wildcards: PROJECT.evaluations[wildcards.row].resources.memory_gib * 1024,
-        runtime=lambda wildcards: PROJECT.evaluations[wildcards.row].resources.runtime_minutes,
+        mem_mb=lambda wildcards: PROJECT.evaluations[
+            wildcards.row
+        ].resources.memory_gib
+        * 1024,
+        runtime=lambda wildcards: PROJECT.evaluations[
+            wildcards.row
+        ].resources.runtime_minutes,
+    message:
+        "Evaluate {wildcards.row} on {wildcards.benchmark}."
     shell:
         "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm evaluate {input.config:q} &> {log:q}"
 
 
 rule sample:
-    """Sample conversations of {wildcards.name}."""
     input:
         lambda wildcards: PLAN.record_of(PROJECT.samples[wildcards.name].checkpoint),
         config="configs/samples/{name}.yaml",
@@ -35,12 +40,13 @@ rule sample:
     log:
         "logs/sample/{name}.log",
     threads: 1
+    message:
+        "Sample conversations of {wildcards.name}."
     shell:
         "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm sample --config {input.config:q} --output {output:q} &> {log:q}"
 
 
 rule speed:
-    """Measure steps against time and quality of {wildcards.name}."""
     input:
         lambda wildcards: PLAN.speed_inputs(wildcards.name),
         config="configs/speed/{name}.yaml",
@@ -49,5 +55,7 @@ rule speed:
     log:
         "logs/speed/{name}.log",
     threads: 1
+    message:
+        "Measure steps against time and quality of {wildcards.name}."
     shell:
         "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm speed {input.config:q} --output {output:q} &> {log:q}"

@@ -5,7 +5,6 @@
 
 
 rule prepare:
-    """Prepare {wildcards.name}."""
     input:
         lambda wildcards: PLAN.data_records(PLAN.data[wildcards.name]),
         config="configs/data/{name}.yaml",
@@ -15,5 +14,7 @@ rule prepare:
         "logs/prepare/{name}.log",
     benchmark:
         "benchmarks/prepare/{name}.tsv"
+    message:
+        "Prepare {wildcards.name}."
     shell:
         "HF_HUB_OFFLINE=1 dllm prepare {input.config:q} &> {log:q}"

@@ -11,39 +11,52 @@ localrules:
     page,
 
 
-REPORT_CODE = sorted(str(path) for path in (ROOT / "dllm" / "report").rglob("*") if path.suffix in (".py", ".css", ".html", ".md", ".jinja"))
+REPORT_CODE = sorted(
+    str(path)
+    for path in (ROOT / "dllm" / "report").rglob("*")
+    if path.suffix in (".py", ".css", ".html", ".md", ".jinja")
+)
 
 
 rule tables:
-    """Build the tables."""
     input:
         PLAN.report_inputs(),
         config="configs/report.yaml",
         code=REPORT_CODE,
     output:
-        expand("tables/{name}.{suffix}", name=PLAN.report.table_names(), suffix=["csv", "md", "tex"]),
+        expand(
+            "tables/{name}.{suffix}",
+            name=PLAN.report.table_names(),
+            suffix=["csv", "md", "tex"],
+        ),
     log:
         "logs/tables.log",
+    message:
+        "Build the tables."
     shell:
         "dllm report tables {input.config:q} &> {log:q}"
 
 
 rule figures:
-    """Draw the figures."""
     input:
         PLAN.report_inputs(),
         config="configs/report.yaml",
         code=REPORT_CODE,
     output:
-        expand("figures/{name}.{suffix}", name=PLAN.report.figure_names(), suffix=["svg", "png", "csv"]),
+        expand(
+            "figures/{name}.{suffix}",
+            name=PLAN.report.figure_names(),
+            suffix=["svg", "png", "csv"],
+        ),
     log:
         "logs/figures.log",
+    message:
+        "Draw the figures."
     shell:
         "dllm report figures {input.config:q} &> {log:q}"
 
 
 rule claims:
-    """Judge the claims."""
     input:
         PLAN.report_inputs(),
         config="configs/report.yaml",
@@ -52,12 +65,13 @@ rule claims:
         "claims.json",
     log:
         "logs/claims.log",
+    message:
+        "Judge the claims."
     shell:
         "dllm report claims {input.config:q} &> {log:q}"
 
 
 rule page:
-    """Write the report."""
     input:
         PLAN.report_inputs(),
         rules.tables.output,
@@ -71,5 +85,7 @@ rule page:
         "report/provenance.csv",
     log:
         "logs/page.log",
+    message:
+        "Write the report."
     shell:
         "dllm report page {input.config:q} &> {log:q}"

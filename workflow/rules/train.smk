@@ -6,7 +6,6 @@
 
 
 rule train:
-    """Train {wildcards.run}."""
     input:
         lambda wildcards: PLAN.train_inputs(wildcards.run),
         config="configs/runs/{run}.yaml",
@@ -22,6 +21,8 @@ rule train:
         runtime=lambda wildcards: PROJECT.runs[wildcards.run].resources.runtime_minutes,
     params:
         launch=lambda wildcards: launcher(PROJECT.runs[wildcards.run], FROM_WORKDIR),
+    message:
+        "Train {wildcards.run}."
     shell:
         "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} accelerate launch --config_file {params.launch:q} "
         "--num_cpu_threads_per_process {threads} -m dllm train --replace {input.config:q} &> {log:q}"

@@ -1,0 +1,332 @@
+"""Writes the pages, parts of pages and the schema that follow from the code; `--check` says whether they are stale.
+
+    python docs/generate.py           write docs/configuration.md, config/schema.json and the marked parts of other pages
+    python docs/generate.py --check   exit 1, with one line, if one of them is not what the code says
+
+A marked part stands between `<!-- generated: NAME -->` and `<!-- /generated -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pydantic.fields import FieldInfo  # noqa: E402
+
+from dllm import config  # noqa: E402
+from dllm.chat.settings import SampleConfig, SpeedConfig  # noqa: E402
+from dllm.config import Project, Settings  # noqa: E402
+from dllm.evaluation.settings import EvaluationConfig  # noqa: E402
+
+JOBS = {
+    "dllm download": config.DownloadConfig,
+    "dllm prepare": config.PrepareConfig,
+    "dllm train": config.RunConfig,
+    "dllm evaluate": EvaluationConfig,
+    "dllm sample": SampleConfig,
+    "dllm speed": SpeedConfig,
+}
+"""What each command is told: the configs that the workflow writes below `configs/` of a work directory."""
+
+# --------------------------------------------------------------------------------------------------------------------
+# docs/configuration.md
+
+INTRODUCTION = """# Configuration
+
+Written by `docs/generate.py` from `dllm/config.py`; change the help of a field there, not here.
+
+A person writes *entries*, in `config/models.yaml`, `config/datasets.yaml`, `config/experiments.yaml`,
+`config/benchmarks.yaml`, `config/reported.yaml` and in an overlay.
+A job reads a *config*: entries merged and checked, with every name replaced by a path.
+The workflow writes the configs below `configs/` of the work directory when the Snakefile is read.
+
+Unknown keys, wrong types and keys written twice are errors.
+An error is one line: file, key, value, what is allowed, and often the nearest known name.
+`config/schema.json` is the JSON schema of the merged configuration (an overlay alone is incomplete under it)."""
+
+OVERLAYS = """## How overlays work
+
+`snakemake --configfile A.yaml B.yaml` lays `A.yaml`, then `B.yaml`, over the five files of `config/`.
+Without `--configfile` the overlay is `config/laptop.yaml`.
+
+- Mappings are merged key by key. Numbers, texts and lists replace what was there, a list as a whole.
+- `null` removes a key: an entry disappears, a setting goes back to its default or to what `like` gives.
+- `new` of a model is replaced as a whole: two architectures are never mixed.
+- `like: other`, in `runs` and `recipes`, takes every setting that the entry itself lacks from another entry.
+  It is resolved after the overlays are merged, so changing an entry changes those that are like it.
+- A run has `epochs` or `steps`. Naming one in an entry drops the other inherited through `like`;
+  in an overlay over an entry that has the other, set that other to `null`.
+- `init` names a model or another run, and so draws the edge of the graph; a circle is an error.
+- `1e-4` is a number; names are lower-case letters, digits, `.` and `-`, because they become file names.
+- A hub revision is a commit of 40 digits; a branch name is refused."""
+
+
+def configuration_page() -> str:
+    """The text of docs/configuration.md."""
+    parts = [INTRODUCTION, OVERLAYS, "## What a person writes", section("the merged configuration", Project)]
+    seen = {Project}
+    for name, model in settings_below(Project, seen):
+        parts.append(section(name, model))
+    parts.append("## What a job reads")
+    for name, model in JOBS.items():
+        parts.append(section(f"`{name}`", model))
+        parts += [section(inner, found) for inner, found in settings_below(model, seen)]
+    return "\n\n".join(parts) + "\n"
+
+
+def settings_below(model: type[Settings], seen: set[type]) -> Iterator[tuple[str, type[Settings]]]:
+    """(where it stands, class) of every settings class inside a class, in the order of its fields, each once."""
+    for name, field in model.model_fields.items():
+        for inner in settings_in(field.annotation):
+            if inner not in seen:
+                seen.add(inner)
+                yield f"`{name}`", inner
+                yield from settings_below(inner, seen)
+
+
+def settings_in(annotation: Any) -> Iterator[type[Settings]]:
+    """The settings classes in a type such as `dict[str, RunEntry]`."""
+    if inspect.isclass(annotation) and issubclass(annotation, Settings):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from settings_in(argument)
+
+
+def section(where: str, model: type[Settings]) -> str:
+    """One class: a heading, what it is, a table of its settings."""
+    lines = [f"### {model.__name__}: {where}", "", inspect.getdoc(model).splitlines()[0], ""]
+    lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        cells = (f"`{name}`", type_text(field.annotation) + limits_text(field), default_text(field), field.description)
+        lines.append(f"| {' | '.join((cell or '').replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def type_text(annotation: Any) -> str:
+    """A type in words, with links to the settings classes in it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else type_text(part) for part in arguments)
+    if origin is list:
+        return f"list of {type_text(arguments[0])}"
+    if origin is dict:
+        return f"name: {type_text(arguments[1])}" if arguments[1] is not Any else "mapping"
+    if issubclass(annotation, Settings):
+        return f"[{annotation.__name__}](#{anchor(annotation)})"
+    return {str: "text", int: "whole number", float: "number", bool: "true, false"}[annotation]
+
+
+def anchor(model: type[Settings]) -> str:
+    """The anchor of a class's section."""
+    return ANCHORS[model]
+
+
+def limits_text(field: FieldInfo) -> str:
+    """What pydantic's limits allow, such as `, > 0`."""
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "at least", "max_length": "at most"}
+    found = [(sign, getattr(part, key)) for part in field.metadata for key, sign in signs.items() if hasattr(part, key)]
+    numbers = [f"{sign} {value}" for sign, value in found if not sign.startswith("at")]
+    sizes = [f"{sign} {value} of them" for sign, value in found if sign.startswith("at")]
+    return "".join(f", {text}" for text in (*numbers, *sizes))
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as it would be written in YAML."""
+    if field.is_required():
+        return "needed"
+    if isinstance(field.default, Settings):
+        return "its defaults"
+    return f"`{json.dumps(field.default, ensure_ascii=False)}`"
+
+
+def _anchors() -> dict[type, str]:
+    """The anchor that GitHub gives each section's heading."""
+    seen: set[type] = {Project}
+    places = [("the merged configuration", Project), *settings_below(Project, seen)]
+    for name, model in JOBS.items():
+        places += [(f"`{name}`", model), *settings_below(model, seen)]
+    found: dict[type, str] = {}
+    for where, model in places:
+        found.setdefault(model, re.sub(r"[^a-z0-9_ -]", "", f"{model.__name__}: {where}".lower()).replace(" ", "-"))
+    return found
+
+
+ANCHORS = _anchors()
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parts of other pages
+
+
+def paper_runs() -> str:
+    """The runs that config/paper.yaml plans."""
+    project = _paper()
+    lines = ["| run | starts from | data | length | global batch | budget | recipe | launch |", "|" + "---|" * 8]
+    for name, run in project.runs.items():
+        budget = f"{run.epochs:g} epochs" if run.epochs else f"{run.steps:,} steps"
+        if run.stop_after:
+            budget = f"{run.stop_after:,} of {budget}"
+        devices = run.resources.nodes * run.resources.gpus_per_node
+        cells = (f"`{name}`", run.init, run.data, run.length, run.global_batch_size, budget, run.recipe)
+        lines.append(f"| {' | '.join(map(str, cells))} | {run.launch}, {devices} GPUs |")
+    return "\n".join(lines)
+
+
+def paper_downloads() -> str:
+    """What config/paper.yaml fetches, with the licences that the entries state."""
+    lines = ["| name | hub repository | commit | licence |", "|---|---|---|---|"]
+    for name, download in config.download_configs(_paper()).items():
+        entry = download.model or download.dataset
+        licence = (download.dataset.licence if download.dataset else None) or "see its card"
+        lines.append(f"| {name} | `{entry.hub}` | `{entry.revision[:8]}` | {licence} |")
+    return "\n".join(lines)
+
+
+def paper_jobs() -> str:
+    """How many jobs of each kind config/paper.yaml plans."""
+    project = _paper()
+    scored = sum(len(row.benchmarks or project.benchmarks) for row in project.evaluations.values())
+    counts = {
+        "downloads": len(config.download_configs(project)),
+        "prepared datasets": len(config.prepare_configs(project)),
+        "training runs": len(project.runs),
+        f"evaluations ({len(project.evaluations)} rows of at most {len(project.benchmarks)} benchmarks)": scored,
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items()) + ", then samples, timing and the report."
+
+
+def recipes() -> str:
+    """Every switch of the recipes and scorers, as `published` and `corrected` set it."""
+    project = _paper()
+    lines = ["| switch | corrected | published | published-zero2 |", "|---|---|---|---|"]
+    names = ("corrected", "published", "published-zero2")
+    for key in config.Recipe.model_fields:
+        values = [getattr(project.recipes[name], key) for name in names]
+        lines.append(f"| recipe `{key}` | {' | '.join(f'`{value}`' for value in values)} |")
+    scorers = [project.scorers[name] for name in ("corrected", "published")]
+    for key in ("estimator", "mc_draws", "mc_batch", "budget"):
+        values = [getattr(scorer.likelihood, key) for scorer in scorers]
+        lines.append(f"| scorer `likelihood.{key}` | {' | '.join(f'`{value}`' for value in values)} | |")
+    for key in ("special_tokens", "bf16_scores"):
+        values = [json.dumps(getattr(scorer, key)).strip('"') for scorer in scorers]
+        lines.append(f"| scorer `{key}` | {' | '.join(f'`{value}`' for value in values)} | |")
+    return "\n".join(lines)
+
+
+def policy() -> str:
+    """What `auto` takes for targets of several lengths, and how many different inputs it forwards."""
+    from dllm.config import LikelihoodSettings
+    from dllm.core.likelihood import estimator_for, likelihood_design
+
+    lines = ["| target tokens | `auto` takes | passes, budget 64 | budget 16 | `mc`, 128 draws |", "|---|---|---|---|---|"]
+    for length in (1, 2, 3, 5, 6, 8, 12, 16, 32, 64, 128):
+        cells = []
+        for settings in (LikelihoodSettings(), LikelihoodSettings(budget=16), LikelihoodSettings(estimator="mc")):
+            passes = len(likelihood_design(length, 0, settings).masked.unique(dim=0))
+            name = f" ({estimator_for(length, settings.budget)})" if settings.budget == 16 else ""
+            cells.append(f"{passes}{name}")
+        lines.append(f"| {length} | {estimator_for(length, 64)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread() -> str:
+    """Standard deviation of each estimator over 200 keys, on the random table of the tests."""
+    import torch
+
+    from dllm.config import LikelihoodSettings
+    from dllm.core.likelihood import estimate, likelihood_design
+    from tests.core.test_likelihood import nll_of, random_table
+
+    kinds = {
+        "`mc`, 128 draws": LikelihoodSettings(estimator="mc"),
+        "`chain`, budget 64": LikelihoodSettings(estimator="chain"),
+        "`cover`, budget 64": LikelihoodSettings(estimator="cover"),
+    }
+    lines = [f"| target tokens | bound, nats | {' | '.join(kinds)} |", "|" + "---|" * (2 + len(kinds))]
+    for length in (3, 6, 9):
+        table, truth = random_table(length)
+        cells = []
+        for settings in kinds.values():
+            values = []
+            for key in range(200):
+                design = likelihood_design(length, key, settings)
+                values.append(estimate(design, nll_of(design, table))[0])
+            cells.append(f"{torch.tensor(values, dtype=torch.float64).std():.2f}")
+        lines.append(f"| {length} | {truth:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "paper runs": ("docs/reproduce.md", paper_runs),
+    "paper downloads": ("docs/reproduce.md", paper_downloads),
+    "paper jobs": ("docs/reproduce.md", paper_jobs),
+    "recipes": ("docs/recipes.md", recipes),
+    "estimator policy": ("docs/algorithms.md", policy),
+    "estimator spread": ("docs/algorithms.md", spread),
+}
+"""Name of a marked part: the page it stands on, and what writes it."""
+
+
+def _paper() -> Project:
+    return config.load_project(ROOT / "config", ROOT / "config" / "paper.yaml")
+
+
+def with_part(text: str, name: str, content: str) -> str:
+    """A page's text with one marked part replaced. Raises ValueError if the page has no such part."""
+    pattern = re.compile(rf"(<!-- generated: {re.escape(name)} -->\n).*?(<!-- /generated -->)", re.S)
+    if not pattern.search(text):
+        raise ValueError(f"the part {name!r} is not marked on its page; put <!-- generated: {name} --> there")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def generated() -> dict[str, str]:
+    """Every generated file: path from the root, and what it should hold."""
+    files = {
+        "docs/configuration.md": configuration_page(),
+        "config/schema.json": json.dumps(config.schema(), indent=2, ensure_ascii=False) + "\n",
+    }
+    for name, (page, write) in PARTS.items():
+        text = files.get(page) or (ROOT / page).read_text(encoding="utf-8")
+        files[page] = with_part(text, name, write())
+    return files
+
+
+def stale(files: dict[str, str]) -> list[str]:
+    """Paths whose file is missing or holds something else."""
+    paths = {path: ROOT / path for path in files}
+    return [p for p, file in paths.items() if not file.exists() or file.read_text(encoding="utf-8") != files[p]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write what is stale, or with `--check` only say so."""
+    parser = argparse.ArgumentParser(description="Write docs/configuration.md, config/schema.json and parts of pages.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
+    args = parser.parse_args(arguments)
+    files = generated()
+    old = stale(files)
+    if args.check:
+        if old:
+            print(f"{', '.join(old)}: not what the code says; run python docs/generate.py", file=sys.stderr)
+        return 1 if old else 0
+    for path in old:
+        (ROOT / path).write_text(files[path], encoding="utf-8")
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

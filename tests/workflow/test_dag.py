@@ -1,0 +1,86 @@
+"""What each configuration plans: the graph, every command line and every resolved config, against snapshots.
+
+After an intended change: `UPDATE_SNAPSHOTS=1 make test`, then read the difference.
+"""
+
+import difflib
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.workflow.conftest import ROOT, planned, snakemake
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+
+
+def check_snapshot(name: str, text: str) -> None:
+    path = SNAPSHOTS / name
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    old = path.read_text()
+    lines = list(difflib.unified_diff(old.splitlines(), text.splitlines(), "snapshot", "now", lineterm="", n=1))
+    assert not lines, "\n".join(lines[:40])
+
+
+@pytest.fixture(scope="module", params=["paper", "laptop"])
+def plan(request, tmp_path_factory):
+    """(name, planned jobs, work directory) of a shipped configuration in a fresh directory."""
+    workdir = tmp_path_factory.mktemp(request.param) / "work"
+    elsewhere = workdir.parent / "elsewhere.yaml"
+    elsewhere.write_text(f"workdir: {workdir}\n")
+    return request.param, planned(overlays=[ROOT / "config" / f"{request.param}.yaml", elsewhere]), workdir
+
+
+def test_the_graph_and_every_command_line_are_as_in_the_snapshot(plan):
+    name, jobs, workdir = plan
+    up = os.path.relpath(ROOT, workdir)
+    text = "".join(f"{rule} {target}\n    {shell.replace(up, '../..')}\n" for rule, target, shell in jobs)
+    check_snapshot(f"{name}.jobs.txt", text)
+
+
+def test_every_resolved_config_is_as_in_the_snapshot(plan):
+    name, _, workdir = plan
+    files = sorted((workdir / "configs").rglob("*.yaml"))
+    text = "".join(f"# {path.relative_to(workdir)}\n{path.read_text()}\n" for path in files)
+    check_snapshot(f"{name}.configs.yaml", text)
+
+
+def test_every_command_line_names_a_config_that_was_written(plan):
+    _, jobs, workdir = plan
+    for _, _, shell in jobs:
+        (config,) = [word for word in shell.split() if word.startswith("configs/")]
+        assert yaml.safe_load((workdir / config).read_text()), shell
+
+
+def test_only_the_download_rule_may_use_the_network(plan):
+    for rule, _, shell in plan[1]:
+        if rule in ("prepare", "train", "evaluate", "sample", "speed"):
+            assert "HF_HUB_OFFLINE=1" in shell
+
+
+def test_planning_twice_writes_nothing_new(tmp_path):
+    overlay = tmp_path / "o.yaml"
+    overlay.write_text(f"workdir: {tmp_path / 'work'}\n")
+    planned(overlays=[ROOT / "config/laptop.yaml", overlay])
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work/configs").rglob("*.yaml")}
+    planned(overlays=[ROOT / "config/laptop.yaml", overlay])
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "work/configs").rglob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "line"),
+    [
+        ("runs: {chat-base: {init: nobody}}", "runs.chat-base.init = 'nobody' is neither a model nor a run."),
+        ("runs: {chat-base: {lenght: 3}}", "runs.chat-base.lenght is not a setting. Did you mean 'length'?"),
+        ("runs: [1", "not valid JSON or YAML"),
+    ],
+)
+def test_a_mistake_in_a_config_stops_the_workflow_with_one_line(tmp_path, overlay, line):
+    path = tmp_path / "mine.yaml"
+    path.write_text(overlay)
+    done = snakemake("-n", overlays=[ROOT / "config/laptop.yaml", path], check=False)
+    assert done.returncode != 0
+    assert line in done.stderr + done.stdout and "Traceback" not in done.stderr

@@ -1,0 +1,142 @@
+"""A small graph, run for real: what is rerun after a change is what depends on it, and nothing else."""
+
+import hashlib
+import shutil
+
+import pytest
+import yaml
+
+from dllm.config import read_yaml
+from tests.workflow.conftest import ROOT, planned, snakemake
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
+
+KEPT_RUNS = {"modernbert-large": 6, "alpaca-untuned": 4, "chat-large": 6}
+KEPT_BENCHMARKS = ("mmlu", "gsm8k")
+
+
+def small_overlay(workdir, **runs) -> dict:
+    """The laptop configuration cut down to one base, two fine-tunings and two benchmarks, a few steps each."""
+    files = ("laptop", "experiments", "benchmarks", "reported")
+    laptop, experiments, benchmarks, reported = (read_yaml(ROOT / f"config/{name}.yaml") for name in files)
+    every_run = {**experiments["runs"], **{k: v for k, v in laptop["runs"].items() if v}}
+    chat = {k: v for k, v in experiments["runs"]["chat-base"].items() if k != "epochs"} | laptop["runs"]["chat-base"]
+    untuned = experiments["runs"]["alpaca-untuned"] | laptop["runs"]["alpaca-untuned"]
+    base = laptop["runs"]["bert-base"]
+    settings = {"evaluations": 2, "eval_rows": 20, "eval_draws": 1, "global_batch_size": 8, "micro_batch_size": 8}
+    bodies = {
+        "modernbert-large": base | {"init": "modernbert-large-untrained"},
+        "alpaca-untuned": untuned,
+        "chat-large": chat | {"init": "modernbert-large"},
+    }
+    dropped = {name: None for name in every_run if name not in KEPT_RUNS}
+    kept = {
+        name: {k: v for k, v in body.items() if v is not None and k != "like"}
+        | settings
+        | {"steps": KEPT_RUNS[name], "like": None}
+        for name, body in bodies.items()
+    }
+    for name, changes in runs.items():
+        kept[name] = kept[name] | changes
+    return {
+        "workdir": str(workdir),
+        "runs": dropped | kept,
+        "benchmarks": {n: {"documents": 4} if n in KEPT_BENCHMARKS else None for n in benchmarks["benchmarks"]},
+        "evaluations": {n: None for n in (*benchmarks["evaluations"], *laptop["evaluations"]) if n != "chat-large"},
+        "reported": {n: None for n in reported["reported"]},
+        "speed": {"chat-large": {"documents": 2, "steps": [8, 4]}},
+        "report": {
+            "pretraining": [], "openwebtext": [],
+            "ablation": [{"run": "alpaca-untuned", "label": "untuned"}],
+            "chat": [{"run": "chat-large", "label": "chat"}],
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished small work directory, its overlay files, and what was printed."""
+    home = tmp_path_factory.mktemp("run")
+    overlay = home / "small.yaml"
+    content = small_overlay(home / "work")
+    content["evaluations"]["chat-large"] = {"compare": None, "close_to": None}
+    overlay.write_text(yaml.safe_dump(content))
+    done = snakemake("--cores", "2", overlays=[ROOT / "config/laptop.yaml", overlay])
+    return home, overlay, done
+
+
+def plan_with(home, overlay, changes: dict | None = None) -> list[tuple[str, str]]:
+    """(rule, target) planned now, with some run settings changed."""
+    files = [ROOT / "config/laptop.yaml", overlay]
+    if changes is not None:
+        changed = home / "changed.yaml"
+        changed.write_text(yaml.safe_dump({"runs": changes}))
+        files.append(changed)
+    jobs = [(rule, target) for rule, target, _ in planned(overlays=files)]
+    if changes is not None:
+        planned(overlays=files[:-1])  # puts the configs of the finished run back
+    return jobs
+
+
+REPORT_RULES = {"tables", "figures", "claims", "page"}
+
+
+def test_a_second_call_says_there_is_nothing_to_be_done(finished):
+    home, overlay, _ = finished
+    again = snakemake("--cores", "1", overlays=[ROOT / "config/laptop.yaml", overlay])
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_the_report_is_there_and_self_contained(finished):
+    page = (finished[0] / "work/report/index.html").read_text()
+    assert "<svg" in page or "data:image" in page
+    assert 'src="http' not in page and 'href="http://' not in page.split("</head>")[0]
+    assert (finished[0] / "work/report/report.md").stat().st_size > 1000
+
+
+def test_a_deleted_evaluation_is_redone_with_the_report_and_nothing_else(finished):
+    home, overlay, _ = finished
+    result = home / "work/evals/chat-large/mmlu.json"
+    saved = shutil.copy2(result, home / "mmlu.json")
+    result.unlink()
+    jobs = plan_with(home, overlay)
+    shutil.copy2(saved, result)
+    assert {rule for rule, _ in jobs} == {"evaluate"} | REPORT_RULES
+    assert [target for rule, target in jobs if rule == "evaluate"] == ["chat-large/mmlu"]
+
+
+def test_a_changed_learning_rate_redoes_that_run_and_what_depends_on_it(finished):
+    home, overlay, _ = finished
+    jobs = plan_with(home, overlay, {"alpaca-untuned": {"optimizer": {"learning_rate": 0.001}}})
+    assert [target for rule, target in jobs if rule == "train"] == ["alpaca-untuned"]
+    assert {rule for rule, _ in jobs} == {"train"} | REPORT_RULES
+
+
+def test_a_changed_start_redoes_everything_that_starts_from_it(finished):
+    home, overlay, _ = finished
+    jobs = plan_with(home, overlay, {"modernbert-large": {"seed": 43}})
+    assert {target for rule, target in jobs if rule == "train"} == set(KEPT_RUNS)
+    assert {"evaluate", "sample", "speed"} <= {rule for rule, _ in jobs}
+
+
+def test_forcing_a_run_again_gives_the_same_bytes_and_so_the_same_tables(finished):
+    home, overlay, _ = finished
+    work = home / "work"
+
+    def digests() -> dict:
+        paths = [*work.glob("tables/*"), *work.glob("figures/*.csv"), *work.glob("runs/*.json")]
+        paths = [p for p in paths if p.name != "speed.csv"]
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+    before = digests()
+    files = [ROOT / "config/laptop.yaml", overlay]
+    snakemake("--cores", "2", "--forcerun", "train", "tables", "figures", overlays=files)
+    assert digests() == before
+
+
+def test_every_number_can_be_traced(finished):
+    trace = (finished[0] / "work/report/provenance.csv").read_text().splitlines()
+    columns = trace[0].split(",")
+    for wanted in ("run", "seed", "commit", "hardware"):
+        assert any(wanted in column for column in columns), trace[0]
+    assert len(trace) > 3
