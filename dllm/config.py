@@ -43,6 +43,11 @@ class GenerateSettings(Settings):
     max_new_tokens: int = option(128, "length of the canvas behind the prompt, in tokens", gt=0)
     steps: int | None = option(None, "forward passes for the whole canvas; none means one token per pass", gt=0)
     block_size: int = option(32, "tokens per block; the leftmost unfinished block is denoised first", gt=0)
+    ahead: Literal["auto", "visible", "hidden"] = option(
+        "auto",
+        "whether the model sees the masks right of the active block; `auto` hides them from a model whose responses "
+        "were trained to end at a block boundary",
+    )
     reveal_rule: Literal["confidence", "entropy", "margin", "random", "threshold"] = option(
         "confidence", "which masked positions are revealed first"
     )

@@ -6,7 +6,7 @@ Both are modules with `dllm_hidden` and `dllm_logits`, so the product's forward 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class ToyBackbone:
     max_length: int = 64
     prediction: str = "in_place"
     device: torch.device = torch.device("cpu")
+    sidecar: dict = field(default_factory=dict)
 
 
 class TabularDenoiser(nn.Module):

@@ -49,11 +49,15 @@ def denoise_masked(
     keys = keyed_hash(settings.seed, token_hash(canvas.tokens, given) if row_seeds is None else row_seeds)
     block = block_index(canvas.start, canvas.tokens.shape[1], settings.block_size)
     passes = block_passes(canvas.masked, block, settings.steps)
+    hidden = _hides_ahead(backbone, canvas, given, settings)
     yield canvas
     while len(live := (~canvas.done).nonzero()[:, 0]):
-        width = int(canvas.length[live].max())
-        part = _rows_of(canvas, live, width)
-        active = leftmost_block(part.masked, block[live, :width])
+        active = leftmost_block(canvas.masked[live], block[live])
+        length = canvas.length[live]
+        seen = torch.minimum(length, canvas.start[live] + (active + 1) * settings.block_size)
+        length = torch.where(hidden[live], seen, length)
+        width = int(length.max())
+        part = replace(_rows_of(canvas, live, width), length=length)
         candidate = part.masked & (block[live, :width] == active[:, None])
         count = transfer_counts(candidate.sum(1), passes[live, active])
         passes[live, active] -= 1
@@ -61,6 +65,15 @@ def denoise_masked(
         canvas = _with_rows(canvas, live, _reveal(part, logits, candidate, settings, _Choice(count, keys[live])))
         canvas = _stop(canvas, _ended(canvas, given, backbone.eos_id, settings, finished), backbone.eos_id)
         yield canvas
+
+
+def _hides_ahead(backbone: Backbone, canvas: Canvas, given: Tensor, settings: GenerateSettings) -> Tensor:
+    """Rows [B] in which the positions right of the active block are not there yet (never if a given token is there)."""
+    hidden = settings.ahead == "hidden"
+    if settings.ahead == "auto":
+        hidden = backbone.sidecar.get("response_end") == "block"
+    beyond = canvas.positions > first_position(canvas.masked)[:, None]
+    return ~(given & beyond).any(1) & hidden
 
 
 @dataclass(frozen=True)

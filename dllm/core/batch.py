@@ -59,4 +59,5 @@ def row_noise(seed: int, epoch: int, sample_ids: Tensor, length: int) -> Noise:
 def evaluation_noise(seed: int, draw: int, sample_ids: Tensor, length: int) -> Noise:
     """Fixed noise of test rows [B]: levels spread evenly over the rows, the same at every evaluation and run."""
     noise = row_noise(seed, draw, sample_ids, length)
-    return Noise((sample_ids * GOLDEN + draw * GOLDEN**2 + 0.5) % 1, noise.place)
+    level = (sample_ids.double() * GOLDEN + draw * GOLDEN**2 + 0.5) % 1  # fp32 would coarsen with large ids
+    return Noise(level.float().clamp(max=1 - 2**-24), noise.place)

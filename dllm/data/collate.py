@@ -9,6 +9,7 @@ import numpy
 import torch
 
 from dllm.core.batch import Batch
+from dllm.core.noise import keyed_uniform
 from dllm.data.tokens import TokenRows
 
 WINDOW = 32
@@ -18,13 +19,17 @@ content random."""
 
 @dataclass(frozen=True)
 class ResponseEnd:
-    """How a response ends: `fill` with EOS to the batch's longest row, to the `block` boundary, or with `one` EOS."""
+    """How a response ends: `fill` with EOS to the batch's longest row, to the `block` boundary, or with `one` EOS.
+
+    No row grows beyond `longest` tokens (none: no limit), so that a response clipped there is not taught to end.
+    """
 
     kind: Literal["fill", "block", "one"]
     eos_id: int
     block_size: int = 32
     extra_blocks: int = 0
     seed: int = 0
+    longest: int | None = None
 
 
 def epoch_batches(lengths: numpy.ndarray, batch_size: int, seed: int, epoch: int, *, grouped: bool) -> numpy.ndarray:
@@ -87,15 +92,19 @@ def _ended_lengths(
 ) -> numpy.ndarray:
     """Row lengths [B] with the EOS tokens that end their responses."""
     lengths = rows.lengths[numbers]
-    if end.kind == "one":
-        return lengths + 1
     if end.kind == "fill":
         return numpy.full_like(lengths, fill_to if fill_to is not None else lengths.max())
-    response = lengths - rows.prompts[numbers] + 1
+    ended = lengths + 1 if end.kind == "one" else _block_ends(lengths, rows.prompts[numbers], numbers, end, epoch)
+    return ended if end.longest is None else numpy.maximum(lengths, numpy.minimum(ended, end.longest))
+
+
+def _block_ends(
+    lengths: numpy.ndarray, prompts: numpy.ndarray, numbers: numpy.ndarray, end: ResponseEnd, epoch: int
+) -> numpy.ndarray:
+    """Where each row's block with room for an EOS ends, plus the extra blocks drawn for it, [B]."""
+    response = lengths - prompts + 1
     blocks = -(-response // end.block_size)
     if end.extra_blocks:
-        from dllm.core.noise import keyed_uniform
-
         draw = keyed_uniform(end.seed, epoch, torch.from_numpy(numbers), -2).numpy()
         blocks = blocks + (draw * (end.extra_blocks + 1)).astype(numpy.int64)
-    return rows.prompts[numbers] + blocks * end.block_size
+    return prompts + blocks * end.block_size

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dllm.config import DataPart
+from dllm.models.tokenizers import check_messages
 
 ALPACA_COLUMNS = ("instruction", "input", "output")
 
@@ -61,39 +62,44 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     Raises ValueError, one line, for a row without messages or with an empty text.
     """
     if kind == "alpaca":
-        instruction, extra, output = (row.get(column) or "" for column in ALPACA_COLUMNS)
+        instruction, extra, output = (row.get(column) for column in ALPACA_COLUMNS)
+        extra = extra or ""
+        for column, value in zip(ALPACA_COLUMNS, (instruction, extra, output), strict=True):
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: column {column!r} = {value!r} is no text; it has {', '.join(row) or 'none'}")
         user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
     else:
         messages = row.get("messages")
         if not isinstance(messages, list) or not messages:
             raise ValueError(f"{where}: no messages ({messages!r}); a row needs a list of role and content")
-        messages = [{"role": m.get("role"), "content": m.get("content")} for m in messages]
+        check_messages(messages, f"{where}: messages")
+        messages = [{"role": m["role"], "content": m["content"]} for m in messages]
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         if not messages:
             raise ValueError(f"{where}: no turn of the assistant; a row needs one to learn from")
     for message in messages:
-        if not isinstance(message["content"], str) or (message["role"] != "system" and not message["content"].strip()):
+        if message["role"] != "system" and not message["content"].strip():
             raise ValueError(f"{where}: empty text in a turn of role {message['role']!r}; drop or mend the row")
     return messages
 
 
 def split_rows(part: DataPart) -> tuple[list, list, object, object]:
-    """(train row numbers, test row numbers, train rows, test rows) of a dataset.
+    """(train row numbers, test row numbers, train rows, test rows) of a dataset; train row numbers are shuffled.
 
-    A set without its own test split gives up `test_share` of its rows, chosen by `split_seed`.
+    A set without its own test split gives up `test_share` of its rows. `split_seed` decides both.
     """
     import numpy
 
     entry = part.entry
     rows = read_rows(part, "train")
+    order = numpy.random.Generator(numpy.random.Philox(entry.split_seed)).permutation(len(rows)).tolist()
     if entry.test_split:
         held_out = read_rows(part, entry.test_split)
-        return list(range(len(rows))), list(range(len(held_out))), rows, held_out
-    order = numpy.random.Generator(numpy.random.Philox(entry.split_seed)).permutation(len(rows))
+        return order, list(range(len(held_out))), rows, held_out
     size = max(1, round(len(rows) * entry.test_share)) if entry.test_share else 0
-    return sorted(order[size:].tolist()), sorted(order[:size].tolist()), rows, rows
+    return order[size:], sorted(order[:size]), rows, rows
 
 
 def batched(numbers: list[int], size: int = 1000) -> Iterator[list[int]]:

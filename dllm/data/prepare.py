@@ -38,8 +38,8 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
         part = part.model_copy(update={"path": str(workdir / part.path)})
         train_numbers, test_numbers, train_rows, test_rows = split_rows(part)
         if config.split == "overlapping":  # published fault F7: rows held out for testing stay in train
-            train_numbers = sorted({*train_numbers, *test_numbers}) if train_rows is test_rows else train_numbers
-        train_numbers = train_numbers[: config.rows]
+            train_numbers = [*test_numbers, *train_numbers] if train_rows is test_rows else train_numbers
+        train_numbers = sorted(train_numbers[: config.rows])
         for split, numbers, rows in (("train", train_numbers, train_rows), ("test", test_numbers, test_rows)):
             shown = progress(numbers, f"{part.name} {split}")
             write = _write_text if part.entry.kind == "text" else _write_conversations

@@ -72,8 +72,10 @@ def open_rows(directory: str | Path, split: str) -> TokenRows:
         prompts = numpy.load(directory / f"{split}.prompts.npy")
         path = directory / f"{split}.tokens.bin"
         if path.stat().st_size != counts["tokens"] * numpy.dtype(counts["dtype"]).itemsize:
-            raise ValueError("wrong size")
+            raise ValueError(f"{path.name} has the wrong size")
+        if (len(offsets) - 1, len(prompts), int(offsets[-1])) != (counts["rows"], counts["rows"], counts["tokens"]):
+            raise ValueError("offsets and prompts do not fit the manifest")
         tokens = numpy.memmap(path, dtype=counts["dtype"], mode="r") if counts["tokens"] else numpy.zeros(0)
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, LookupError, TypeError, EOFError) as fault:
         raise ValueError(f"{directory}: no usable split {split!r} ({fault}); prepare the data again") from None
     return TokenRows(tokens, offsets, prompts)

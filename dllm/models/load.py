@@ -97,9 +97,12 @@ def read_sidecar(directory: str | Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(sidecar["special_tokens"]["mask"], str) or not isinstance(sidecar["special_tokens"]["eos"], str):
+            raise ValueError
+    except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path}: damaged; train or fetch this checkpoint again") from None
+    return sidecar
 
 
 def longest_row(config) -> int:
@@ -136,8 +139,11 @@ def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
     auto = AutoModelForMaskedLM if entry.family == "encoder" else AutoModelForCausalLM
     generator_state = torch.random.get_rng_state()
     try:
-        torch.manual_seed(entry.seed)  # stock classes draw from the global generator; it is put back below
+        # stock classes draw from the CPU's global generator, which is put back below; other devices' are left alone
+        torch.random.default_generator.manual_seed(entry.seed)
         return auto.from_config(config)
+    except (ValueError, TypeError) as fault:
+        raise ValueError(f"new: {kind} cannot be made of these settings ({str(fault).splitlines()[0]})") from None
     finally:
         torch.random.set_rng_state(generator_state)
 

@@ -58,6 +58,8 @@ def check_messages(messages: list[dict], where: str = "messages") -> None:
             raise ValueError(f"{where}[{index}] = {message!r} has no text; a turn needs 'role' and 'content'")
         if message.get("role") not in ROLES:
             raise ValueError(f"{where}[{index}].role = {message.get('role')!r}; allowed: {', '.join(ROLES)}")
+        if message["role"] == "system" and index:
+            raise ValueError(f"{where}[{index}].role = 'system'; only the first turn may be the system's")
 
 
 def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:

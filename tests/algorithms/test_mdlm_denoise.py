@@ -216,3 +216,34 @@ def test_a_row_beyond_the_context_is_an_error():
     backbone = replace(tabular_backbone(), max_length=8)
     with pytest.raises(ValueError, match="take 10 positions, the model has 8"):
         next(denoise_masked(backbone, canvas_of(backbone, [[1] * 4], [6]), settings()))
+
+
+def test_a_hidden_canvas_grows_block_by_block():
+    backbone = tabular_backbone(sidecar={"response_end": "block"})
+    settings = GenerateSettings(max_new_tokens=6, block_size=2, early_stop=False)
+    *_, whole = denoise_masked(backbone, canvas_of(backbone, [[0, 1], [2]], 6), settings)
+    for row, prompt in enumerate([[0, 1], [2]]):
+        grown = list(prompt)
+        for _ in range(3):  # the plain version: a canvas of one block, over and over
+            *_, block = denoise_masked(
+                backbone, canvas_of(backbone, [grown], 2), settings, row_seeds=torch.tensor([0])
+            )
+            grown = block.tokens[0, : len(grown) + 2].tolist()
+        assert whole.tokens[row, : len(grown)].tolist() == grown
+
+
+def test_what_stands_ahead_is_hidden_only_where_training_ended_at_blocks_and_nothing_is_kept_there():
+    trained, other = tabular_backbone(sidecar={"response_end": "block"}), tabular_backbone()
+    automatic = GenerateSettings(max_new_tokens=6, block_size=2, early_stop=False)
+
+    def last(backbone, settings):
+        return [*denoise_masked(backbone, canvas_of(backbone, [[0, 1]], 6), settings)][-1].tokens.tolist()
+
+    assert last(trained, automatic) == last(other, automatic.model_copy(update={"ahead": "hidden"}))
+    assert last(other, automatic) == last(trained, automatic.model_copy(update={"ahead": "visible"}))
+    assert last(trained, automatic) != last(other, automatic)
+    mask = trained.mask_id
+    kept = infill_canvas([[0, mask, mask, mask, 3]], mask_id=mask, pad_id=trained.pad_id)
+    *_, infilled = denoise_masked(trained, kept, automatic)
+    *_, plain = denoise_masked(other, kept, automatic)
+    assert infilled.tokens.tolist() == plain.tokens.tolist()

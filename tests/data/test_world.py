@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -210,9 +211,22 @@ def test_the_training_data_contains_no_chinese(training):
     assert training.isascii()
 
 
-def test_the_first_and_the_second_option_of_winogrande_are_right_about_equally_often(directory):
-    answers = [row["answer"] for row in benchmark(directory, "winogrande/validation.jsonl")]
-    assert 0.35 < answers.count("1") / len(answers) < 0.65
+@pytest.mark.parametrize(
+    ("pattern", "column", "answers"),
+    [
+        ("mmlu/*/test.jsonl", "answer", 4),
+        ("hellaswag/validation.jsonl", "label", 4),
+        ("winogrande/validation.jsonl", "answer", 2),
+        ("ceval/*/val.jsonl", "answer", 4),
+        ("cmmlu/*/test.jsonl", "Answer", 4),
+        ("bbh/boolean_expressions.jsonl", "target", 2),
+        ("bbh/navigate.jsonl", "target", 2),
+    ],
+)
+def test_always_choosing_the_same_answer_scores_exactly_chance(directory, pattern, column, answers):
+    times = Counter(row[column] for row in benchmark(directory, pattern))
+    assert len(times) == answers
+    assert len(set(times.values())) == 1
 
 
 def test_hellaswag_has_wrong_endings_from_the_same_activity(directory):

@@ -10,10 +10,13 @@
     ceval, cmmlu  {"question": "...", "A": "...", "B": "...", "C": "...", "D": "...", "answer": "B"}
 
 C-Eval and CMMLU are in Chinese, of which the training data has none: negative controls, where chance is the honest
-result. Test rows use held-out combinations only; each benchmark's rows are distinct.
+result. Test rows use held-out combinations only; a benchmark's rows are distinct; where one picks among
+given answers, each place is right equally often.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 
 from dllm.data.world.entities import SUBJECTS, Fact, World
 from dllm.data.world.instructions import LETTERS, choices_for
@@ -40,20 +43,31 @@ CHANCE = {
     "ceval": 1 / 4,
     "cmmlu": 1 / 4,
 }
-"""The score of one who knows which answers are possible and nothing else."""
+"""The score of one who draws evenly from the possible answers (sums are uneven: always saying 8 scores 1 in 5)."""
 
 
 def distinct(make: Callable[[], dict], rows: int) -> Rows:
     """`rows` different rows from a source of random ones; ValueError if the source runs dry."""
+    return balanced(make, rows, answer_of=lambda row: None, answers=1)
+
+
+def balanced(make: Callable[[], dict], rows: int, *, answer_of: Callable[[dict], object], answers: int) -> Rows:
+    """Different rows in which each of the `answers` answers is right equally often, so that always A is at chance.
+
+    ValueError if the source runs dry.
+    """
     found: dict[str, dict] = {}
-    for _ in range(200 * rows):
+    times: Counter = Counter()
+    for _ in range(400 * rows):
         row = make()
-        found.setdefault(repr(row), row)
+        key, answer = repr(row), answer_of(row)
+        if key in found or times[answer] == rows // answers:
+            continue
+        found[key] = row
+        times[answer] += 1
         if len(found) == rows:
             return list(found.values())
-    raise ValueError(
-        f"only {len(found)} of {rows} different benchmark rows exist: widen the world or ask for fewer rows"
-    )
+    raise ValueError(f"only {len(found)} of {rows} benchmark rows exist: widen the world or ask for fewer rows")
 
 
 def lambada(world: World) -> Iterator[tuple[str, Rows]]:
@@ -83,7 +97,14 @@ def bbh(world: World) -> Iterator[tuple[str, Rows]]:
             problem = problem_of(rng, test=True)
             return {"input": problem.question, "target": problem.answer}
 
-        yield f"bbh/{task}.jsonl", distinct(make, TEST_ROWS_PER_PART)
+        if task in TWO_ANSWERS:
+            rows = balanced(make, TEST_ROWS_PER_PART, answer_of=itemgetter("target"), answers=2)
+        else:
+            rows = distinct(make, TEST_ROWS_PER_PART)
+        yield f"bbh/{task}.jsonl", rows
+
+
+TWO_ANSWERS = ("boolean_expressions", "navigate")
 
 
 def minerva_math(world: World) -> Iterator[tuple[str, Rows]]:
@@ -100,13 +121,11 @@ def minerva_math(world: World) -> Iterator[tuple[str, Rows]]:
 
 
 def mmlu(world: World) -> Iterator[tuple[str, Rows]]:
-    """Questions about the facts that are never asked about in training; the shots ask about others."""
-    per_fact = -(-TEST_ROWS // len(world.never_asked))
+    """Questions about the facts that are never asked about in training, four per fact: one for each right letter."""
     for subject in SUBJECTS:
         for split, facts in (("dev", world.asked), ("test", world.never_asked)):
             rng = world.random(f"mmlu/{subject}/{split}")
             group = [fact for fact in facts if fact.attribute.subject == subject]
-            times = 1 if split == "dev" else per_fact
             rows: Rows = []
             for fact in group:
 
@@ -116,7 +135,10 @@ def mmlu(world: World) -> Iterator[tuple[str, Rows]]:
                     question = rng.choice(fact.questions())
                     return {"question": question, "subject": subject, "choices": choices, "answer": answer}
 
-                rows += distinct(make, times)
+                if split == "dev":
+                    rows.append(make())
+                else:
+                    rows += balanced(make, len(LETTERS), answer_of=itemgetter("answer"), answers=len(LETTERS))
             yield f"mmlu/{subject}/{split}.jsonl", rows[:SHOT_ROWS] if split == "dev" else rows
 
 
@@ -143,7 +165,11 @@ def hellaswag(world: World) -> Iterator[tuple[str, Rows]]:
                 "label": str(endings.index(scene.following)),
             }
 
-        yield f"hellaswag/{split}.jsonl", [row | {"ind": i} for i, row in enumerate(distinct(make, rows))]
+        if split == "validation":
+            found = balanced(make, rows, answer_of=itemgetter("label"), answers=4)
+        else:
+            found = distinct(make, rows)
+        yield f"hellaswag/{split}.jsonl", [row | {"ind": i} for i, row in enumerate(found)]
 
 
 def winogrande(world: World) -> Iterator[tuple[str, Rows]]:
@@ -156,7 +182,10 @@ def winogrande(world: World) -> Iterator[tuple[str, Rows]]:
             first, second = gap.options
             return {"sentence": gap.sentence, "option1": first, "option2": second, "answer": str(gap.answer + 1)}
 
-        yield f"winogrande/{split}.jsonl", distinct(make, rows)
+        if split == "validation":
+            yield f"winogrande/{split}.jsonl", balanced(make, rows, answer_of=itemgetter("answer"), answers=2)
+        else:
+            yield f"winogrande/{split}.jsonl", distinct(make, rows)
 
 
 CHINESE = {
@@ -185,7 +214,11 @@ def chinese(world: World, folder: str, splits: tuple[str, str], capital: bool) -
                 answer = LETTERS[choices.index(fact.value)]
                 return {question_column: template.format(name=fact.entity.name), **lines, answer_column: answer}
 
-            yield f"{folder}/{name}/{split}.jsonl", distinct(make, rows)
+            if rows == SHOT_ROWS:
+                yield f"{folder}/{name}/{split}.jsonl", distinct(make, rows)
+            else:
+                right = itemgetter(answer_column)
+                yield f"{folder}/{name}/{split}.jsonl", balanced(make, rows, answer_of=right, answers=len(LETTERS))
 
 
 CHINESE_SUBJECTS = {"ceval": ("region", "diet", "food"), "cmmlu": ("flag", "good", "habitat")}
