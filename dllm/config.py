@@ -88,7 +88,7 @@ class OptimizerSettings(Settings):
 
 
 class Recipe(Settings):
-    """The switches between the published pipeline and ours (REPORT faults F1 to F7)."""
+    """The switches between the published pipeline and ours (faults F1 to F7, docs/recipes.md)."""
 
     parameters: Literal["fp32", "bf16"] = option("fp32", "dtype of the master weights; bf16 loses small steps (F1)")
     autocast: Literal["bf16", "none"] = option("bf16", "dtype of the matrix products")
@@ -178,6 +178,7 @@ class DatasetEntry(Settings):
     test_share: float = option(0.05, "share held out where the set has no test split", ge=0, lt=1)
     split_seed: int = option(42, "seed of that split")
     append_eos: bool = option(True, "one EOS after every row of text")
+    drop_unusable: bool = option(False, "drop rows without messages or with an empty turn, counted, and do not stop")
     rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
     licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
 

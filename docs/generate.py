@@ -1,7 +1,8 @@
 """Writes the pages, parts of pages and the schema that follow from the code; `--check` says whether they are stale.
 
-    python docs/generate.py           write docs/configuration.md, config/schema.json and the marked parts of other pages
+    python docs/generate.py           write docs/configuration.md, config/schema.json and the marked parts of pages
     python docs/generate.py --check   exit 1, with one line, if one of them is not what the code says
+    python docs/generate.py --results results/laptop   put the scores of a finished run into the README
 
 A marked part stands between `<!-- generated: NAME -->` and `<!-- /generated -->`.
 """
@@ -9,6 +10,7 @@ A marked part stands between `<!-- generated: NAME -->` and `<!-- /generated -->
 from __future__ import annotations
 
 import argparse
+import csv
 import inspect
 import json
 import re
@@ -229,7 +231,10 @@ def policy() -> str:
     from dllm.config import LikelihoodSettings
     from dllm.core.likelihood import estimator_for, likelihood_design
 
-    lines = ["| target tokens | `auto` takes | passes, budget 64 | budget 16 | `mc`, 128 draws |", "|---|---|---|---|---|"]
+    lines = [
+        "| target tokens | `auto` takes | passes, budget 64 | budget 16 | `mc`, 128 draws |",
+        "|---|---|---|---|---|",
+    ]
     for length in (1, 2, 3, 5, 6, 8, 12, 16, 32, 64, 128):
         cells = []
         for settings in (LikelihoodSettings(), LikelihoodSettings(budget=16), LikelihoodSettings(estimator="mc")):
@@ -241,30 +246,43 @@ def policy() -> str:
 
 
 def spread() -> str:
-    """Standard deviation of each estimator over 200 keys, on the random table of the tests."""
+    """Standard deviation of each estimator over 100 keys, on the two toy models of the tests."""
     import torch
 
     from dllm.config import LikelihoodSettings
     from dllm.core.likelihood import estimate, likelihood_design
-    from tests.core.test_likelihood import nll_of, random_table
+    from tests.oracles import markov_backbone, tabular_backbone
 
     kinds = {
         "`mc`, 128 draws": LikelihoodSettings(estimator="mc"),
         "`chain`, budget 64": LikelihoodSettings(estimator="chain"),
         "`cover`, budget 64": LikelihoodSettings(estimator="cover"),
     }
-    lines = [f"| target tokens | bound, nats | {' | '.join(kinds)} |", "|" + "---|" * (2 + len(kinds))]
-    for length in (3, 6, 9):
-        table, truth = random_table(length)
-        cells = []
-        for settings in kinds.values():
-            values = []
-            for key in range(200):
-                design = likelihood_design(length, key, settings)
-                values.append(estimate(design, nll_of(design, table))[0])
-            cells.append(f"{torch.tensor(values, dtype=torch.float64).std():.2f}")
-        lines.append(f"| {length} | {truth:.2f} | {' | '.join(cells)} |")
+    models = {"random table": tabular_backbone(3), "Markov chain": markov_backbone(3)}
+    lines = [f"| model | target tokens | {' | '.join(kinds)} |", "|" + "---|" * (2 + len(kinds))]
+    for name, backbone in models.items():
+        for length in (3, 6, 9):
+            table, cells = _nll_table(backbone, length), []
+            for settings in kinds.values():
+                values = []
+                for key in range(100):
+                    design = likelihood_design(length, key, settings)
+                    row = (design.masked.long() << torch.arange(length)).sum(-1)
+                    values.append(estimate(design, table[row])[0])
+                cells.append(f"{torch.tensor(values, dtype=torch.float64).std():.2f}")
+            lines.append(f"| {name} | {length} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _nll_table(backbone, length: int):
+    """nll_i(S) of a toy model for every set S of masked tokens of one target: [2^L, L]."""
+    import torch
+
+    target = torch.arange(length) % 3
+    masked = (torch.arange(2**length)[:, None] >> torch.arange(length)) & 1 == 1
+    logits = backbone.model.dllm_hidden(torch.where(masked, backbone.mask_id, target)).double()
+    logits[..., backbone.mask_id] = -torch.inf
+    return -logits.log_softmax(-1).gather(-1, target.expand(2**length, -1)[..., None])[..., 0]
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
@@ -311,11 +329,32 @@ def stale(files: dict[str, str]) -> list[str]:
     return [p for p, file in paths.items() if not file.exists() or file.read_text(encoding="utf-8") != files[p]]
 
 
+def with_results(text: str, workdir: Path) -> str:
+    """The README with the scores of a finished run, and where they come from, between its `results` marks."""
+    table = (workdir / "tables" / "overview.md").read_text(encoding="utf-8").strip()
+    with open(workdir / "report" / "provenance.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "run"]
+    commits = sorted({row["commit"][:8] for row in rows})
+    hardware = sorted({row["hardware"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
+    origin = f"From `make report` at commit {', '.join(commits)}, seed {', '.join(seeds)}, on {'; '.join(hardware)}."
+    return re.sub(
+        r"(<!-- results -->\n).*?(<!-- /results -->)",
+        lambda match: f"{match[1]}{table}\n\n{origin}\n{match[2]}",
+        text,
+        flags=re.S,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Write what is stale, or with `--check` only say so."""
     parser = argparse.ArgumentParser(description="Write docs/configuration.md, config/schema.json and parts of pages.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
+    parser.add_argument("--results", type=Path, metavar="WORKDIR", help="put a finished run's scores into the README")
     args = parser.parse_args(arguments)
+    if args.results:
+        readme = ROOT / "README.md"
+        readme.write_text(with_results(readme.read_text(encoding="utf-8"), args.results), encoding="utf-8")
     files = generated()
     old = stale(files)
     if args.check:

@@ -12,6 +12,7 @@ from pathlib import Path
 from dllm.chat.settings import SampleConfig, SpeedConfig
 from dllm.config import (
     Project,
+    Resources,
     Settings,
     download_configs,
     download_name,
@@ -217,3 +218,8 @@ def report_plan(project: Project) -> ReportPlan:
 def launcher(settings: Settings, relative: str) -> str:
     """Path, from the work directory, of the accelerate configuration of a run."""
     return f"{relative}/config/accelerate/{settings.launch}.yaml"
+
+
+def gpus(resources: Resources) -> int:
+    """Accelerators of all machines together; `snakemake --resources gpu=8` keeps jobs on one machine within it."""
+    return resources.nodes * resources.gpus_per_node

@@ -9,11 +9,11 @@ from pathlib import Path
 
 HELP = "score a checkpoint on benchmarks"
 EXAMPLES = """examples:
-  dllm evaluate results/laptop/configs/evals/chat--mmlu.yaml
+  dllm evaluate results/laptop/configs/evals/chat-large/mmlu.yaml
       one benchmark; writes results/laptop/evals/chat/mmlu.json and mmlu.samples.jsonl
-  dllm evaluate results/laptop/configs/evals/chat--*.yaml
+  dllm evaluate results/laptop/configs/evals/chat-large/*.yaml
       several, in one process: the model is loaded once
-  accelerate launch --num_processes 8 -m dllm evaluate results/paper/configs/evals/chat--mmlu.yaml
+  accelerate launch --num_processes 8 -m dllm evaluate results/paper/configs/evals/chat-large/mmlu.yaml
       one process per device shares the requests; the first one writes the scores
   dllm evaluate CONFIG --shard 0/2 & dllm evaluate CONFIG --shard 1/2 & wait; dllm evaluate CONFIG --merge
       the same by hand, for instance as two jobs of a cluster

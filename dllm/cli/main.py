@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   dllm chat                              talk to the newest chat model below results/
   dllm chat chat-large                   talk to the run of this name
   dllm sample chat-large "Hello!"        print one answer
-  dllm train configs/runs/chat.yaml      train one run
+  dllm train configs/runs/chat-large.yaml  train one run
   dllm VERB --help                       what a verb takes
 
 DLLM_DEBUG=1 shows the traceback of an error, NO_COLOR=1 turns colours off."""

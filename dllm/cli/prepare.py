@@ -6,7 +6,7 @@ import argparse
 
 HELP = "tokenize, split and pack a dataset into token files"
 EXAMPLES = """examples:
-  dllm prepare configs/data/alpaca--pocket-world--96.yaml
+  dllm prepare configs/data/alpaca--world--96.yaml
 """
 
 

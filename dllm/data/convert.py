@@ -42,6 +42,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
                 rows.append(row)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; run the download again") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; the file is damaged, download it again") from None
     except json.JSONDecodeError as fault:
         raise ValueError(f"{path}:{number}: not JSON ({fault.msg}); the file is damaged, download it again") from None
     return rows
@@ -66,7 +68,9 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
         extra = extra or ""
         for column, value in zip(ALPACA_COLUMNS, (instruction, extra, output), strict=True):
             if not isinstance(value, str):
-                raise ValueError(f"{where}: column {column!r} = {value!r} is no text; it has {', '.join(row) or 'none'}")
+                raise ValueError(
+                    f"{where}: column {column!r} = {value!r} is no text; it has {', '.join(row) or 'none'}"
+                )
         user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
     else:

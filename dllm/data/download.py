@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from dllm.config import DownloadConfig, digest
-from dllm.provenance import file_digest, replace_directory, write_record
+from dllm.provenance import file_digest, read_record, replace_directory, write_record
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
 DATASET_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.csv", "*.txt", "README.md", "LICENSE*"]
@@ -35,6 +35,7 @@ def download(config: DownloadConfig, workdir: str | Path = ".") -> Path:
     elif config.what == "model" and config.model.new is not None:
         shutil.rmtree(scratch, ignore_errors=True)
         _make_model(config, workdir, scratch)
+        inputs[config.tokenizer_path] = read_record(workdir / f"{config.tokenizer_path}.json")["digest"]
     else:
         _fetch(config, scratch)
     replace_directory(scratch, target)
@@ -79,11 +80,17 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
         raise ValueError(f"{pin}: gated; accept its terms on the hub and set HF_TOKEN, then run again") from None
     except RevisionNotFoundError:
         raise ValueError(f"{pin}: the repository has no such commit; correct `revision` of {config.name!r}") from None
+    except LocalEntryNotFoundError as fault:  # also an EntryNotFoundError: nothing in the cache, and no network
+        raise _broken_off(pin, fault) from None
     except (RepositoryNotFoundError, EntryNotFoundError):
         raise ValueError(f"{pin}: no such {config.what} on the hub; correct `hub` of {config.name!r}") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as fault:
-        first = str(fault).strip().splitlines()[0]
-        raise ValueError(f"{pin}: the download broke off ({first}); check the network and run again") from None
+    except HfHubHTTPError.__bases__ as fault:  # every error of the HTTP library, and OSError
+        raise _broken_off(pin, fault) from None
+
+
+def _broken_off(pin: str, fault: Exception) -> ValueError:
+    first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    return ValueError(f"{pin}: the download broke off ({first}); check the network and run again")
 
 
 def _verify(config: DownloadConfig, scratch: Path) -> None:
@@ -96,6 +103,10 @@ def _verify(config: DownloadConfig, scratch: Path) -> None:
     entry = config.model or config.dataset
     info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
     shutil.rmtree(scratch / ".cache", ignore_errors=True)
+    known = {remote.rfilename for remote in info.siblings}
+    for path in scratch.rglob("*"):  # left by an earlier attempt at another commit
+        if path.is_file() and path.relative_to(scratch).as_posix() not in known:
+            path.unlink()
     manifest = {}
     for remote in info.siblings:
         path = scratch / remote.rfilename
@@ -110,5 +121,7 @@ def _verify(config: DownloadConfig, scratch: Path) -> None:
             path.unlink()
             raise ValueError(f"{entry.hub}: {remote.rfilename} arrived damaged and was removed; run again to fetch it")
         manifest[remote.rfilename] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    if not manifest:
+        raise ValueError(f"{entry.hub}: has no file that a {config.what} needs; correct `hub` of {config.name!r}")
     facts = {"hub": entry.hub, "revision": entry.revision, "commit": info.sha, "files": manifest}
     (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -78,10 +78,13 @@ def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, num
 
 
 def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
-    """One row per conversation; returns how many were dropped because the prompt alone fills the length."""
+    """One row per conversation; returns how many were dropped: the prompt fills the length, or the row is unusable."""
     dropped = 0
     for chunk in batched(list(numbers)):
-        conversations = [messages_of(rows[i], part.entry.kind, f"{part.name} row {i}") for i in chunk]
+        conversations = _conversations(part, rows, chunk)
+        dropped += len(chunk) - len(conversations)
+        if not conversations:
+            continue
         prompts = [_template(tokenizer, m[:-1], add_generation_prompt=True) for m in conversations]
         whole = [_template(tokenizer, m, add_generation_prompt=False) for m in conversations]
         for prompt, text in zip(prompts, whole, strict=True):
@@ -89,12 +92,24 @@ def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, 
                 raise ValueError(f"{part.name}: the chat template does not continue its own generation prompt")
         answers = [text[len(prompt) :] for prompt, text in zip(prompts, whole, strict=True)]
         encoded = tokenizer([*prompts, *answers], add_special_tokens=False, verbose=False)["input_ids"]
-        for prompt, answer in zip(encoded[: len(chunk)], encoded[len(chunk) :], strict=True):
+        for prompt, answer in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
             if len(prompt) >= config.length:
                 dropped += 1
             else:
                 writer.add((prompt + answer)[: config.length], len(prompt))
     return dropped
+
+
+def _conversations(part, rows, numbers: list[int]) -> list[list[dict]]:
+    """The conversations of some rows; an unusable row is an error, unless the entry says to drop such rows."""
+    conversations = []
+    for number in numbers:
+        try:
+            conversations.append(messages_of(rows[number], part.entry.kind, f"{part.name} row {number}"))
+        except ValueError as fault:
+            if not part.entry.drop_unusable:
+                raise ValueError(f"{fault}; or set drop_unusable: true in the entry of {part.name!r}") from None
+    return conversations
 
 
 def _template(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:

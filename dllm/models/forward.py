@@ -26,7 +26,13 @@ def hidden_states(model: nn.Module, tokens: Tensor, attention: Tensor | None = N
         return model.dllm_hidden(tokens, attention)
     inner = _unwrapped(model)
     mask = None if attention is None or bool(attention.all()) else attention.long()
-    return getattr(inner, inner.base_model_prefix)(input_ids=tokens, attention_mask=mask).last_hidden_state
+    positions = {}
+    if inner.config.model_type == "roberta":
+        # it counts positions over tokens that are not its padding token, which is our EOS and may stand inside a row
+        first = inner.config.pad_token_id + 1
+        positions["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+    base = getattr(inner, inner.base_model_prefix)
+    return base(input_ids=tokens, attention_mask=mask, **positions).last_hidden_state
 
 
 def head_logits(model: nn.Module, rows: Tensor) -> Tensor:

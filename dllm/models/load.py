@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -98,10 +99,11 @@ def read_sidecar(directory: str | Path) -> dict:
         return {}
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(sidecar["special_tokens"]["mask"], str) or not isinstance(sidecar["special_tokens"]["eos"], str):
-            raise ValueError
+        whole = all(isinstance(sidecar["special_tokens"][key], str) for key in ("mask", "eos"))
     except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path}: damaged; train or fetch this checkpoint again") from None
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: damaged; train or fetch this checkpoint again")
     return sidecar
 
 
@@ -117,6 +119,7 @@ def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
 
     Raises ValueError, one line, for an unknown architecture or setting.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     settings = dict(entry.new)
@@ -135,15 +138,16 @@ def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
         tokens[key] = end
     if tokenizer.cls_token_id is not None:
         tokens |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
-    config = AutoConfig.for_model(kind, **settings, **tokens, vocab_size=-(-len(tokenizer) // 8) * 8)
+    tokens["vocab_size"] = -(-len(tokenizer) // 8) * 8
     auto = AutoModelForMaskedLM if entry.family == "encoder" else AutoModelForCausalLM
     generator_state = torch.random.get_rng_state()
     try:
         # stock classes draw from the CPU's global generator, which is put back below; other devices' are left alone
         torch.random.default_generator.manual_seed(entry.seed)
-        return auto.from_config(config)
-    except (ValueError, TypeError) as fault:
-        raise ValueError(f"new: {kind} cannot be made of these settings ({str(fault).splitlines()[0]})") from None
+        return auto.from_config(AutoConfig.for_model(kind, **settings | tokens))
+    except (ValueError, TypeError, LookupError, StrictDataclassError) as fault:
+        reason = " ".join(str(fault).split())
+        raise ValueError(f"new: no {kind} as {entry.family} can be made of these settings ({reason[:200]})") from None
     finally:
         torch.random.set_rng_state(generator_state)
 
@@ -193,7 +197,15 @@ def _model(directory: Path, config, family: str, dtype: torch.dtype | None, caus
         config.is_causal = False  # on the config: set on the modules, it would stay causal under padding
     auto = AutoModelForMaskedLM if family == "encoder" else AutoModelForCausalLM
     try:
-        return auto.from_pretrained(directory, config=config, dtype=dtype or torch.float32)
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError) as fault:
+        model, report = auto.from_pretrained(
+            directory, config=config, dtype=dtype or torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as fault:
         first = str(fault).strip().splitlines()[0]
         raise ValueError(f"{directory}: the weights cannot be loaded ({first}); fetch or train them again") from None
+    if missing := sorted(report["missing_keys"]):  # transformers only warns, and draws them at random
+        raise ValueError(
+            f"{directory}: the weights lack {missing[0]} ({len(missing)} in all) that {type(model).__name__} needs; "
+            "this is another kind of checkpoint, or a damaged one: fetch or train it again"
+        )
+    return model

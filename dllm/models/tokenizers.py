@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 
 
 def load_tokenizer(path: str | Path, model: ModelEntry | None = None) -> PreTrainedTokenizerBase:
@@ -21,9 +22,12 @@ def load_tokenizer(path: str | Path, model: ModelEntry | None = None) -> PreTrai
     """
     from transformers import AutoTokenizer
 
+    if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        # transformers would make one up from config.json, without any words
+        raise ValueError(f"{path}: no tokenizer there ({TOKENIZER_FILES[0]}); fetch or train the checkpoint again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, LookupError, TypeError) as fault:
         first = str(fault).splitlines()[0]
         raise ValueError(f"{path}: no usable tokenizer ({first}); fetch or train the checkpoint again") from None
     if model is None:

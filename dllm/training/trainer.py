@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -112,7 +113,13 @@ def train(
         _check_free(config, workdir / "runs" / config.name)
     state = StateDirectory(workdir / ".work" / f"{config.name}-{_state_key(config, workdir)}")
     precision = _mixed_precision(config.recipe)
-    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=str(state.path))
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=tracker,
+        project_dir=str(state.path),
+        cpu=not torch.accelerator.is_available(),  # without it, CPU ranks do not find each other
+    )
+    _check_world(accelerator)
     try:
         if accelerator.is_main_process:
             state.lock()
@@ -253,8 +260,7 @@ class _Run:
                 terms = self.algorithm.training_loss(
                     self.model, batch, noise, mask_id=self.backbone.mask_id, denominator=share
                 )
-            # data-parallel wrappers average gradients over ranks, and the denominator already counts them all
-            accelerator.backward(terms.loss * accelerator.num_processes)
+            accelerator.backward(terms.loss * self._gradient_scale)
             loss, nll, masked = loss + terms.loss.detach(), nll + terms.nll, masked + terms.masked
         norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
         for optimizer in self.optimizers:
@@ -263,6 +269,7 @@ class _Run:
         self.tokens += int(self.train_rows.lengths[numbers].sum())
         if accelerator.num_processes > 1:
             loss, nll, masked = accelerator.reduce(torch.stack([loss, nll, masked.to(nll)]), "sum")
+            loss = loss * self._gradient_scale / accelerator.num_processes
         return {
             "epoch": (step + 1) / plan.steps_per_epoch,
             "loss": loss,
@@ -271,6 +278,11 @@ class _Run:
             "grad_norm": norm,
             "tokens": self.tokens,
         }
+
+    @property
+    def _gradient_scale(self) -> int:
+        """Data-parallel wrappers average gradients over ranks: undone where the denominator already counts them all."""
+        return self.accelerator.num_processes if self.config.recipe.denominator == "global" else 1
 
     def _denominator(self, total: float, part: numpy.ndarray, epoch: int) -> float:
         """What a micro-batch's summed loss is divided by: the global count, or its own as published (fault F5)."""
@@ -459,6 +471,16 @@ def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
         raise ValueError(
             f"{config.data_path}: holds token id {highest}, the model knows {backbone.vocab_size}; "
             "the data was prepared with another tokenizer: prepare it again"
+        )
+
+
+def _check_world(accelerator: Accelerator) -> None:
+    """Raise ValueError if this process was launched as one of several and yet stands alone."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE = {launched}, but accelerate sees {accelerator.num_processes} process(es): each would train "
+            "alone; on CPUs use distributed_type: MULTI_GPU with use_cpu: true in the accelerate configuration"
         )
 
 

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm.config import OptimizerSettings
+from dllm.config import OptimizerSettings, write_when_changed
 from dllm.provenance import read_record
 from dllm.training import trainer
 from dllm.training.optimizer import build_optimizers, share_of_peak
@@ -235,3 +237,34 @@ def test_a_failed_second_run_leaves_the_first_artifact_alone(workdir, monkeypatc
 def test_a_diverging_run_says_what_to_lower(workdir):
     with pytest.raises(ValueError, match="lower learning_rate"):
         train(run_config(steps=40, optimizer=OptimizerSettings(learning_rate=1e30, clip=1e9)), workdir, quiet=True)
+
+
+TWO_PROCESSES = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+use_cpu: true
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+mixed_precision: 'no'
+main_process_port: 0
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_run_as_one(workdir):
+    """Data-parallel over gloo: DistributedDataParallel averages gradients, so only rounding may differ."""
+    train(run_config("one"), workdir, quiet=True)
+    launch = workdir / "two.yaml"
+    launch.write_text(TWO_PROCESSES)
+    config = write_when_changed(workdir / "configs/runs/two.yaml", run_config("two", micro_batch_size=3))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
+    command += ["-m", "dllm", "train", str(config), "--workdir", str(workdir), "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((workdir / "runs/two/provenance.json").read_text())
+    assert facts["processes"] == 2
+    for a, b in zip(metrics_of(workdir, "one"), metrics_of(workdir, "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert same_weights(weights(workdir, "one"), weights(workdir, "two"), tolerance=5e-4)

@@ -9,7 +9,7 @@ import yaml
 from dllm.config import read_yaml
 from tests.workflow.conftest import ROOT, planned, snakemake
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
+pytestmark = pytest.mark.slow
 
 KEPT_RUNS = {"modernbert-large": 6, "alpaca-untuned": 4, "chat-large": 6}
 KEPT_BENCHMARKS = ("mmlu", "gsm8k")

@@ -19,6 +19,7 @@ rule train:
     resources:
         mem_mb=lambda wildcards: PROJECT.runs[wildcards.run].resources.memory_gib * 1024,
         runtime=lambda wildcards: PROJECT.runs[wildcards.run].resources.runtime_minutes,
+        gpu=lambda wildcards: gpus(PROJECT.runs[wildcards.run].resources),
     params:
         launch=lambda wildcards: launcher(PROJECT.runs[wildcards.run], FROM_WORKDIR),
     message:

@@ -55,7 +55,7 @@ ACTIVITIES = {
 class Schema:
     """A sentence with a gap `_` for one of two names, and how it goes on after the first and after the second.
 
-    With people only the sentence tells who is meant; with objects the word helps too (a bag has room, a piano is heavy).
+    With people only the sentence tells who is meant; with objects the word helps too (a bag has room, an anvil weighs).
     """
 
     opening: str

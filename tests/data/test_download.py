@@ -1,0 +1,194 @@
+"""Fetching by commit, with hashes checked; making what the laptop configuration uses instead."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dllm.config import DatasetEntry, DownloadConfig, ModelEntry
+from dllm.data.download import download
+from dllm.models.load import load_backbone
+from dllm.provenance import directory_digest, file_digest, read_record
+from tests.loopback_hub import LoopbackHub
+from tests.stock import save_stock, stock_entry
+
+NO_COMMIT = "0123456789" * 4
+FETCH = """
+import json, sys, time
+time.sleep = lambda seconds: None  # the hub's client waits between its attempts
+from dllm.config import DownloadConfig
+from dllm.data.download import download
+for text in json.load(sys.stdin):
+    try:
+        print(json.dumps(str(download(DownloadConfig.model_validate_json(text), sys.argv[1]))))
+    except ValueError as fault:
+        print(json.dumps("ValueError: " + str(fault)))
+"""
+
+
+def fetch(hub_url, workdir, configs):
+    """What each download says, in a process of its own: the hub's address is read when its client is imported."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(workdir / "hub-home"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, str(workdir)],
+        input=json.dumps([config.model_dump_json() for config in configs]),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def model_config(name, repository, revision):
+    return DownloadConfig(name=name, what="model", model=ModelEntry(hub=repository, revision=revision))
+
+
+def dataset_config(name, repository, revision):
+    return DownloadConfig(name=name, what="dataset", dataset=DatasetEntry(hub=repository, revision=revision))
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """A hub with sound and faulty repositories, and what fetching each of them said: (workdir, hub, lines)."""
+    root, workdir = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("work")
+    for name in ("model", "damaged", "torn", "gated"):
+        repository = save_stock(root / "models" / name, "bert").rename(root / "models" / name / "toy")
+        (repository / "README.md").write_text("a toy\n")
+    (root / "models/model/toy/training.py").write_text("raise SystemExit('never fetched')")
+    (root / "datasets/rows/toy/data").mkdir(parents=True)
+    (root / "datasets/rows/toy/data/train.parquet").write_bytes(b"PAR1" * 100)
+    (root / "datasets/rows/toy/README.md").write_text("rows\n")
+    (root / "datasets/code/toy").mkdir(parents=True)
+    (root / "datasets/code/toy/loader.py").write_text("raise SystemExit('never fetched')")
+    with LoopbackHub(root) as hub:
+        hub.faults = {"damaged/toy/model.safetensors": "corrupt", "torn/toy/model.safetensors": "cut"}
+        commits = {name: hub.commit("models", f"{name}/toy") for name in ("model", "damaged", "torn", "gated")}
+        hub.gated = {"gated/toy"}
+        configs = [model_config(name, f"{name}/toy", commit) for name, commit in commits.items()] + [
+            model_config("unknown-commit", "model/toy", NO_COMMIT),
+            model_config("missing", "nobody/nothing", NO_COMMIT),
+            dataset_config("rows", "rows/toy", hub.commit("datasets", "rows/toy")),
+            dataset_config("code", "code/toy", hub.commit("datasets", "code/toy")),
+        ]
+        lines = dict(zip((c.name for c in configs), fetch(hub.url, workdir, configs), strict=True))
+        # another commit in the place of the torn one: what the first attempt left must not get in
+        (root / "models/torn/toy/vocab.txt").write_text("new\n")
+        for name in ("tokenizer_config.json", "README.md"):
+            (root / "models/torn/toy" / name).unlink()
+        hub.faults = {}
+        again = [model_config(name, f"{name}/toy", hub.commit("models", f"{name}/toy")) for name in ("damaged", "torn")]
+        lines["again"] = fetch(hub.url, workdir, again)
+    lines["offline"] = fetch(hub.url, workdir, [model_config("offline", "model/toy", commits["model"])])[0]
+    return workdir, root, commits, lines
+
+
+FAILED = {
+    "damaged": "damaged/toy: model.safetensors arrived damaged and was removed; run again to fetch it",
+    "torn": "the download broke off (",
+    "gated": "gated; accept its terms on the hub and set HF_TOKEN, then run again",
+    "unknown-commit": "model/toy@01234567: the repository has no such commit; correct `revision` of 'unknown-commit'",
+    "missing": "nobody/nothing@01234567: no such model on the hub; correct `hub` of 'missing'",
+    "code": "code/toy: has no file that a dataset needs; correct `hub` of 'code'",
+    "offline": "the download broke off (",
+}
+
+
+@pytest.mark.parametrize("name", FAILED)
+def test_what_cannot_be_had_is_one_line(answered, name):
+    workdir, _, _, lines = answered
+    assert lines[name].startswith("ValueError: ") and FAILED[name] in lines[name]
+    assert "\n" not in lines[name]
+
+
+@pytest.mark.parametrize("name", ["gated", "unknown-commit", "missing", "code", "offline"])
+def test_a_failed_download_leaves_nothing_under_its_name(answered, name):
+    downloads = answered[0] / "downloads"
+    assert not (downloads / name).exists() and not (downloads / f"{name}.json").exists()
+
+
+def test_a_model_is_fetched_with_the_files_it_needs_and_their_hashes(answered):
+    workdir, root, commits, lines = answered
+    target = workdir / "downloads" / "model"
+    assert lines["model"] == str(target)
+    served = {p.name: p for p in (root / "models/model/toy").iterdir() if p.suffix != ".py"}
+    assert {p.name for p in target.iterdir()} == {*served, "manifest.json"}
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert (manifest["hub"], manifest["commit"]) == ("model/toy", commits["model"])
+    for name, path in served.items():
+        assert (target / name).read_bytes() == path.read_bytes()
+        assert manifest["files"][name] == {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    record = read_record(workdir / "downloads/model.json")
+    assert record["kind"] == "model" and record["digest"] == directory_digest(target)["digest"]
+    assert load_backbone(target, entry=stock_entry("bert")).max_length == 64
+
+
+def test_a_dataset_is_fetched_with_its_folders(answered):
+    target = answered[0] / "downloads" / "rows"
+    found = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
+    assert found == {"data/train.parquet", "README.md", "manifest.json"}
+    assert read_record(answered[0] / "downloads/rows.json")["kind"] == "dataset"
+
+
+def test_a_damaged_or_torn_download_is_mended_by_running_again(answered):
+    workdir, root, _, lines = answered
+    for name, line in zip(("damaged", "torn"), lines["again"], strict=True):
+        assert line == str(workdir / "downloads" / name)
+        names = {p.name for p in (root / f"models/{name}/toy").iterdir()}
+        assert {p.name for p in (workdir / "downloads" / name).iterdir()} == {*names, "manifest.json"}
+        assert directory_digest(workdir / "downloads" / name, ("manifest.json",)) == directory_digest(
+            root / f"models/{name}/toy"
+        )
+    assert not [p.name for p in (workdir / "downloads").iterdir() if p.name in (".damaged.partial", ".torn.partial")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A work directory with a small synthetic world and its record."""
+    workdir = tmp_path_factory.mktemp("world")
+    config = DownloadConfig(name="world", what="dataset", dataset=DatasetEntry(world="all", kind="world", seed=3))
+    download(config, workdir)
+    return workdir
+
+
+def test_the_synthetic_world_is_made_with_its_record(world):
+    target, record = world / "downloads/world", read_record(world / "downloads/world.json")
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert manifest["seed"] == 3 and {"alpaca/train.jsonl", "tokenizer/tokenizer.json"} <= manifest["files"].keys()
+    assert record["kind"] == "dataset" and record["inputs"] == {}
+    assert record["digest"] == directory_digest(target)["digest"]
+    assert not list((world / "downloads").glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_a_model_made_from_a_seed_twice_is_the_same_to_the_byte(world, kind):
+    entry = stock_entry(kind)
+    records = []
+    for _ in range(2):
+        config = DownloadConfig(name=f"new-{kind}", what="model", model=entry, tokenizer_path="downloads/world")
+        target = download(config, world)
+        records.append((world / f"downloads/new-{kind}.json").read_bytes())
+    assert records[0] == records[1]
+    assert read_record(f"{target}.json")["inputs"] == {
+        "downloads/world": read_record(world / "downloads/world.json")["digest"]
+    }
+    other = DownloadConfig(
+        name="other", what="model", model=entry.model_copy(update={"seed": 1}), tokenizer_path="downloads/world"
+    )
+    download(other, world)
+    one, two = (file_digest(world / "downloads" / n / "model.safetensors") for n in (f"new-{kind}", "other"))
+    assert one != two
+    backbone = load_backbone(target, entry=entry)
+    assert backbone.vocab_size == -(-len(backbone.tokenizer) // 8) * 8
+
+
+def test_a_model_that_cannot_be_made_leaves_nothing_under_its_name(world):
+    entry = stock_entry("bert").model_copy(update={"new": {"model_type": "nonesuch"}})
+    config = DownloadConfig(name="nonesuch", what="model", model=entry, tokenizer_path="downloads/world")
+    with pytest.raises(ValueError, match="new.model_type = 'nonesuch' is no architecture"):
+        download(config, world)
+    assert not (world / "downloads/nonesuch").exists() and not (world / "downloads/nonesuch.json").exists()

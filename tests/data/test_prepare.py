@@ -1,0 +1,276 @@
+"""Tokenizing, splitting and packing: every token once and in order, test rows apart, nothing half done."""
+
+import itertools
+import json
+
+import pytest
+
+from dllm.config import DataPart, DatasetEntry, PrepareConfig
+from dllm.data import prepare as module
+from dllm.data.prepare import prepare
+from dllm.data.tokens import open_rows
+from dllm.models.tokenizers import encode_chat, encode_text, load_tokenizer
+from dllm.provenance import read_record, write_record
+from tests.training.conftest import WORDS, entry_for, make_model
+
+NOUNS = WORDS[:12]
+TEXTS = [" ".join(words) for words in itertools.product(NOUNS, NOUNS, NOUNS[:9])]
+"""1296 different rows of three words: more than one chunk of the tokenizer."""
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    make_model(tmp_path / "downloads" / "toy-model", entry_for())
+    return tmp_path
+
+
+@pytest.fixture
+def tokenizer(workdir):
+    return load_tokenizer(workdir / "downloads" / "toy-model", entry_for())
+
+
+def add_dataset(workdir, name, rows, **entry):
+    """Write a dataset of rows by split, with its record; returns it as a source."""
+    directory = workdir / "downloads" / name
+    for split, content in rows.items():
+        (directory / "rows").mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in content)
+        (directory / "rows" / f"{split}.jsonl").write_text(text)
+    write_record(directory, kind="dataset", name=name, config_digest="", inputs={})
+    return DataPart(name=name, path=f"downloads/{name}", entry=DatasetEntry(world="rows", **entry))
+
+
+def texts(workdir, name="texts", rows=TEXTS, **entry):
+    return add_dataset(workdir, name, {"train": [{"text": text} for text in rows]}, **{"kind": "text"} | entry)
+
+
+def answers(workdir, name="answers", texts=TEXTS[:90], **entry):
+    rows = [{"instruction": f"who {text} ?", "input": "", "output": text} for text in texts]
+    return add_dataset(workdir, name, {"train": rows}, **{"kind": "alpaca"} | entry)
+
+
+def config_of(*parts, name="prepared", length=16, split="disjoint", rows=None):
+    return PrepareConfig(
+        name=name, parts=list(parts), model_path="downloads/toy-model", model=entry_for(), length=length, split=split,
+        rows=rows,
+    )  # fmt: skip
+
+
+def rows_in(workdir, split, name="prepared"):
+    rows = open_rows(workdir / "data" / name, split)
+    return [tuple(rows.row(i).tolist()) for i in range(len(rows))]
+
+
+def conversation(tokenizer, text):
+    """Prompt and target tokens of an `answers` row."""
+    user = {"role": "user", "content": f"who {text} ?"}
+    prompt = encode_chat(tokenizer, [user], add_generation_prompt=True)
+    whole = encode_chat(tokenizer, [user, {"role": "assistant", "content": text}], add_generation_prompt=False)
+    return prompt, whole
+
+
+def test_text_is_all_tokens_in_order_with_an_end_after_each_row(workdir, tokenizer):
+    validation = [{"text": "the cat"}, {"text": ""}, {"text": "a dog sees"}]
+    rows = {"train": [{"text": text} for text in TEXTS], "validation": validation}
+    part = add_dataset(workdir, "texts", rows, test_split="validation")
+    manifest = prepare(config_of(part, length=7), workdir)
+    end = tokenizer.eos_token_id
+    for split, content in rows.items():
+        expected = [token for row in content for token in (*encode_text(tokenizer, row["text"]), end)]
+        written = rows_in(workdir, {"validation": "test"}.get(split, split))
+        assert list(itertools.chain(*written)) == expected[: len(expected) // 7 * 7]
+        assert {len(row) for row in written} == {7}
+    assert not open_rows(workdir / "data/prepared", "train").prompts.any()
+    assert manifest["splits"]["train"]["tokens"] == len(TEXTS) * 4 // 7 * 7
+    assert manifest["splits"]["test"] == {
+        "rows": 1, "tokens": 7, "target_tokens": 7, "longest_row": 7, "dtype": "uint16", "dropped_rows": 0,
+    }  # fmt: skip
+
+
+def test_text_gets_no_ends_if_the_entry_says_so(workdir, tokenizer):
+    prepare(config_of(texts(workdir, append_eos=False)), workdir)
+    tokens = {token for row in rows_in(workdir, "train") for token in row}
+    assert not {tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id} & tokens
+
+
+def test_a_conversation_is_one_row_of_prompt_and_target(workdir, tokenizer):
+    manifest = prepare(config_of(answers(workdir)), workdir)
+    expected = {tuple(conversation(tokenizer, text)[1]) for text in TEXTS[:90]}
+    assert {*rows_in(workdir, "train"), *rows_in(workdir, "test")} == expected
+    prompt, whole = conversation(tokenizer, TEXTS[0])
+    rows = open_rows(workdir / "data/prepared", "train")
+    assert set(rows.prompts.tolist()) == {len(prompt)} and set(rows.lengths.tolist()) == {len(whole)}
+    counts = manifest["splits"]["train"]
+    assert counts["target_tokens"] == counts["rows"] * (len(whole) - len(prompt))
+
+
+def test_only_the_last_answer_is_a_target(workdir, tokenizer):
+    turns = [{"role": r, "content": f"{r[0]} {i}"} for i in range(2) for r in ("user", "assistant")]
+    part = add_dataset(workdir, "chats", {"train": [{"messages": turns}] * 20}, kind="messages")
+    prepare(config_of(part, length=60), workdir)
+    rows = open_rows(workdir / "data/prepared", "train")
+    assert rows.prompts[0] == len(encode_chat(tokenizer, turns[:3], add_generation_prompt=True))
+    assert rows.row(0).tolist() == encode_chat(tokenizer, turns, add_generation_prompt=False)
+
+
+def test_prompts_that_fill_the_length_are_dropped_and_other_rows_clipped_on_the_right(workdir, tokenizer):
+    long, fitting = "the cat sees the dog the sun the moon", "the cat"
+    part = answers(workdir, texts=[long, fitting] * 20)
+    prompt, whole = conversation(tokenizer, fitting)
+    manifest = prepare(config_of(part, length=len(prompt) + 1), workdir)
+    rows = {*rows_in(workdir, "train"), *rows_in(workdir, "test")}
+    assert rows == {tuple(whole[: len(prompt) + 1])}
+    assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 20
+    prompt, _ = conversation(tokenizer, long)
+    manifest = prepare(config_of(part, length=len(prompt)), workdir)
+    assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 20, "no room for a target"
+    manifest = prepare(config_of(part, length=len(prompt) + 1), workdir)
+    assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 0
+
+
+@pytest.mark.parametrize("source", [answers, texts])
+def test_no_test_row_stands_in_train_unless_the_published_fault_is_asked_for(workdir, tokenizer, source):
+    def seen(split):
+        prepare(config_of(source(workdir, append_eos=False), length=3 if source is texts else 16, split=split), workdir)
+        return [set(rows_in(workdir, side)) for side in ("train", "test")]
+
+    train, test = seen("disjoint")
+    assert test and not train & test
+    leaky, same = seen("overlapping")  # fault F7
+    assert same == test and leaky == train | test
+
+
+def test_an_own_test_split_stays_apart_in_either_way(workdir):
+    rows = {side: [{"text": text} for text in part] for side, part in (("train", TEXTS[:50]), ("test", TEXTS[50:60]))}
+    part = add_dataset(workdir, "texts", rows, test_split="test", append_eos=False)
+    for split in ("disjoint", "overlapping"):
+        manifest = prepare(config_of(part, length=3, split=split), workdir)
+        assert manifest["sources"][0] | {"train_rows": 50, "test_rows": 10} == manifest["sources"][0]
+        assert not {*rows_in(workdir, "train")} & {*rows_in(workdir, "test")}
+
+
+def test_a_mixture_is_its_sets_one_after_the_other(workdir, tokenizer):
+    one = answers(workdir, "one", TEXTS[:40])
+    user, answer = {"role": "user", "content": "who ?"}, {"role": "assistant", "content": "two"}
+    rows = {"train": [{"messages": [user, answer]}] * 9, "test": [{"messages": [user, answer]}] * 4}
+    two = add_dataset(workdir, "two", rows, kind="messages", test_split="test")
+    manifest = prepare(config_of(one, two), workdir)
+    assert [(s["name"], s["train_rows"], s["test_rows"]) for s in manifest["sources"]] == [
+        ("one", 38, 2),
+        ("two", 9, 4),
+    ]
+    train, test = rows_in(workdir, "train"), rows_in(workdir, "test")
+    last = tuple(encode_chat(tokenizer, [user, answer], add_generation_prompt=False))
+    assert train[38:] == [last] * 9 and test[2:] == [last] * 4
+    assert last not in train[:38] and len(set(train[:38])) == 38
+    assert read_record(workdir / "data/prepared.json")["inputs"].keys() == {"downloads/one", "downloads/two"}
+
+
+def test_the_first_rows_of_the_shuffled_train_split_are_a_sample_of_it(workdir):
+    part = answers(workdir, texts=TEXTS[:900])
+    prepare(config_of(part), workdir)
+    whole, test = rows_in(workdir, "train"), rows_in(workdir, "test")
+    prepare(config_of(part, rows=100), workdir)
+    some = rows_in(workdir, "train")
+    places = [whole.index(row) for row in some]
+    assert len(some) == 100 and rows_in(workdir, "test") == test
+    assert places == sorted(places) and max(places) > 700, "not just the head of the file"
+
+
+def test_the_same_config_gives_the_same_bytes(workdir):
+    config = config_of(answers(workdir), texts(workdir, rows=TEXTS[:100]))
+    records = []
+    for _ in range(2):
+        prepare(config, workdir)
+        records.append((workdir / "data/prepared.json").read_bytes())
+    assert records[0] == records[1]
+
+
+def test_progress_is_shown_over_every_row_of_every_set_and_split(workdir):
+    shown = {}
+
+    def progress(rows, text):
+        shown[text] = len(rows)
+        yield from rows
+
+    prepare(config_of(answers(workdir)), workdir, progress)
+    assert shown == {"answers train": 86, "answers test": 4}
+
+
+def test_nothing_is_visible_after_a_failure_in_the_middle(workdir, monkeypatch):
+    config = config_of(answers(workdir))
+    calls = []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = module._write_conversations
+    monkeypatch.setattr(module, "_write_conversations", fails)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, workdir)
+    assert not (workdir / "data/prepared").exists() and not (workdir / "data/prepared.json").exists()
+    monkeypatch.undo()
+    prepare(config, workdir)
+    assert [p.name for p in (workdir / "data").iterdir() if p.is_dir()] == ["prepared"], "what was half done is gone"
+
+
+def test_a_failure_leaves_the_finished_artifact_alone(workdir, monkeypatch):
+    config = config_of(answers(workdir))
+    prepare(config, workdir)
+    before = (rows_in(workdir, "train"), read_record(workdir / "data/prepared.json"))
+    monkeypatch.setattr(module, "_write_conversations", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        prepare(config, workdir)
+    assert (rows_in(workdir, "train"), read_record(workdir / "data/prepared.json")) == before
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"instruction": "who ?", "input": "", "output": ""}, "empty text in a turn of role 'assistant'"),
+        ({"instruction": "who ?", "input": ""}, "column 'output' = None is no text"),
+    ],
+)
+def test_an_unusable_row_is_one_line_with_dataset_and_row(workdir, row, line):
+    rows = [{"instruction": "who ?", "input": "", "output": "two"}] * 20
+    rows[13] = row
+    part = add_dataset(workdir, "answers", {"train": rows}, kind="alpaca", test_share=0.0)
+    with pytest.raises(ValueError, match=f"answers row 13: {line}") as caught:
+        prepare(config_of(part), workdir)
+    assert "\n" not in str(caught.value) and not (workdir / "data/prepared").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "length", "split"),
+    [
+        (lambda workdir: answers(workdir, test_share=0.0), 16, "test"),
+        (lambda workdir: answers(workdir), 5, "train"),
+        (lambda workdir: texts(workdir, rows=TEXTS[:5]), 17, "train"),
+        (lambda workdir: texts(workdir, rows=TEXTS[:5]), 5, "test"),
+    ],
+    ids=["nothing-held-out", "long-prompts", "short-text", "short-test-text"],
+)
+def test_a_split_that_ends_up_empty_is_one_line(workdir, source, length, split):
+    with pytest.raises(ValueError, match=f"prepared: the {split} split is empty after tokenizing") as caught:
+        prepare(config_of(source(workdir), length=length), workdir)
+    assert "\n" not in str(caught.value) and not (workdir / "data/prepared").exists()
+
+
+def test_a_chat_template_that_does_not_continue_its_prompt_is_one_line(workdir, monkeypatch):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    monkeypatch.setattr("dllm.models.tokenizers.chat_template", lambda name: template)
+    with pytest.raises(ValueError, match="answers: the chat template does not continue its own generation prompt"):
+        prepare(config_of(answers(workdir)), workdir)
+
+
+def test_missing_inputs_are_one_line(workdir):
+    part = answers(workdir)
+    (workdir / "downloads/answers/rows/train.jsonl").unlink()
+    with pytest.raises(ValueError, match="rows/train.jsonl: no such file; run the download again"):
+        prepare(config_of(part), workdir)
+    (workdir / "downloads/toy-model/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="downloads/toy-model: no tokenizer there"):
+        prepare(config_of(part), workdir)
