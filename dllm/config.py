@@ -262,6 +262,7 @@ class SpeedEntry(Settings):
 
     checkpoint: str = option(..., "run")
     questions: str = option(..., "jsonl file under a download: `<dataset>/<file>`, rows with question and answer")
+    prompt: str = option("{question}", "how a question is put; {question} stands for it")
     answer: str = option(r"(.*)", "regular expression whose first group, in a reference answer, is the answer sought")
     documents: int = option(64, "questions asked", gt=0)
     steps: list[int] = option(..., "numbers of steps to compare", min_length=2)

@@ -159,6 +159,7 @@ def speed_config(project: Project, name: str) -> SpeedConfig:
         run=name,
         checkpoint=checkpoint_path(project, entry.checkpoint),
         questions=f"downloads/{download_name(project, dataset)}/{file}",
+        prompt=entry.prompt,
         answer=entry.answer,
         limit=entry.documents,
         steps=entry.steps,

@@ -28,6 +28,7 @@ class SpeedConfig(Settings):
     run: str = option(..., "name of the measured run")
     checkpoint: str = option(..., "model directory, below the work directory")
     questions: str = option(..., "jsonl file below the work directory; rows with question and answer")
+    prompt: str = option("{question}", "how a question is put; {question} stands for it")
     answer: str = option(r"(.*)", "regular expression whose first group, in a reference answer, is the answer sought")
     limit: int = option(64, "questions asked: the first ones of the file", gt=0)
     steps: list[int] = option(..., "numbers of steps to compare", min_length=1)

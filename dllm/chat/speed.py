@@ -77,7 +77,8 @@ def measure(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) 
 
     Raises ValueError, one line, if a number of steps is less than the blocks of the canvas.
     """
-    prompts = [[{"role": "user", "content": question.text}] for question in questions]
+    texts = [config.prompt.replace("{question}", question.text) for question in questions]
+    prompts = [[{"role": "user", "content": text}] for text in texts]
     plans = [config.generation.model_copy(update={"steps": steps}) for steps in config.steps]
     for settings in plans:
         check_steps(settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy
@@ -50,6 +50,13 @@ def epoch_batches(lengths: numpy.ndarray, batch_size: int, seed: int, epoch: int
     order = numpy.concatenate([w[numpy.argsort(lengths[w], kind="stable")] for w in windows])
     batches = order.reshape(-1, batch_size)
     return batches[random.permutation(len(batches))]
+
+
+def row_widths(rows: TokenRows, end: ResponseEnd | None) -> numpy.ndarray:
+    """About how long each row will be in a batch, [N]: what rows are grouped by."""
+    if end is None or end.kind == "fill":
+        return rows.lengths
+    return _ended_lengths(rows, numpy.arange(len(rows)), replace(end, extra_blocks=0), 0)
 
 
 def target_counts(rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd | None, epoch: int) -> numpy.ndarray:

@@ -68,9 +68,7 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
         extra = extra or ""
         for column, value in zip(ALPACA_COLUMNS, (instruction, extra, output), strict=True):
             if not isinstance(value, str):
-                raise ValueError(
-                    f"{where}: column {column!r} = {value!r} is no text; it has {', '.join(row) or 'none'}"
-                )
+                raise ValueError(f"{where}: column {column!r} = {value!r} is no text; there are {', '.join(row)}")
         user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
     else:

@@ -34,7 +34,7 @@ from dllm.algorithms.base import Algorithm
 from dllm.config import RunConfig, digest, read_yaml
 from dllm.core.batch import evaluation_noise, row_noise
 from dllm.core.losses import denominator
-from dllm.data.collate import ResponseEnd, collate, epoch_batches, target_counts
+from dllm.data.collate import ResponseEnd, collate, epoch_batches, row_widths, target_counts
 from dllm.data.tokens import TokenRows, open_rows
 from dllm.models.forward import Scores
 from dllm.models.load import SIDECAR, Backbone, load_backbone
@@ -294,8 +294,8 @@ class _Run:
     def _batch_rows(self, epoch: int, position: int) -> numpy.ndarray:
         if epoch != self.order_epoch:
             grouped = self.end is not None
-            lengths = self.train_rows.lengths
-            self.order = epoch_batches(lengths, self.config.global_batch_size, self.config.seed, epoch, grouped=grouped)
+            widths = row_widths(self.train_rows, self.end)
+            self.order = epoch_batches(widths, self.config.global_batch_size, self.config.seed, epoch, grouped=grouped)
             self.order_epoch = epoch
         return self.order[position]
 

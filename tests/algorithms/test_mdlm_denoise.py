@@ -225,9 +225,7 @@ def test_a_hidden_canvas_grows_block_by_block():
     for row, prompt in enumerate([[0, 1], [2]]):
         grown = list(prompt)
         for _ in range(3):  # the plain version: a canvas of one block, over and over
-            *_, block = denoise_masked(
-                backbone, canvas_of(backbone, [grown], 2), settings, row_seeds=torch.tensor([0])
-            )
+            *_, block = denoise_masked(backbone, canvas_of(backbone, [grown], 2), settings, row_seeds=torch.tensor([0]))
             grown = block.tokens[0, : len(grown) + 2].tolist()
         assert whole.tokens[row, : len(grown)].tolist() == grown
 

@@ -11,6 +11,7 @@ from dllm.algorithms.mdlm import MDLM
 from dllm.algorithms.mlm import MLM
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, Noise, row_noise
+from dllm.core.losses import denominator
 from dllm.core.schedules import SCHEDULES
 from dllm.models.forward import Scores
 from tests.oracles import markov_backbone, tabular_backbone
@@ -46,10 +47,10 @@ def raw_bound(backbone, prompt, target):
     return total
 
 
-def loss_of(backbone, recipe, batch, noise, denominator=None):
+def loss_of(backbone, recipe, batch, noise, divisor=None):
     model = Scores(backbone.model)
     return MDLM(recipe).training_loss(
-        model, batch, noise, mask_id=backbone.mask_id, denominator=denominator or len(batch.tokens)
+        model, batch, noise, mask_id=backbone.mask_id, denominator=divisor or len(batch.tokens)
     )
 
 
@@ -94,9 +95,23 @@ def test_a_row_of_one_target_has_its_nll_as_loss_whatever_the_noise(normalisatio
     nll = -backbone.model.dllm_hidden(row).log_softmax(-1)[0, 2, 0].item()
     batch = repeated([1, 2, 0], 50, prompt_length=2)
     noise = Noise(torch.linspace(0, 1 - 2**-24, 50), torch.rand(50, 3))
-    terms = loss_of(backbone, Recipe(normalisation=normalisation), batch, noise, denominator=50)
+    terms = loss_of(backbone, Recipe(normalisation=normalisation), batch, noise, divisor=50)
     assert terms.loss.item() == pytest.approx(nll, abs=1e-5)
     torch.testing.assert_close(terms.rows, torch.full((50,), nll), atol=1e-5, rtol=0)
+
+
+def test_the_loss_is_its_rows_bounds_under_the_three_normalisations():
+    """Of rows with bound l and n targets: sum l / sum n, mean of l / n, mean of l."""
+    backbone = tabular_backbone(3)
+    maskable = torch.arange(6) >= torch.tensor([[0], [2], [5], [6]])
+    batch = Batch(torch.tensor([0, 2, 1, 1, 0, 2]).expand(4, -1), torch.ones_like(maskable), maskable, torch.arange(4))
+    noise, targets = row_noise(2, 0, batch.sample_ids, 6), maskable.sum(-1)
+    for name in ("token", "sequence", "batch"):
+        terms = loss_of(backbone, Recipe(normalisation=name), batch, noise, denominator(targets, name))
+        per_target = terms.rows / targets.clamp(min=1)
+        expected = {"token": terms.rows.sum() / 11, "sequence": per_target.mean(), "batch": terms.rows.mean()}
+        torch.testing.assert_close(terms.loss, expected[name])
+        assert terms.rows[:3].min() > 0 and terms.rows[3] == 0
 
 
 def test_prompt_and_padding_are_never_masked_and_cost_nothing():
@@ -123,7 +138,7 @@ def test_prompt_and_padding_are_never_masked_and_cost_nothing():
 def test_uniform_weight_is_plain_cross_entropy_at_the_masked_tokens():
     backbone, batch = tabular_backbone(3), repeated(TARGET, 64)
     noise = row_noise(0, 0, batch.sample_ids, 4)
-    terms = loss_of(backbone, Recipe(weight="uniform", normalisation="batch"), batch, noise, denominator=64)
+    terms = loss_of(backbone, Recipe(weight="uniform", normalisation="batch"), batch, noise, divisor=64)
     assert terms.loss.item() == pytest.approx(terms.nll.item() / 64, rel=1e-5)
     assert terms.masked == ((noise.level * 4).long() + 1).sum()
 
@@ -131,7 +146,7 @@ def test_uniform_weight_is_plain_cross_entropy_at_the_masked_tokens():
 def test_the_nll_of_a_loss_is_summed_over_its_masked_tokens():
     backbone, batch = tabular_backbone(3), repeated(TARGET, 32)
     noise = Noise(torch.full((32,), 1 - 2**-24), torch.rand(32, 4))  # everything masked, weight 1
-    terms = loss_of(backbone, Recipe(), batch, noise, denominator=1.0)
+    terms = loss_of(backbone, Recipe(), batch, noise, divisor=1.0)
     assert terms.masked == 128
     assert terms.nll.item() == pytest.approx(terms.loss.item()) == pytest.approx(terms.rows.sum().item())
 

@@ -57,8 +57,12 @@ def test_messages_stay_as_they_stand_up_to_the_last_answer():
         ("messages", {"messages": [QUESTION, SYSTEM, ANSWER]}, "messages[1].role = 'system'; only the first turn"),
         ("alpaca", {"instruction": "who ?", "input": "", "output": ""}, "empty text in a turn of role 'assistant'"),
         ("alpaca", {"instruction": "", "input": "", "output": "the cat"}, "empty text in a turn of role 'user'"),
-        ("alpaca", {"instruction": "who ?"}, "column 'output' = None is no text; it has instruction"),
-        ("alpaca", {"prompt": "who ?", "output": "a"}, "column 'instruction' = None is no text; it has prompt, output"),
+        ("alpaca", {"instruction": "who ?"}, "column 'output' = None is no text; there are instruction"),
+        (
+            "alpaca",
+            {"prompt": "who ?", "output": "a"},
+            "column 'instruction' = None is no text; there are prompt, output",
+        ),
         ("alpaca", {"instruction": "who ?", "input": 3, "output": "a"}, "column 'input' = 3 is no text"),
     ],
 )

@@ -243,6 +243,20 @@ def test_an_unusable_row_is_one_line_with_dataset_and_row(workdir, row, line):
     assert "\n" not in str(caught.value) and not (workdir / "data/prepared").exists()
 
 
+def test_unusable_rows_are_dropped_and_counted_if_the_entry_says_so(workdir, tokenizer):
+    rows = [{"instruction": f"who {text} ?", "input": "", "output": text} for text in TEXTS[:40]]
+    expected = {tuple(conversation(tokenizer, text)[1]) for text in TEXTS[:40:2]}
+    for row in rows[1::2]:
+        row["output"] = ""
+    part = add_dataset(workdir, "answers", {"train": rows}, kind="alpaca", test_share=0.2, drop_unusable=True)
+    manifest = prepare(config_of(part), workdir)
+    assert {*rows_in(workdir, "train"), *rows_in(workdir, "test")} == expected
+    assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 20
+    part = add_dataset(workdir, "answers", {"train": rows[1::2]}, kind="alpaca", drop_unusable=True)
+    with pytest.raises(ValueError, match="the train split is empty after tokenizing"):
+        prepare(config_of(part), workdir)
+
+
 @pytest.mark.parametrize(
     ("source", "length", "split"),
     [

@@ -215,3 +215,16 @@ def test_the_longest_row_is_taken_by_the_model(bert, kind):
     if kind == "roberta":
         with pytest.raises((IndexError, RuntimeError)):
             hidden_states(model, torch.full((1, longest + 1), 6))
+
+
+def test_the_old_names_of_a_layer_norms_weights_are_read(copy):
+    """The first BERT checkpoints call them gamma and beta and bring heads that a masked LM has no use for."""
+    path = copy / "model.safetensors"
+    saved = load_file(path)
+    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+           for k, v in saved.items()}  # fmt: skip
+    old |= {"cls.seq_relationship.weight": torch.zeros(2, 32), "bert.pooler.dense.bias": torch.zeros(32)}
+    assert old.keys() & saved.keys() != saved.keys()
+    save_file(old, path, metadata={"format": "pt"})
+    loaded = load_backbone(copy, entry=stock_entry("bert")).model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in saved.items())
