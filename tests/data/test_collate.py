@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from dllm.data.collate import ResponseEnd, collate, epoch_batches, target_counts
+from dllm.data.collate import ResponseEnd, collate, epoch_batches, row_widths, target_counts
 from dllm.data.tokens import TokenRows
 
 EOS, PAD = 1, 0
@@ -91,6 +91,14 @@ def test_the_targets_counted_are_the_targets_of_the_batch(kind, longest):
         numbers = numpy.random.default_rng(epoch).permutation(27)[:10]
         batch = collate(rows, numbers, pad_id=PAD, end=end, epoch=epoch)
         assert target_counts(rows, numbers, end, epoch).tolist() == batch.maskable.sum(-1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["block", "one", None])
+def test_rows_are_grouped_by_their_length_with_the_end(kind):
+    rows, end = token_rows(), kind and ResponseEnd(kind, EOS, block_size=4, extra_blocks=3)
+    plain = kind and ResponseEnd(kind, EOS, block_size=4)
+    batch = collate(rows, numpy.arange(3), pad_id=PAD, end=plain)
+    assert row_widths(rows, end).tolist() == batch.attention.sum(-1).tolist()
 
 
 def test_the_last_row_of_the_file_can_be_padded():
