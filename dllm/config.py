@@ -639,6 +639,12 @@ def _check_references(project: Project, origin) -> None:
             fail("runs", name, "data", entry.data, "not a dataset", list(project.datasets))
         if entry.recipe not in project.recipes:
             fail("runs", name, "recipe", entry.recipe, "not a recipe", list(project.recipes))
+        normalisation = project.recipes[entry.recipe].normalisation
+        if entry.algorithm != "mdlm" and normalisation != "token":
+            raise ConfigError(
+                f"{origin(('runs', name, 'recipe'))}: runs.{name}.recipe = {entry.recipe!r} has normalisation = "
+                f"{normalisation!r}; algorithm = {entry.algorithm!r} allows `token` only: take another recipe"
+            )
         seen, at = [name], entry.init
         while at in project.runs:
             if at in seen:

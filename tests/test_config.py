@@ -79,6 +79,10 @@ def test_both_configurations_hold_the_complete_set_of_the_report():
         ({"evaluations": {"gpt2": {"benchmarks": ["mmlv"]}}}, "is not a benchmark. Did you mean 'mmlu'?"),
         ({"evaluations": {"gpt2": {"checkpoint": "gpt3"}}}, "is neither a run nor a model. Did you mean 'gpt2'?"),
         ({"benchmarks": {"mmlu": {"dataset": "mlu-data"}}}, "is not a dataset. Did you mean 'mmlu-data'?"),
+        (
+            {"runs": {"a": {"like": "chat-base", "algorithm": "mlm", "recipe": "published"}}},
+            "has normalisation = 'sequence'; algorithm = 'mlm' allows `token` only",
+        ),
         ({"experiments": {}}, "experiments is not a setting."),
     ],
 )

@@ -27,8 +27,9 @@ class AR(Algorithm):
         targets[:, 0] = False
         logits = model(batch.tokens, batch.attention, targets)
         nll = nll_at(logits, batch.tokens[targets])
+        predicted = targets.sum() / batch.maskable.sum()  # the denominator counts first tokens, too
         rows = torch.zeros(len(targets), device=nll.device).index_add(0, targets.nonzero()[:, 0], nll.detach())
-        return LossTerms(nll.sum() / denominator, nll.detach().sum(), targets.sum(), rows)
+        return LossTerms(nll.sum() / (denominator * predicted), nll.detach().sum(), targets.sum(), rows)
 
     def denoise(self, backbone, canvas, settings, *, row_seeds=None, finished=None):
         """Raises ValueError: an autoregressive model does not denoise."""

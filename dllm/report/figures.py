@@ -417,7 +417,7 @@ def _range(values: list[float], digits: int = 1) -> str:
 
 def _mark_as_toy(figure: Figure) -> None:
     """A figure may be passed on without its page: it says itself that its numbers are toys."""
-    figure.text(0.988, 0.08 / figure.get_figheight(), TOY, ha="right", va="bottom", fontsize=9, color=PALETTE[1])
+    figure.text(0.012, 0.08 / figure.get_figheight(), TOY, ha="left", va="bottom", fontsize=9, color=PALETTE[1])
 
 
 def _head(figure: Figure, title: str, *, below: float = 0.0) -> None:

@@ -34,7 +34,7 @@ def read_json(workdir: Path, path: str, rule: str) -> dict:
 
 
 def read_metrics(workdir: Path, run: str) -> pd.DataFrame:
-    """Every logged line of a run: columns `step`, `split` (train or eval), `loss`, and what else was logged.
+    """Every logged line of a run: columns `step`, `split` (train, eval or final), `loss`, and what else was logged.
 
     Raises ValueError if the file is missing, a line is not JSON, or either split has no line.
     """
@@ -88,8 +88,9 @@ def split_of(metrics: pd.DataFrame, split: str) -> pd.DataFrame:
 
 
 def final_eval_loss(metrics: pd.DataFrame) -> Estimate:
-    """Loss of the last evaluation, nats per target token."""
-    last = split_of(metrics, "eval").iloc[-1]
+    """Loss of the last evaluation, nats per target token; on the whole test split with fixed masks, if logged."""
+    final = split_of(metrics, "final")
+    last = (split_of(metrics, "eval") if final.empty else final).iloc[-1]
     return Estimate(float(last["loss"]), _number(last["standard_error"]))
 
 

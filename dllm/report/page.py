@@ -20,9 +20,9 @@ from dllm.report.tables import Table, as_csv, as_markdown, make_tables
 from dllm.report.trace import trace
 
 CAPTIONS = {
-    "pretraining": "Masked diffusion training of the encoders on Wikitext-103. Left: training loss, running mean over "
-    "a twentieth of the run. Right: evaluation loss under one fixed noise, with 95 % intervals. Filled markers are the "
-    "last size of a family, hollow ones the first.",
+    "pretraining": "Masked diffusion training of the encoders on Wikitext-103. Above: training loss, running mean over "
+    "a twentieth of the run. Below: evaluation loss with 95 % intervals. Filled markers are the last size of "
+    "a family, hollow ones the first.",
     "openwebtext": "Further training on OpenWebText. The faint line is every logged training loss, the band the "
     "95 % interval of the evaluation.",
     "ablation": "Alpaca tuning from three starts. Published recipe dashed, corrected recipe solid; each row "

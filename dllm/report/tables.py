@@ -272,7 +272,7 @@ def _loss_table(name: str, caption: str, subject: str, workdir: Path, plan: Repo
     columns = (subject, "Recipe", "Steps", "Tokens", "Final training loss", "First evaluation", "Final evaluation")
     note = (
         "Nats per token with 95 % intervals. The final training loss averages the last tenth of the logged steps. "
-        "Every evaluation meets the same noise."
+        "The final evaluation meets the same masks in every run, whatever the recipe."
     )
     return _left(_table(name, caption, columns, rows, frame, note), 2)
 

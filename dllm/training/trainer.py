@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -354,7 +354,7 @@ class _Run:
     def _eval_end(self) -> ResponseEnd | None:
         """Test responses end as training ones do, without the random extra blocks."""
         end = self.end
-        return end and ResponseEnd(end.kind, end.eos_id, end.block_size)
+        return end and replace(end, extra_blocks=0)
 
     def _resume(self) -> int:
         """Load the newest checkpoint that can be loaded and return its step (0: none)."""
@@ -451,7 +451,9 @@ def _response_end(config: RunConfig, rows: TokenRows, backbone: Backbone) -> Res
         return None
     recipe = config.recipe
     kind = "one" if config.algorithm == "ar" else recipe.response_end
-    return ResponseEnd(kind, backbone.eos_id, recipe.block_size, recipe.extra_blocks, config.seed)
+    return ResponseEnd(
+        kind, backbone.eos_id, recipe.block_size, recipe.extra_blocks, config.seed, longest=config.length
+    )
 
 
 def _mixed_precision(recipe) -> str:
