@@ -38,14 +38,14 @@ class SpeedConfig(Settings):
 def find_checkpoint(name: str | None = None, root: str | Path = ".") -> str:
     """The model directory that a name means: a directory, a run below `results/`, or a hub id (returned as it is).
 
-    Without a name, the newest chat run. Raises ValueError, one line, if there is none.
+    Without a name, the largest chat run. Raises ValueError, one line, if there is none.
     """
     models = _models(Path(root))
     if name is None:
         chats = [model for model in models if model.parent.name.startswith("chat-")]
         if not chats:
             raise ValueError("no chat model below results/; run `make report` first, or give a model directory")
-        return str(max(chats, key=lambda model: (model / "config.json").stat().st_mtime_ns))
+        return str(max(chats, key=_weight))
     runs = {model.parent.name: model for model in reversed(models)}
     if name in runs:
         return str(runs[name])
@@ -59,6 +59,12 @@ def find_checkpoint(name: str | None = None, root: str | Path = ".") -> str:
         return name
     hint = did_you_mean(name, list(runs)) if runs else "Run `make report` first, or give a model directory."
     raise ValueError(f"{name!r} is neither a model directory nor a run below results/. {hint}")
+
+
+def _weight(model: Path) -> tuple[int, int]:
+    """Bytes of a model's weights and when they were written: what the largest and then the newest one is chosen by."""
+    stats = [path.stat() for path in model.glob("*.safetensors")]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 def _models(root: Path) -> list[Path]:

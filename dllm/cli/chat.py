@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HELP = "talk to a model and watch it denoise"
 EXAMPLES = """examples:
-  dllm chat                                  the newest chat run below results/
+  dllm chat                                  the largest chat run below results/
   dllm chat chat-large --steps 16            a run by its name, with fewer steps
   dllm chat results/laptop/runs/chat-large/model
   dllm chat chat-large --once "Hello!"       one answer, then leave
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="run below results/, model directory or hub id (default: newest chat run)",
+        help="run below results/, model directory or hub id (default: largest chat run)",
     )
     parser.add_argument("--once", metavar="TEXT", help="answer this and leave")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")

@@ -19,7 +19,7 @@ VERBS = ("download", "prepare", "train", "evaluate", "sample", "speed", "chat", 
 """Each is a module of this package, imported only when it is asked for."""
 
 EXAMPLES = """examples:
-  dllm chat                              talk to the newest chat model below results/
+  dllm chat                              talk to the largest chat model below results/
   dllm chat chat-large                   talk to the run of this name
   dllm sample chat-large "Hello!"        print one answer
   dllm train configs/runs/chat-large.yaml  train one run

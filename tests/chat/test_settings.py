@@ -17,7 +17,9 @@ def root(tmp_path, monkeypatch) -> Path:
         config = tmp_path / "results" / run / "model" / "config.json"
         config.parent.mkdir(parents=True)
         config.write_text("{}")
-        os.utime(config, (1000 - age, 1000 - age))
+        weights = config.with_name("model.safetensors")
+        weights.write_bytes(b"x" * (3 if run == "laptop/runs/chat-large" else 2 if "chat-large" in run else 1))
+        os.utime(weights, (1000 - age, 1000 - age))
     return tmp_path
 
 
@@ -31,7 +33,10 @@ def test_a_directory_is_itself_or_holds_the_model(root):
     assert find_checkpoint(directory) == find_checkpoint(f"{directory}/model") == f"{directory}/model"
 
 
-def test_without_a_name_it_is_the_newest_chat_run(root):
+def test_without_a_name_it_is_the_largest_chat_run_and_of_equals_the_newest(root):
+    assert find_checkpoint() == "results/laptop/runs/chat-large/model"
+    (root / "results/laptop/runs/chat-large/model/model.safetensors").write_bytes(b"xx")
+    os.utime(root / "results/laptop/runs/chat-large/model/model.safetensors", (1, 1))
     assert find_checkpoint() == "results/paper/runs/chat-large/model"
 
 
