@@ -214,7 +214,7 @@ class RunEntry(Settings):
     evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
     eval_draws: int = option(1, "noise draws per test row", gt=0)
-    launch: Literal["cpu", "ddp", "zero2", "zero3", "fsdp"] = option("ddp", "file in config/accelerate")
+    launch: Literal["cpu", "ddp", "zero2"] = option("ddp", "file in config/accelerate")
     resources: Resources = option(Resources(), "what a cluster job asks for")
 
     @model_validator(mode="after")

@@ -27,8 +27,10 @@ rule evaluate:
         ].resources.runtime_minutes,
     message:
         "Evaluate {wildcards.row} on {wildcards.benchmark}."
+    params:
+        offline=lambda wildcards: int(PROJECT.benchmarks[wildcards.benchmark].dataset is not None),
     shell:
-        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm evaluate {input.config:q} &> {log:q}"
+        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} dllm evaluate {input.config:q} &> {log:q}"
 
 
 rule sample:
