@@ -175,10 +175,12 @@ def test_ar_scores_every_target_but_the_first_of_a_row_from_the_left():
 
     row = [0, 2, 1, 1, 0]
     batch = repeated(row, 2)
-    terms = AR().training_loss(Scores(Causal(), "next"), batch, row_noise(0, 0, batch.sample_ids, 5), mask_id=3,
-                               denominator=2.0)  # fmt: skip
-    expected = model.initial[0].log().item() - model.log_probability(row)
-    assert terms.loss.item() == pytest.approx(expected, abs=1e-5) and terms.masked == 8
+    noise = row_noise(0, 0, batch.sample_ids, 5)
+    terms = AR().training_loss(Scores(Causal(), "next"), batch, noise, mask_id=3, denominator=10.0)
+    from_the_left = model.initial[0].log().item() - model.log_probability(row)
+    assert terms.masked == 8 and terms.nll.item() == pytest.approx(2 * from_the_left, abs=1e-5)
+    # the denominator counts all ten tokens, the loss is the mean over the eight that have a prediction
+    assert terms.loss.item() == pytest.approx(from_the_left / 4, abs=1e-5)
 
 
 def test_ar_says_that_it_neither_denoises_nor_has_a_bound():
