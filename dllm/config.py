@@ -551,7 +551,9 @@ def _overlaid(base: dict, update: dict) -> dict:
 
 def _describe(fault: ValidationError, model: type[BaseModel], content: Any, origin) -> str:
     """The first fault of a validation as one line: file: key = value, what is wrong, what is allowed."""
-    error = fault.errors()[0]
+    errors = fault.errors()
+    # a misspelt key also leaves its right spelling missing: the misspelling says more
+    error = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     location = tuple(part for part in error["loc"])
     key = ".".join(str(part) for part in location)
     where = f"{origin(location)}: {key}" if key else origin(location)

@@ -138,6 +138,14 @@ def test_a_job_config_survives_the_file(tmp_path):
         assert read_config(path, RunConfig) == config
 
 
+def test_a_misspelt_key_of_a_job_is_named_rather_than_called_missing(tmp_path):
+    config = run_configs(load_project(CONFIG, CONFIG / "laptop.yaml"))["chat-large"]
+    path = write_when_changed(tmp_path / "run.yaml", config)
+    path.write_text(path.read_text().replace("seed: 42", "sed: 42"))
+    with pytest.raises(ConfigError, match="sed is not a setting. Did you mean 'seed'"):
+        read_config(path, RunConfig)
+
+
 def test_a_config_file_is_rewritten_only_when_its_content_changes(tmp_path):
     path = write_when_changed(tmp_path / "a.yaml", {"x": 1})
     before = path.stat().st_mtime_ns
