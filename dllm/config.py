@@ -237,6 +237,9 @@ class BenchmarkEntry(Settings):
     filter: str = option("none", "filter of the headline metric")
     also: list[str] = option([], "further metrics to report")
     chance: float = option(0.0, "score of guessing, as a share", ge=0, le=1)
+    reported_chance: float | None = option(
+        None, "score of guessing on the benchmark of the published numbers, if this is a miniature of it", ge=0, le=1
+    )
     documents: int | None = option(None, "score only the first documents of each task", gt=0)
     generation: GenerateSettings = option(GenerateSettings(), "sampler of generative tasks")
     seed: int = option(1234, "seed of few-shot examples and scores")

@@ -202,7 +202,12 @@ def report_plan(project: Project) -> ReportPlan:
             "chat": curves("chat"),
             "results": results,
             "benchmarks": [
-                {"name": name, "label": entry.label, "chance": entry.chance}
+                {
+                    "name": name,
+                    "label": entry.label,
+                    "chance": entry.chance,
+                    "reported_chance": entry.reported_chance,
+                }
                 for name, entry in project.benchmarks.items()
             ],
             "reported": [

@@ -70,6 +70,8 @@ class Benchmark(_Entry):
     label: str
     chance: float | None = Field(default=None, ge=0, le=1)
     """Score of guessing, a fraction; by default what the evaluation file says."""
+    reported_chance: float | None = Field(default=None, ge=0, le=1)
+    """Score of guessing on the benchmark of the published numbers, if ours is a miniature of it; else `chance`."""
     metric: str = ""
     """Metric to show; by default the evaluation's headline metric."""
 

@@ -162,12 +162,12 @@ def reported_table(workdir: Path, plan: ReportPlan) -> Table:
     """The published numbers with their sources; nothing here was measured by us."""
     rows, tidy, notes = [], [], []
     sources = list(dict.fromkeys(row.source for row in plan.reported))
-    chance = {b.name: 100 * b.chance for b in plan.benchmarks if b.chance is not None}
+    chance = {b.name: b.chance if b.reported_chance is None else b.reported_chance for b in plan.benchmarks}
     for row in plan.reported:
         cells = []
         for benchmark in plan.benchmarks:
             value = row.values.get(benchmark.name)
-            odd = value is not None and value < chance.get(benchmark.name, 0) / 2
+            odd = value is not None and value < 100 * (chance[benchmark.name] or 0) / 2
             cells.append(Cell(fixed(value), mark="†" if odd else ""))
             if value is not None:
                 tidy.append({"label": row.label, "benchmark": benchmark.name, "value": value, "source": row.source})

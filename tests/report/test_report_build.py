@@ -151,6 +151,14 @@ def test_a_published_number_far_below_chance_is_flagged(workdir, plan):
     assert flagged == ["gpt2-medium"] and table.note.startswith("† ")
 
 
+def test_a_published_number_is_held_against_the_chance_of_the_benchmark_it_was_published_for(workdir, plan):
+    everything = plan.model_dump()
+    for benchmark in everything["benchmarks"]:
+        benchmark |= {"chance": 0.9, "reported_chance": 0.0}  # miniatures that are easily guessed
+    table = make_tables(workdir, ReportPlan.model_validate(everything))["reported"]
+    assert not any(cell.mark for row in table.rows for cell in row)
+
+
 def test_a_toy_run_says_so_on_the_page_in_its_tables_and_in_its_figures(workdir, built):
     build_all(workdir, ReportPlan.model_validate(plan_dict(toy=True)))
     page = (workdir / "report/index.html").read_text()
