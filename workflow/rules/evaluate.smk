@@ -25,10 +25,12 @@ rule evaluate:
         runtime=lambda wildcards: PROJECT.evaluations[
             wildcards.row
         ].resources.runtime_minutes,
+    params:
+        offline=lambda wildcards: int(
+            PROJECT.benchmarks[wildcards.benchmark].dataset is not None
+        ),
     message:
         "Evaluate {wildcards.row} on {wildcards.benchmark}."
-    params:
-        offline=lambda wildcards: int(PROJECT.benchmarks[wildcards.benchmark].dataset is not None),
     shell:
         "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} dllm evaluate {input.config:q} &> {log:q}"
 
