@@ -10,14 +10,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dllm.provenance import write_atomically
 
 CONFIG_FILES = ("models", "datasets", "experiments", "benchmarks", "reported")
 
@@ -806,12 +806,7 @@ def write_when_changed(path: str | Path, settings: BaseModel | dict) -> Path:
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=118)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_atomically(path, text)
     return path
 
 

@@ -13,7 +13,7 @@ from dllm.chat.settings import SampleConfig, SpeedConfig
 from dllm.config import (
     Project,
     Resources,
-    Settings,
+    RunEntry,
     download_configs,
     download_name,
     prepare_configs,
@@ -221,9 +221,9 @@ def report_plan(project: Project) -> ReportPlan:
     )
 
 
-def launcher(settings: Settings, relative: str) -> str:
+def launcher(run: RunEntry, relative: str) -> str:
     """Path, from the work directory, of the accelerate configuration of a run."""
-    return f"{relative}/config/accelerate/{settings.launch}.yaml"
+    return f"{relative}/config/accelerate/{run.launch}.yaml"
 
 
 def gpus(resources: Resources) -> int:

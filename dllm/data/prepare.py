@@ -15,7 +15,7 @@ from pathlib import Path
 from dllm.config import PrepareConfig, digest
 from dllm.data.convert import batched, messages_of, split_rows, text_of
 from dllm.data.tokens import TokenWriter
-from dllm.models.tokenizers import load_tokenizer
+from dllm.models.tokenizers import chat_text, load_tokenizer
 from dllm.provenance import read_record, replace_directory, write_record
 
 
@@ -63,7 +63,7 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
 
 
 def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
-    """Concatenate and cut; returns the number of tokens dropped at the tail as 0 rows."""
+    """Concatenate and cut; returns how many rows were dropped, as its twin for conversations does: none ever is."""
     end = [tokenizer.eos_token_id] if part.entry.append_eos else []
     carry: list[int] = []
     for chunk in batched(list(numbers)):
@@ -85,8 +85,8 @@ def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, 
         dropped += len(chunk) - len(conversations)
         if not conversations:
             continue
-        prompts = [_template(tokenizer, m[:-1], add_generation_prompt=True) for m in conversations]
-        whole = [_template(tokenizer, m, add_generation_prompt=False) for m in conversations]
+        prompts = [chat_text(tokenizer, m[:-1], add_generation_prompt=True) for m in conversations]
+        whole = [chat_text(tokenizer, m, add_generation_prompt=False) for m in conversations]
         for prompt, text in zip(prompts, whole, strict=True):
             if not text.startswith(prompt):
                 raise ValueError(f"{part.name}: the chat template does not continue its own generation prompt")
@@ -110,7 +110,3 @@ def _conversations(part, rows, numbers: list[int]) -> list[list[dict]]:
             if not part.entry.drop_unusable:
                 raise ValueError(f"{fault}; or set drop_unusable: true in the entry of {part.name!r}") from None
     return conversations
-
-
-def _template(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)

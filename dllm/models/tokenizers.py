@@ -66,10 +66,14 @@ def check_messages(messages: list[dict], where: str = "messages") -> None:
             raise ValueError(f"{where}[{index}].role = 'system'; only the first turn may be the system's")
 
 
+def chat_text(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
+    """A conversation in the tokenizer's chat template: what training tokenizes and what a prompt is made of."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
 def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
     """Token ids of a conversation in the chat template, without CLS or SEP: what training sees and chat sends."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return encode_text(tokenizer, text)
+    return encode_text(tokenizer, chat_text(tokenizer, messages, add_generation_prompt=add_generation_prompt))
 
 
 def encode_text(tokenizer, text: str) -> list[int]:

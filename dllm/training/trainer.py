@@ -21,7 +21,6 @@ from pickle import UnpicklingError
 
 import numpy
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
@@ -31,7 +30,7 @@ from torch import nn
 from dllm import provenance
 from dllm.algorithms import algorithm_class
 from dllm.algorithms.base import Algorithm
-from dllm.config import RunConfig, digest, read_yaml
+from dllm.config import RunConfig, digest, read_yaml, write_when_changed
 from dllm.core.batch import evaluation_noise, row_noise
 from dllm.core.losses import denominator
 from dllm.data.collate import ResponseEnd, collate, epoch_batches, row_widths, target_counts
@@ -535,7 +534,7 @@ def _finish(run: _Run, target: Path, workdir: Path) -> None:
         "chat_template": entry.chat_template,
     }
     (scratch / "model" / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-    (scratch / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_when_changed(scratch / "config.yaml", config)
     shutil.copy2(run.state.path / "metrics.jsonl", scratch / "metrics.jsonl")
     inputs = {path: provenance.read_record(workdir / f"{path}.json")["digest"] for path in input_paths(config)}
     facts = provenance.collect(

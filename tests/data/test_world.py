@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dllm.config import load_project
 from dllm.data import world as pocket
 from dllm.data.world.benchmarks import CHANCE
 from dllm.data.world.entities import ANIMALS, MEN, TOWNS, WOMEN, make_world
@@ -363,3 +364,25 @@ def test_training_prompts_are_those_of_the_real_task_definitions(directory, task
     assert mmlu_prompt(row["question"], row["choices"]) in prompts("mmlu_mini")
     descriptions = [task.config.description.strip() for task in tasks["mmlu_mini"].values()]
     assert mmlu_description(row["subject"]) in descriptions
+
+
+def test_the_chance_of_free_answers_in_the_laptop_configuration_is_the_best_constant_answer(directory):
+    """The configuration states it as a number; this computes it from the documents of the configured world."""
+    root = Path(__file__).parents[2]
+    project = load_project(root / "config", root / "config" / "laptop.yaml")
+    assert project.world_seed == SEED
+    bbh = ("boolean_expressions", "navigate", "object_counting")
+    math = ("algebra", "prealgebra", "num_theory")
+    answers = {
+        "lambada": [[row["text"].rsplit(" ", 1)[1] for row in benchmark(directory, "lambada/test.jsonl")]],
+        "gsm8k": [[row["answer"].split("####")[1] for row in benchmark(directory, "gsm8k/test.jsonl")]],
+        "bbh": [[row["target"] for row in benchmark(directory, f"bbh/{task}.jsonl")] for task in bbh],
+        "math": [[boxed(row["solution"]) for row in benchmark(directory, f"math/{task}/test.jsonl")] for task in math],
+    }
+    for name, tasks in answers.items():
+        right = sum(Counter(task).most_common(1)[0][1] for task in tasks)
+        assert project.benchmarks[name].chance == pytest.approx(right / sum(map(len, tasks)), abs=0.005), name
+
+
+def boxed(solution: str) -> str:
+    return re.search(r"boxed\{(.*?)\}", solution)[1]
