@@ -25,6 +25,7 @@ from lm_eval.api.model import LM
 
 from dllm.config import GenerateSettings, LikelihoodSettings, Scorer
 from dllm.evaluation.store import Answer
+from dllm.models.tokenizers import chat_text
 
 SpecialTokens = Literal["exact", "reference-v0", "reference-v0.1"]
 
@@ -103,13 +104,12 @@ def bf16(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.bfloat16))
 
 
-def chat_text(tokenizer, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def prompt_text(tokenizer, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
     """A conversation in the tokenizer's own template, exactly as in training; open at its end for a begun answer."""
+    if add_generation_prompt:
+        return chat_text(tokenizer, turns, add_generation_prompt=True)
     return tokenizer.apply_chat_template(
-        turns,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=not add_generation_prompt,
+        turns, tokenize=False, add_generation_prompt=False, continue_final_message=True
     )
 
 
@@ -150,7 +150,7 @@ class DiffusionAdapter(LM):
         return str(self.tokenizer.name_or_path)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return chat_text(self.tokenizer, chat_history, add_generation_prompt)
+        return prompt_text(self.tokenizer, chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [tuple(answer["answer"]) for answer in self.answers("loglikelihood", requests)]

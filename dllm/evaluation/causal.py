@@ -8,7 +8,7 @@ from functools import cached_property
 from lm_eval.api.instance import Instance
 
 from dllm.config import GenerateSettings
-from dllm.evaluation.adapter import chat_text
+from dllm.evaluation.adapter import prompt_text
 from dllm.evaluation.store import Answer
 
 
@@ -29,7 +29,7 @@ class CausalAnswerer:
         return str(self.tokenizer.name_or_path)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return chat_text(self.tokenizer, chat_history, add_generation_prompt)
+        return prompt_text(self.tokenizer, chat_history, add_generation_prompt)
 
     def variant(self, kind: str, request: Instance) -> str:
         return ""
