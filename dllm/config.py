@@ -48,17 +48,77 @@ class GenerateSettings(Settings):
         "whether the model sees the masks right of the active block; `auto` hides them from a model whose responses "
         "were trained to end at a block boundary",
     )
-    reveal_rule: Literal["confidence", "entropy", "margin", "random", "threshold"] = option(
-        "confidence", "which masked positions are revealed first"
+    reveal_rule: Literal["confidence", "entropy", "margin", "random", "threshold", "factor", "entropy_bound"] = option(
+        "confidence",
+        "which masked positions are revealed first; the last three reveal all that are sure enough, in fewer passes",
     )
     threshold: float = option(0.9, "reveal everything at least this probable (rule `threshold`)", ge=0, le=1)
+    factor: float = option(1.0, "reveal the n surest if the n-th is above 1 - factor / (n + 1) (rule `factor`)", gt=0)
+    entropy_bound: float = option(
+        0.1, "reveal the surest while their entropies but the largest sum to this, in nats (`entropy_bound`)", ge=0
+    )
     temperature: float = option(0.0, "0 takes the most probable token", ge=0)
     top_p: float = option(1.0, "draw from the smallest set of tokens with this probability", gt=0, le=1)
     guidance: float = option(0.0, "classifier-free guidance scale; 0 is off", ge=0)
     seed: int = option(0, "seed of the token draws; a row's draws depend on this and on its prompt only")
     stop: list[str] = option([], "strings that end an answer")
     early_stop: bool = option(True, "stop a row when its end is revealed and nothing left of it is masked")
-    batch_size: int = option(32, "rows denoised together; it does not change a row's result", gt=0)
+    batch_size: int = option(32, "most rows denoised together; it does not change a row's result", gt=0)
+    batch_tokens: int = option(
+        16384, "most tokens of the rows denoised together; it does not change a row's result", gt=0
+    )
+    reuse: Literal["none", "prefix", "dual"] = option(
+        "none",
+        "approximation: between refreshes keep what was computed left of the active block (`prefix`), or on both sides "
+        "of it (`dual`)",
+    )
+    refresh: int | None = option(None, "passes from one refresh of `reuse` to the next; none: once per block", gt=0)
+
+    @model_validator(mode="after")
+    def one_kind_of_approximation(self) -> GenerateSettings:
+        if self.reuse != "none" and self.guidance:
+            raise ValueError(
+                f"reuse = {self.reuse!r} does not go together with guidance = {self.guidance:g}; set one of them to "
+                "its default (none, 0)"
+            )
+        if self.refresh is not None and self.reuse == "none":
+            raise ValueError(f"refresh = {self.refresh} needs something to refresh; set reuse to prefix or dual")
+        return self
+
+
+DECODING_OPTIONS: dict[str, dict[str, Any]] = {
+    "threshold 0.9": {"reveal_rule": "threshold", "threshold": 0.9},
+    "factor 1": {"reveal_rule": "factor", "factor": 1.0},
+    "entropy bound 0.1": {"reveal_rule": "entropy_bound", "entropy_bound": 0.1},
+    "prefix reuse": {"reuse": "prefix"},
+    "dual reuse": {"reuse": "dual"},
+}
+"""Faster ways to decode, by name: what each changes of a sampler."""
+
+
+def overlaid(generation: GenerateSettings, changes: dict[str, Any]) -> GenerateSettings:
+    """A sampler with some settings changed. Raises ValueError, one line, for a name or a value that is none."""
+    try:
+        return GenerateSettings.model_validate(generation.model_dump() | changes)
+    except ValidationError as fault:
+        error = fault.errors()[0]
+        name = str(error["loc"][0]) if error["loc"] else ""
+        if error["type"] == "extra_forbidden":
+            raise ValueError(
+                f"{name} is not a setting. {did_you_mean(name, list(GenerateSettings.model_fields))}"
+            ) from None
+        message = error["msg"].removeprefix("Value error, ")
+        value = f"{name} = {error['input']!r}: " if name else ""
+        raise ValueError(value + message[:1].lower() + message[1:]) from None
+
+
+def checked_options(options: dict[str, dict[str, Any]], generation: GenerateSettings) -> None:
+    """Raise ValueError, one line that names the option, unless each is an overlay of the sampler."""
+    for name, changes in options.items():
+        try:
+            overlaid(generation, changes)
+        except ValueError as fault:
+            raise ValueError(f"options[{name!r}]: {fault}") from None
 
 
 class LikelihoodSettings(Settings):
@@ -67,11 +127,42 @@ class LikelihoodSettings(Settings):
     estimator: Literal["auto", "exact", "enumerate", "chain", "cover", "mc"] = option(
         "auto", "`mc` is the published one; `auto` picks the exact or least noisy one for the target's length"
     )
-    budget: int = option(64, "most forward passes per request under `auto`", gt=0)
+    budget: int = option(
+        64, "most forward passes per target (or block of it) of `auto`, `chain` and `cover`; at least 3", gt=0
+    )
+    block_size: int | None = option(
+        None,
+        "score a target in blocks of so many tokens, each given the clean text before it (the bound of a decoder that "
+        "finishes block after block); none: as a whole",
+        gt=0,
+    )
     mc_draws: int = option(128, "draws of the `mc` estimator", gt=0)
     mc_batch: int = option(32, "draws per batch of the `mc` estimator; its mask counts are spread over a batch", gt=0)
     seed: int = option(0, "seed of masks and orders")
     batch_tokens: int = option(16384, "tokens per forward batch; it does not change a score", gt=0)
+
+
+class EditSettings(Settings):
+    """How Edit Flows is trained (arXiv:2506.09018): the starts it learns to edit, and when edits are made."""
+
+    schedule: Literal["cubic", "linear"] = option("cubic", "share of edits made by time t: t^3 or t")
+    starts: list[Literal["empty", "masked", "noisy"]] = option(
+        ["empty"], "what a text is edited from, drawn per sample: nothing, masks, or the text with faults", min_length=1
+    )
+    masks: int = option(32, "most masks of a masked start; their number is drawn from 1 up to it", gt=0)
+    fault_share: float = option(0.5, "most faulty tokens of a noisy start, as a share", gt=0, le=1)
+    time_ceiling: float = option(0.999, "largest time; the weight of the loss is infinite at 1", gt=0, lt=1)
+    adapter_rank: int = option(64, "inner size of the adapters in front of the shared LM head", gt=0)
+
+
+class EditSampling(Settings):
+    """How Edit Flows samples, beside the steps, temperature, top_p, guidance, seed and length of GenerateSettings."""
+
+    masks: Literal["auto", "drop", "keep"] = option(
+        "auto", "masks of the canvas: start without them, or edit them; `auto` keeps them if training had such starts"
+    )
+    reverse: float = option(0.0, "each step goes so much further, as a share, and back again (a corrector)", ge=0)
+    finish: int = option(8, "most passes at the end for edits that are then more likely missing than not", ge=0)
 
 
 class OptimizerSettings(Settings):
@@ -118,13 +209,14 @@ class Scorer(Settings):
 
 
 class Resources(Settings):
-    """What a cluster job asks for."""
+    """What a cluster job asks for; what is left out is predicted by `dllm plan`."""
 
     nodes: int = option(1, "machines", gt=0)
     gpus_per_node: int = option(0, "accelerators per machine", ge=0)
     cpus_per_task: int = option(1, "cores per process group", gt=0)
-    memory_gib: int = option(8, "memory per machine", gt=0)
-    runtime_minutes: int = option(60, "time limit", gt=0)
+    memory_gib: int | None = option(None, "memory per machine; none means as predicted", gt=0)
+    runtime_minutes: int | None = option(None, "time limit; none means as predicted", gt=0)
+    disk_gib: int | None = option(None, "disk the job writes; none means as predicted", gt=0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,6 +224,28 @@ class Resources(Settings):
 
 NAME = re.compile(r"^[a-z0-9]+([.-][a-z0-9]+)*$")
 REVISION = re.compile(r"^[0-9a-f]{40}$")
+
+
+HARDWARE = ("h200", "h100", "a100-80gb", "a100-40gb", "rtx-4090", "cpu")
+"""Names of what `dllm plan` can plan for; the figures are in `dllm.planning.hardware`."""
+
+
+class Shape(Settings):
+    """Sizes of a published architecture, as its config.json states them: known before the weights are fetched."""
+
+    model_type: str = option(..., "architecture, as transformers names it")
+    layers: int = option(..., "layers", gt=0)
+    width: int = option(..., "size of the hidden states", gt=0)
+    heads: int = option(..., "attention heads", gt=0)
+    kv_heads: int | None = option(None, "heads of keys and values; none means as many", gt=0)
+    head_width: int | None = option(None, "size of a head; none means width / heads", gt=0)
+    intermediate: int = option(..., "inner size of the feed-forward part", gt=0)
+    vocabulary: int = option(..., "rows of the embedding", gt=0)
+    positions: int = option(..., "longest row, in tokens", gt=0)
+    token_types: int = option(0, "kinds of segments with an embedding of their own", ge=0)
+    window: int | None = option(None, "positions that a local layer sees", gt=0)
+    global_every: int = option(1, "every so many layers one sees all positions; the others are local", gt=0)
+    tied: bool = option(True, "the embedding is the output matrix too")
 
 
 class ModelEntry(Settings):
@@ -144,11 +258,15 @@ class ModelEntry(Settings):
     tokenizer: str | None = option(None, "dataset that brings the tokenizer of a new model")
     family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
     prediction: Literal["in_place", "next"] = option("in_place", "whether position i scores token i or token i + 1")
-    mask_token: str = option("[MASK]", "token that stands for a masked position")
+    mask_token: str = option(
+        "[MASK]", "token that stands for a masked position; a decoder whose tokenizer has none is given it"
+    )
     end_token: str = option("[PAD]", "end of text, padding and start in one")
     end_of_turn: str = option("[/Answer]", "string that ends an answer")
     chat_template: Literal["bert", "own"] = option("bert", "our plain-text template, or the tokenizer's own")
-    parameters: int | None = option(None, "number of parameters, for planning", gt=0)
+    # for planning only, and so no part of what a job is told: a better estimate reruns nothing
+    parameters: int | None = option(None, "number of parameters, for planning", gt=0, exclude=True)
+    shape: Shape | None = option(None, "sizes of a hub model, for planning", exclude=True)
 
     @model_validator(mode="after")
     def one_source(self) -> ModelEntry:
@@ -181,6 +299,13 @@ class DatasetEntry(Settings):
     drop_unusable: bool = option(False, "drop rows without messages or with an empty turn, counted, and do not stop")
     rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
     licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
+    # for planning only, until the set is prepared and counted
+    documents: int | None = option(None, "rows of the train split, about, for planning", gt=0, exclude=True)
+    tokens: int | None = option(None, "tokens of the train split, about, for planning", gt=0, exclude=True)
+    test_documents: int | None = option(None, "rows of its own test split, for planning", gt=0, exclude=True)
+    target_share: float | None = option(
+        None, "share of a conversation's tokens in its last answer, for planning", gt=0, le=1, exclude=True
+    )
 
     @model_validator(mode="after")
     def one_source(self) -> DatasetEntry:
@@ -208,6 +333,13 @@ class RunEntry(Settings):
     stop_after: int | None = option(None, "stop here although the schedule is laid out for all steps", gt=0)
     global_batch_size: int = option(512, "rows per optimiser step, whatever the number of devices", gt=0)
     micro_batch_size: int = option(64, "most rows per device and forward pass", gt=0)
+    micro_batch_tokens: int | None = option(
+        None, "most tokens per device and forward pass; not used where the denominator is `micro_batch`", gt=0
+    )
+    layout: Literal["packed", "padded"] = option("packed", "rows laid end to end, or padded to the longest")
+    head_chunk: int | None = option(None, "targets whose logits are held at a time; none means all", gt=0)
+    activation_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory")
+    compile: bool = option(False, "torch.compile of the backbone")
     optimizer: OptimizerSettings = option(OptimizerSettings(), "optimiser and schedule")
     seed: int = option(42, "seed of order and noise")
     mlm_share: float = option(0.3, "share of tokens masked by `mlm`", gt=0, lt=1)
@@ -221,7 +353,28 @@ class RunEntry(Settings):
     def one_budget(self) -> RunEntry:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("needs exactly one of `epochs` and `steps`")
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.length:
+            raise ValueError(too_few_tokens(self.micro_batch_tokens, self.length))
         return self
+
+
+def too_few_tokens(micro_batch_tokens: int, length: int) -> str:
+    """The line for a token budget that the longest row does not fit."""
+    return (
+        f"micro_batch_tokens = {micro_batch_tokens} is smaller than the longest row, length = {length}; "
+        f"allowed: {length} and up; raise it or lower length"
+    )
+
+
+class BenchmarkSize(Settings):
+    """What a benchmark asks, about, for planning."""
+
+    documents: int = option(..., "questions", gt=0)
+    choices: int = option(0, "answers scored per question; 0 means a free answer is generated", ge=0)
+    prompt_tokens: int = option(..., "mean prompt, examples included", gt=0)
+    answer_tokens: int = option(1, "mean length of a scored answer", gt=0)
+    one_prompt: bool = option(True, "whether the answers of a question continue the same prompt")
+    greedy: bool = option(False, "whether it is also asked if the answer is the greedy one")
 
 
 class BenchmarkEntry(Settings):
@@ -243,6 +396,7 @@ class BenchmarkEntry(Settings):
     documents: int | None = option(None, "score only the first documents of each task", gt=0)
     generation: GenerateSettings = option(GenerateSettings(), "sampler of generative tasks")
     seed: int = option(1234, "seed of few-shot examples and scores")
+    size: BenchmarkSize | None = option(None, "what it asks, for planning")
 
 
 class EvaluationEntry(Settings):
@@ -270,6 +424,14 @@ class SpeedEntry(Settings):
     documents: int = option(64, "questions asked", gt=0)
     steps: list[int] = option(..., "numbers of steps to compare", min_length=2)
     generation: GenerateSettings = option(GenerateSettings(), "sampler")
+    options: dict[str, dict[str, Any]] = option(
+        DECODING_OPTIONS, "faster decoding to compare with the exact one: name -> what it changes of `generation`"
+    )
+
+    @model_validator(mode="after")
+    def known_options(self) -> SpeedEntry:
+        checked_options(self.options, self.generation)
+        return self
 
 
 class SampleEntry(Settings):
@@ -313,6 +475,8 @@ class Project(Settings):
 
     workdir: str = option(..., "where everything of this configuration is written")
     world_seed: int = option(0, "seed of the synthetic world")
+    hardware: Literal[HARDWARE] = option("cpu", "what the plan assumes of a GPU job (`cpu`: of every job)")
+    utilisation: float | None = option(None, "share of the hardware's peak that training reaches", gt=0, le=1)
     models: dict[str, ModelEntry] = option(..., "backbones")
     datasets: dict[str, DatasetEntry] = option(..., "datasets")
     recipes: dict[str, Recipe] = option(..., "training recipes")
@@ -390,6 +554,11 @@ class RunConfig(Settings):
     evaluations: int
     eval_rows: int | None
     eval_draws: int
+    micro_batch_tokens: int | None = None
+    layout: Literal["packed", "padded"] = "packed"
+    head_chunk: int | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------------------

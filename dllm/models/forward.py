@@ -6,15 +6,41 @@ every backbone, the logits returned for position i score token i.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, gelu, linear
 
-HEADS = {
-    "bert": lambda model, rows: model.cls(rows),
-    "roberta": lambda model, rows: model.lm_head(rows),
-    "modernbert": lambda model, rows: model.decoder(model.head(rows)),
+from dllm.core.packing import Layout, layout_of
+from dllm.models.attention import KeyValues, Rows, choose
+
+HEADS: dict[str, Callable] = {
+    "bert": lambda model: (model.cls.predictions.transform, model.cls.predictions.decoder),
+    "deberta-v2": lambda model: (model.cls.predictions.transform, model.cls.predictions.decoder),
+    "distilbert": lambda model: (
+        lambda rows: model.vocab_layer_norm(model.activation(model.vocab_transform(rows))),
+        model.vocab_projector,
+    ),
+    "modernbert": lambda model: (model.head, model.decoder),
+    "roberta": lambda model: (
+        lambda rows: model.lm_head.layer_norm(gelu(model.lm_head.dense(rows))),
+        model.lm_head.decoder,
+    ),
 }
-"""LM head of masked-LM classes whose head is more than a linear layer: model type -> (model, rows [N, D]) -> [N, V]."""
+"""LM head of masked-LM classes whose head is more than a linear layer: model type -> model -> (what comes before the
+last linear layer, that layer)."""
+
+COUNTS_FROM_PADDING = {"roberta"}
+"""Model types that count positions from pad_token_id + 1, over tokens that are not their padding token, which is our
+EOS and may stand inside a row; they are told the positions."""
+
+PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def hidden_states(model: nn.Module, tokens: Tensor, attention: Tensor | None = None) -> Tensor:
@@ -22,34 +48,50 @@ def hidden_states(model: nn.Module, tokens: Tensor, attention: Tensor | None = N
 
     Padding may only stand on the right, so that positions count from the row's start.
     """
-    if hasattr(model, "dllm_hidden"):
-        return model.dllm_hidden(tokens, attention)
     inner = _unwrapped(model)
-    mask = None if attention is None or bool(attention.all()) else attention.long()
-    positions = {}
-    if inner.config.model_type == "roberta":
-        # it counts positions over tokens that are not its padding token, which is our EOS and may stand inside a row
-        first = inner.config.pad_token_id + 1
-        positions["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
-    base = getattr(inner, inner.base_model_prefix)
-    return base(input_ids=tokens, attention_mask=mask, **positions).last_hidden_state
+    if hasattr(inner, "dllm_hidden"):
+        return inner.dllm_hidden(tokens, attention)
+    mask = None if attention is None or bool(attention.all()) else attention
+    return _padded_forward(inner, mask, input_ids=tokens)
+
+
+def packed_hidden(
+    model: nn.Module, tokens: Tensor, layout: Layout, *, cache: KeyValues | None = None, part: Layout | None = None
+) -> Tensor:
+    """Last hidden states [T, D] of the real tokens of `tokens` [B, L], laid end to end, at no cost for padding.
+
+    cache: keep every layer's keys and values; part (`core.packing.part_of`): compute these positions only, and attend
+    to the others as the cache holds them; the result is then in the part's order. The rest of `tokens` is not read.
+    A class that cannot be packed (it does not use transformers' attention interface, or mixes tokens in another way;
+    found once by comparing numbers) takes the padded forward instead, whole, as if the cache were always fresh.
+
+    Raises ValueError if tokens and layout disagree, for a part without a cache, or for one the cache cannot complete.
+    """
+    if tokens.shape != (layout.rows, layout.width):
+        raise ValueError(f"tokens {list(tokens.shape)} are not the {layout.rows} rows x {layout.width} of the layout")
+    if part is not None and cache is None:
+        raise ValueError("part without cache: the other positions are known to nobody; pass the cache that holds them")
+    part = part or layout
+    inner = _unwrapped(model)
+    toy = hasattr(inner, "dllm_hidden")
+    if not toy and packs(inner):
+        return _packed_forward(inner, Rows(layout, part, cache), input_ids=part.pack(tokens)[None])
+    attention = torch.arange(layout.width, device=tokens.device) < layout.offsets.diff()[:, None]
+    if toy:
+        return part.pack(inner.dllm_hidden(tokens, attention))
+    full = min(layout.lengths) == layout.width
+    return part.pack(_padded_forward(inner, None if full else attention, input_ids=tokens))
 
 
 def head_logits(model: nn.Module, rows: Tensor) -> Tensor:
     """Logits [N, V] of hidden rows [N, D]."""
-    if hasattr(model, "dllm_logits"):
-        return model.dllm_logits(rows)
     inner = _unwrapped(model)
-    head = HEADS.get(inner.config.model_type)
-    if head is not None:
-        return head(inner, rows)
-    linear = inner.get_output_embeddings()
-    if linear is None:
-        raise ValueError(
-            f"model_type = {inner.config.model_type!r} has no known LM head; allowed: {', '.join(sorted(HEADS))} or a "
-            "class whose head is its output embedding; add a line to dllm.models.forward.HEADS"
-        )
-    return linear(rows)
+    if hasattr(inner, "dllm_logits"):
+        return inner.dllm_logits(rows)
+    transform, last = _head(inner)
+    cap = _cap(inner)
+    logits = last(transform(rows))
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def logits_at(model: nn.Module, hidden: Tensor, where: Tensor, prediction: str = "in_place") -> Tensor:
@@ -64,20 +106,264 @@ def logits_at(model: nn.Module, hidden: Tensor, where: Tensor, prediction: str =
     return head_logits(model, hidden[row, position]).float()
 
 
+def packed_logits(
+    model: nn.Module, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor, prediction: str = "in_place"
+) -> Tensor:
+    """fp32 logits [N, V] that score the tokens at `position` [N] of `row` [N], of packed hidden states [T, D]."""
+    return head_logits(model, hidden.index_select(0, _place(layout, row, position, prediction))).float()
+
+
+def target_nll(
+    model: nn.Module,
+    hidden: Tensor,
+    layout: Layout,
+    row: Tensor,
+    position: Tensor,
+    targets: Tensor,
+    prediction: str = "in_place",
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """-log p [N], fp32 nats, of `targets` [N] at `position` [N] of `row` [N], from packed hidden states [T, D].
+
+    chunk: at most so many rows of logits exist at a time, in the forward and in the backward, which computes them once
+    more; the numbers are the same. It saves memory, not time: take it when logits [N, V] do not fit.
+    """
+    inner = _unwrapped(model)
+    if hasattr(inner, "dllm_logits"):
+        logits = packed_logits(inner, hidden, layout, row, position, prediction)
+        return cross_entropy(logits, targets, reduction="none")
+    if chunk is None:
+        logits = head_logits(inner, hidden.index_select(0, _place(layout, row, position, prediction)))
+        return _KeptNll.apply(logits, targets)
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk} must be at least 1 row of logits; leave it out to compute all at once")
+    transform, last = _head(inner)
+    rows = transform(hidden.index_select(0, _place(layout, row, position, prediction)))
+    return _ChunkedNll.apply(rows, last.weight, last.bias, targets, chunk, _cap(inner))
+
+
+class _KeptNll(torch.autograd.Function):
+    """Cross-entropy [N], fp32, of logits [N, V] that are kept in their own precision, and nothing else of their size.
+
+    The stock operator keeps fp32 log-probabilities, fills a gradient with zeros and converts it: most of the time of
+    the head in bf16. Here a few rows at a time go through fp32, few enough on a CPU to stay in its cache.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor):
+        top, rest = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+        for here in _KeptNll.slices(logits):
+            part = logits[here].float()
+            top[here] = part.amax(-1)
+            rest[here] = (part - top[here, None]).exp_().sum(-1).log_()
+        ctx.save_for_backward(logits, targets, top + rest)
+        return rest + (top - logits.gather(1, targets[:, None])[:, 0].float())
+
+    @staticmethod
+    def slices(logits: Tensor) -> list[slice]:
+        height = max(1, (1 << 19 if logits.device.type == "cpu" else 1 << 27) // logits.shape[1])
+        return [slice(low, low + height) for low in range(0, len(logits), height)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        logits, targets, normaliser = ctx.saved_tensors
+        of_logits = torch.empty_like(logits)
+        for here in _KeptNll.slices(logits):
+            change = (logits[here] - normaliser[here, None]).exp_()
+            change.scatter_add_(1, targets[here, None], change.new_full((len(change), 1), -1.0))
+            of_logits[here] = change.mul_(upstream[here, None])
+        return of_logits, None
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Cross-entropy of a linear layer, a chunk of rows at a time, without keeping logits.
+
+    The weight's gradient needs the gradient of every row's nll, which only the backward knows: so the logits are made
+    again there, a third more work in the head than keeping them. It is summed in fp32. A fused kernel (Liger, cut
+    cross-entropy) would replace this where it is faster on the device at hand and passes the same tests, nll per row
+    and all gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int, cap: float | None):
+        kind = rows.device.type
+        ctx.compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        ctx.chunk, ctx.cap = chunk, cap
+        normaliser = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        chosen = torch.empty_like(normaliser)
+        with torch.autocast(kind, enabled=False):
+            matrix, shift = _ChunkedNll.layer(ctx, weight, bias)
+            for low in range(0, len(rows), chunk):
+                here = slice(low, low + chunk)
+                logits = _ChunkedNll.logits(ctx, rows[here], matrix, shift)
+                normaliser[here] = logits.logsumexp(-1)
+                chosen[here] = logits.gather(1, targets[here, None])[:, 0]
+        ctx.save_for_backward(rows, weight, bias, targets, normaliser)
+        return normaliser - chosen
+
+    @staticmethod
+    def layer(ctx, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
+
+    @staticmethod
+    def logits(ctx, rows: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
+        logits = linear(rows.to(ctx.compute), matrix, shift).float()
+        return logits if ctx.cap is None else ctx.cap * torch.tanh(logits / ctx.cap)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        rows, weight, bias, targets, normaliser = ctx.saved_tensors
+        need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
+        of_rows = torch.empty_like(rows) if need_rows else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        with torch.autocast(rows.device.type, enabled=False):
+            matrix, shift = _ChunkedNll.layer(ctx, weight, bias)
+            for low in range(0, len(rows), ctx.chunk):
+                here = slice(low, low + ctx.chunk)
+                logits = _ChunkedNll.logits(ctx, rows[here], matrix, shift)
+                slope = None if ctx.cap is None else 1 - (logits / ctx.cap) ** 2
+                change, aim = logits.sub_(normaliser[here, None]).exp_(), targets[here, None]
+                change.scatter_(1, aim, change.gather(1, aim) - 1)
+                change *= upstream[here, None] if slope is None else upstream[here, None] * slope
+                if need_bias:
+                    of_bias += change.sum(0)
+                change = change.to(ctx.compute)
+                if need_rows:
+                    of_rows[here] = change @ matrix
+                if need_weight and ctx.compute == torch.float32:
+                    of_weight.addmm_(change.T, rows[here].float())
+                elif need_weight:
+                    of_weight += change.T @ rows[here].to(ctx.compute)
+        of_weight = of_weight.to(weight.dtype) if need_weight else None
+        of_bias = of_bias.to(bias.dtype) if need_bias else None
+        return of_rows, of_weight, of_bias, None, None, None
+
+
 class Scores(nn.Module):
-    """A backbone whose `forward` returns logits at chosen positions.
+    """A backbone whose `forward` returns the nll of targets at chosen positions.
 
     Wrappers such as DistributedDataParallel only see what goes through `forward`, so training calls this and
     everything else calls the functions above.
     """
 
-    def __init__(self, model: nn.Module, prediction: str = "in_place"):
+    def __init__(self, model: nn.Module, prediction: str = "in_place", chunk: int | None = None):
         super().__init__()
         self.model = model
         self.prediction = prediction
+        self.chunk = chunk
 
-    def forward(self, tokens: Tensor, attention: Tensor | None, where: Tensor) -> Tensor:
-        return logits_at(self.model, hidden_states(self.model, tokens, attention), where, self.prediction)
+    def forward(self, tokens: Tensor, layout: Layout, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
+        hidden = packed_hidden(self.model, tokens, layout)
+        return target_nll(self.model, hidden, layout, row, position, targets, self.prediction, chunk=self.chunk)
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether a model's forward can be packed; switches it to our attention the first time it is asked.
+
+    Its class must take positions and call transformers' attention interface, and a packed forward must give the numbers
+    of the padded one: the comparison, on rows longer than a narrow sliding window, is made once per model.
+    """
+    inner = _unwrapped(model)
+    if inner not in _packs:
+        base = _base(inner)
+        takes = set(inspect.signature(base.forward).parameters)
+        fits = set(getattr(inner.config, "layer_types", None) or ()) <= PACKABLE_LAYERS
+        fits = fits and {"position_ids", "inputs_embeds", "attention_mask"} <= takes
+        _packs[inner] = fits and choose(inner) and _packed_equals_padded(inner)
+    return _packs[inner]
+
+
+@torch.no_grad()
+def _packed_equals_padded(inner: nn.Module) -> bool:
+    embedding, parameter = inner.get_input_embeddings(), next(inner.parameters())
+    if parameter.is_meta or not isinstance(getattr(embedding, "embedding_dim", None), int):
+        return False
+    window = getattr(inner.config, "sliding_window", None) or 0
+    lengths = (3, window + 3 if window <= 128 else 7)
+    layout = layout_of(lengths, device=parameter.device)
+    generator = torch.Generator().manual_seed(0)
+    # embedded rows rather than tokens: hooks on the embedding, which expect the caller's batch, stay out of it
+    embedded = torch.randn(2, layout.width, embedding.embedding_dim, generator=generator)
+    embedded = embedded.to(parameter.device, parameter.dtype)
+    attention = (
+        torch.arange(layout.width, device=parameter.device) < torch.tensor(lengths).to(parameter.device)[:, None]
+    )
+    training = [module for module in inner.modules() if module.training]
+    inner.eval()
+    try:
+        with torch.autocast(parameter.device.type, enabled=False):
+            padded = layout.pack(_padded_forward(inner, attention, inputs_embeds=embedded)).float()
+            packed = _packed_forward(inner, Rows(layout, layout), inputs_embeds=layout.pack(embedded)[None]).float()
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        return False  # it does not take the arguments of a packed forward, or their shapes
+    finally:
+        for module in training:
+            module.training = True
+    tolerance = 5e-3 if parameter.dtype == torch.float32 else 5e-2  # TF32 and half precision differ by shapes
+    return packed.shape == padded.shape and bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
+
+
+def _padded_forward(inner: nn.Module, attention: Tensor | None, **inputs: Tensor) -> Tensor:
+    """[B, L, D] of input_ids [B, L] or inputs_embeds; attention [B, L] bool or None."""
+    (given,) = inputs.values()
+    options = {}
+    if inner.config.model_type in COUNTS_FROM_PADDING:
+        options["position_ids"] = torch.arange(given.shape[1], device=given.device)[None] + _first_position(inner)
+    mask = None if attention is None else attention.long()
+    return _base(inner)(**inputs, attention_mask=mask, **options, **_no_cache(inner)).last_hidden_state
+
+
+def _packed_forward(inner: nn.Module, rows: Rows, **inputs: Tensor) -> Tensor:
+    """[T, D] of input_ids [1, T] or inputs_embeds."""
+    (given,) = inputs.values()
+    # stock classes pass a mask of four dimensions on as it is, and our attention does not read it
+    passed = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=given.device)
+    positions = rows.part.positions[None] + _first_position(inner)
+    options = {"attention_mask": passed, "position_ids": positions, "rows": rows}
+    return _base(inner)(**inputs, **options, **_no_cache(inner)).last_hidden_state[0]
+
+
+def _first_position(inner: nn.Module) -> int:
+    return inner.config.pad_token_id + 1 if inner.config.model_type in COUNTS_FROM_PADDING else 0
+
+
+def _no_cache(inner: nn.Module) -> dict[str, bool]:
+    """Decoders would build a cache of their own for generating from left to right."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(_base(inner).forward).parameters else {}
+
+
+def _base(inner: nn.Module) -> nn.Module:
+    return getattr(inner, inner.base_model_prefix)
+
+
+def _head(inner: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    """What comes before the last linear layer of a model's LM head, and that layer."""
+    known = HEADS.get(inner.config.model_type)
+    if known is not None:
+        return known(inner)
+    last = inner.get_output_embeddings()
+    if last is None:
+        raise ValueError(
+            f"model_type = {inner.config.model_type!r} has no known LM head; allowed: {', '.join(sorted(HEADS))} or a "
+            "class whose head is its output embedding; add a line to dllm.models.forward.HEADS"
+        )
+    return nn.Identity(), last
+
+
+def _cap(inner: nn.Module) -> float | None:
+    """Some classes bend their logits: cap * tanh(logits / cap)."""
+    return getattr(inner.config, "final_logit_softcapping", None)
+
+
+def _place(layout: Layout, row: Tensor, position: Tensor, prediction: str) -> Tensor:
+    """Place [N] in the packed order of the hidden state that scores each token."""
+    if prediction == "next":
+        position = (position - 1).clamp(min=0)
+    return layout.index(row, position)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

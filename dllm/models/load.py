@@ -12,8 +12,17 @@ import torch
 from torch import nn
 
 from dllm.config import ModelEntry
-from dllm.models.forward import is_bidirectional
-from dllm.models.tokenizers import load_tokenizer
+from dllm.models.forward import head_logits, hidden_states, is_bidirectional, packs
+from dllm.models.published import (
+    PUBLISHED,
+    Family,
+    family_of,
+    published_config,
+    read_tensors,
+    stock_config,
+    stock_tensors,
+)
+from dllm.models.tokenizers import read_tokenizer, set_up_tokenizer
 
 SIDECAR = "dllm.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -50,34 +59,31 @@ def load_backbone(
 ) -> Backbone:
     """The checkpoint at a directory (or pinned on the hub) as a backbone, in evaluation mode.
 
-    entry tells family and special tokens of a checkpoint that carries no sidecar; causal keeps a decoder as it is
-    (for next-token training). Raises ValueError, one line, for a missing or damaged checkpoint, a tokenizer
-    without a mask token, and a model that turns out not to be bidirectional.
+    entry tells family and special tokens of a checkpoint that carries no sidecar and is none of a published family;
+    causal keeps a decoder as it is (for next-token training). An autoregressive decoder whose tokenizer has no mask
+    token is given the entry's, with the mean of all embeddings for its own. Raises ValueError, one line, for a missing
+    or damaged checkpoint, a tokenizer without a mask token, and a model that turns out not to be bidirectional.
     """
     directory = _local_directory(path_or_hub_id, revision)
     sidecar = read_sidecar(directory)
-    config = _config(directory)
+    published = None if sidecar else family_of(directory)
+    config = _config(directory, published)
+    if published is not None:
+        sidecar = published.sidecar()
+        _check_entry(entry, published, directory)
     family = entry.family if entry else sidecar.get("family") or _family(config)
-    model = _model(directory, config, family, dtype, causal)
+    model = _model(directory, config, family, dtype, causal, published)
     if entry is None and sidecar:
         tokens = sidecar["special_tokens"]
         entry = ModelEntry(
-            new={}, tokenizer="saved", mask_token=tokens["mask"], end_token=tokens["eos"], chat_template="own"
-        )
-    tokenizer = load_tokenizer(directory, entry)
-    if tokenizer.mask_token_id is None and not causal:
-        raise ValueError(f"{directory}: the tokenizer has no mask token; set mask_token in the model's entry")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}; "
-            "they are not from the same checkpoint"
-        )
+            new={}, tokenizer="saved", family=family, mask_token=tokens["mask"], end_token=tokens["eos"],
+            chat_template="own",
+        )  # fmt: skip
+    tokenizer = _tokenizer(directory, entry, model, causal, published)
+    config = model.config
     model = model.to(device).eval()
-    if not causal and not is_bidirectional(model, config.vocab_size):
-        raise ValueError(
-            f"{directory}: {type(model).__name__} attends to the left only although is_causal is off; "
-            "diffusion needs a bidirectional model: use another attention implementation or transformers >= 5.2"
-        )
+    _test_itself(model, directory, causal)
+    packs(model)  # chooses the attention here, so that no later forward has to stop for it
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -105,6 +111,22 @@ def read_sidecar(directory: str | Path) -> dict:
     if not whole:
         raise ValueError(f"{path}: damaged; train or fetch this checkpoint again")
     return sidecar
+
+
+@torch.no_grad()
+def give_new_tokens_the_mean(model: nn.Module, old: int, new: int) -> None:
+    """Embeddings and LM head rows of tokens `old` to `new` of a vocabulary: the mean of all rows before them.
+
+    The tables grow, to a multiple of 8, only if they have no rows to spare. The mean is where a new token disturbs
+    a trained model least (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    end = new
+    if new > model.get_input_embeddings().num_embeddings:
+        end = -(-new // 8) * 8
+        model.resize_token_embeddings(end, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None:  # a tied head is the embedding, and is given the same mean twice
+            layer.weight[old:end] = layer.weight[:old].mean(0)
 
 
 def longest_row(config) -> int:
@@ -171,16 +193,94 @@ def _local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
         ) from None
 
 
-def _config(directory: Path):
-    from transformers import AutoConfig
+def _test_itself(model: nn.Module, directory: Path, causal: bool) -> None:
+    """Raise ValueError, one line, if the model attends to the left only, or if its logits would be wrong."""
+    if not causal and not is_bidirectional(model, model.config.vocab_size):
+        raise ValueError(
+            f"{directory}: {type(model).__name__} attends to the left only although is_causal is off; "
+            "diffusion needs a bidirectional model: use another attention implementation or transformers >= 5.2"
+        )
+    if not _head_is_whole(model):
+        raise ValueError(
+            f"{directory}: the LM head of {type(model).__name__} is more than its last linear layer, so that its "
+            "logits would be wrong; add its model type to dllm.models.forward.HEADS"
+        )
+
+
+@torch.no_grad()
+def _head_is_whole(model: nn.Module) -> bool:
+    """Whether our hidden states and head make the logits of the class's own forward; a start-up self-test."""
+    tokens = torch.arange(1, 9, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    expected = model(input_ids=tokens).logits[0].float()
+    try:
+        found = head_logits(model, hidden_states(model, tokens)[0]).float()
+    except (AttributeError, RuntimeError):  # no such layers, or of other sizes
+        return False
+    # rounding is far below, a missing layer far above
+    return bool((found - expected).abs().max() <= 0.1 * expected.std())
+
+
+def _tokenizer(
+    directory: Path, entry: ModelEntry | None, model: nn.Module, causal: bool, published: Family | None
+) -> Any:
+    """The tokenizer as the entry wants it; the model learns the mask token if it is new to both."""
+    tokenizer = read_tokenizer(directory)
+    words, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if entry is not None:
+        set_up_tokenizer(tokenizer, entry, directory, mask=not causal)
+    if tokenizer.mask_token_id is None and not causal:
+        raise ValueError(f"{directory}: the tokenizer has no mask token; set mask_token in the model's entry")
+    if words > rows or (published and len(tokenizer) > rows):
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; "
+            "they are not from the same checkpoint"
+        )
+    if published:
+        stated = published_config(directory).get("mask_token_id")
+        if stated is not None and stated != tokenizer.mask_token_id:
+            raise ValueError(
+                f"{directory}: config.json has mask_token_id = {stated}, the tokenizer has {tokenizer.mask_token!r} "
+                f"at {tokenizer.mask_token_id}; they are not from the same checkpoint: fetch it again"
+            )
+    elif len(tokenizer) > words:
+        give_new_tokens_the_mean(model, words, len(tokenizer))
+    return tokenizer
+
+
+def _check_entry(entry: ModelEntry | None, published: Family, directory: Path) -> None:
+    """Raise ValueError, one line, if a model entry says otherwise than the family of a published checkpoint."""
+    for key, value in (("family", "decoder"), ("prediction", published.prediction)):
+        if entry is not None and getattr(entry, key) != value:
+            raise ValueError(
+                f"{directory}: {key} = {getattr(entry, key)!r} of the model's entry is not that of {published.name}; "
+                f"set {key}: {value}"
+            )
+
+
+def _config(directory: Path, published: Family | None):
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if not (directory / "config.json").exists():
         raise ValueError(f"{directory}: no config.json; this is not a checkpoint directory")
     if not any((directory / name).exists() for name in WEIGHTS):
         raise ValueError(f"{directory}: no weights ({WEIGHTS[0]}); the checkpoint is incomplete: make it again")
+    raw = published_config(directory)
+    if published is not None:
+        try:
+            return stock_config(published, raw)
+        except ValueError as fault:
+            raise ValueError(f"{directory}/{fault}") from None
+    if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
+        kind = (raw.get("architectures") or [raw.get("model_type")])[0]
+        raise ValueError(
+            f"{directory}/config.json: cannot be used: {kind!r} is no class of transformers, and code beside a "
+            f"checkpoint is never run; allowed beside those: {', '.join(f.name for f in PUBLISHED)}; a further family "
+            "is a row in dllm/models/published.py"
+        )
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as fault:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as fault:
         raise ValueError(f"{directory}/config.json: cannot be used ({str(fault).splitlines()[0]})") from None
 
 
@@ -189,17 +289,23 @@ def _family(config) -> str:
     return "encoder" if "MaskedLM" in architecture or not architecture else "decoder"
 
 
-def _model(directory: Path, config, family: str, dtype: torch.dtype | None, causal: bool) -> nn.Module:
+def _model(
+    directory: Path, config, family: str, dtype: torch.dtype | None, causal: bool, published: Family | None
+) -> nn.Module:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
     if family == "decoder" and not causal:
         config.is_causal = False  # on the config: set on the modules, it would stay causal under padding
     auto = AutoModelForMaskedLM if family == "encoder" else AutoModelForCausalLM
     try:
-        model, report = auto.from_pretrained(
-            directory, config=config, dtype=dtype or torch.float32, output_loading_info=True
-        )
+        options = {"config": config, "dtype": dtype or torch.float32, "output_loading_info": True}
+        if published is None:
+            model, report = auto.from_pretrained(directory, trust_remote_code=False, **options)
+        else:
+            tensors = stock_tensors(published, config, read_tensors(directory))
+            stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, report = stock.from_pretrained(None, state_dict=tensors, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as fault:
         first = str(fault).strip().splitlines()[0]
         raise ValueError(f"{directory}: the weights cannot be loaded ({first}); fetch or train them again") from None
@@ -207,5 +313,10 @@ def _model(directory: Path, config, family: str, dtype: torch.dtype | None, caus
         raise ValueError(
             f"{directory}: the weights lack {missing[0]} ({len(missing)} in all) that {type(model).__name__} needs; "
             "this is another kind of checkpoint, or a damaged one: fetch or train it again"
+        )
+    if published and (extra := sorted(report["unexpected_keys"])):
+        raise ValueError(
+            f"{directory}: the weights have {extra[0]} ({len(extra)} in all) that {published.name} has not; "
+            "this is another kind of checkpoint, although its config.json says otherwise"
         )
     return model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm.config import ModelEntry
+from dllm.models.published import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,32 +19,64 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model
 def load_tokenizer(path: str | Path, model: ModelEntry | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory, set up for diffusion as `model` says (nothing is changed without it).
 
+    A decoder's tokenizer that has no mask token is given the one that `model` names.
     Raises ValueError, one line, if there is no tokenizer or if it lacks a token that the model entry names.
     """
-    from transformers import AutoTokenizer
+    tokenizer = read_tokenizer(path)
+    if model is not None:
+        set_up_tokenizer(tokenizer, model, path)
+    return tokenizer
+
+
+def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory, as it was saved or published; code beside it is never run.
+
+    Raises ValueError, one line, if there is none.
+    """
+    import transformers
 
     if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         # transformers would make one up from config.json, without any words
         raise ValueError(f"{path}: no tokenizer there ({TOKENIZER_FILES[0]}); fetch or train the checkpoint again")
+    family = family_of(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        if family is None:
+            return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = getattr(transformers, family.tokenizer).from_pretrained(str(path))
     except (OSError, ValueError, LookupError, TypeError) as fault:
         first = str(fault).splitlines()[0]
         raise ValueError(f"{path}: no usable tokenizer ({first}); fetch or train the checkpoint again") from None
-    if model is None:
-        return tokenizer
+    if family.template:
+        tokenizer.chat_template = chat_template(family.template)
+    return tokenizer
+
+
+def set_up_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: ModelEntry, path: str | Path, *, mask: bool = True
+) -> None:
+    """Give a tokenizer the mask token, the end token and the chat template that a model entry names.
+
+    mask: whether a mask token is needed. Raises ValueError, one line, for a token that the tokenizer lacks.
+    """
+    named = {"mask_token": model.mask_token, "end_token": model.end_token}
     vocabulary = tokenizer.get_vocab()
-    for key, token in (("mask_token", model.mask_token), ("end_token", model.end_token)):
+    if model.mask_token not in vocabulary and model.family == "decoder" and tokenizer.mask_token is None:
+        del named["mask_token"]  # an autoregressive model has none: it gets one
+        if mask:
+            tokenizer.add_special_tokens({"mask_token": model.mask_token})
+    for key, token in named.items():
         if token not in vocabulary:
             raise ValueError(
                 f"{path}: the tokenizer has no token {token!r} ({key}); set {key} of the model's entry to one of "
                 f"its special tokens: {', '.join(sorted(set(tokenizer.all_special_tokens)))}"
             )
-    tokenizer.mask_token = model.mask_token
-    tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token = model.end_token
+    if "mask_token" in named:
+        tokenizer.mask_token = model.mask_token
+    tokenizer.eos_token = tokenizer.pad_token = model.end_token
+    if model.chat_template == "bert" or tokenizer.bos_token is None:
+        tokenizer.bos_token = model.end_token  # a template of its own may begin with its own start token
     if model.chat_template == "bert":
         tokenizer.chat_template = chat_template("bert")
-    return tokenizer
 
 
 def chat_template(name: str) -> str:

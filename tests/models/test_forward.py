@@ -4,9 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from dllm.models.forward import Scores, head_logits, hidden_states, logits_at
+from dllm.core.packing import layout_of, part_of
+from dllm.models.attention import KeyValues
+from dllm.models.forward import (
+    Scores,
+    head_logits,
+    hidden_states,
+    logits_at,
+    packed_hidden,
+    packed_logits,
+    packs,
+    target_nll,
+)
+from tests.models.families import CASES, ragged, stock_model
 from tests.oracles import tabular_backbone
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
+from tests.synchronisation import forbid_synchronisation
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +70,159 @@ def test_logits_come_in_row_major_order(directory):
     torch.testing.assert_close(logits_at(backbone.model, hidden, where), expected)
 
 
+LENGTHS = (12, 7, 1, 9)
+ROW, POSITION = torch.tensor([3, 0, 2, 0, 1]), torch.tensor([8, 11, 0, 3, 1])
+TARGETS = torch.tensor([5, 6, 7, 8, 9])
+
+
+@pytest.mark.parametrize("prediction", ["in_place", "next"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_packed_logits_are_the_padded_ones_in_the_order_asked_for(case, prediction):
+    model = stock_model(case)
+    tokens, attention = ragged(LENGTHS)
+    layout = layout_of(LENGTHS)
+    everywhere = torch.ones_like(attention)
+    padded = logits_at(model, hidden_states(model, tokens, attention), everywhere, prediction)
+    expected = padded.view(*tokens.shape, -1)[ROW, POSITION]
+    ours = packed_logits(model, packed_hidden(model, tokens, layout), layout, ROW, POSITION, prediction)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, atol=5e-5, rtol=0)  # logits of order 10
+
+
+@pytest.mark.parametrize("case", [*CASES, "deberta-v2"])
+@torch.no_grad()
+def test_the_head_of_every_family_is_the_stock_classes_own(case):
+    model = stock_model(case)
+    tokens, _ = ragged((9, 9))
+    torch.testing.assert_close(
+        head_logits(model, hidden_states(model, tokens)), model(input_ids=tokens).logits, atol=5e-5, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_a_bounded_head_is_bounded():
+    model = stock_model("gemma3_text", final_logit_softcapping=2.0)
+    tokens, _ = ragged((9, 9))
+    ours = head_logits(model, hidden_states(model, tokens))
+    torch.testing.assert_close(ours, model(input_ids=tokens).logits)
+    assert ours.abs().max() < 2.0
+
+
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
 @torch.no_grad()
-def test_the_wrapper_for_training_equals_the_functions(directory, prediction):
-    backbone = stock_backbone(directory, "modernbert")
-    tokens, attention = random_batch(backbone)
-    expected = logits_at(backbone.model, hidden_states(backbone.model, tokens, attention), attention, prediction)
-    scores = Scores(backbone.model, prediction)
-    assert torch.equal(scores(tokens, attention, attention), expected)
-    assert torch.equal(logits_at(scores, hidden_states(scores, tokens, attention), attention, prediction), expected)
+def test_the_wrapper_for_training_equals_the_functions(prediction):
+    model = stock_model("modernbert")
+    tokens, _ = ragged(LENGTHS)
+    layout = layout_of(LENGTHS)
+    hidden = packed_hidden(model, tokens, layout)
+    logits = packed_logits(model, hidden, layout, ROW, POSITION, prediction)
+    expected = nn.functional.cross_entropy(logits, TARGETS, reduction="none")
+    for chunk in (None, 2):
+        scores = Scores(model, prediction, chunk)
+        torch.testing.assert_close(scores(tokens, layout, ROW, POSITION, TARGETS), expected)
+        assert torch.equal(packed_hidden(scores, tokens, layout), hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The chunked head
+
+
+def everything(model, chunk, *, autocast=False, prediction="in_place"):
+    """nll at every token of a batch, and the gradients of their differently weighted sum."""
+    tokens, attention = ragged(LENGTHS)
+    layout = layout_of(LENGTHS)
+    row, position = attention.nonzero(as_tuple=True)
+    targets = tokens.roll(1, 1)[row, position]
+    model.zero_grad()
+    packs(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = packed_hidden(model, tokens, layout)
+        nll = target_nll(model, hidden, layout, row, position, targets, prediction, chunk=chunk)
+    (nll * torch.linspace(-1, 2, len(nll))).sum().backward()
+    return nll.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 29, 1000])
+@pytest.mark.parametrize(
+    "case", ["bert", "roberta", "modernbert", "distilbert", "llama", "gemma3_text", "bounded", "untied"]
+)
+def test_the_chunked_head_gives_the_same_nll_and_gradients(case, chunk):
+    """Tied weights among them, so that the head's gradient adds to the embedding's."""
+    settings = {"bounded": {"final_logit_softcapping": 3.0}, "untied": {"tie_word_embeddings": False}}.get(case, {})
+    model = stock_model({"bounded": "gemma3_text", "untied": "bert"}.get(case, case), **settings)
+    plain, of_plain = everything(model, None)
+    ours, of_ours = everything(model, chunk)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert of_ours.keys() == of_plain.keys()
+    for name, expected in of_plain.items():
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(of_ours[name], expected, atol=2e-5 * scale, rtol=0, msg=lambda m, n=name: n + m)
+
+
+def test_the_chunked_head_under_bf16_autocast_is_as_near_to_fp32_as_the_plain_one():
+    model = stock_model("modernbert")
+    exact, of_exact = everything(model, None)
+    plain, of_plain = everything(model, None, autocast=True)
+    ours, of_ours = everything(model, 4, autocast=True)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, plain, atol=1e-2, rtol=1e-3)  # the plain log-softmax sees the same bf16 logits
+    for name, expected in of_exact.items():
+        off, usual = ((each[name] - expected).abs().mean() for each in (of_ours, of_plain))
+        assert of_ours[name].dtype == torch.float32 and off <= 1.5 * usual + 1e-6, name
+
+
+def test_the_chunked_head_never_holds_more_than_a_chunk_of_logits():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        tallest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[1] == 64:
+                if out.shape[0] != 32:  # the transposed weight
+                    Shapes.tallest = max(Shapes.tallest, out.shape[0])
+            return out
+
+    model = stock_model("llama")
+    for chunk, most in ((4, 4), (None, sum(LENGTHS))):
+        Shapes.tallest = 0
+        with Shapes():
+            everything(model, chunk)
+        assert Shapes.tallest == most
+
+
+def test_the_chunked_head_takes_no_target_at_all():
+    model = stock_model("bert")
+    tokens, _ = ragged(LENGTHS)
+    layout = layout_of(LENGTHS)
+    none = torch.zeros(0, dtype=torch.long)
+    nll = target_nll(model, packed_hidden(model, tokens, layout), layout, none, none, none, chunk=4)
+    nll.sum().backward()
+    assert nll.shape == (0,) and not model.cls.predictions.decoder.weight.grad.any()
+
+
+def test_a_chunk_of_no_rows_is_an_error():
+    model = stock_model("bert")
+    hidden = torch.zeros(29, 32)
+    with pytest.raises(ValueError, match="chunk = 0 must be at least 1"):
+        target_nll(model, hidden, layout_of(LENGTHS), ROW, POSITION, TARGETS, chunk=0)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("prediction", ["in_place", "next"])
+def test_scoring_never_makes_the_host_wait(chunk, prediction):
+    model = stock_model("modernbert")
+    packs(model)
+    tokens, _ = ragged(LENGTHS)
+    with forbid_synchronisation():
+        Scores(model, prediction, chunk)(tokens, layout_of(LENGTHS), ROW, POSITION, TARGETS).sum().backward()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wrappers, precision, positions
 
 
 @torch.no_grad()
@@ -79,6 +236,8 @@ def test_a_data_parallel_wrapper_is_seen_through(directory):
     tokens, attention = random_batch(backbone)
     wrapped = Wrapper(Scores(Wrapper(backbone.model)))
     assert torch.equal(hidden_states(wrapped, tokens, attention), hidden_states(backbone.model, tokens, attention))
+    layout = layout_of(LENGTHS)
+    assert torch.equal(packed_hidden(wrapped, tokens, layout), packed_hidden(backbone.model, tokens, layout))
 
 
 @torch.no_grad()
@@ -99,13 +258,16 @@ def test_an_end_token_inside_a_row_does_not_move_the_positions_behind_it(directo
     assert torch.equal(*seen)
     first = model.config.pad_token_id + 1
     assert seen[0].tolist() == [list(range(first, first + 5))]
+    packed_hidden(model, torch.tensor([[6, 7, 8], [9, 1, 1]]), layout_of([3, 1]))
+    assert seen[-1].tolist() == [[first, first + 1, first + 2, first]]
 
 
 def test_a_class_whose_head_is_unknown_is_an_error_that_says_where_to_add_it(directory):
     backbone = stock_backbone(directory, "llama")
     backbone.model.get_output_embeddings = lambda: None
     with pytest.raises(
-        ValueError, match="model_type = 'llama' has no known LM head; allowed: bert, modernbert, roberta"
+        ValueError,
+        match="model_type = 'llama' has no known LM head; allowed: bert, deberta-v2, distilbert, modernbert, roberta",
     ):
         head_logits(backbone.model, torch.zeros(1, 32))
 
@@ -116,4 +278,19 @@ def test_a_module_with_its_own_two_methods_is_taken_as_it_is():
     expected = backbone.model.dllm_hidden(tokens)
     where = torch.tensor([[False, True, True]])
     assert torch.equal(logits_at(backbone.model, hidden_states(backbone.model, tokens), where), expected[0, 1:])
-    assert torch.equal(Scores(backbone.model)(tokens, None, where), expected[0, 1:])
+    layout, row, position = layout_of([3]), torch.tensor([0, 0]), torch.tensor([2, 1])
+    hidden = packed_hidden(backbone.model, tokens, layout)
+    assert torch.equal(packed_logits(backbone.model, hidden, layout, row, position), expected[0, [2, 1]])
+    nll = Scores(backbone.model, chunk=1)(tokens, layout, row, position, torch.tensor([0, 1]))
+    torch.testing.assert_close(nll, -expected[0, [2, 1]].log_softmax(-1)[[0, 1], [0, 1]])
+
+
+def test_a_module_with_its_own_two_methods_sees_padding_and_has_a_cache_that_is_always_fresh():
+    backbone = tabular_backbone()
+    tokens = torch.tensor([[1, 2, 3], [0, 1, backbone.pad_id]])
+    layout = layout_of([3, 2])
+    part = part_of(layout, [1, 0], [2, 2])
+    alone = [backbone.model.dllm_hidden(tokens[:1])[0], backbone.model.dllm_hidden(tokens[1:, :2])[0]]
+    assert torch.equal(packed_hidden(backbone.model, tokens, layout), torch.cat(alone))
+    kept = packed_hidden(backbone.model, tokens, layout, cache=KeyValues(), part=part)
+    assert torch.equal(kept, torch.cat([alone[0][1:2], alone[1]]))
