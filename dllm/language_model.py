@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dllm.algorithms import algorithm_class
-from dllm.algorithms.base import Algorithm
+from dllm.algorithms.base import Algorithm, finished_by
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.canvas import Canvas, Score, canvas_for, first_position
+from dllm.core.canvas import Canvas, Score, canvas_for
 from dllm.models.load import Backbone, load_backbone
 from dllm.models.tokenizers import check_messages, encode_chat, encode_text
 
@@ -28,11 +27,17 @@ Prompt = str | Sequence[dict] | Sequence[int]
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, how many tokens it has up to its end, and how many forward passes its row took part in."""
+    """A generated text and its cost.
+
+    tokens: how many it has up to its end; passes: forward passes its row took part in; computed: positions of the row
+    that went through the model in them; ids: its tokens up to its end.
+    """
 
     text: str
     tokens: int
     passes: int
+    computed: int = 0
+    ids: tuple[int, ...] = ()
 
 
 def load(
@@ -72,23 +77,33 @@ class DiffusionLM:
         return [answer.text for answer in self.answers(prompts, settings)]
 
     def answers(self, prompts: Sequence[Prompt], settings: GenerateSettings | None = None) -> list[Answer]:
-        """One answer per prompt, in their order, `settings.batch_size` rows at a time.
+        """One answer per prompt, in their order.
 
+        Finished rows make room for waiting ones, within `settings.batch_size` rows and `settings.batch_tokens` tokens.
         A text ends before the end of turn, EOS or a stop string. A row's answer does not depend on its batch-mates.
-        Raises ValueError, one line, for a prompt that is none or that leaves no room for `max_new_tokens`.
+        Raises ValueError, one line, for a prompt that is none or that leaves no room for `max_new_tokens`, and for a
+        token budget that is smaller than a single row.
         """
         settings = settings or GenerateSettings()
         rows = self._prompt_rows(prompts, settings)
-        # the longest first: what does not fit into memory shows at once
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+        if not rows:
+            return []
         found: list[Answer] = [Answer("", 0, 0)] * len(rows)
-        for low in range(0, len(order), settings.batch_size):
-            batch = order[low : low + settings.batch_size]
-            canvas, passes = _drained(self._denoise([rows[row] for row in batch], settings))
-            for row, tokens, nfe in zip(batch, canvas.responses(), passes.tolist(), strict=True):
-                text = self.decode(tokens, settings.stop)
-                is_chat = not isinstance(prompts[row], str) and isinstance(prompts[row][0], dict)
-                found[row] = Answer(text.strip() if is_chat else text, self.answer_length(tokens, settings.stop), nfe)
+        ended = partial(self._has_ended, self._ends(settings.stop)) if settings.early_stop else None
+        # the rows wait on the host
+        canvas = self._canvas(rows, settings, "cpu")
+        for row in self.algorithm.complete(self.backbone, canvas, settings, ended=ended):
+            text = self.decode(row.tokens, settings.stop)
+            prompt = prompts[row.number]
+            is_chat = not isinstance(prompt, str) and isinstance(prompt[0], dict)
+            length = self.answer_length(row.tokens, settings.stop)
+            found[row.number] = Answer(
+                text=text.strip() if is_chat else text,
+                tokens=length,
+                passes=row.passes,
+                computed=row.computed,
+                ids=tuple(row.tokens[:length]),
+            )
         return found
 
     def stream(self, prompts: Sequence[Prompt], settings: GenerateSettings | None = None) -> Iterator[Canvas]:
@@ -97,38 +112,40 @@ class DiffusionLM:
         All prompts are one batch. `decode(canvas.responses()[row])` is a row's text so far.
         """
         settings = settings or GenerateSettings()
-        rows = self._prompt_rows(prompts, settings)
-        return self._denoise(rows, settings)
+        canvas = self._canvas(self._prompt_rows(prompts, settings), settings, self.backbone.device)
+        ended = partial(self._has_ended, self._ends(settings.stop))
+        finished = finished_by(ended) if settings.early_stop else None
+        return self.algorithm.denoise(self.backbone, canvas, settings, finished=finished)
 
-    def _denoise(self, rows: list[list[int]], settings: GenerateSettings) -> Iterator[Canvas]:
-        backbone = self.backbone
-        canvas = canvas_for(
-            rows,
-            settings.max_new_tokens,
-            mask_id=backbone.mask_id,
-            pad_id=backbone.pad_id,
-            device=backbone.device,
-        )
-        finished = self._finished(settings.stop) if settings.early_stop else None
-        return self.algorithm.denoise(backbone, canvas, settings, finished=finished)
+    def _canvas(self, rows: list[list[int]], settings: GenerateSettings, device: torch.device | str) -> Canvas:
+        ids = {"mask_id": self.backbone.mask_id, "pad_id": self.backbone.pad_id}
+        return canvas_for(rows, settings.max_new_tokens, device=device, **ids)
 
-    def _finished(self, stop: Sequence[str]) -> Callable[[Canvas], Tensor] | None:
-        """Which rows [B] have an end of turn or a stop string with no mask left of it; None without such strings."""
-        ends = self._ends(stop)
-        seen: dict[int, int] = {}
+    def _has_ended(self, marks: Sequence[str], tokens: list[int], fresh: int) -> bool:
+        """Whether a response has an end of turn or one of the marks, which the last `fresh` tokens may have completed.
 
-        def finished(canvas: Canvas) -> Tensor:
-            known = first_position(canvas.masked).minimum(canvas.length).tolist()
-            found = [False] * len(known)
-            rows = zip(canvas.start.tolist(), known, canvas.done.tolist(), strict=True)
-            for row, (start, end, done) in enumerate(rows):
-                if not done and end > seen.get(row, start):
-                    seen[row] = end
-                    text = self._text(canvas.tokens[row, start:end].tolist())
-                    found[row] = any(mark in text for mark in ends)
-            return torch.tensor(found)
+        Text is decoded only if one of these holds the last character of a mark.
+        """
+        news = tokens[len(tokens) - fresh :]
+        if not self._end_ids.isdisjoint(news):
+            return True
+        last = {mark[-1] for mark in marks}
+        if not last or not any(self._may_show(token, last) for token in news):
+            return False
+        text = self._text(tokens)
+        return any(mark in text for mark in marks)
 
-        return finished if ends else None
+    def _may_show(self, token: int, characters: set[str]) -> bool:
+        """Whether a token may bring one of the characters into a decoded text."""
+        if token not in self._texts:
+            self._texts[token] = self.backbone.tokenizer.decode([token], skip_special_tokens=True)
+        # spaces may come from the decoder, and other characters may take several tokens
+        return any(not c.isascii() or c == " " or c in self._texts[token] for c in characters)
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        """Decoded single tokens, as they were asked for."""
+        return {}
 
     # ----------------------------------------------------------------------------------------------------------------
     # Scores
@@ -256,15 +273,6 @@ class DiffusionLM:
                     "or lower max_new_tokens"
                 )
         return rows
-
-
-def _drained(canvases: Iterator[Canvas]) -> tuple[Canvas, Tensor]:
-    """The last canvas, and the passes [B] each row took part in."""
-    canvas = next(canvases)
-    passes, done = torch.zeros_like(canvas.start), canvas.done
-    for canvas in canvases:
-        passes, done = torch.where(done, passes, canvas.nfe), canvas.done
-    return canvas, passes
 
 
 def _check_list(values: object, name: str) -> None:

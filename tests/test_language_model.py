@@ -10,6 +10,7 @@ import dllm
 from dllm.algorithms.mdlm import MDLM
 from dllm.core.canvas import Canvas
 from dllm.language_model import DiffusionLM
+from tests.plain_sampler import plain_row
 from tests.toys import LEARNT, save_toy, turns
 
 PROMPTS = ["Hello", turns("What is the capital of Italy?"), "I am a toy. You", turns("Hello!", "Hello!", "red?"), ""]
@@ -45,11 +46,36 @@ def test_every_public_name_exists():
         dllm.lload  # noqa: B018
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.8}, {"steps": 4}, {"batch_size": 2, "temperature": 1.0}])
+CHANGES = [
+    {},
+    {"temperature": 0.8},
+    {"steps": 4},
+    {"batch_size": 2, "temperature": 1.0},
+    {"batch_tokens": 96},
+    {"reveal_rule": "threshold", "threshold": 0.2},
+    {"reveal_rule": "factor", "factor": 2.0, "batch_size": 2},
+    {"reveal_rule": "entropy_bound", "entropy_bound": 3.0, "temperature": 0.5},
+    {"reuse": "prefix"},
+    {"reuse": "dual", "refresh": 3, "batch_size": 2},
+    {"guidance": 1.0, "batch_tokens": 192},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_a_ragged_batch_equals_its_rows_alone_and_keeps_their_order(model, changes):
     together = model.generate(PROMPTS, settings(**changes))
     alone = [model.generate([prompt], settings(**changes))[0] for prompt in PROMPTS]
     assert together == alone
+
+
+@pytest.mark.parametrize("rule", ["confidence", "threshold", "factor", "entropy_bound", "random"])
+def test_answers_are_those_of_the_plain_sampler_up_to_their_end(taught, rule):
+    prompts, mask = [prompt for prompt, _ in LEARNT], taught.backbone.mask_id
+    options = settings(reveal_rule=rule, block_size=4, temperature=0.5 if rule == "random" else 0.0)
+    for prompt, answer in zip(prompts, taught.answers(prompts, options), strict=True):
+        row = [*taught.encode_prompt(prompt), *[mask] * 16]
+        tokens, passes = plain_row(taught.backbone, row, len(row) - 16, options)
+        assert tuple(tokens[len(row) - 16 :][: answer.tokens]) == answer.ids and answer.passes <= passes
 
 
 def test_a_taught_model_gives_the_answers_without_their_end(taught):
@@ -70,6 +96,30 @@ def test_the_end_of_turn_ends_a_row_early_and_changes_no_answer(taught):
 def test_a_stop_string_cuts_the_answer_before_it_and_ends_the_row(taught):
     (cut,) = taught.answers([turns("Who are you?")], settings(block_size=1, stop=[" toy"]))
     assert (cut.text, cut.tokens, cut.passes) == ("I am a", 3, 4)
+
+
+def test_an_answer_says_what_it_cost(taught):
+    (answer,) = taught.answers([turns("Who are you?")], settings(early_stop=False))
+    prompt = len(taught.encode_prompt(turns("Who are you?")))
+    assert answer.computed == 16 * (prompt + 16) and answer.passes == 16
+    assert taught.decode(answer.ids) == answer.text and len(answer.ids) == answer.tokens
+    (cheaper,) = taught.answers([turns("Who are you?")], settings(early_stop=False, reuse="dual"))
+    assert cheaper.computed == 2 * (prompt + 16) + 14 * 8
+
+
+@pytest.mark.parametrize("stop", [[" toy"], ["a toy"], [".", "nothing"], ["\n"], ["I am"]])
+def test_a_stop_string_is_found_at_the_pass_that_completes_it(taught, stop, monkeypatch):
+    options = settings(block_size=4, stop=stop)
+    found = taught.answers([turns("Who are you?"), turns("Hello!")], options)
+    monkeypatch.setattr(DiffusionLM, "_may_show", lambda self, token, characters: True)  # text is decoded always
+    assert found == taught.answers([turns("Who are you?"), turns("Hello!")], options)
+    last = [*taught.stream([turns("Who are you?")], options)][-1]
+    assert taught.decode(last.responses()[0], stop).strip() == found[0].text
+
+
+def test_a_budget_smaller_than_a_row_is_one_clear_line(model):
+    with pytest.raises(ValueError, match="batch_tokens = 16 is less than the 17 tokens of a single row"):
+        model.generate(["Hello"], settings(batch_tokens=16))
 
 
 def test_streaming_ends_with_the_generated_text(taught):

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dllm.algorithms.base import Algorithm
 from dllm.config import Recipe
-from dllm.core.batch import Batch, LossTerms, Noise
-from dllm.core.losses import nll_at
+from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, masked_inputs, weighted_terms
+from dllm.core.losses import row_shares
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,22 @@ class AR(Algorithm):
 
     recipe: Recipe = Recipe()
 
-    def training_loss(self, model, batch: Batch, noise: Noise, *, mask_id: int, denominator: float) -> LossTerms:
-        """Mean next-token cross-entropy at the targets (the first token of a row has no prediction)."""
+    def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> MaskedInputs:
+        """The clean batch and its targets; the first token of a row has no prediction. See `Algorithm.corrupt`."""
         targets = batch.maskable.clone()
         targets[:, 0] = False
-        logits = model(batch.tokens, batch.attention, targets)
-        nll = nll_at(logits, batch.tokens[targets])
-        predicted = targets.sum() / batch.maskable.sum()  # the denominator counts first tokens, too
-        rows = torch.zeros(len(targets), device=nll.device).index_add(0, targets.nonzero()[:, 0], nll.detach())
-        return LossTerms(nll.sum() / (denominator * predicted), nll.detach().sum(), targets.sum(), rows)
+        weight = torch.ones_like(noise.level)
+        share = row_shares(weight, targets.sum(-1), self.recipe.normalisation)
+        return masked_inputs(batch, batch.tokens, targets, weight, share)
+
+    def loss(self, model, inputs: MaskedInputs, *, denominator: float) -> LossTerms:
+        """Next-token cross-entropy over `denominator`, which counts the predicted tokens. See `Algorithm.loss`."""
+        nll = model(inputs.tokens, inputs.layout, inputs.row, inputs.position, inputs.targets)
+        return weighted_terms(nll, inputs, denominator)
+
+    def counted(self, targets: Tensor, prompts: Tensor) -> Tensor:
+        """Every target but the first token of a row without a prompt."""
+        return (targets - (prompts == 0).long()).clamp(min=0)
 
     def denoise(self, backbone, canvas, settings, *, row_seeds=None, finished=None):
         """Raises ValueError: an autoregressive model does not denoise."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.batch import Batch, LossTerms, Noise
-from dllm.core.canvas import Canvas, Score
+from dllm.core.batch import Batch, Inputs, LossTerms, Noise
+from dllm.core.canvas import Canvas, Completion, Score, first_position
 from dllm.models.load import Backbone
 
 Rows = Sequence[Sequence[int]]
@@ -20,13 +21,31 @@ class Algorithm(ABC):
     """An algorithm has no state but its frozen settings; its subclasses are final."""
 
     @abstractmethod
+    def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> Inputs:
+        """What the loss needs of a CPU batch: everything random, integer or of unknown size is settled here.
+
+        `noise` is keyed by sample, and nothing else is random. It runs on the host, ahead of the step.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, inputs: Inputs, *, denominator: float) -> LossTerms:
+        """The loss of a micro-batch, with its gradient; the host never waits for the device.
+
+        model is a `models.forward.Scores` or a wrapper of it. denominator is that of the global batch
+        (`core.losses.denominator`), so that accumulation and the number of devices do not change the loss.
+        """
+
     def training_loss(
         self, model: nn.Module, batch: Batch, noise: Noise, *, mask_id: int, denominator: float
     ) -> LossTerms:
-        """The loss of a micro-batch, with its gradient; `noise` is keyed by sample, and nothing else is random.
+        """`loss` of what `corrupt` makes of a batch, on the batch's device."""
+        noise = Noise(noise.level.cpu(), noise.place.cpu())
+        inputs = self.corrupt(batch.to("cpu"), noise, mask_id=mask_id).to(batch.tokens.device)
+        return self.loss(model, inputs, denominator=denominator)
 
-        denominator counts the global batch, so that accumulation and the number of devices do not change the loss.
-        """
+    def counted(self, targets: Tensor, prompts: Tensor) -> Tensor:
+        """How many of each row's targets [B] the loss counts, given the lengths of the prompts [B]; long [B]."""
+        return targets
 
     @abstractmethod
     def denoise(
@@ -43,6 +62,35 @@ class Algorithm(ABC):
         row_seeds [B] long, a hash of the given tokens by default; `finished` says which rows [B] may stop early.
         """
 
+    def complete(
+        self,
+        backbone: Backbone,
+        canvas: Canvas,
+        settings: GenerateSettings,
+        *,
+        row_seeds: Tensor | None = None,
+        ended: Callable[[list[int], int], bool] | None = None,
+    ) -> Iterator[Completion]:
+        """Every row of a canvas, which may be many and on the host, in the order in which they are done.
+
+        `ended` says whether a response ends early, given its tokens up to its first mask, the last n of which are new.
+        Here one batch of `settings.batch_size` rows follows the other; an algorithm whose rows can take each other's
+        places does better.
+        """
+        order = canvas.length.argsort(descending=True, stable=True)
+        for rows in order.split(settings.batch_size):
+            batch = canvas.taken(rows, backbone.device)
+            seeds = None if row_seeds is None else row_seeds[rows].to(backbone.device)
+            finished = None if ended is None else finished_by(ended)
+            frames = self.denoise(backbone, batch, settings, row_seeds=seeds, finished=finished)
+            last = next(frames)
+            passes, done = torch.zeros_like(last.start), last.done
+            for last in frames:
+                passes, done = torch.where(done, passes, last.nfe), last.done
+            share = last.computed // len(rows)
+            for row, response, nfe in zip(rows.tolist(), last.responses(), passes.tolist(), strict=True):
+                yield Completion(row, response, nfe, share)
+
     @abstractmethod
     def nelbo(self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> list[Score]:
         """One bound on -log p(target | prompt) per request, in nats, with its standard error and passes."""
@@ -52,3 +100,21 @@ class Algorithm(ABC):
         self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
     ) -> list[bool]:
         """Whether greedy decoding of exactly the target's length gives the target, for each request."""
+
+
+def finished_by(ended: Callable[[list[int], int], bool]) -> Callable[[Canvas], Tensor]:
+    """`ended` of `Algorithm.complete` as `finished` of `Algorithm.denoise`: rows [B] are asked when they have grown."""
+    seen: dict[int, int] = {}
+
+    def finished(canvas: Canvas) -> Tensor:
+        known = first_position(canvas.masked).minimum(canvas.length).tolist()
+        found = [False] * len(known)
+        rows = zip(canvas.start.tolist(), known, canvas.done.tolist(), strict=True)
+        for row, (start, end, done) in enumerate(rows):
+            if not done and end > seen.get(row, start):
+                response = canvas.tokens[row, start:end].tolist()
+                found[row] = ended(response, end - seen.get(row, start))
+                seen[row] = end
+        return torch.tensor(found)
+
+    return finished

@@ -1,31 +1,29 @@
-"""Denoising a canvas with a masked diffusion model: sampling, infilling and greedy decoding are this loop.
+"""Denoising with a masked diffusion model: sampling, infilling and greedy decoding are the same step.
 
-One pass: score the masked positions of each row's active block, propose a token for each, reveal the best few.
-Source: Nie et al. 2025 (arXiv:2502.09992), algorithm 5, with ragged rows and without a loop over rows.
+One pass: score the masked positions of each row's active block, propose a token for each, reveal the best few
+(`algorithms.decoding`). Here it is repeated: over a fixed batch whose canvas is watched (`denoise_masked`), or over any
+number of rows that take the places of those that end (`complete_masked`).
+Source: Nie et al. 2025 (arXiv:2502.09992), algorithm 5.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+import numpy
 import torch
+from numpy import ndarray
 from torch import Tensor
 
+from dllm.algorithms.decoding import Decoder, LiveRows, merged
 from dllm.config import GenerateSettings
-from dllm.core.blocks import block_index, block_passes, leftmost_block, transfer_counts
-from dllm.core.canvas import Canvas, first_position
-from dllm.core.noise import keyed_hash, token_hash
-from dllm.core.reveal import (
-    REVEAL_RULES,
-    choose_positions,
-    position_noise,
-    propose_tokens,
-    token_confidence,
-    token_noise,
-)
-from dllm.models.forward import hidden_states, logits_at
+from dllm.core.canvas import Canvas, Completion
 from dllm.models.load import Backbone
+
+_PASSES_PER_READING = 4
+"""How many passes of a row lie between two looks at it on an accelerator, where looking takes a copy to the host."""
 
 
 def denoise_masked(
@@ -44,154 +42,183 @@ def denoise_masked(
     as behind a revealed EOS. Rows that are done leave the batch; every canvas yielded has the full size.
     Raises ValueError if a row is longer than the model's context, or `steps` is less than the blocks of a row.
     """
-    _check_context(canvas, backbone.max_length)
-    given = canvas.valid & ~canvas.masked
-    keys = keyed_hash(settings.seed, token_hash(canvas.tokens, given) if row_seeds is None else row_seeds)
-    block = block_index(canvas.start, canvas.tokens.shape[1], settings.block_size)
-    passes = block_passes(canvas.masked, block, settings.steps)
-    hidden = _hides_ahead(backbone, canvas, given, settings)
+    check_context(canvas, backbone.max_length)
+    decoder = Decoder(backbone, canvas, settings, row_seeds)
     yield canvas
-    while len(live := (~canvas.done).nonzero()[:, 0]):
-        active = leftmost_block(canvas.masked[live], block[live])
-        length = canvas.length[live]
-        seen = torch.minimum(length, canvas.start[live] + (active + 1) * settings.block_size)
-        length = torch.where(hidden[live], seen, length)
-        width = int(length.max())
-        part = replace(_rows_of(canvas, live, width), length=length)
-        candidate = part.masked & (block[live, :width] == active[:, None])
-        count = transfer_counts(candidate.sum(1), passes[live, active])
-        passes[live, active] -= 1
-        logits = _logits(backbone, part, candidate, given[live, :width], settings.guidance)
-        canvas = _with_rows(canvas, live, _reveal(part, logits, candidate, settings, _Choice(count, keys[live])))
-        canvas = _stop(canvas, _ended(canvas, given, backbone.eos_id, settings, finished), backbone.eos_id)
+    live = decoder.rows(decoder.plan.open.nonzero()[0], canvas.tokens.shape[1])
+    watch = _Watch(decoder) if settings.early_stop or finished else None
+    while len(live):
+        decoder.step(live)
+        canvas = merged(canvas, live)
+        if finished is not None:
+            live.end(finished(canvas).to(decoder.device).index_select(0, live.index), backbone.eos_id)
+            canvas = merged(canvas, live)
+        canvas = replace(
+            canvas,
+            step=canvas.step + 1,
+            nfe=canvas.nfe + decoder.passes_per_step,
+            computed=int(decoder.computed.sum()),
+        )
         yield canvas
+        stays = decoder.plan.open[live.numbers]
+        if watch is not None:
+            stays &= ~watch.done(live)[live.numbers]
+        live = live.kept(stays)
 
 
-def _hides_ahead(backbone: Backbone, canvas: Canvas, given: Tensor, settings: GenerateSettings) -> Tensor:
-    """Rows [B] in which the positions right of the active block are not there yet (never if a given token is there)."""
-    hidden = settings.ahead == "hidden"
-    if settings.ahead == "auto":
-        hidden = backbone.sidecar.get("response_end") == "block"
-    beyond = canvas.positions > first_position(canvas.masked)[:, None]
-    return ~(given & beyond).any(1) & hidden
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """How many tokens each row reveals in this pass, and the key of its noise: count and keys [B] long."""
-
-    count: Tensor
-    keys: Tensor
-
-
-def _reveal(canvas: Canvas, logits: Tensor, candidate: Tensor, settings: GenerateSettings, choice: _Choice) -> Canvas:
-    """Reveal the best candidates [B, L] of each row, and under `threshold` every sure one; logits [N, V]."""
-    row, position = candidate.nonzero(as_tuple=True)
-    noise = token_noise(choice.keys[row], position, canvas.step) if settings.temperature > 0 else None
-    tokens = propose_tokens(logits, noise, temperature=settings.temperature, top_p=settings.top_p)
-    confidence = token_confidence(logits, tokens)
-    score = REVEAL_RULES[settings.reveal_rule](
-        logits, confidence, position_noise(choice.keys[row], position, canvas.step)
-    )
-    chosen = choose_positions(_dense(score, candidate), candidate, choice.count)
-    if settings.reveal_rule == "threshold":
-        chosen |= candidate & (_dense(confidence, candidate) >= settings.threshold)
-    return replace(
-        canvas,
-        tokens=torch.where(chosen, _dense(tokens, candidate), canvas.tokens),
-        masked=canvas.masked & ~chosen,
-        confidence=torch.where(chosen, _dense(confidence, candidate), canvas.confidence),
-        step=canvas.step + 1,
-        nfe=canvas.nfe + (2 if settings.guidance else 1),
-    )
-
-
-@torch.no_grad()
-def _logits(backbone: Backbone, canvas: Canvas, where: Tensor, given: Tensor, guidance: float) -> Tensor:
-    """Scores [N, V] fp32 at `where` [B, L], with no chance for the mask token.
-
-    With guidance s: u + (s + 1)(c - u), u the scores with every given token masked (Nie et al. 2025, appendix A.2).
-    """
-    tokens, attention = canvas.tokens, canvas.valid
-    if guidance:
-        tokens = torch.cat([tokens, torch.where(given, backbone.mask_id, tokens)])
-        attention, where = attention.repeat(2, 1), where.repeat(2, 1)
-    hidden = hidden_states(backbone.model, tokens, attention)
-    logits = logits_at(backbone.model, hidden, where, backbone.prediction).float()
-    if guidance:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + (guidance + 1) * (conditional - unconditional)
-    return logits.index_fill(1, torch.tensor([backbone.mask_id], device=logits.device), -torch.inf)
-
-
-def _ended(
+def complete_masked(
+    backbone: Backbone,
     canvas: Canvas,
-    given: Tensor,
-    eos_id: int,
     settings: GenerateSettings,
-    finished: Callable[[Canvas], Tensor] | None,
-) -> Tensor:
-    """Rows [B] whose answer is complete: a revealed EOS with no mask left of it, or what `finished` says."""
-    ended = torch.zeros_like(canvas.done) if finished is None else finished(canvas).to(canvas.done.device)
-    if settings.early_stop:
-        eos = (canvas.tokens == eos_id) & ~given & ~canvas.masked & canvas.valid
-        ended = ended | (first_position(eos) < first_position(canvas.masked))
-    return ended
+    *,
+    row_seeds: Tensor | None = None,
+    ended: Callable[[list[int], int], bool] | None = None,
+) -> Iterator[Completion]:
+    """Denoise all rows of a canvas, which may be many and on the host, and yield each when it is done.
+
+    At most `settings.batch_size` rows with `settings.batch_tokens` tokens are denoised together, the longest first; a
+    row that is done makes room for the next. A row's tokens and passes are those of the row alone.
+    `ended` says whether a response ends early, given its tokens up to its first mask, the last n of which are new; it
+    is asked once after every pass that made them grow (on an accelerator: every few passes of the row, and at the ends
+    of its blocks). Raises ValueError if a row is longer than the model's context or the token budget, or `steps` is
+    less than the blocks of a row.
+    """
+    check_context(canvas, backbone.max_length)
+    decoder = Decoder(backbone, canvas, settings, row_seeds)
+    cost = decoder.length * decoder.passes_per_step
+    _check_budget(cost, settings)
+    for number in (~decoder.plan.open).nonzero()[0]:
+        response = canvas.tokens[number, decoder.start[number] : decoder.length[number]]
+        yield Completion(int(number), response.tolist(), 0, 0)
+    waiting = deque(sorted(decoder.plan.open.nonzero()[0], key=lambda number: -cost[number]))
+    watch, live = _Watch(decoder), None
+    while waiting or watch.pending or live is None or len(live):
+        live = _filled_up(decoder, live, waiting, cost)
+        if len(live):
+            watch.look(live, decoder.step(live))
+        yield from watch.completions(ended, wait=not len(live))
+        live = live.kept(decoder.plan.open[live.numbers] & ~watch.complete[live.numbers])
 
 
-def _stop(canvas: Canvas, ended: Tensor, eos_id: int) -> Canvas:
-    """The canvas with the masks of ended rows [B] filled with EOS, and rows without masks done."""
-    fill = canvas.masked & ended[:, None]
-    masked = canvas.masked & ~fill
-    return replace(
-        canvas,
-        tokens=canvas.tokens.masked_fill(fill, eos_id),
-        confidence=canvas.confidence.masked_fill(fill, 1.0),
-        masked=masked,
-        done=~masked.any(1),
-    )
+def _filled_up(decoder: Decoder, live: LiveRows | None, waiting: deque[int], cost: ndarray) -> LiveRows:
+    """The live rows with as many of the waiting ones as there is room for."""
+    settings, numbers = decoder.settings, []
+    used = 0 if live is None else int(cost[live.numbers].sum())
+    rows = 0 if live is None else len(live)
+    while waiting and rows + len(numbers) < settings.batch_size and used + cost[waiting[0]] <= settings.batch_tokens:
+        used += cost[waiting[0]]
+        numbers.append(waiting.popleft())
+    if live is not None and not numbers:
+        return live
+    taken = numpy.array(numbers, dtype=numpy.int64)
+    fresh = decoder.rows(taken, int(decoder.length[taken].max(initial=0)))
+    return live.joined(fresh, decoder.backbone.pad_id) if live is not None and len(live) else fresh
 
 
-def _dense(values: Tensor, where: Tensor) -> Tensor:
-    """Values [N] at the true positions of `where` [B, L], 0 elsewhere: [B, L]."""
-    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
+class _Watch:
+    """Finds out which rows are done, on the host, without making the device wait.
+
+    On a CPU looking is free and happens after every pass. On an accelerator the rows are copied to the host every few
+    passes, and what arrives later is the state of the pass at which the copy was asked for: rows done in the meantime
+    change no more, so that nothing depends on when it arrives.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.every = 1 if decoder.device.type == "cpu" else _PASSES_PER_READING
+        self.pending: deque[_Reading] = deque()
+        self.complete = numpy.zeros(len(decoder.start), dtype=bool)
+        self.known = decoder.start.copy()
+
+    def done(self, live: LiveRows) -> ndarray:
+        """[R] bool: rows of a fixed batch that are known to be done."""
+        if self.decoder.plan.step.max() % self.every == 0:
+            self.pending.append(_Reading(live.numbers, live.numbers, [live.done]))
+        while self.pending and self.pending[0].is_there():
+            reading = self.pending.popleft()
+            self.complete[reading.numbers[reading.arrays()[0]]] = True
+        return self.complete
+
+    def look(self, live: LiveRows, block_ended: ndarray) -> None:
+        """Ask for the state of the live rows after a pass, if it is time for one of them; block_ended [B] bool."""
+        due = block_ended | (self.decoder.plan.step[live.numbers] % self.every == 0)
+        if due.any():
+            state = [live.done, live.passes, live.tokens, live.masked]
+            self.pending.append(_Reading(live.numbers, live.numbers[due], state))
+
+    def completions(self, ended: Callable[[list[int], int], bool] | None, wait: bool) -> Iterator[Completion]:
+        """Rows found to be complete in what has arrived; `wait` for all that was asked for."""
+        while self.pending and (wait or self.pending[0].is_there()):
+            reading = self.pending.popleft()
+            done, passes, tokens, masked = reading.arrays()
+            numbers = reading.numbers
+            over = done & ~self.complete[numbers]
+            if ended is not None:
+                over |= self._stopped(reading, tokens, numpy.where(done, 0, masked.argmax(1)), ended)
+            self.complete[numbers[over]] = True
+            for row in over.nonzero()[0]:
+                number = int(numbers[row])
+                response = slice(self.decoder.start[number], self.decoder.length[number])
+                left = masked[row, response]
+                yield Completion(
+                    number,
+                    numpy.where(left, self.decoder.backbone.eos_id, tokens[row, response]).tolist(),
+                    int(passes[row]) * self.decoder.passes_per_step,
+                    int(self.decoder.computed[number]),
+                )
+
+    def _stopped(
+        self, reading: _Reading, tokens: ndarray, known: ndarray, ended: Callable[[list[int], int], bool]
+    ) -> ndarray:
+        """[B] bool: rows whose response, known up to a position [B], has grown and says that it ends."""
+        numbers, stopped = reading.numbers, numpy.zeros(len(reading.numbers), dtype=bool)
+        grown = (known > self.known[numbers]) & ~self.complete[numbers] & numpy.isin(numbers, reading.due)
+        for row in grown.nonzero()[0]:
+            number, end = numbers[row], known[row]
+            response = tokens[row, self.decoder.start[number] : end].tolist()
+            stopped[row] = ended(response, int(end - self.known[number]))
+            self.known[number] = end
+        return stopped
 
 
-def _rows_of(canvas: Canvas, rows: Tensor, width: int) -> Canvas:
-    return replace(
-        canvas,
-        tokens=canvas.tokens[rows, :width],
-        masked=canvas.masked[rows, :width],
-        confidence=canvas.confidence[rows, :width],
-        start=canvas.start[rows],
-        length=canvas.length[rows],
-        done=canvas.done[rows],
-    )
+class _Reading:
+    """Tensors of some rows on their way to the host; `due` are the numbers of those it was their time to look at."""
+
+    def __init__(self, numbers: ndarray, due: ndarray, tensors: list[Tensor]):
+        self.numbers, self.due, self._event = numbers, due, None
+        if tensors[0].device.type == "cuda":
+            self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            for there, here in zip(self._host, tensors, strict=True):
+                there.copy_(here, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = [tensor.cpu() for tensor in tensors]
+
+    def is_there(self) -> bool:
+        """Whether reading it means no waiting."""
+        return self._event is None or self._event.query()
+
+    def arrays(self) -> list[ndarray]:
+        """The tensors as arrays, after waiting for them if need be."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._host]
 
 
-def _with_rows(canvas: Canvas, rows: Tensor, part: Canvas) -> Canvas:
-    """The full canvas with `part` in the place of its rows; a yielded canvas is never changed in place."""
-    width = part.tokens.shape[1]
-
-    def merged(full: Tensor, some: Tensor) -> Tensor:
-        full = full.clone()
-        full[rows, :width] = some
-        return full
-
-    return replace(
-        canvas,
-        tokens=merged(canvas.tokens, part.tokens),
-        masked=merged(canvas.masked, part.masked),
-        confidence=merged(canvas.confidence, part.confidence),
-        step=part.step,
-        nfe=part.nfe,
-    )
-
-
-def _check_context(canvas: Canvas, max_length: int) -> None:
+def check_context(canvas: Canvas, max_length: int) -> None:
+    """Raises ValueError if a row of a canvas is longer than the model's context."""
     longest = int(canvas.length.max())
     if longest > max_length:
         raise ValueError(
             f"a prompt and its new tokens take {longest} positions, the model has {max_length}. "
             "Shorten the prompt or max_new_tokens"
+        )
+
+
+def _check_budget(cost: ndarray, settings: GenerateSettings) -> None:
+    if cost.max() > settings.batch_tokens:
+        raise ValueError(
+            f"batch_tokens = {settings.batch_tokens} is less than the {cost.max()} tokens of a single row"
+            f"{' with its guidance' if settings.guidance else ''}; allow at least {cost.max()}"
         )

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dllm.algorithms.base import Algorithm
-from dllm.algorithms.denoising import denoise_masked
+from dllm.algorithms.denoising import complete_masked, denoise_masked
 from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
-from dllm.core.batch import Batch, LossTerms, Noise
-from dllm.core.canvas import Canvas, Score
+from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, masked_inputs, weighted_terms
+from dllm.core.canvas import Canvas, Completion, Score
 from dllm.core.corrupt import apply_mask, bernoulli, exact_count
-from dllm.core.losses import nll_at, row_shares
+from dllm.core.losses import row_shares
 from dllm.core.schedules import SCHEDULES
 
 
@@ -28,11 +27,8 @@ class MDLM(Algorithm):
 
     recipe: Recipe = Recipe()
 
-    def training_loss(self, model, batch: Batch, noise: Noise, *, mask_id: int, denominator: float) -> LossTerms:
-        """Weighted cross-entropy at masked targets over `denominator`, the LM head computed only there.
-
-        model is a `models.forward.Scores`; denominator counts the global batch (`core.losses.denominator`).
-        """
+    def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> MaskedInputs:
+        """The batch with some targets masked; see `Algorithm.corrupt`."""
         targets = batch.maskable.sum(-1)
         if self.recipe.corruption == "exact":
             corrupted = exact_count(batch.maskable, noise.level, noise.place)
@@ -41,7 +37,13 @@ class MDLM(Algorithm):
             corrupted = bernoulli(batch.maskable, t, noise.place, SCHEDULES[self.recipe.schedule])
         weight = corrupted.weight if self.recipe.weight == "elbo" else (targets > 0).float()
         share = row_shares(weight, targets, self.recipe.normalisation)
-        return masked_loss(model, batch, corrupted.masked, weight, share, mask_id, denominator)
+        return masked_inputs(
+            batch, apply_mask(batch.tokens, corrupted.masked, mask_id), corrupted.masked, weight, share
+        )
+
+    def loss(self, model, inputs: MaskedInputs, *, denominator: float) -> LossTerms:
+        """Weighted cross-entropy at masked tokens over `denominator`; see `Algorithm.loss`."""
+        return masked_loss(model, inputs, denominator=denominator)
 
     def denoise(
         self,
@@ -55,6 +57,18 @@ class MDLM(Algorithm):
         """See `Algorithm.denoise`."""
         return denoise_masked(backbone, canvas, settings, row_seeds=row_seeds, finished=finished)
 
+    def complete(
+        self,
+        backbone,
+        canvas: Canvas,
+        settings: GenerateSettings,
+        *,
+        row_seeds: Tensor | None = None,
+        ended: Callable[[list[int], int], bool] | None = None,
+    ) -> Iterator[Completion]:
+        """See `Algorithm.complete`; finished rows make room for waiting ones."""
+        return complete_masked(backbone, canvas, settings, row_seeds=row_seeds, ended=ended)
+
     def nelbo(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[Score]:
         """See `Algorithm.nelbo`."""
         return nelbo_masked(backbone, prompts, targets, settings)
@@ -64,16 +78,10 @@ class MDLM(Algorithm):
         return greedy_match_masked(backbone, prompts, targets, settings)
 
 
-def masked_loss(
-    model, batch: Batch, masked: Tensor, weight: Tensor, share: Tensor, mask_id: int, denominator: float
-) -> LossTerms:
-    """Cross-entropy at `masked` [B, L], each row times `share` [B], summed and divided by `denominator`.
+def masked_loss(model, inputs: MaskedInputs, *, denominator: float) -> LossTerms:
+    """Cross-entropy at the chosen tokens, each row times its share, summed and divided by `denominator`.
 
-    weight [B] makes a row's nats its bound (`LossTerms.rows`). The LM head runs at masked positions only; equal to
-    `core.losses.dense_masked_loss` (values and gradients).
+    The LM head runs at these tokens only; equal to `core.losses.dense_masked_loss` (values and gradients).
     """
-    logits = model(apply_mask(batch.tokens, masked, mask_id), batch.attention, masked)
-    nll = nll_at(logits, batch.tokens[masked])
-    row = masked.nonzero(as_tuple=True)[0]
-    rows = torch.zeros_like(weight).index_add(0, row, nll.detach() * weight[row])
-    return LossTerms((nll * share[row]).sum() / denominator, nll.detach().sum(), masked.sum(), rows)
+    nll = model(inputs.tokens, inputs.layout, inputs.row, inputs.position, inputs.targets)
+    return weighted_terms(nll, inputs, denominator)

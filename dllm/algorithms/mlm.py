@@ -13,8 +13,8 @@ import torch
 from dllm.algorithms.base import Algorithm
 from dllm.algorithms.mdlm import MDLM, masked_loss
 from dllm.config import Recipe
-from dllm.core.batch import Batch, LossTerms, Noise
-from dllm.core.corrupt import exact_count
+from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, masked_inputs
+from dllm.core.corrupt import apply_mask, exact_count
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,24 @@ class MLM(Algorithm):
     recipe: Recipe = Recipe()
     mask_share: float = 0.3
 
-    def training_loss(self, model, batch: Batch, noise: Noise, *, mask_id: int, denominator: float) -> LossTerms:
-        """Mean cross-entropy at a share of the tokens, chosen per row; denominator counts the maskable tokens."""
+    def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> MaskedInputs:
+        """The batch with a share of each row's targets masked; see `Algorithm.corrupt`."""
         level = torch.full_like(noise.level, self.mask_share)
         chosen = exact_count(batch.maskable, level, noise.place)
-        return masked_loss(model, batch, chosen.masked, chosen.weight, chosen.weight, mask_id, denominator)
+        tokens = apply_mask(batch.tokens, chosen.masked, mask_id)
+        return masked_inputs(batch, tokens, chosen.masked, chosen.weight, chosen.weight)
+
+    def loss(self, model, inputs: MaskedInputs, *, denominator: float) -> LossTerms:
+        """Mean cross-entropy at masked tokens per row; denominator counts the targets. See `Algorithm.loss`."""
+        return masked_loss(model, inputs, denominator=denominator)
 
     def denoise(self, backbone, canvas, settings, *, row_seeds=None, finished=None):
         """See `MDLM.denoise`."""
         return MDLM(self.recipe).denoise(backbone, canvas, settings, row_seeds=row_seeds, finished=finished)
+
+    def complete(self, backbone, canvas, settings, *, row_seeds=None, ended=None):
+        """See `MDLM.complete`."""
+        return MDLM(self.recipe).complete(backbone, canvas, settings, row_seeds=row_seeds, ended=ended)
 
     def nelbo(self, backbone, prompts, targets, settings):
         """See `MDLM.nelbo`."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from dllm.config import GenerateSettings, Settings, did_you_mean, option
+from pydantic import model_validator
+
+from dllm.config import DECODING_OPTIONS, GenerateSettings, Settings, checked_options, did_you_mean, option
 
 CHAT_TOKENS = 128
 """Length of a chat answer's canvas, where the model's context has room for it."""
@@ -23,7 +26,7 @@ class SampleConfig(Settings):
 
 
 class SpeedConfig(Settings):
-    """Steps against time and quality, measured on one run."""
+    """Steps and decoding options against time and quality, measured on one run."""
 
     run: str = option(..., "name of the measured run")
     checkpoint: str = option(..., "model directory, below the work directory")
@@ -33,6 +36,14 @@ class SpeedConfig(Settings):
     limit: int = option(64, "questions asked: the first ones of the file", gt=0)
     steps: list[int] = option(..., "numbers of steps to compare", min_length=1)
     generation: GenerateSettings = option(GenerateSettings(), "sampler")
+    options: dict[str, dict[str, Any]] = option(
+        DECODING_OPTIONS, "faster decoding to compare with the exact one: name -> what it changes of `generation`"
+    )
+
+    @model_validator(mode="after")
+    def known_options(self) -> SpeedConfig:
+        checked_options(self.options, self.generation)
+        return self
 
 
 def find_checkpoint(name: str | None = None, root: str | Path = ".") -> str:

@@ -1,11 +1,12 @@
-"""Denoising steps against time and quality, measured on questions with known answers."""
+"""Denoising steps and faster decoding against time and quality, measured on questions with known answers."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 
 from dllm.chat.session import check_steps
 from dllm.chat.settings import SpeedConfig
-from dllm.config import GenerateSettings
-from dllm.language_model import DiffusionLM
+from dllm.config import GenerateSettings, overlaid
+from dllm.core.reveal import PARALLEL_RULES
+from dllm.language_model import Answer, DiffusionLM
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -37,6 +39,24 @@ class Measurement:
     tokens: int
     correct: int
     n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All questions answered with one decoding option, next to the exact decode: one token per pass, nothing reused.
+
+    nfe: forward passes per answer; seconds and tokens over all; agreement: share of answers that are the exact ones,
+    token for token; token_agreement: share of tokens that are, position by position.
+    """
+
+    name: str
+    nfe: float
+    seconds: float
+    tokens: int
+    correct: int
+    n: int
+    agreement: float
+    token_agreement: float
 
 
 def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]:
@@ -77,31 +97,82 @@ def measure(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) 
 
     Raises ValueError, one line, if a number of steps is less than the blocks of the canvas.
     """
-    texts = [config.prompt.replace("{question}", question.text) for question in questions]
-    prompts = [[{"role": "user", "content": text}] for text in texts]
+    prompts = _prompts(config, questions)
     plans = [config.generation.model_copy(update={"steps": steps}) for steps in config.steps]
     for settings in plans:
         check_steps(settings)
     model.generate(prompts[: config.generation.batch_size], plans[-1])
     for settings in plans:
-        yield _measurement(model, prompts, questions, settings, config.answer)
+        answers, seconds = _answered(model, prompts, settings)
+        yield Measurement(
+            steps=settings.steps,
+            nfe=sum(answer.passes for answer in answers) / len(answers),
+            seconds=seconds,
+            tokens=sum(answer.tokens for answer in answers),
+            correct=_correct(answers, questions, config.answer),
+            n=len(answers),
+        )
 
 
-def _measurement(
-    model: DiffusionLM, prompts: list, questions: list[Question], settings: GenerateSettings, pattern: str
-) -> Measurement:
+def compare(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) -> Iterator[Comparison]:
+    """The exact decode, the options of the config and half the steps, each after a warm-up that is not timed.
+
+    Raises ValueError, one line, if an option has fewer steps than the canvas has blocks.
+    """
+    prompts = _prompts(config, questions)
+    plans = decoding_plans(config)
+    exact: list[Answer] = []
+    for name, settings in plans.items():
+        model.generate(prompts[: min(8, settings.batch_size)], settings)
+        answers, seconds = _answered(model, prompts, settings)
+        exact = exact or answers
+        pairs = [(one.ids, other.ids) for one, other in zip(answers, exact, strict=True)]
+        yield Comparison(
+            name=name,
+            nfe=sum(answer.passes for answer in answers) / len(answers),
+            seconds=seconds,
+            tokens=sum(answer.tokens for answer in answers),
+            correct=_correct(answers, questions, config.answer),
+            n=len(answers),
+            agreement=sum(one == other for one, other in pairs) / len(pairs),
+            token_agreement=token_agreement(pairs),
+        )
+
+
+def decoding_plans(config: SpeedConfig) -> dict[str, GenerateSettings]:
+    """What is compared, by name, the exact decode first. Raises ValueError, one line, for too few steps."""
+    exact = overlaid(config.generation, {"steps": None, "reuse": "none", "refresh": None})
+    if exact.reveal_rule in PARALLEL_RULES:
+        exact = overlaid(exact, {"reveal_rule": "confidence"})
+    blocks = math.ceil(exact.max_new_tokens / exact.block_size)
+    half = {"half the steps": {"steps": max(blocks, exact.max_new_tokens // 2)}}
+    plans = {"exact": exact} | {name: overlaid(exact, changes) for name, changes in (half | config.options).items()}
+    for settings in plans.values():
+        check_steps(settings)
+    return plans
+
+
+def token_agreement(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
+    """Share of positions at which two answers have the same token, over all pairs; 1 where there is no token at all."""
+    same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
+    total = sum(max(len(one), len(other)) for one, other in pairs)
+    return same / total if total else 1.0
+
+
+def _prompts(config: SpeedConfig, questions: list[Question]) -> list[list[dict]]:
+    texts = [config.prompt.replace("{question}", question.text) for question in questions]
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def _answered(model: DiffusionLM, prompts: list, settings: GenerateSettings) -> tuple[list[Answer], float]:
+    """The answers, and the seconds they took."""
     start = _clock(model.backbone.device)
     answers = model.answers(prompts, settings)
-    seconds = _clock(model.backbone.device) - start
-    correct = sum(is_correct(a.text, q.answer, pattern) for a, q in zip(answers, questions, strict=True))
-    return Measurement(
-        steps=settings.steps,
-        nfe=sum(answer.passes for answer in answers) / len(answers),
-        seconds=seconds,
-        tokens=sum(answer.tokens for answer in answers),
-        correct=correct,
-        n=len(answers),
-    )
+    return answers, _clock(model.backbone.device) - start
+
+
+def _correct(answers: list[Answer], questions: list[Question], pattern: str) -> int:
+    return sum(is_correct(a.text, q.answer, pattern) for a, q in zip(answers, questions, strict=True))
 
 
 def _clock(device: torch.device) -> float:

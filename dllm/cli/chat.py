@@ -24,6 +24,7 @@ HELP = "talk to a model and watch it denoise"
 EXAMPLES = """examples:
   dllm chat                                  the largest chat run below results/
   dllm chat chat-large --steps 16            a run by its name, with fewer steps
+  dllm chat chat-large --reveal-rule factor  reveal all tokens that are sure enough, in fewer passes
   dllm chat results/laptop/runs/chat-large/model
   dllm chat chat-large --once "Hello!"       one answer, then leave
   printf 'Hello!\\nWho are you?\\n' | dllm chat

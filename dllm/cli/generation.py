@@ -17,9 +17,17 @@ OPTIONS = {
     "temperature": "temperature",
     "top_p": "top_p",
     "reveal_rule": "reveal_rule",
+    "threshold": "threshold",
+    "factor": "factor",
+    "entropy_bound": "entropy_bound",
+    "reuse": "reuse",
+    "refresh": "refresh",
     "seed": "seed",
 }
 """Option of the command line -> field of GenerateSettings."""
+
+RULES = {"threshold": "threshold", "factor": "factor", "entropy_bound": "entropy_bound"}
+"""Option that concerns one reveal rule only -> that rule."""
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +40,23 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set with this probability")
     group.add_argument(
         "--reveal-rule",
-        choices=("confidence", "entropy", "margin", "random", "threshold"),
-        help="which masked positions are revealed first (default: confidence)",
+        choices=("confidence", "entropy", "margin", "random", "threshold", "factor", "entropy_bound"),
+        help="which masked positions are revealed first (default: confidence); the last three reveal all that are "
+        "sure enough, in fewer passes",
     )
+    group.add_argument("--threshold", type=float, metavar="P", help="rule threshold: sure from here on (default: 0.9)")
+    group.add_argument(
+        "--factor", type=float, metavar="F", help="rule factor: larger reveals more at once (default: 1)"
+    )
+    group.add_argument(
+        "--entropy-bound", type=float, metavar="H", help="rule entropy_bound: larger reveals more (default: 0.1 nats)"
+    )
+    group.add_argument(
+        "--reuse",
+        choices=("none", "prefix", "dual"),
+        help="approximation: between refreshes, keep what was computed left of the active block, or on both sides",
+    )
+    group.add_argument("--refresh", type=int, metavar="N", help="passes between refreshes (default: once per block)")
     group.add_argument("--seed", type=int, metavar="N", help="seed of the draws at a temperature above 0 (default: 0)")
 
 
@@ -54,8 +76,16 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace) -> Genera
         settings = type(settings).model_validate(settings.model_dump() | given)
     except ValidationError as fault:
         error = fault.errors()[0]
+        if not error["loc"]:
+            raise ValueError(error["msg"].removeprefix("Value error, ")) from None
         option = next((name for name, field in OPTIONS.items() if field == error["loc"][0]), error["loc"][0])
         raise ValueError(f"--{option.replace('_', '-')} {error['input']}: {error['msg'].lower()}") from None
+    for name, rule in RULES.items():
+        if name in given and settings.reveal_rule != rule:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {given[name]:g} is for --reveal-rule {rule}, not {settings.reveal_rule}; "
+                "give both or neither"
+            )
     check_steps(settings)
     return settings
 

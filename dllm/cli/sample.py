@@ -19,6 +19,10 @@ EXAMPLES = """examples:
       one answer per line
   dllm sample chat-large --prompt "Hello!" "Who are you?" --output hello.json
       conversations of one turn each, and how the first answer came about
+  dllm sample chat-large --reveal-rule threshold --threshold 0.8 "What is the capital of France?"
+      reveal all tokens that are 80 % sure in a pass, and so take fewer passes
+  dllm sample chat-large --reuse dual --refresh 8 "What is the capital of France?"
+      compute what stands outside the active block in every eighth pass only (an approximation)
   dllm sample --config configs/samples/chat-large.yaml --output samples/chat-large.json
       what the report shows; paths in the config are below --workdir
 """

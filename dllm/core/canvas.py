@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ class Canvas:
     tokens [B, L] long; masked [B, L] bool: still to be revealed; confidence [B, L] float32: the probability a token had
     when it was revealed, 1 for given tokens and for a filled end, 0 while masked; start [B] long: the first response
     position; length [B] long: where the padding begins; done [B] bool: nothing more will change in the row.
-    step counts the changes so far, nfe the forward passes (a guided pass counts twice).
+    step counts the changes so far, nfe the forward passes (a guided pass counts twice), computed the positions that
+    went through the model in them.
     """
 
     tokens: Tensor
@@ -28,6 +29,7 @@ class Canvas:
     done: Tensor
     step: int = 0
     nfe: int = 0
+    computed: int = 0
 
     @property
     def valid(self) -> Tensor:
@@ -39,10 +41,29 @@ class Canvas:
         """[L] long: 0, 1, ..., L - 1, on the canvas' device."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
+    def taken(self, rows: Tensor, device: torch.device | str) -> Canvas:
+        """Some rows [N], by number, on a device."""
+        rows = rows.to(self.tokens.device)
+        parts = ("tokens", "masked", "confidence", "start", "length", "done")
+        return replace(self, **{part: getattr(self, part)[rows].to(device) for part in parts})
+
     def responses(self) -> list[list[int]]:
         """The tokens from `start` to `length` of each row, masks included."""
         rows = zip(self.tokens.tolist(), self.start.tolist(), self.length.tolist(), strict=True)
         return [row[start:length] for row, start, length in rows]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished row: its number, its response without masks, and what it cost.
+
+    passes: forward passes until it was done (a guided one counts twice); computed: positions of it in these passes.
+    """
+
+    number: int
+    tokens: list[int]
+    passes: int
+    computed: int
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 The two choices are separate: a token is drawn from p = softmax(logits / temperature) with one uniform number, a
 position is chosen by a score of the untempered distribution. Fp32 is enough for both (no Gumbel noise in fp64).
 Sources: Nie et al. 2025 (arXiv:2502.09992): confidence, random; Ye et al. 2025 (arXiv:2508.15487): entropy, margin;
-Wu et al. 2025 (arXiv:2505.22618): threshold.
+Wu et al. 2025 (arXiv:2505.22618): threshold, factor; Ben-Hamu et al. 2025 (arXiv:2505.24857): entropy bound.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dllm.core.noise import keyed_uniform
 _TOKEN_STREAM, _POSITION_STREAM = 0, 1
 
 
-def token_noise(keys: Tensor, positions: Tensor, step: int) -> Tensor:
-    """The uniform numbers of the token draws: one per row key, position and pass; the shapes broadcast."""
+def token_noise(keys: Tensor, positions: Tensor, step: int | Tensor) -> Tensor:
+    """The uniform numbers of the token draws: one per row key, position and pass of the row; the shapes broadcast."""
     return keyed_uniform(keys, positions, step, _TOKEN_STREAM)
 
 
-def position_noise(keys: Tensor, positions: Tensor, step: int) -> Tensor:
+def position_noise(keys: Tensor, positions: Tensor, step: int | Tensor) -> Tensor:
     """The uniform numbers of the rule `random`, independent of `token_noise`."""
     return keyed_uniform(keys, positions, step, _POSITION_STREAM)
 
@@ -59,34 +59,70 @@ def token_confidence(logits: Tensor, tokens: Tensor) -> Tensor:
     return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).exp()
 
 
-def _negative_entropy(logits: Tensor, confidence: Tensor, noise: Tensor) -> Tensor:
+def _negative_entropy(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
     p = torch.softmax(logits, -1)
     return torch.special.xlogy(p, p).sum(-1)
 
 
-def _margin(logits: Tensor, confidence: Tensor, noise: Tensor) -> Tensor:
+def _margin(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
     top = torch.softmax(logits, -1).topk(2, -1).values
     return top[:, 0] - top[:, 1]
 
 
-RevealRule = Callable[[Tensor, Tensor, Tensor], Tensor]
+def _confidence(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
+    return confidence
+
+
+RevealRule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(logits [N, V], confidence [N], position noise [N]) -> score [N]; the highest are revealed first."""
 
 REVEAL_RULES: dict[str, RevealRule] = {
-    "confidence": lambda logits, confidence, noise: confidence,
+    "confidence": _confidence,
     "entropy": _negative_entropy,
     "margin": _margin,
     "random": lambda logits, confidence, noise: noise,
-    "threshold": lambda logits, confidence, noise: confidence,
+    "threshold": _confidence,
+    "factor": _confidence,
+    "entropy_bound": _negative_entropy,
 }
 
 
-def choose_positions(score: Tensor, candidate: Tensor, count: Tensor) -> Tensor:
-    """The `count` [B] best candidates of each row, [B, L] bool; among equals the leftmost.
+def _above_threshold(ranked: Tensor, threshold: float) -> Tensor:
+    return (ranked >= threshold).sum(-1)
 
-    score [B, L] float; candidate [B, L] bool. A row with fewer candidates gives all of them.
+
+def _within_factor(ranked: Tensor, factor: float) -> Tensor:
+    rank = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
+    sure = ranked > 1 - factor / (rank + 1)
+    # the first is revealed whatever its confidence, so that it does not end the run of sure ones
+    return (sure | (rank == 1)).long().cumprod(-1).sum(-1)
+
+
+def _within_entropy_bound(ranked: Tensor, bound: float) -> Tensor:
+    entropy = -ranked
+    return (entropy.cumsum(-1) - entropy.cummax(-1).values <= bound).sum(-1)
+
+
+PARALLEL_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "threshold": _above_threshold,
+    "factor": _within_factor,
+    "entropy_bound": _within_entropy_bound,
+}
+"""Rules that reveal as many as are sure enough: (scores [B, S] from the highest, -inf behind the last; the setting of
+the rule's name) -> how many [B], of which one may be missing."""
+
+
+def choose_positions(
+    score: Tensor, candidate: Tensor, count: Tensor, sure: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The `count` [B] best candidates of each row, [B, S] bool; among equals the leftmost.
+
+    score [B, S] float; candidate [B, S] bool. A row with fewer candidates gives all of them. `sure` maps the scores in
+    falling order, -inf behind the candidates, to a number [B] that is taken where it is the larger one.
     """
-    order = score.masked_fill(~candidate, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    ranked, order = score.masked_fill(~candidate, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    if sure is not None:
+        count = torch.maximum(count, sure(ranked))
     places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, places)
     return (rank < count[:, None]) & candidate

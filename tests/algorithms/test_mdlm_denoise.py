@@ -3,14 +3,22 @@
 import itertools
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
-from dllm.algorithms.denoising import denoise_masked
+from dllm.algorithms import denoising
+from dllm.algorithms.base import Algorithm
+from dllm.algorithms.decoding import Decoder
+from dllm.algorithms.denoising import complete_masked, denoise_masked
+from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings
 from dllm.core.canvas import canvas_for, infill_canvas
-from dllm.core.reveal import REVEAL_RULES
+from dllm.core.reveal import PARALLEL_RULES, REVEAL_RULES
 from tests.oracles import markov_backbone, tabular_backbone
+from tests.plain_sampler import plain_row
+from tests.stock import stock_backbone
+from tests.synchronisation import forbid_synchronisation
 
 PROMPTS = [[0, 1, 2], [], [3, 3, 3, 3, 0, 1], [2], [0, 1, 2, 0]]
 COUNTS = [6, 9, 4, 1, 7]
@@ -32,8 +40,9 @@ def drained(backbone, canvas, options, **keywords):
 def every_option():
     for rule in REVEAL_RULES:
         yield settings(reveal_rule=rule)
-        yield settings(reveal_rule=rule, temperature=1.0, top_p=0.9, steps=4, threshold=0.3)
+        yield settings(reveal_rule=rule, temperature=1.0, top_p=0.9, steps=4, threshold=0.3, entropy_bound=1.5)
     yield settings(temperature=0.7, guidance=1.5, early_stop=True)
+    yield settings(steps=5, ahead="hidden", early_stop=True)
 
 
 @pytest.mark.parametrize("options", every_option(), ids=lambda o: f"{o.reveal_rule}-{o.temperature}")
@@ -45,6 +54,21 @@ def test_a_row_in_a_batch_equals_the_row_alone(options):
         alone = drained(backbone, canvas_of(backbone, [prompt], [count]), options)
         assert alone.responses()[0] == together.responses()[row]
         torch.testing.assert_close(alone.confidence[0], together.confidence[row, : alone.tokens.shape[1]])
+
+
+@pytest.mark.parametrize("options", every_option(), ids=lambda o: f"{o.reveal_rule}-{o.temperature}")
+def test_the_sampler_does_what_the_plain_one_does(options):
+    backbone = tabular_backbone(seed=3)
+    m, options = backbone.mask_id, options.model_copy(update={"early_stop": False})
+    rows = [[*prompt, *[m] * count] for prompt, count in zip(PROMPTS, COUNTS, strict=True)] + [[m, 1, m, m, 2, m]]
+    canvas = infill_canvas(rows, mask_id=m, pad_id=backbone.pad_id)
+    done = {row.number: row for row in complete_masked(backbone, canvas, options)}
+    together = drained(backbone, canvas, options).tokens.tolist()
+    for number, row in enumerate(rows):
+        start = canvas.start[number].item()
+        expected, passes = plain_row(backbone, row, start, options)
+        assert together[number][: len(row)] == expected and done[number].tokens == expected[start:]
+        assert done[number].passes == passes * (2 if options.guidance else 1)
 
 
 def test_sampling_is_infilling():
@@ -82,6 +106,19 @@ def test_revealed_counts_follow_the_quotas_block_by_block(rule):
 def test_steps_are_the_forward_passes(steps, passes):
     backbone = tabular_backbone()
     assert drained(backbone, canvas_of(backbone), settings(steps=steps)).nfe == passes
+
+
+@pytest.mark.parametrize("rule", PARALLEL_RULES)
+def test_a_parallel_rule_reveals_at_least_the_quota_and_at_least_one(rule):
+    backbone, (sure, unsure) = (
+        tabular_backbone(),
+        {"threshold": (0, 1), "factor": (9, 0.001), "entropy_bound": (99, 0)}[rule],
+    )
+    canvas = canvas_of(backbone, [[1], [2, 3]], [8, 8])
+    for steps, passes in ((None, 8), (4, 4)):
+        slow = settings(reveal_rule=rule, steps=steps, **{rule: float(unsure)})
+        assert drained(backbone, canvas, slow).nfe == passes
+    assert drained(backbone, canvas, settings(reveal_rule=rule, **{rule: float(sure)})).nfe == 2  # a block per pass
 
 
 def test_rows_that_are_done_leave_the_batch():
@@ -203,6 +240,199 @@ def test_one_token_per_pass_in_random_order_samples_the_markov_chain_exactly():
     at_once = options.model_copy(update={"steps": 1})
     wrong, _ = chi_square(drained(backbone, canvas, at_once, row_seeds=torch.arange(n)).tokens, backbone, 3, 4)
     assert wrong > 2 * statistic  # all tokens in one pass are independent, which a chain is not
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_rows_that_take_turns_sample_the_markov_chain_exactly(guidance):
+    backbone, n = markov_backbone(), 4000
+    canvas = canvas_of(backbone, [[]] * n, [4] * n)
+    options = settings(reveal_rule="random", temperature=1.0, batch_size=700, guidance=guidance, batch_tokens=4096)
+    rows = sorted(complete_masked(backbone, canvas, options, row_seeds=torch.arange(n)), key=lambda row: row.number)
+    statistic, freedom = chi_square(torch.tensor([row.tokens for row in rows]), backbone, 3, 4)
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # guidance moves nothing where there is no prompt
+
+
+def completed(backbone, prompts, counts, options, **keywords):
+    rows = list(complete_masked(backbone, canvas_of(backbone, prompts, counts), options, **keywords))
+    assert sorted(row.number for row in rows) == list(range(len(prompts)))
+    return [(row.tokens, row.passes, row.computed) for row in sorted(rows, key=lambda row: row.number)]
+
+
+@pytest.mark.parametrize("options", every_option(), ids=lambda o: f"{o.reveal_rule}-{o.temperature}")
+def test_a_row_that_takes_the_place_of_another_equals_the_row_alone(options):
+    backbone = eager_to_end(tabular_backbone(seed=3))
+    options = options.model_copy(update={"early_stop": True})
+    alone = [completed(backbone, [p], [n], options)[0] for p, n in zip(PROMPTS, COUNTS, strict=True)]
+    together = drained(backbone, canvas_of(backbone), options)
+    assert together.responses() == [tokens for tokens, _, _ in alone]
+    assert together.computed == sum(computed for _, _, computed in alone)
+    for changes in (
+        {},
+        {"batch_size": 1},
+        {"batch_size": 2},
+        {"batch_tokens": 24},
+        {"batch_tokens": 33, "batch_size": 4},
+    ):
+        found = completed(backbone, PROMPTS, COUNTS, options.model_copy(update=changes))
+        assert found == alone, changes
+
+
+def test_rows_never_exceed_the_budget_and_places_are_filled_at_once(monkeypatch):
+    backbone, seen = tabular_backbone(), []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, live: seen.append(self.length[live.numbers]) or step(self, live))
+    completed(backbone, PROMPTS, COUNTS, settings(batch_tokens=24))
+    lengths = sorted((len(p) + n for p, n in zip(PROMPTS, COUNTS, strict=True)), reverse=True)
+    assert max(length.sum() for length in seen) <= 24
+    assert seen[0].tolist() == lengths[:2]  # 11 and 10 of 11, 10, 9, 9, 2
+    assert backbone.model.forwarded == sum(COUNTS)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_a_budget_smaller_than_a_row_is_one_clear_line(guidance):
+    with pytest.raises(ValueError, match=f"batch_tokens = 10 is less than the {22 if guidance else 11} tokens"):
+        completed(tabular_backbone(), PROMPTS, COUNTS, settings(batch_tokens=10, guidance=guidance))
+
+
+@pytest.mark.parametrize("options", [settings(early_stop=True), settings(reveal_rule="threshold", threshold=0.4)])
+def test_looking_at_the_rows_seldom_and_late_changes_nothing(options, monkeypatch):
+    """As on an accelerator: copies are asked for every few passes and arrive some passes later."""
+    backbone = eager_to_end(tabular_backbone(seed=3))
+
+    def ended(tokens, fresh):
+        return 2 in tokens[-fresh:]
+
+    expected = completed(backbone, PROMPTS, COUNTS, options)
+    seldom = [completed(backbone, [p], [n], options, ended=ended)[0] for p, n in zip(PROMPTS, COUNTS, strict=True)]
+
+    class Late(denoising._Reading):
+        def __init__(self, numbers, due, tensors):
+            super().__init__(numbers, due, [tensor.clone() for tensor in tensors])
+            self.asked = 0
+
+        def is_there(self):
+            self.asked += 1
+            return self.asked > 3
+
+    watch = denoising._Watch.__init__
+
+    def seldom_looking(self, decoder):
+        watch(self, decoder)
+        self.every = 4
+
+    monkeypatch.setattr(denoising, "_Reading", Late)
+    monkeypatch.setattr(denoising._Watch, "__init__", seldom_looking)
+    for size in (1, 3, 5):
+        late = options.model_copy(update={"batch_size": size})
+        assert [row[:2] for row in completed(backbone, PROMPTS, COUNTS, late)] == [row[:2] for row in expected]
+        found = completed(backbone, PROMPTS, COUNTS, late, ended=ended)
+        for (tokens, _, _), (others, _, _) in zip(found, seldom, strict=True):
+            end = (tokens + [2]).index(2)
+            assert tokens[:end] == others[:end]
+    last = drained(backbone, canvas_of(backbone), options)
+    assert last.responses() == [tokens for tokens, _, _ in expected]
+
+
+@pytest.mark.parametrize("options", every_option(), ids=lambda o: f"{o.reveal_rule}-{o.temperature}")
+def test_a_step_never_waits_for_the_device(options):
+    if options.reveal_rule in PARALLEL_RULES:
+        pytest.skip("how many tokens were revealed is read once per pass")
+    backbone = tabular_backbone(seed=3)
+    decoder = Decoder(backbone, canvas_of(backbone), options)
+    live = decoder.rows(numpy.arange(len(PROMPTS)), 12)
+    for _ in range(3):
+        with forbid_synchronisation():
+            decoder.step(live)
+            live = live.kept(decoder.plan.open[live.numbers])
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "reveal_rule": "random"}, {"reuse": "dual"}], ids=str)
+@pytest.mark.parametrize("kind", ["modernbert", "llama"])
+def test_a_step_of_a_stock_model_never_waits_for_the_device(kind, changes, tmp_path):
+    backbone = stock_backbone(tmp_path, kind)
+    decoder = Decoder(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings(**changes))
+    live = decoder.rows(numpy.arange(2), 13)
+    for _ in range(5):
+        with forbid_synchronisation():
+            decoder.step(live)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", every_option(), ids=lambda o: f"{o.reveal_rule}-{o.temperature}")
+def test_an_accelerator_samples_what_the_cpu_does(options, tmp_path):
+    options = options.model_copy(update={"early_stop": True, "batch_size": 3})
+    rows = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [6, 6]], [9, 12, 6, 8]
+    expected = completed(stock_backbone(tmp_path, "bert"), *rows, options)
+    found = completed(stock_backbone(tmp_path, "bert", device="cuda"), *rows, options)
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_an_accelerator_is_only_asked_for(tmp_path):
+    backbone = stock_backbone(tmp_path, "bert", device="cuda")
+    decoder = Decoder(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings())
+    live = decoder.rows(numpy.arange(2), 13)
+    decoder.step(live)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder.step(live)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_response_ends_where_its_known_beginning_says_so():
+    backbone, asked = tabular_backbone(seed=3), []
+
+    def ended(tokens, fresh):
+        assert 0 < fresh <= len(tokens) and backbone.mask_id not in tokens
+        asked.append((len(tokens), fresh))
+        return len(tokens) >= 3
+
+    found = completed(backbone, PROMPTS, COUNTS, settings(), ended=ended)
+    full = completed(backbone, PROMPTS, COUNTS, settings())
+    for (tokens, passes, _), (whole, all_passes, _) in zip(found, full, strict=True):
+        assert tokens[:3] == whole[:3] and passes <= all_passes and backbone.mask_id not in tokens
+    assert sum(passes for _, passes, _ in found) < sum(passes for _, passes, _ in full)
+
+
+def test_batches_one_after_the_other_give_the_same_rows():
+    backbone, options = eager_to_end(tabular_backbone(seed=3)), settings(early_stop=True, batch_size=2)
+
+    def ended(tokens, fresh):
+        return 2 in tokens[-fresh:]
+
+    canvas = canvas_of(backbone)
+    plain = Algorithm.complete(MDLM(), backbone, canvas, options, ended=ended)
+    better = MDLM().complete(backbone, canvas, options, ended=ended)
+    first, second = (sorted((r.number, r.tokens, r.passes) for r in rows) for rows in (plain, better))
+    assert first == second
+
+
+@pytest.mark.parametrize("reuse", ["prefix", "dual"])
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "llama"])
+def test_reuse_that_is_refreshed_in_every_pass_is_exact(kind, reuse, tmp_path):
+    backbone = stock_backbone(tmp_path, kind)
+    prompts, counts = [[7, 8, 9], [10], [11, 12, 13, 14, 15]], [9, 12, 6]
+    exact = completed(backbone, prompts, counts, settings())
+    fresh = completed(backbone, prompts, counts, settings(reuse=reuse, refresh=1))
+    assert fresh == exact
+    for refresh in (None, 2):
+        options = settings(reuse=reuse, refresh=refresh)
+        found = completed(backbone, prompts, counts, options)
+        assert [passes for _, passes, _ in found] == counts
+        assert all(fewer < all_of_them for (*_, fewer), (*_, all_of_them) in zip(found, exact, strict=True))
+        alone = [completed(backbone, [p], [n], options)[0] for p, n in zip(prompts, counts, strict=True)]
+        assert found == alone == completed(backbone, prompts, counts, options.model_copy(update={"batch_size": 2}))
+
+
+def test_reuse_computes_the_block_or_also_what_follows(tmp_path):
+    backbone = stock_backbone(tmp_path, "bert")
+    cost = {
+        reuse: completed(backbone, [[7, 8, 9]], [8], settings(reuse=reuse))[0][2]
+        for reuse in ("none", "prefix", "dual")
+    }
+    # two blocks of 4: of 4 passes each, the first computes all 11 positions
+    assert cost == {"none": 8 * 11, "prefix": 11 + 3 * 8 + 11 + 3 * 4, "dual": 11 + 3 * 4 + 11 + 3 * 4}
 
 
 def test_a_canvas_without_masks_is_given_back():

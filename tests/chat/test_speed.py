@@ -5,7 +5,15 @@ import json
 import pytest
 
 from dllm.chat.settings import SpeedConfig
-from dllm.chat.speed import Question, is_correct, measure, read_questions
+from dllm.chat.speed import (
+    Question,
+    compare,
+    decoding_plans,
+    is_correct,
+    measure,
+    read_questions,
+    token_agreement,
+)
 from dllm.config import GenerateSettings
 
 
@@ -75,3 +83,44 @@ def test_steps_that_cannot_fill_the_blocks_are_refused(taught):
     config = speed_config().model_copy(update={"steps": [1]})
     with pytest.raises(ValueError, match="steps = 1 is less than the 2 blocks"):
         list(measure(taught, config, [Question("Who are you?", "x")]))
+
+
+def test_options_are_compared_with_the_exact_decode(taught):
+    questions = [Question("What is the capital of France?", "Paris"), Question("Who are you?", "Rome")]
+    options = {"all at once": {"reveal_rule": "threshold", "threshold": 0.0}, "fresh": {"reuse": "dual", "refresh": 1}}
+    config = speed_config().model_copy(update={"options": options})
+    found = {option.name: option for option in compare(taught, config, questions)}
+    assert list(found) == ["exact", "half the steps", "all at once", "fresh"]
+    exact = found["exact"]
+    assert (exact.agreement, exact.token_agreement, exact.n, exact.correct, exact.tokens) == (1, 1, 2, 1, 7)
+    assert found["fresh"].agreement == 1 and found["fresh"].nfe == exact.nfe
+    assert found["all at once"].nfe <= 2 < exact.nfe and all(option.seconds > 0 for option in found.values())
+
+
+def test_the_exact_decode_reveals_one_token_per_pass_and_reuses_nothing():
+    config = speed_config(reveal_rule="threshold", threshold=0.5, reuse="dual", steps=2, temperature=0.5)
+    plans = decoding_plans(config)
+    exact = plans["exact"]
+    assert (exact.steps, exact.reveal_rule, exact.reuse, exact.temperature) == (None, "confidence", "none", 0.5)
+    assert plans["half the steps"].steps == 8 and plans["factor 1"].reveal_rule == "factor"
+    assert {settings.temperature for settings in plans.values()} == {0.5}
+
+
+def test_agreement_counts_tokens_position_by_position():
+    assert token_agreement([([1, 2, 3], [1, 2, 3]), ([1, 2], [1, 3, 2])]) == 4 / 6
+    assert token_agreement([([], [])]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"treshold": 0.5}, "options['x']: treshold is not a setting. Did you mean 'threshold'?"),
+        ({"threshold": 2.0}, "options['x']: threshold = 2.0: input should be less than or equal to 1"),
+        ({"reuse": "dual", "guidance": 1.0}, "options['x']: reuse = 'dual' does not go together with guidance = 1"),
+        ({"refresh": 3}, "options['x']: refresh = 3 needs something to refresh"),
+    ],
+)
+def test_a_wrong_option_is_named(changes, words):
+    with pytest.raises(ValueError) as fault:
+        SpeedConfig(run="toy", checkpoint="m", questions="q", steps=[16], options={"x": changes})
+    assert words in str(fault.value)

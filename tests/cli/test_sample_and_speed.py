@@ -18,6 +18,20 @@ def test_sample_prints_one_answer_per_prompt(here, capsys):
     assert capsys.readouterr().out == "I am a toy.\nParis.\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--reveal-rule", "threshold", "--threshold", "0.7"),
+        ("--reveal-rule", "factor", "--factor", "0.5"),
+        ("--reveal-rule", "entropy_bound", "--entropy-bound", "0.2"),
+        ("--reuse", "dual", "--refresh", "2"),
+    ],
+)
+def test_sample_takes_the_options_of_fast_decoding(here, capsys, words):
+    assert main(["sample", "chat-toy", *OPTIONS, *words, "Who are you?", "What is the capital of France?"]) == 0
+    assert capsys.readouterr().out == "I am a toy.\nParis.\n"
+
+
 def test_sample_reads_prompts_from_standard_input(here, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?\n"))
     assert main(["sample", "chat-toy", *OPTIONS]) == 0
@@ -69,7 +83,10 @@ def test_speed_writes_a_point_per_number_of_steps(here, tmp_path, capsys):
     first = found["points"][0]
     assert first["quality"] == 0.5 and first["quality_low"] < 0.5 < first["quality_high"] and first["n"] == 2
     assert {"commit", "hardware", "config_digest"} <= set(found["provenance"])
-    assert capsys.readouterr().out.count("passes per answer") == 2
+    fields = "name nfe seconds tokens_per_second quality quality_low quality_high agreement token_agreement n".split()
+    assert [list(option) for option in found["options"]] == [fields] * 7
+    assert found["options"][0]["name"] == "exact" and found["options"][0]["agreement"] == 1
+    assert capsys.readouterr().out.count("passes per answer") == 9
 
 
 @pytest.mark.parametrize(
@@ -81,6 +98,12 @@ def test_speed_writes_a_point_per_number_of_steps(here, tmp_path, capsys):
         (["sample", "chat-toy", "a", "--raw", "--output", "x"], "--raw has none"),
         (["sample", "chat-toy", "Hello " * 60], "leaves 64"),
         (["speed", "c.yaml"], "c.yaml: no such file"),
+        (["sample", "chat-toy", "a", "--threshold", "0.5"], "--threshold 0.5 is for --reveal-rule threshold"),
+        (
+            ["sample", "chat-toy", "a", "--reveal-rule", "factor", "--factor", "0"],
+            "--factor 0.0: input should be",
+        ),
+        (["sample", "chat-toy", "a", "--refresh", "2"], "refresh = 2 needs something to refresh; set reuse"),
     ],
 )
 def test_a_mistake_is_one_line(here, words, line, capsys):

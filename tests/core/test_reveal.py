@@ -1,45 +1,18 @@
-"""Reveal rules, blocks and quotas, and the canvas they act on."""
+"""Reveal rules and the canvas they act on."""
 
 import pytest
 import torch
 
-from dllm.core.blocks import block_index, block_passes, leftmost_block, transfer_counts
 from dllm.core.canvas import canvas_for, first_position, infill_canvas
-from dllm.core.reveal import REVEAL_RULES, choose_positions, nucleus, propose_tokens, token_confidence
-
-
-@pytest.mark.parametrize("n", range(1, 20))
-@pytest.mark.parametrize("steps", range(1, 20))
-def test_revealed_counts_sum_to_the_masks_and_are_the_published_quotas(n, steps):
-    left, counts = n, []
-    for step in range(steps):
-        counts.append(transfer_counts(torch.tensor([left]), torch.tensor([steps - step])).item())
-        left -= counts[-1]
-    assert counts == [n // steps + (step < n % steps) for step in range(steps)]
-    assert sum(counts) == n
-
-
-def test_steps_are_spread_over_the_blocks_that_have_masks():
-    masked = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 1, 1]]).bool()
-    block = block_index(torch.tensor([1, 0]), 10, 2)
-    assert block[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4]
-    assert leftmost_block(masked, block).tolist() == [0, 0]
-    assert block_passes(masked, block, 4)[0, :4].tolist() == [2, 1, 1, 0]
-    assert block_passes(masked, block, 3)[1, :5].tolist() == [2, 0, 0, 0, 1]
-    assert block_passes(masked, block, None)[1, :5].tolist() == [2, 0, 0, 0, 2]
-
-
-@pytest.mark.parametrize("steps", range(3, 14))
-def test_no_pass_is_lost_on_a_short_block(steps):
-    masked = torch.ones(1, 10, dtype=torch.bool)
-    passes = block_passes(masked, block_index(torch.tensor([0]), 10, 4), steps)
-    assert passes.sum() == min(steps, 10) and (passes[0, :3] <= torch.tensor([4, 4, 2])).all() and passes[0, :3].all()
-
-
-def test_fewer_steps_than_blocks_is_an_error_that_says_so():
-    masked = torch.ones(1, 8, dtype=torch.bool)
-    with pytest.raises(ValueError, match="steps = 3 is less than the 4 blocks"):
-        block_passes(masked, block_index(torch.tensor([0]), 8, 2), 3)
+from dllm.core.reveal import (
+    PARALLEL_RULES,
+    REVEAL_RULES,
+    choose_positions,
+    nucleus,
+    propose_tokens,
+    token_confidence,
+)
+from tests.plain_sampler import within_bound, within_factor
 
 
 def test_the_best_candidates_are_chosen_and_among_equals_the_leftmost():
@@ -54,9 +27,37 @@ def test_rules_rank_a_sure_position_above_an_unsure_one():
     logits = torch.tensor([[9.0, 0.0, 0.0, -torch.inf], [1.0, 0.9, 0.8, -torch.inf]])
     confidence = token_confidence(logits, logits.argmax(-1))
     torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
-    for name in ("confidence", "entropy", "margin", "threshold"):
-        score = REVEAL_RULES[name](logits, confidence, torch.zeros(2))
+    for name in sorted(set(REVEAL_RULES) - {"random"}):
+        score = REVEAL_RULES[name](logits, confidence, None)
         assert score[0] > score[1] and score.isfinite().all(), name
+
+
+@pytest.mark.parametrize("number", [0.05, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("rule", PARALLEL_RULES)
+def test_sure_positions_are_counted_as_by_the_plain_rule(rule, number):
+    generator = torch.Generator().manual_seed(0)
+    # near 1 in some rows and near 0 in others, so that there are short and long runs of sure positions
+    size = torch.rand(200, 12, generator=generator) ** torch.tensor([0.05, 0.3, 1.0, 4.0]).repeat(50)[:, None]
+    sizes = torch.randint(1, 13, (200, 1), generator=generator)
+    behind = torch.arange(12) >= sizes
+    score = -size if rule == "entropy_bound" else size
+    ranked = score.masked_fill(behind, -torch.inf).sort(-1, descending=True).values
+    found = PARALLEL_RULES[rule](ranked, number).clamp(min=1).tolist()
+    plain = {
+        "threshold": lambda row: max(1, sum(value >= number for value in row)),
+        "factor": lambda row: within_factor(row, number),
+        "entropy_bound": lambda row: within_bound([-value for value in row], number),
+    }[rule]
+    rows = [row[:n] for row, (n,) in zip(ranked.tolist(), sizes.tolist(), strict=True)]
+    assert found == [plain(row) for row in rows]
+    assert len(set(found)) > 2
+
+
+def test_what_is_sure_is_revealed_beyond_the_quota_and_one_is_revealed_in_any_case():
+    score = torch.tensor([[0.95, 0.2, 0.97, 0.9], [0.1, 0.3, 0.2, 0.0]])
+    candidate = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    chosen = choose_positions(score, candidate, torch.tensor([1, 1]), lambda ranked: (ranked >= 0.9).sum(-1))
+    assert chosen.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0]]
 
 
 def test_tokens_are_drawn_from_the_tempered_softmax():

@@ -1,0 +1,309 @@
+"""One denoising pass over ragged rows, wherever each of them stands: the step that all sampling shares.
+
+The host knows in advance which block of a row is active and how many tokens a pass reveals (`core.blocks`), so it lays
+out every index of a pass itself, and nothing in a pass waits for the device. Only rules that reveal a varying number of
+tokens report it, one small tensor per pass. What a row becomes depends on its own pass number, key and tokens, and not
+on its batch-mates or on when it joined them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from dllm.config import GenerateSettings
+from dllm.core.blocks import BlockPlan, plan_blocks
+from dllm.core.canvas import Canvas
+from dllm.core.noise import keyed_hash, token_hash
+from dllm.core.packing import Layout, layout_of, part_of
+from dllm.core.reveal import (
+    PARALLEL_RULES,
+    REVEAL_RULES,
+    choose_positions,
+    position_noise,
+    propose_tokens,
+    token_confidence,
+    token_noise,
+)
+from dllm.models.attention import KeyValues
+from dllm.models.forward import packed_hidden, packed_logits
+from dllm.models.load import Backbone
+
+_HEAD_LOGITS = {"cpu": 2**22, "cuda": 2**28}
+"""Most logits held at a time: on a CPU what its cache holds, so that softmax does not read them from memory again."""
+
+
+@dataclass(frozen=True, eq=False)
+class LiveRows:
+    """B rows that are being denoised. A pass changes the tensors in place.
+
+    numbers [B]: which rows of the plan they are (host). index [B] long: the same, on the device. tokens [B, L] long;
+    masked, response (what was masked at first) [B, L] bool; confidence [B, L] fp32; keys [B] long; passes [B] long:
+    made until the row was done; done [B] bool.
+    """
+
+    numbers: ndarray
+    index: Tensor
+    tokens: Tensor
+    masked: Tensor
+    response: Tensor
+    confidence: Tensor
+    keys: Tensor
+    passes: Tensor
+    done: Tensor
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def kept(self, keep: ndarray) -> LiveRows:
+        """Only the rows [B] bool to keep."""
+        if keep.all():
+            return self
+        rows = to_device(keep.nonzero()[0], self.tokens.device)
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return LiveRows(
+            **{
+                name: part[keep] if isinstance(part, ndarray) else part.index_select(0, rows)
+                for name, part in parts.items()
+            }
+        )
+
+    def joined(self, others: LiveRows, pad_id: int) -> LiveRows:
+        """These rows and then the others, all as wide as the widest."""
+        width = max(self.tokens.shape[1], others.tokens.shape[1])
+        padding = {"tokens": pad_id, "confidence": 1.0}
+        parts = {}
+        for name in (f.name for f in fields(self)):
+            pair = [getattr(self, name), getattr(others, name)]
+            if isinstance(pair[0], ndarray):
+                parts[name] = numpy.concatenate(pair)
+            elif pair[0].dim() == 2:
+                parts[name] = torch.cat([_widened(part, width, padding.get(name, False)) for part in pair])
+            else:
+                parts[name] = torch.cat(pair)
+        return LiveRows(**parts)
+
+    def end(self, ended: Tensor, eos_id: int) -> None:
+        """Fill the masks of ended rows [B] with EOS; rows without masks are done."""
+        fill = self.masked & ended[:, None]
+        self.tokens.masked_fill_(fill, eos_id)
+        self.confidence.masked_fill_(fill, 1.0)
+        self.masked.logical_and_(~fill)
+        torch.any(self.masked, 1, out=self.done).logical_not_()
+
+
+class Decoder:
+    """The rows of a canvas, their plan, and the pass that takes some of them one step further."""
+
+    def __init__(self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, row_seeds: Tensor | None = None):
+        """Raises ValueError if `steps` is less than the blocks of a row."""
+        self.backbone, self.settings, self.device = backbone, settings, torch.device(backbone.device)
+        given = canvas.valid & ~canvas.masked
+        seeds = token_hash(canvas.tokens, given) if row_seeds is None else row_seeds.to(canvas.tokens.device)
+        self.keys = keyed_hash(settings.seed, seeds)
+        self.canvas = canvas
+        masked, self.start, self.length = (x.cpu().numpy() for x in (canvas.masked, canvas.start, canvas.length))
+        self.plan: BlockPlan = plan_blocks(masked, self.start, settings.block_size, settings.steps)
+        self.hidden = _hides_ahead(backbone, masked, self.length, settings)
+        self.computed = numpy.zeros(len(masked), dtype=numpy.int64)
+        self._layouts: dict[tuple, Layout] = {}
+        self._cache = KeyValues() if settings.reuse != "none" else None
+        self._cached = numpy.zeros(0, dtype=numpy.int64)
+
+    @property
+    def passes_per_step(self) -> int:
+        """Forward passes of one step: a guided one takes two."""
+        return 2 if self.settings.guidance else 1
+
+    def rows(self, numbers: ndarray, width: int) -> LiveRows:
+        """Rows of the canvas, by number, at their beginning, `width` positions of each."""
+        canvas = self.canvas
+        at = to_device(numbers, canvas.tokens.device)
+        taken = {
+            "tokens": canvas.tokens[at, :width],
+            "masked": canvas.masked[at, :width],
+            "response": canvas.masked[at, :width],
+            "confidence": canvas.confidence[at, :width],
+            "keys": self.keys[at],
+            "done": canvas.done[at],
+        }
+        taken = {name: part.to(self.device, non_blocking=True) for name, part in taken.items()}
+        return LiveRows(
+            numbers=numbers,
+            index=to_device(numbers, self.device),
+            passes=torch.zeros(len(numbers), dtype=torch.long, device=self.device),
+            **taken,
+        )
+
+    @torch.no_grad()
+    def step(self, live: LiveRows) -> ndarray:
+        """One pass: reveal tokens of every live row that is not done. Returns [B] bool: which ended their block."""
+        plan, settings, rows = self.plan, self.settings, live.numbers
+        window, masks = plan.window(rows)
+        left, count = plan.left[rows], plan.counts(rows)
+        row = numpy.repeat(numpy.arange(len(rows)), left)
+        column = numpy.arange(len(row)) - numpy.repeat(left.cumsum() - left, left)
+        parts = to_device((window, masks, count, plan.step[rows], row, column), self.device)
+        window, masks, least, step, row, column = parts
+
+        # the positions still masked, from left to right: as many as the host expects, or none in a row that is done
+        size = window.shape[1]
+        places = torch.arange(size, device=self.device)
+        still = live.masked.gather(1, window) & (places < masks[:, None])
+        rank = torch.where(still, still.cumsum(1) - 1, size)
+        window = window.new_zeros(len(rows), size + 1).scatter_(1, rank, window)[:, :size]
+        candidate = places < still.sum(1)[:, None]
+        place = row * size + column
+        position = window.flatten().index_select(0, place)
+
+        keys = live.keys.index_select(0, row)
+        tokens, confidence, score = self._propose(live, row, position, keys, step.index_select(0, row))
+        table = score.new_full((len(rows), size), -torch.inf)
+        table.view(-1).index_copy_(0, place, score)
+        chosen = choose_positions(table, candidate, least, self._sure)
+
+        live.passes.add_(~live.done)
+        self._reveal(live, row * live.tokens.shape[1] + position, chosen.flatten()[place], tokens, confidence)
+        if settings.early_stop:
+            eos = (live.tokens == self.backbone.eos_id) & live.response & ~live.masked
+            live.end((eos & (live.masked.cumsum(1) == 0)).any(1), self.backbone.eos_id)
+        else:
+            torch.any(live.masked, 1, out=live.done).logical_not_()
+        revealed = chosen.sum(1).cpu().numpy() if settings.reveal_rule in PARALLEL_RULES else count
+        return plan.advance(rows, numpy.minimum(revealed, left))
+
+    def _sure(self, ranked: Tensor) -> Tensor:
+        """How many of a row's candidates are sure enough, under a rule that reveals all of these; 0 under others."""
+        rule = self.settings.reveal_rule
+        if rule not in PARALLEL_RULES:
+            return torch.zeros_like(ranked[:, 0], dtype=torch.long)
+        return PARALLEL_RULES[rule](ranked, getattr(self.settings, rule))
+
+    def _reveal(self, live: LiveRows, flat: Tensor, chosen: Tensor, tokens: Tensor, confidence: Tensor) -> None:
+        """Write what was chosen [N] among the proposals at `flat` [N], row * L + position."""
+        for canvas, values in ((live.tokens, tokens), (live.confidence, confidence), (live.masked, None)):
+            canvas = canvas.view(-1)
+            before = canvas.index_select(0, flat)
+            after = before & ~chosen if values is None else torch.where(chosen, values, before)
+            canvas.index_copy_(0, flat, after)
+
+    def _propose(
+        self, live: LiveRows, row: Tensor, position: Tensor, keys: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token, its probability and its score under the reveal rule for each candidate [N].
+
+        The head runs on a part of the candidates at a time, so that memory does not grow with their number.
+        """
+        settings = self.settings
+        hidden, layout = self._forward(live)
+        noise = token_noise(keys, position, step) if settings.temperature > 0 else None
+        order = position_noise(keys, position, step) if settings.reveal_rule == "random" else None
+        size = max(1, _HEAD_LOGITS.get(self.device.type, 2**26) // self.backbone.vocab_size)
+        found = []
+        for low in range(0, len(row), size):
+            part = slice(low, low + size)
+            logits = self._logits(hidden, layout, len(live), row[part], position[part])
+            drawn = None if noise is None else noise[part]
+            proposed = propose_tokens(logits, drawn, temperature=settings.temperature, top_p=settings.top_p)
+            confidence = token_confidence(logits, proposed)
+            rule = REVEAL_RULES[settings.reveal_rule]
+            found.append((proposed, confidence, rule(logits, confidence, None if order is None else order[part])))
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def _forward(self, live: LiveRows) -> tuple[Tensor, Layout]:
+        """Hidden states [T, D] of what this pass computes, and its layout."""
+        plan, rows, model = self.plan, live.numbers, self.backbone.model
+        block = plan.block[rows]
+        lengths = numpy.where(
+            self.hidden[rows], numpy.minimum(self.length[rows], plan.end[rows, block]), self.length[rows]
+        )
+        tokens, width = live.tokens, live.tokens.shape[1]
+        if self._cache is None:
+            copies = self.passes_per_step
+            layout = self._layout(lambda: layout_of(lengths.tolist() * copies, width), "whole", lengths, width)
+            if self.settings.guidance:
+                bare = torch.where(live.response, tokens, self.backbone.mask_id)
+                tokens = torch.cat([tokens, bare])
+            self.computed[rows] += lengths * copies
+            return packed_hidden(model, tokens, layout), layout
+        layout = self._layout(lambda: layout_of(lengths.tolist(), width), "whole", lengths, width)
+        passes = plan.passes[rows, block] - plan.passes_left[rows]
+        refreshed = passes % self.settings.refresh == 0 if self.settings.refresh else passes == 0
+        # who predicts one ahead reads the first position of a block off the one before it
+        begin = numpy.maximum(0, plan.begin[rows, block] - (self.backbone.prediction == "next"))
+        begin = numpy.where(refreshed, 0, begin)
+        end = numpy.minimum(plan.end[rows, block], lengths) if self.settings.reuse == "dual" else lengths
+        end = numpy.where(refreshed, lengths, end)
+        part = layout
+        if not refreshed.all():
+            part = self._layout(
+                lambda: part_of(layout, begin.tolist(), end.tolist()), "part", begin, end, lengths, width
+            )
+        if not numpy.array_equal(self._cached, rows):
+            known = {number: at for at, number in enumerate(self._cached.tolist())}
+            self._cache.keep([known.get(number, -1) for number in rows.tolist()])
+            self._cached = rows
+        self.computed[rows] += end - begin
+        return packed_hidden(model, tokens, layout, cache=self._cache, part=part), part
+
+    def _layout(self, make: Callable[[], Layout], kind: str, *described_by) -> Layout:
+        """The layout so described, made anew only when that changes."""
+        key = (kind, *(part.tobytes() if isinstance(part, ndarray) else part for part in described_by))
+        if key not in self._layouts:
+            self._layouts = {known: layout for known, layout in self._layouts.items() if known[0] != kind}
+            self._layouts[key] = make().to(self.device)
+        return self._layouts[key]
+
+    def _logits(self, hidden: Tensor, layout: Layout, rows: int, row: Tensor, position: Tensor) -> Tensor:
+        """Scores [N, V] fp32, with no chance for the mask token.
+
+        With guidance s: u + (s + 1)(c - u), u the scores with every given token masked (Nie et al. 2025, appendix A.2).
+        """
+        backbone, guidance = self.backbone, self.settings.guidance
+        logits = packed_logits(backbone.model, hidden, layout, row, position, backbone.prediction)
+        if guidance:
+            bare = packed_logits(backbone.model, hidden, layout, row + rows, position, backbone.prediction)
+            logits = bare + (guidance + 1) * (logits - bare)
+        logits[:, backbone.mask_id] = -torch.inf
+        return logits
+
+
+def _hides_ahead(backbone: Backbone, masked: ndarray, length: ndarray, settings: GenerateSettings) -> ndarray:
+    """Rows [R] in which the positions right of the active block are not there yet (never if a given token is there)."""
+    hidden = settings.ahead == "hidden"
+    if settings.ahead == "auto":
+        hidden = backbone.sidecar.get("response_end") == "block"
+    # all that stands behind the first mask is masked
+    behind = numpy.where(masked.any(1), length - masked.argmax(1), 0)
+    return (masked.sum(1) == behind) & hidden
+
+
+def to_device(values: ndarray | Sequence[ndarray], device: torch.device):
+    """Integer arrays of the host on a device, several in one copy, without waiting for it."""
+    arrays = [values] if isinstance(values, ndarray) else values
+    packed = torch.from_numpy(numpy.concatenate([array.ravel().astype(numpy.int64) for array in arrays]))
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    moved = packed.to(device, non_blocking=True).split([array.size for array in arrays])
+    shaped = [part.view(array.shape) for part, array in zip(moved, arrays, strict=True)]
+    return shaped[0] if isinstance(values, ndarray) else shaped
+
+
+def _widened(values: Tensor, width: int, fill) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
+
+
+def merged(canvas: Canvas, live: LiveRows) -> Canvas:
+    """The canvas with the live rows as they are now; a canvas that was handed out is never changed."""
+    return replace(
+        canvas,
+        tokens=canvas.tokens.index_copy(0, live.index, live.tokens),
+        masked=canvas.masked.index_copy(0, live.index, live.masked),
+        confidence=canvas.confidence.index_copy(0, live.index, live.confidence),
+        done=canvas.done.index_copy(0, live.index, live.done),
+    )
