@@ -1,6 +1,6 @@
 # make report   the laptop report, from nothing          make test   every test
 # make lint     formatters and linters                   make chat   talk to the laptop's chat model
-# make plan     the plan of the full reproduction        make clean  remove the laptop's results
+# make plan     the cost of the full reproduction        make clean  remove the laptop's results
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report test lint chat plan clean install
+.PHONY: report test bench lint chat plan clean install
 
 install: $(INSTALLED)
 
@@ -32,6 +32,9 @@ report: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
+bench: $(INSTALLED)
+	@$(BIN)/python -m bench
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +46,7 @@ chat: $(INSTALLED)
 	@$(BIN)/dllm chat
 
 plan: $(INSTALLED)
-	@$(BIN)/snakemake --dry-run --quiet rules --cores 1 --configfile config/paper.yaml
+	@$(BIN)/dllm plan config/paper.yaml
 
 clean:
 	rm -rf results/laptop

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
-from plan import gpus, launcher, make_plan
+from plan import launcher, make_plan
 
 ROOT = Path(workflow.basedir)
 OVERLAYS = [Path(path) for path in workflow.configfiles] or [

@@ -208,6 +208,15 @@ def paper_jobs() -> str:
     return ", ".join(f"{count} {what}" for what, count in counts.items()) + ", then samples, timing and the report."
 
 
+def paper_plan() -> str:
+    """What config/paper.yaml is predicted to cost where nothing is prepared yet."""
+    from dllm.planning import show
+    from dllm.planning.project import plan_project
+
+    plan = plan_project(_paper(), ROOT / "nowhere")
+    return f"```text\n{show.assumptions(plan)}\n\n{show.table(plan, {}, verbose=False)}\n\n{show.totals(plan)}\n```"
+
+
 def recipes() -> str:
     """Every switch of the recipes and scorers, as `published` and `corrected` set it."""
     project = _paper()
@@ -289,6 +298,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "paper runs": ("docs/reproduce.md", paper_runs),
     "paper downloads": ("docs/reproduce.md", paper_downloads),
     "paper jobs": ("docs/reproduce.md", paper_jobs),
+    "paper plan": ("docs/reproduce.md", paper_plan),
     "recipes": ("docs/recipes.md", recipes),
     "estimator policy": ("docs/algorithms.md", policy),
     "estimator spread": ("docs/algorithms.md", spread),

@@ -6,13 +6,14 @@ setting reruns exactly what depends on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dllm.chat.settings import SampleConfig, SpeedConfig
 from dllm.config import (
     Project,
-    Resources,
     RunEntry,
     download_configs,
     download_name,
@@ -21,7 +22,11 @@ from dllm.config import (
     write_when_changed,
 )
 from dllm.evaluation.settings import EvaluationConfig
+from dllm.planning.project import ProjectPlan, plan_project
 from dllm.report.plan import ReportPlan
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository, below which every work directory is named."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,22 @@ class Plan:
         for (row, benchmark), config in self.evaluations.items():
             write_when_changed(root / "evals" / row / f"{benchmark}.yaml", config)
         write_when_changed(root / "report.yaml", self.report)
+
+    @cached_property
+    def costs(self) -> ProjectPlan:
+        """What every job is predicted to take, counted where its data is prepared already."""
+        return plan_project(self.project, ROOT / self.project.workdir)
+
+    def asks(self, rule: str, resource: str, name: str | None = None) -> Callable:
+        """A rule's resource as a function of its wildcards: as predicted, or as the entry states it.
+
+        The job is called by its wildcards, `row/benchmark` for instance; `name` stands for a rule without any.
+        """
+
+        def asked(wildcards) -> int:
+            return self.costs.job(rule, "/".join(wildcards) if name is None else name).resources[resource]
+
+        return asked
 
     def record_of(self, name: str) -> str:
         """Record of a model or run: the edge of the graph that `init` and `checkpoint` draw."""
@@ -164,6 +185,7 @@ def speed_config(project: Project, name: str) -> SpeedConfig:
         limit=entry.documents,
         steps=entry.steps,
         generation=entry.generation,
+        options=entry.options,
     )
 
 
@@ -179,12 +201,14 @@ def report_plan(project: Project) -> ReportPlan:
             for curve in getattr(project.report, section)
         ]
 
+    estimators = rows_that_differ_in_estimator(project)
+    again = estimators[1:]
     results = [
         {
             "run": name,
             "label": entry.label,
             "recipe": "published" if entry.scorer == "published" else "corrected",
-            "kind": "control" if entry.control else "ar" if entry.kind == "hf" else "ours",
+            "kind": "control" if entry.control else "ar" if entry.kind == "hf" else "again" if name in again else "ours",
             "published_as": project.reported[entry.compare].label if entry.compare else "",
             "close_to": project.reported[entry.close_to].label if entry.close_to else "",
             "benchmarks": entry.benchmarks or [],
@@ -217,15 +241,24 @@ def report_plan(project: Project) -> ReportPlan:
             "film": first,
             "samples": first,
             "speed": next(iter(project.speed), ""),
+            "estimators": estimators,
         }
     )
+
+
+def rows_that_differ_in_estimator(project: Project) -> list[str]:
+    """The first evaluation with a Monte Carlo estimator and the one beside it that differs in the estimator alone."""
+    for name, entry in project.evaluations.items():
+        scorer = project.scorers[entry.scorer]
+        for other, candidate in project.evaluations.items():
+            like = scorer.model_copy(update={"likelihood": project.scorers[candidate.scorer].likelihood})
+            same_model = candidate.checkpoint == entry.checkpoint and candidate.chat_template == entry.chat_template
+            estimators = scorer.likelihood.estimator, like.likelihood.estimator
+            if same_model and like == project.scorers[candidate.scorer] and estimators == ("mc", "auto"):
+                return [other, name]
+    return []
 
 
 def launcher(run: RunEntry, relative: str) -> str:
     """Path, from the work directory, of the accelerate configuration of a run."""
     return f"{relative}/config/accelerate/{run.launch}.yaml"
-
-
-def gpus(resources: Resources) -> int:
-    """Accelerators of all machines together; `snakemake --resources gpu=8` keeps jobs on one machine within it."""
-    return resources.nodes * resources.gpus_per_node

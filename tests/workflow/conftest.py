@@ -34,6 +34,34 @@ def planned(*arguments: str, overlays=()) -> list[tuple[str, str, str]]:
     return sorted((rule, target, command) for (rule, target), command in zip(names, commands, strict=True))
 
 
+ASKED = """
+import sys
+from pathlib import Path
+from snakemake.api import SnakemakeApi
+from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
+
+with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
+    settings = ConfigSettings(configfiles=[Path(path) for path in sys.argv[1:]])
+    workflow = api.workflow(ResourceSettings(cores=1), config_settings=settings, snakefile=Path("Snakefile").resolve())
+    workflow.dag(DAGSettings())
+    workflow._workflow._prepare_dag(forceall=False, ignore_incomplete=True, lock_warn_only=True)
+    workflow._workflow._build_dag()
+    for job in workflow._workflow.dag.jobs:
+        if job.log:
+            asked = [f"{name}={job.resources.get(name)}" for name in ("mem_mb", "runtime", "disk_mb", "gpu")]
+            print(*str(job.log[0]).removeprefix("logs/").removesuffix(".log").split("/", 1), *asked, sep="\t")
+"""
+"""What Snakemake itself would ask for; a dry run does not print it for rules with a message."""
+
+
+def asked_resources(overlays) -> list[list[str]]:
+    """[rule, target, resource=value ...] of every job, sorted; the target of a rule of its own is missing."""
+    command = [sys.executable, "-c", ASKED, *map(str, overlays)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return sorted(line.split("\t") for line in done.stdout.splitlines() if "mem_mb=" in line)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository root."""

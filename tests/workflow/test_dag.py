@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.workflow.conftest import ROOT, planned, snakemake
+from tests.workflow.conftest import ROOT, asked_resources, planned, snakemake
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -39,6 +39,22 @@ def test_the_graph_and_every_command_line_are_as_in_the_snapshot(plan):
     up = os.path.relpath(ROOT, workdir)
     text = "".join(f"{rule} {target}\n    {shell.replace(up, '../..')}\n" for rule, target, shell in jobs)
     check_snapshot(f"{name}.jobs.txt", text)
+
+
+def test_every_job_asks_for_the_resources_of_the_snapshot(plan):
+    name, jobs, workdir = plan
+    asked = asked_resources([ROOT / "config" / f"{name}.yaml", workdir.parent / "elsewhere.yaml"])
+    assert len(asked) == len(jobs)
+    check_snapshot(f"{name}.resources.txt", "".join("  ".join(words) + "\n" for words in asked))
+
+
+def test_a_resource_that_an_entry_states_is_what_is_asked_for(tmp_path):
+    overlay = tmp_path / "mine.yaml"
+    stated = "{memory_gib: 3, runtime_minutes: 77}"
+    overlay.write_text(f"workdir: {tmp_path / 'work'}\nruns: {{chat-large: {{resources: {stated}}}}}\n")
+    asked = asked_resources([ROOT / "config/laptop.yaml", overlay])
+    (chat,) = [words for words in asked if words[:2] == ["train", "chat-large"]]
+    assert {"mem_mb=3072", "runtime=77", "gpu=0"} <= {*chat}
 
 
 def test_every_resolved_config_is_as_in_the_snapshot(plan):

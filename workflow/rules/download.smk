@@ -23,6 +23,10 @@ rule download:
         "downloads/{name}.json",
     log:
         "logs/download/{name}.log",
+    resources:
+        mem_mb=PLAN.asks("download", "mem_mb"),
+        runtime=PLAN.asks("download", "runtime"),
+        disk_mb=PLAN.asks("download", "disk_mb"),
     message:
         "Fetch {wildcards.name}."
     shell:

@@ -18,13 +18,10 @@ rule evaluate:
         "benchmarks/evaluate/{row}/{benchmark}.tsv"
     threads: 1
     resources:
-        mem_mb=lambda wildcards: PROJECT.evaluations[
-            wildcards.row
-        ].resources.memory_gib
-        * 1024,
-        runtime=lambda wildcards: PROJECT.evaluations[
-            wildcards.row
-        ].resources.runtime_minutes,
+        mem_mb=PLAN.asks("evaluate", "mem_mb"),
+        runtime=PLAN.asks("evaluate", "runtime"),
+        disk_mb=PLAN.asks("evaluate", "disk_mb"),
+        gpu=PLAN.asks("evaluate", "gpu"),
     params:
         offline=lambda wildcards: int(
             PROJECT.benchmarks[wildcards.benchmark].dataset is not None
@@ -44,6 +41,11 @@ rule sample:
     log:
         "logs/sample/{name}.log",
     threads: 1
+    resources:
+        mem_mb=PLAN.asks("sample", "mem_mb"),
+        runtime=PLAN.asks("sample", "runtime"),
+        disk_mb=PLAN.asks("sample", "disk_mb"),
+        gpu=PLAN.asks("sample", "gpu"),
     message:
         "Sample conversations of {wildcards.name}."
     shell:
@@ -59,6 +61,11 @@ rule speed:
     log:
         "logs/speed/{name}.log",
     threads: 1
+    resources:
+        mem_mb=PLAN.asks("speed", "mem_mb"),
+        runtime=PLAN.asks("speed", "runtime"),
+        disk_mb=PLAN.asks("speed", "disk_mb"),
+        gpu=PLAN.asks("speed", "gpu"),
     message:
         "Measure steps against time and quality of {wildcards.name}."
     shell:

@@ -14,6 +14,10 @@ rule prepare:
         "logs/prepare/{name}.log",
     benchmark:
         "benchmarks/prepare/{name}.tsv"
+    resources:
+        mem_mb=PLAN.asks("prepare", "mem_mb"),
+        runtime=PLAN.asks("prepare", "runtime"),
+        disk_mb=PLAN.asks("prepare", "disk_mb"),
     message:
         "Prepare {wildcards.name}."
     shell:

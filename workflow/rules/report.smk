@@ -31,6 +31,10 @@ rule tables:
         ),
     log:
         "logs/tables.log",
+    resources:
+        mem_mb=PLAN.asks("report", "mem_mb", "tables"),
+        runtime=PLAN.asks("report", "runtime", "tables"),
+        disk_mb=PLAN.asks("report", "disk_mb", "tables"),
     message:
         "Build the tables."
     shell:
@@ -50,6 +54,10 @@ rule figures:
         ),
     log:
         "logs/figures.log",
+    resources:
+        mem_mb=PLAN.asks("report", "mem_mb", "figures"),
+        runtime=PLAN.asks("report", "runtime", "figures"),
+        disk_mb=PLAN.asks("report", "disk_mb", "figures"),
     message:
         "Draw the figures."
     shell:
@@ -65,6 +73,10 @@ rule claims:
         "claims.json",
     log:
         "logs/claims.log",
+    resources:
+        mem_mb=PLAN.asks("report", "mem_mb", "claims"),
+        runtime=PLAN.asks("report", "runtime", "claims"),
+        disk_mb=PLAN.asks("report", "disk_mb", "claims"),
     message:
         "Judge the claims."
     shell:
@@ -85,6 +97,10 @@ rule page:
         "report/provenance.csv",
     log:
         "logs/page.log",
+    resources:
+        mem_mb=PLAN.asks("report", "mem_mb", "page"),
+        runtime=PLAN.asks("report", "runtime", "page"),
+        disk_mb=PLAN.asks("report", "disk_mb", "page"),
     message:
         "Write the report."
     shell:

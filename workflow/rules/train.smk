@@ -17,9 +17,10 @@ rule train:
         "benchmarks/train/{run}.tsv"
     threads: 1
     resources:
-        mem_mb=lambda wildcards: PROJECT.runs[wildcards.run].resources.memory_gib * 1024,
-        runtime=lambda wildcards: PROJECT.runs[wildcards.run].resources.runtime_minutes,
-        gpu=lambda wildcards: gpus(PROJECT.runs[wildcards.run].resources),
+        mem_mb=PLAN.asks("train", "mem_mb"),
+        runtime=PLAN.asks("train", "runtime"),
+        disk_mb=PLAN.asks("train", "disk_mb"),
+        gpu=PLAN.asks("train", "gpu"),
     params:
         launch=lambda wildcards: launcher(PROJECT.runs[wildcards.run], FROM_WORKDIR),
     message:

@@ -1,0 +1,306 @@
+"""The equations: FLOPs, seconds, memory and disk of training, scoring and generating.
+
+GiB are 2^30 bytes, GB 10^9. Nothing here knows the workflow; `project` puts a configuration's numbers in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dllm.config import BenchmarkSize, GenerateSettings, Recipe, RunEntry, Scorer, Shape
+from dllm.planning.data import Prepared
+from dllm.planning.hardware import Hardware
+from dllm.planning.passes import generation_passes, question_passes
+from dllm.planning.shapes import (
+    TRAINING,
+    forward_flops,
+    head_flops,
+    head_width,
+    is_gated,
+    muon_flops,
+    parameters,
+)
+
+GIB = 2**30
+
+TRAINING_PROCESS_GIB = 0.62
+"""Resident memory of a training process before its tensors: Python, torch, transformers, accelerate."""
+
+SCORING_PROCESS_GIB = 0.50
+"""The same of an evaluation, with lm-eval."""
+
+CPU_SLACK = 3.0
+"""Memory that a CPU process holds for each byte of tensors alive at the peak: its allocator keeps what rows of other
+lengths left behind. Calibrated on the laptop run, like the two constants above."""
+
+CPU_BF16_GIB = 0.25
+"""What a CPU holds more with bf16 weights: its matrix products keep reordered copies."""
+
+CUDA_GIB = 1.5
+"""Context, kernels and workspaces on an accelerator."""
+
+GPU_HOST_GIB = 5.0
+"""Resident memory of a process that drives an accelerator, before its weights pass through it."""
+
+DOUBLED = ("bd3lm",)
+"""Algorithms that forward a row twice over, clean and corrupted."""
+
+HEAD_ROWS = 4096
+"""Positions whose logits are held at once while scoring."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job runs: `devices` accelerators on `nodes` machines, or `cores` of a processor."""
+
+    hardware: Hardware
+    devices: int = 0
+    cores: int = 1
+    nodes: int = 1
+
+    @property
+    def units(self) -> int:
+        """What the hardware's peak counts for: accelerators, or cores."""
+        return self.devices if self.hardware.is_gpu else self.cores
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One job: tokens read, FLOPs, forward passes, wall seconds, memory of the host (per machine) and of a device,
+    disk it leaves, and disk it needs meanwhile on top (all GiB)."""
+
+    tokens: float = 0.0
+    flops: float = 0.0
+    passes: float = 0.0
+    seconds: float = 0.0
+    host_gib: float = 0.0
+    device_gib: float = 0.0
+    kept_gib: float = 0.0
+    scratch_gib: float = 0.0
+    steps: int = 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def training_steps(run: RunEntry, rows: float) -> int:
+    """Optimiser steps of a run on `rows` rows, as the trainer lays them out."""
+    per_epoch = max(1, int(rows) // run.global_batch_size)
+    total = run.steps or max(1, round(run.epochs * per_epoch))
+    return min(total, run.stop_after or total)
+
+
+def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place: Place) -> Cost:
+    """A training run.
+
+    FLOPs = tokens x 3 F(n) + masked x 3 H + evaluation, F and H the forward FLOPs of a token and of the head (6 N and
+    12 L d n in all); with activation checkpointing 4 F(n), as the layers run forward once more. Muon adds its own per
+    step. Seconds = start-up + FLOPs / (devices x peak x utilisation) + steps x overhead.
+    """
+    steps, longest = training_steps(run, data.train.rows), min(run.length, data.train.longest)
+    rows = steps * run.global_batch_size
+    mean = data.train.tokens / max(1.0, data.train.rows)
+    end = _end_tokens(run, recipe, data)
+    share = {"mdlm": 0.5, "mlm": run.mlm_share, "ar": 1.0}.get(run.algorithm, 0.5)
+    targets = data.train.targets / max(1.0, data.train.rows) + end
+    causal = run.algorithm == "ar"
+    width = min(run.length, data.train.weighted_length + end)
+    forward, head = forward_flops(shape, width, causal=causal), head_flops(shape)
+    forward *= 2 if run.algorithm in DOUBLED else 1
+    checkpointing = run.activation_checkpointing
+    flops = rows * ((mean + end) * forward * (TRAINING + checkpointing) + targets * share * head * TRAINING)
+    evaluated = _evaluated_rows(run, data) * run.eval_draws
+    test_mean = data.test.tokens / max(1.0, data.test.rows)
+    test_share = data.test.targets / max(1.0, data.test.tokens)
+    scoring = evaluated * ((test_mean + end) * forward + (test_mean * test_share + end) * share * head)
+    muon = steps * muon_flops(shape) if run.optimizer.name == "muon" else 0.0
+    rate = place.hardware.tflops(_precision(recipe)) * 1e12 * place.hardware.training
+    micro_tokens = _micro_batch_tokens(run, recipe, place, longest + end)
+    accumulation = max(1.0, run.global_batch_size * (mean + end) / max(1, place.devices) / micro_tokens)
+    seconds = place.hardware.startup_seconds + ((flops + scoring) / place.units + muon) / rate
+    seconds += steps * place.hardware.step_seconds * math.ceil(accumulation)
+    weights = _bytes(recipe) * parameters(shape).total / GIB
+    device = _training_gib(run, recipe, shape, micro_tokens, share * targets / (mean + end), place.devices)
+    rows_gib = 40 * (data.train.rows + data.test.rows) / GIB
+    if place.hardware.is_gpu:
+        host, processes = 0.0, max(1, place.devices // place.nodes)
+        host += processes * (GPU_HOST_GIB + 2 * weights + rows_gib)
+        device += CUDA_GIB
+    else:
+        host, device = TRAINING_PROCESS_GIB + rows_gib + CPU_SLACK * device, 0.0
+        host += CPU_BF16_GIB if recipe.parameters == "bf16" else 0.0
+    checkpoints = 2 * (weights * (2 if run.optimizer.name == "muon" else 3))
+    return Cost(
+        tokens=rows * mean,
+        flops=flops + scoring + muon * max(1, place.devices),
+        passes=steps,
+        seconds=seconds,
+        host_gib=host,
+        device_gib=device,
+        kept_gib=weights,
+        scratch_gib=checkpoints,
+        steps=steps,
+    )
+
+
+def _evaluated_rows(run: RunEntry, data: Prepared) -> float:
+    """Test rows read over a run: at its start, `evaluations` times on the way, and the whole split at its end."""
+    some = min(data.test.rows, run.eval_rows or data.test.rows)
+    return (run.evaluations + 1) * some + data.test.rows
+
+
+def _end_tokens(run: RunEntry, recipe: Recipe, data: Prepared) -> float:
+    """EOS tokens that end a mean response; none in text."""
+    if data.train.targets >= data.train.tokens:
+        return 0.0
+    kind = "one" if run.algorithm == "ar" else recipe.response_end
+    if kind == "block":
+        return (recipe.block_size + 1) / 2 + recipe.extra_blocks * recipe.block_size / 2
+    mean = data.train.tokens / max(1.0, data.train.rows)
+    return 0.15 * mean if kind == "fill" else 1.0  # rows of a batch are of like length
+
+
+def _precision(recipe: Recipe) -> str:
+    return "bf16" if "bf16" in (recipe.autocast, recipe.parameters) else "fp32"
+
+
+def _bytes(recipe: Recipe) -> int:
+    """Bytes of a master weight."""
+    return 2 if recipe.parameters == "bf16" else 4
+
+
+def _micro_batch_tokens(run: RunEntry, recipe: Recipe, place: Place, row: float) -> float:
+    """Tokens of the largest micro-batch: the stated budget, or as many of the longest rows as there may be."""
+    per_rank = max(1, run.global_batch_size // max(1, place.devices))
+    rows = min(per_rank, run.micro_batch_size)
+    if run.micro_batch_tokens and recipe.denominator != "micro_batch":
+        return min(run.micro_batch_tokens, per_rank * row)
+    return rows * row
+
+
+def _training_gib(
+    run: RunEntry, recipe: Recipe, shape: Shape, tokens: float, masked_share: float, devices: int
+) -> float:
+    """Weights, gradients, optimiser states and activations of one device, in GiB.
+
+    A token keeps about 10 d + 2 i values per layer (4 i where gated): inputs of the norms and products, queries, keys,
+    values, attention output (Korthikanti et al. 2022, arXiv:2205.05198, without the attention matrix); with
+    checkpointing the input of each layer, and one layer in full. Logits and their gradient are fp32.
+    """
+    n = parameters(shape).total
+    master = _bytes(recipe)
+    element = 2 if devices and _precision(recipe) == "bf16" else 4
+    moments = 2 * n - (parameters(shape).layers if run.optimizer.name == "muon" else 0)
+    shards = devices if run.launch == "zero2" and devices else 1
+    states = n * master + (n + moments) * master / shards
+    if element < master:
+        states += n * element  # autocast's copies of the matrices
+    layer = tokens * (10 * shape.width + (4 if is_gated(shape) else 2) * shape.intermediate) * element
+    if run.activation_checkpointing:
+        activations = layer + shape.layers * tokens * shape.width * 4
+    else:
+        activations = shape.layers * layer
+    masked = tokens * min(1.0, 1.5 * masked_share)  # half as many again as on average
+    logits = min(masked, run.head_chunk or masked) * shape.vocabulary * (4 + 4 + element)
+    return (states + activations + logits) / GIB
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Scoring and generating
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Requests as forward work: passes of rows, tokens forwarded, positions scored, forward batches, row length."""
+
+    passes: float
+    tokens: float
+    scored: float
+    batches: float
+    length: float
+    asked: float
+    """Tokens of prompts and answers, each once."""
+
+
+def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, causal: bool) -> Answers:
+    """Scored answers. A causal model takes one pass per answer, or per question where answers are one token long."""
+    prompt, length = size.prompt_tokens, size.answer_tokens
+    row = prompt + length
+    if causal:
+        passes = documents * (1 if length == 1 and size.one_prompt else size.choices)
+        return Answers(passes, passes * row, passes * row, passes / 32, row, passes * row)
+    if scorer.special_tokens != "exact":
+        length += 1  # SEP joins the answer
+    passes = documents * question_passes(size.choices, length, size.one_prompt, scorer.likelihood)
+    scored = passes * max(1.0, length / 2)
+    if size.greedy:
+        passes += documents * size.choices * length
+        scored += documents * size.choices * length
+    batches = passes * row / scorer.likelihood.batch_tokens
+    return Answers(passes, passes * row, scored, max(1.0, batches), row, documents * size.choices * row)
+
+
+def generated_answers(
+    prompt: float, documents: int, settings: GenerateSettings, *, causal: bool, hides: bool
+) -> Answers:
+    """Free answers, without an early end. hides: the canvas grows block by block, its later blocks are not forwarded.
+
+    A causal model reads the prompt once and then forwards one token per pass, against its cache.
+    """
+    new, block = settings.max_new_tokens, min(settings.block_size, settings.max_new_tokens)
+    together = min(settings.batch_size, documents)
+    together = max(1, min(together, int(settings.batch_tokens // (prompt + new))))
+    batches = math.ceil(documents / together)
+    if causal:
+        return Answers(documents * new, documents * (prompt + new), documents * new, batches * new, prompt + new, 0)
+    passes = generation_passes(settings)
+    canvas = (new + block) / 2 if hides else new
+    row = prompt + canvas
+    forwarded = passes * row
+    if settings.reuse != "none":
+        refreshes = math.ceil(new / block) if settings.refresh is None else math.ceil(passes / settings.refresh)
+        part = block if settings.reuse == "dual" or hides else (new + block) / 2
+        forwarded = refreshes * row + max(0, passes - refreshes) * part
+    return Answers(
+        passes=documents * passes,
+        tokens=documents * forwarded,
+        scored=documents * passes * (block + 1) / 2,
+        batches=batches * passes,
+        length=row,
+        asked=documents * (prompt + new),
+    )
+
+
+def scoring(
+    answers: Answers, shape: Shape, place: Place, *, precision: str = "fp32", causal: bool = False, rows: int = 32
+) -> Cost:
+    """Forward work: seconds = start-up + max(FLOPs / rate, batches x bytes of the weights / bandwidth) + overheads."""
+    element = 2 if precision == "bf16" else 4
+    n = parameters(shape).total
+    flops = answers.tokens * forward_flops(shape, answers.length, causal=causal) + answers.scored * head_flops(shape)
+    hardware = place.hardware
+    rate = hardware.tflops(precision) * 1e12 * hardware.inference * place.units
+    reading = answers.batches * n * element / (hardware.bandwidth_gbs * 1e9)
+    seconds = hardware.startup_seconds + max(flops / rate, reading) + answers.batches * hardware.pass_seconds
+    batch_tokens = answers.tokens / max(1.0, answers.batches)
+    inner = shape.intermediate * (2 if is_gated(shape) else 1)
+    activations = batch_tokens * (6 * shape.width + inner) * element
+    logits = min(HEAD_ROWS, answers.scored / max(1.0, answers.batches)) * shape.vocabulary * 4 * 3
+    if causal:
+        logits = batch_tokens * shape.vocabulary * (element + 4)
+        activations += rows * answers.length * 2 * shape.layers * head_width(shape) * shape.heads * element
+    tensors = (n * element + activations + logits) / GIB
+    if hardware.is_gpu:
+        host, device = GPU_HOST_GIB + 2 * n * 4 / GIB, CUDA_GIB + tensors
+    else:
+        host, device = SCORING_PROCESS_GIB + CPU_SLACK * tensors, 0.0
+    return Cost(
+        tokens=answers.tokens,
+        flops=flops,
+        passes=answers.passes,
+        seconds=seconds,
+        host_gib=host,
+        device_gib=device,
+    )

@@ -1,0 +1,108 @@
+"""How many rows and tokens a run reads: estimates from the entries, or the manifest once the set is prepared."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from dllm.config import DatasetEntry, PrepareConfig
+
+TARGET_SHARE = 0.5
+"""Share of a conversation in its last answer, where the entry does not say."""
+
+TEXT_BYTES = 4.3
+"""Bytes of English text per token of a vocabulary of 30,000 to 50,000."""
+
+COMPRESSED = 0.6
+"""Size of a downloaded set (mostly parquet) as a share of its text."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows, tokens and target tokens of one split; `weighted_length` is the row length that a mean token sees."""
+
+    rows: float = 0.0
+    tokens: float = 0.0
+    targets: float = 0.0
+    weighted_length: float = 1.0
+    longest: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Both splits; whether they were counted, not estimated; tokens read to make them."""
+
+    train: Split
+    test: Split
+    counted: bool
+    read_tokens: float
+    bytes_per_token: int
+
+
+def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared | None:
+    """What `dllm prepare` writes; none if neither a manifest nor an estimate is there.
+
+    Text becomes rows of equal length. A conversation is one row, cut at the length; lengths are taken as exponentially
+    distributed, so that a row of mean m cut at L has m (1 - e^(-L/m)) tokens on average.
+    """
+    width = 2 if vocabulary <= 2**16 else 4
+    found = _counted(workdir / "data" / config.name / "manifest.json", config)
+    if found:
+        return Prepared(*found, True, found[0].tokens + found[1].tokens, width)
+    entries = [part.entry for part in config.parts]
+    if any(entry.documents is None or entry.tokens is None for entry in entries):
+        return None
+    train, test = Split(), Split()
+    for entry in entries:
+        rows, held_out = _documents(entry, config.rows, overlapping=config.split == "overlapping")
+        train = _sum(train, _split(entry, rows, config.length))
+        test = _sum(test, _split(entry, held_out, config.length))
+    return Prepared(train, test, False, sum(entry.tokens for entry in entries), width)
+
+
+def _documents(entry: DatasetEntry, most: int | None, *, overlapping: bool) -> tuple[float, float]:
+    """Rows in train and test."""
+    if entry.test_split:
+        train, test = float(entry.documents), float(entry.test_documents or entry.documents * 0.02)
+    else:
+        test = entry.documents * entry.test_share
+        train = entry.documents - (0 if overlapping else test)
+    return (min(train, most) if most else train), test
+
+
+def _split(entry: DatasetEntry, documents: float, length: int) -> Split:
+    tokens = documents * entry.tokens / entry.documents
+    if entry.kind == "text":
+        rows = math.floor(tokens / length)
+        return Split(rows, rows * length, rows * length, length, length)
+    mean = entry.tokens / entry.documents
+    cut = length / mean
+    kept = mean * -math.expm1(-cut)
+    weighted = 2 * mean * (1 - math.exp(-cut) * (1 + cut)) / -math.expm1(-cut)
+    share = entry.target_share or TARGET_SHARE
+    return Split(documents, documents * kept, documents * kept * share, weighted, min(length, 4 * mean))
+
+
+def _sum(a: Split, b: Split) -> Split:
+    tokens = a.tokens + b.tokens
+    weighted = (a.tokens * a.weighted_length + b.tokens * b.weighted_length) / tokens if tokens else 1.0
+    return Split(a.rows + b.rows, tokens, a.targets + b.targets, weighted, max(a.longest, b.longest))
+
+
+def _counted(path: Path, config: PrepareConfig) -> tuple[Split, Split] | None:
+    """Both splits as a manifest counts them; none if there is no usable one."""
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        return _from_counts(splits["train"], config), _from_counts(splits["test"], config)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _from_counts(counts: dict, config: PrepareConfig) -> Split:
+    rows, tokens = float(counts["rows"]), float(counts["tokens"])
+    mean = tokens / max(1.0, rows)
+    text = counts["target_tokens"] == counts["tokens"]
+    weighted = mean if text else min(2 * mean, (mean + counts["longest_row"]) / 2)
+    return Split(rows, tokens, float(counts["target_tokens"]), weighted, float(counts["longest_row"]))

@@ -1,0 +1,370 @@
+"""The plan of a configuration: every job of the workflow with its cost, and what does not fit.
+
+A job is known by its rule and the name of what it makes (a run, `row/benchmark`, a download), as in the workflow.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dllm.config import (
+    BenchmarkEntry,
+    EvaluationEntry,
+    Project,
+    Resources,
+    Shape,
+    download_configs,
+    download_name,
+    prepare_configs,
+    prepared_name,
+)
+from dllm.planning.cost import GIB, Cost, Place, generated_answers, likelihood_answers, scoring, training
+from dllm.planning.data import COMPRESSED, TEXT_BYTES, Prepared, prepared
+from dllm.planning.hardware import Hardware, hardware
+from dllm.planning.shapes import differences, is_known, parameters, shape_of, translated
+
+RULES = ("download", "prepare", "train", "evaluate", "sample", "speed", "report")
+
+DOWNLOAD_BYTES_PER_SECOND = 50e6
+TOKENIZED_PER_SECOND = 0.33e6
+"""Tokens that `dllm prepare` writes per second, on one core."""
+
+SAMPLE_PROMPT, QUESTION_PROMPT = 60, 120
+"""Tokens of a conversation or a question before its answer, where nothing states them."""
+
+REPORT_JOBS = ("tables", "figures", "claims", "page")
+
+UNPLANNED = Resources(memory_gib=16, runtime_minutes=1440, disk_gib=16)
+"""What a job asks for that cannot be planned, because a size is not stated."""
+
+MARGIN_TIME, MARGIN_MEMORY, MARGIN_DISK = 2.0, 1.5, 1.25
+"""What is asked for, beyond what is predicted: a job that is killed costs more than one that is too generous."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: where it runs, what it costs, what it waits for, and what is doubtful about it."""
+
+    rule: str
+    name: str
+    cost: Cost
+    place: Place
+    stated: Resources = Resources()
+    after: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    known: bool = True
+
+    @property
+    def device_hours(self) -> float:
+        """GPU hours, or core hours of a job without one."""
+        return self.cost.seconds / 3600 * self.place.units
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """What the job asks of a cluster: a stated value, or the predicted one with a margin, rounded up."""
+        stated = self.stated.model_copy(update=self._unplanned())
+        memory = stated.memory_gib
+        memory_mb = memory * 1024 if memory else _up(self.cost.host_gib * MARGIN_MEMORY * 1024, 256)
+        minutes = stated.runtime_minutes or _up(self.cost.seconds * MARGIN_TIME / 60 + 2, 5)
+        disk = stated.disk_gib
+        predicted = (self.cost.kept_gib + self.cost.scratch_gib) * MARGIN_DISK * 1024
+        return {
+            "mem_mb": memory_mb,
+            "runtime": minutes,
+            "disk_mb": disk * 1024 if disk else _up(predicted, 64),
+            "gpu": self.place.devices,
+        }
+
+    def _unplanned(self) -> dict[str, int]:
+        """Values for what neither the entry nor a prediction gives."""
+        names = () if self.known else ("memory_gib", "runtime_minutes", "disk_gib")
+        return {name: getattr(UNPLANNED, name) for name in names if getattr(self.stated, name) is None}
+
+
+def _up(value: float, step: int) -> int:
+    return max(1, math.ceil(value / step - 1e-9)) * step
+
+
+@dataclass(frozen=True)
+class ProjectPlan:
+    """All jobs of a project on some hardware, by (rule, name)."""
+
+    project: Project
+    hardware: Hardware
+    jobs: dict[tuple[str, str], Job]
+    notes: list[str] = field(default_factory=list)
+
+    def job(self, rule: str, name: str = "") -> Job:
+        """The job that makes `name`. Raises ValueError, one line, for one that is not planned."""
+        try:
+            return self.jobs[rule, name]
+        except KeyError:
+            raise ValueError(f"{rule} {name}: not a job of this configuration; see dllm plan --verbose") from None
+
+    @property
+    def warnings(self) -> list[str]:
+        """One line for everything doubtful."""
+        lines = [f"{job.rule} {job.name}: {text}" for job in self.jobs.values() for text in job.warnings]
+        return [*self.notes, *lines]
+
+    @cached_property
+    def longest_chain(self) -> tuple[float, list[Job]]:
+        """Seconds of the chain of jobs that takes longest with a machine for every job, and the chain."""
+        best: dict[tuple[str, str], tuple[float, list[Job]]] = {}
+
+        def ends(key: tuple[str, str]) -> tuple[float, list[Job]]:
+            if key not in best:
+                job = self.jobs[key]
+                seconds, chain = max((ends(k) for k in job.after if k in self.jobs), default=(0.0, []), key=_seconds)
+                best[key] = seconds + job.cost.seconds, [*chain, job]
+            return best[key]
+
+        return max((ends(key) for key in self.jobs), default=(0.0, []), key=_seconds)
+
+
+def _seconds(pair: tuple[float, list]) -> float:
+    return pair[0]
+
+
+def plan_project(
+    project: Project, workdir: str | Path = ".", *, on: str | None = None, utilisation: float | None = None
+) -> ProjectPlan:
+    """The plan of a project. `workdir` is where prepared data and downloads are looked for, to be counted.
+
+    on, utilisation: hardware and its share of the peak, in place of the project's own. Raises ValueError, one line,
+    for unknown hardware.
+    """
+    return _Planner(project, Path(workdir), hardware(on or project.hardware, utilisation or project.utilisation)).plan()
+
+
+class _Planner:
+    """Collects the jobs of one project; each method adds those of one rule."""
+
+    def __init__(self, project: Project, workdir: Path, machine: Hardware):
+        self.project, self.workdir, self.machine = project, workdir, machine
+        self.processor = hardware("cpu") if machine.is_gpu else machine
+        self.jobs: dict[tuple[str, str], Job] = {}
+        self.notes: list[str] = []
+        self.shapes: dict[str, Shape | None] = {}
+        self.data: dict[str, Prepared | None] = {}
+
+    def plan(self) -> ProjectPlan:
+        self._downloads()
+        self._preparations()
+        self._runs()
+        self._evaluations()
+        self._samples()
+        self._speed()
+        self._report()
+        return ProjectPlan(self.project, self.machine, self.jobs, self.notes)
+
+    # what the jobs share
+
+    def shape(self, name: str) -> Shape | None:
+        """The shape of a run's or model's root model; a downloaded config.json is checked against what is stated."""
+        root = self.project.root_model(name)
+        if root not in self.shapes:
+            self.shapes[root] = self._looked_up(root)
+        return self.shapes[root]
+
+    def _looked_up(self, root: str) -> Shape | None:
+        entry = self.project.models[root]
+        found = self._downloaded(root)
+        if found and entry.shape and (wrong := differences(entry.shape, found)):
+            self.notes.append(f"models.{root}.shape: {'; '.join(wrong)} in its config.json; correct the entry")
+        try:
+            shape = found or shape_of(entry)
+        except ValidationError as fault:
+            wrong = fault.errors()[0]
+            self.notes.append(
+                f"models.{root}.new: {wrong['loc'][0]} = {wrong['input']!r} is no size; it is not planned"
+            )
+            return None
+        if shape is None:
+            self.notes.append(f"models.{root}: no `shape`, so what is made of it is not planned; state it")
+        elif not is_known(shape):
+            self.notes.append(f"models.{root}: {shape.model_type} is counted as if it were a llama; read as a guess")
+        return shape
+
+    def _downloaded(self, root: str) -> Shape | None:
+        try:
+            config = json.loads((self.workdir / "downloads" / root / "config.json").read_text(encoding="utf-8"))
+            return translated(config)
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def place(self, resources: Resources) -> Place:
+        """Where a job runs: on the accelerators it asks for, unless the plan is for a CPU."""
+        devices = resources.nodes * resources.gpus_per_node
+        if devices and self.machine.is_gpu:
+            return Place(self.machine, devices, resources.cpus_per_task, resources.nodes)
+        return Place(self.processor, 0, resources.nodes * resources.cpus_per_task, resources.nodes)
+
+    def add(self, rule: str, name: str, cost: Cost | None, place: Place, **more) -> None:
+        job = Job(rule, name, cost or Cost(), place, known=cost is not None, **more)
+        doubts = list(job.warnings)
+        if cost is None:
+            doubts.append("cannot be planned: a size is not stated")
+        if place.hardware.is_gpu and job.cost.device_gib > place.hardware.memory_gib:
+            doubts.append(
+                f"needs about {job.cost.device_gib:.0f} GiB on a device, a {place.hardware.name} has "
+                f"{place.hardware.memory_gib:.0f}; lower micro_batch_size, or checkpoint activations"
+            )
+        stated = job.stated
+        if stated.memory_gib and stated.memory_gib < job.cost.host_gib:
+            doubts.append(f"resources.memory_gib = {stated.memory_gib}, predicted {job.cost.host_gib:.1f}")
+        if stated.runtime_minutes and stated.runtime_minutes * 60 < job.cost.seconds:
+            doubts.append(
+                f"resources.runtime_minutes = {stated.runtime_minutes}, predicted {job.cost.seconds / 60:.0f}"
+            )
+        self.jobs[rule, name] = Job(rule, name, job.cost, place, stated, job.after, tuple(doubts), job.known)
+
+    # rule by rule
+
+    def _downloads(self) -> None:
+        for name, config in download_configs(self.project).items():
+            size, rate, after = None, DOWNLOAD_BYTES_PER_SECOND, ()
+            if config.model:
+                shape = self.shape(name)
+                size = parameters(shape).total * 4 + (3e6 if config.model.hub else 0.1e6) if shape else None
+                if config.tokenizer_path:
+                    after = (("download", Path(config.tokenizer_path).name),)
+            elif name == "pocket-world":
+                size, rate = 5.2e6, 1e6  # made here, not fetched
+            elif self.project.datasets[name].tokens:
+                size = self.project.datasets[name].tokens * TEXT_BYTES * COMPRESSED
+            cost = size and Cost(seconds=5 + size / rate, host_gib=0.5, kept_gib=size / GIB)
+            self.add("download", name, cost or None, Place(self.processor), after=after)
+
+    def _preparations(self) -> None:
+        for name, config in prepare_configs(self.project).items():
+            shape = self.shape(Path(config.model_path).name)
+            found = self.data[name] = shape and prepared(config, self.workdir, shape.vocabulary)
+            sources = {("download", Path(part.path).name) for part in config.parts}
+            cost = None
+            if found:
+                kept = found.train.tokens + found.test.tokens
+                rows = found.train.rows + found.test.rows
+                # `datasets` unpacks what came from the hub into its cache
+                hub = [part.entry.tokens or 0 for part in config.parts if part.entry.hub]
+                cost = Cost(
+                    tokens=found.read_tokens,
+                    seconds=2.5 + found.read_tokens / TOKENIZED_PER_SECOND,
+                    host_gib=0.28 + rows * 100 / GIB,
+                    kept_gib=(kept * found.bytes_per_token + rows * 12) / GIB,
+                    scratch_gib=sum(hub) * TEXT_BYTES / GIB,
+                )
+            after = (*sorted(sources), ("download", Path(config.model_path).name))
+            self.add("prepare", name, cost, Place(self.processor), after=after)
+
+    def _runs(self) -> None:
+        for name, run in self.project.runs.items():
+            data_name, shape = prepared_name(self.project, name), self.shape(name)
+            data, place = self.data[data_name], self.place(run.resources)
+            cost, doubts = None, []
+            if shape and data:
+                cost = training(run, self.project.recipes[run.recipe], shape, data, place)
+                if run.length > shape.positions:
+                    doubts.append(f"length = {run.length}, the model has {shape.positions} positions")
+                if place.devices and run.global_batch_size % place.devices:
+                    doubts.append(f"global_batch_size = {run.global_batch_size} does not divide by {place.devices}")
+            after = (("prepare", data_name), self._origin(run.init))
+            self.add("train", name, cost, place, stated=run.resources, after=after, warnings=tuple(doubts))
+
+    def _origin(self, name: str) -> tuple[str, str]:
+        return ("train", name) if name in self.project.runs else ("download", name)
+
+    def _evaluations(self) -> None:
+        for row, entry in self.project.evaluations.items():
+            for benchmark in entry.benchmarks or list(self.project.benchmarks):
+                self._evaluation(row, entry, benchmark)
+
+    def _evaluation(self, row: str, entry: EvaluationEntry, name: str) -> None:
+        benchmark, shape = self.project.benchmarks[name], self.shape(entry.checkpoint)
+        place, cost = self.place(entry.resources), None
+        if shape and benchmark.size:
+            cost = self._evaluation_cost(entry, benchmark, shape, place)
+        after = [self._origin(entry.checkpoint)]
+        if benchmark.dataset:
+            after.append(("download", download_name(self.project, benchmark.dataset)))
+        self.add("evaluate", f"{row}/{name}", cost, place, stated=entry.resources, after=tuple(after))
+
+    def _evaluation_cost(self, entry: EvaluationEntry, benchmark: BenchmarkEntry, shape: Shape, place: Place) -> Cost:
+        size, causal = benchmark.size, entry.kind == "hf"
+        documents = min(size.documents, benchmark.documents or size.documents)
+        room = max(1, shape.positions - (size.answer_tokens if size.choices else benchmark.generation.max_new_tokens))
+        size = size.model_copy(update={"prompt_tokens": min(size.prompt_tokens, room)})
+        if size.choices:
+            answers = likelihood_answers(size, documents, self.project.scorers[entry.scorer], causal=causal)
+        else:
+            answers = generated_answers(
+                size.prompt_tokens,
+                documents,
+                benchmark.generation,
+                causal=causal,
+                hides=self._hides(entry.checkpoint, benchmark.generation.ahead),
+            )
+        cost = scoring(answers, shape, place, causal=causal)
+        written = documents * (size.prompt_tokens * TEXT_BYTES + 600) / GIB
+        return _with_disk(cost, written, written / 4)
+
+    def _hides(self, checkpoint: str, ahead: str) -> bool:
+        """Whether a checkpoint does not see the blocks right of the active one."""
+        run = self.project.runs.get(checkpoint)
+        ends_at_block = run is not None and self.project.recipes[run.recipe].response_end == "block"
+        return ahead == "hidden" or (ahead == "auto" and ends_at_block)
+
+    def _samples(self) -> None:
+        for name, entry in self.project.samples.items():
+            turns = 1 + sum(len(conversation) for conversation in entry.conversations)
+            # the turns of a conversation wait for each other, so nothing is batched
+            settings = entry.generation.model_copy(update={"batch_size": 1})
+            self._generation("sample", name, entry.checkpoint, turns, SAMPLE_PROMPT, [settings])
+
+    def _speed(self) -> None:
+        for name, entry in self.project.speed.items():
+            settings = [entry.generation.model_copy(update={"steps": steps}) for steps in entry.steps]
+            more = (("download", download_name(self.project, entry.questions.split("/")[0])),)
+            self._generation("speed", name, entry.checkpoint, entry.documents, QUESTION_PROMPT, settings, more)
+
+    def _generation(self, rule, name, checkpoint, documents, prompt, settings, after=()) -> None:
+        """A job that answers the same prompts under each of some settings, one process for all."""
+        shape, cost = self.shape(checkpoint), None
+        run = self.project.runs[checkpoint]
+        place = self.place(Resources(gpus_per_node=min(1, run.resources.gpus_per_node)))
+        if shape:
+            costs = []
+            for one in settings:
+                room = max(1, shape.positions - one.max_new_tokens)
+                hides = self._hides(checkpoint, one.ahead)
+                answers = generated_answers(min(prompt, room), documents, one, causal=False, hides=hides)
+                costs.append(scoring(answers, shape, place))
+            start = place.hardware.startup_seconds
+            cost = Cost(
+                tokens=sum(c.tokens for c in costs),
+                flops=sum(c.flops for c in costs),
+                passes=sum(c.passes for c in costs),
+                seconds=start + sum(c.seconds - start for c in costs),
+                host_gib=max(c.host_gib for c in costs),
+                device_gib=max(c.device_gib for c in costs),
+                kept_gib=1e6 / GIB,
+            )
+        self.add(rule, name, cost, place, after=(("train", checkpoint), *after))
+
+    def _report(self) -> None:
+        sources = tuple(key for key in self.jobs if key[0] in ("train", "evaluate", "sample", "speed"))
+        for name in REPORT_JOBS:
+            figures = name in ("figures", "page")
+            cost = Cost(seconds=12 if name == "figures" else 4, host_gib=0.3, kept_gib=(10e6 if figures else 1e6) / GIB)
+            after = sources if name != "page" else tuple(("report", job) for job in REPORT_JOBS if job != "page")
+            self.add("report", name, cost, Place(self.processor), after=after)
+
+
+def _with_disk(cost: Cost, kept: float, scratch: float) -> Cost:
+    return Cost(**{**cost.__dict__, "kept_gib": kept, "scratch_gib": scratch})

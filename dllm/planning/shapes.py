@@ -1,0 +1,214 @@
+"""Parameters and FLOPs of a model from the sizes of its architecture, for the stock classes of transformers.
+
+A multiplication of a matrix with a vector is 2 FLOPs per entry, so a token costs 2 N forward and 6 N in training, N
+the matrices it passes (Kaplan et al. 2020, arXiv:2001.08361); attention adds 4 n d per layer forward, n the positions
+seen and d the width of all heads together, 12 n d in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dllm.config import ModelEntry, Shape
+
+TRAINING = 3
+"""Forward and backward cost this many forwards: each matrix is used once forward and twice backward."""
+
+UNKNOWN_VOCABULARY = 1024
+"""Vocabulary of a new model whose tokenizer is not there yet: about that of the synthetic world."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by their use: looked up, in layers, in the head; `shared` of the head are the embedding once more."""
+
+    embedding: int
+    layers: int
+    head: int
+    shared: int
+
+    @property
+    def total(self) -> int:
+        """Each parameter once."""
+        return self.embedding + self.layers + self.head - self.shared
+
+
+def parameters(shape: Shape) -> Parameters:
+    """Parameters of the masked-LM or causal-LM class of a shape; unknown architectures are counted as a Llama."""
+    return COUNTS.get(shape.model_type, _llama)(shape)
+
+
+def is_known(shape: Shape) -> bool:
+    """Whether the count of this architecture is exact."""
+    return shape.model_type in COUNTS
+
+
+def is_gated(shape: Shape) -> bool:
+    """Whether the feed-forward part multiplies two inner projections."""
+    return shape.model_type not in ("bert", "roberta", "gpt2")
+
+
+def forward_flops(shape: Shape, length: float, *, causal: bool = False) -> float:
+    """FLOPs of one token through all layers, forward, in a row of `length` tokens; the head is not in it.
+
+    Local layers see `window` positions at most; a causal row sees half of its length on average.
+    """
+    seen = length / 2 if causal else length
+    wide = global_layers(shape)
+    local = shape.layers - wide
+    attention = 4 * head_width(shape) * shape.heads
+    positions = wide * seen + local * min(seen, shape.window or seen)
+    return 2 * parameters(shape).layers + attention * positions
+
+
+def head_flops(shape: Shape) -> float:
+    """FLOPs of the head at one scored position, forward."""
+    return 2 * parameters(shape).head
+
+
+def global_layers(shape: Shape) -> int:
+    """Layers that see every position: the first of every `global_every`."""
+    return -(-shape.layers // shape.global_every) if shape.window else shape.layers
+
+
+def head_width(shape: Shape) -> int:
+    """Size of one head."""
+    return shape.head_width or shape.width // shape.heads
+
+
+def muon_flops(shape: Shape) -> float:
+    """FLOPs of one Muon step: five Newton-Schulz iterations on every matrix of m x n, m <= n, in layers.
+
+    Each iteration is A = X X^T, B = b A + c A A, X = a X + B X: 2 m^2 (2 n + m) (Jordan et al. 2024).
+    """
+
+    def matrix(a: int, b: int) -> float:
+        m, n = sorted((a, b))
+        return 5 * 2 * m * m * (2 * n + m)
+
+    d, i, inner = shape.width, shape.intermediate, head_width(shape) * shape.heads
+    keys = head_width(shape) * (shape.kv_heads or shape.heads)
+    if shape.model_type == "modernbert":
+        layer = matrix(3 * d, d) + matrix(d, d) + matrix(2 * i, d) + matrix(d, i)
+    else:
+        inner_matrices = 3 if is_gated(shape) else 2
+        layer = 2 * matrix(inner, d) + 2 * matrix(keys, d) + inner_matrices * matrix(i, d)
+    return shape.layers * layer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Counting, class by class
+
+
+def _bert(shape: Shape) -> Parameters:
+    d, i, v = shape.width, shape.intermediate, shape.vocabulary
+    embedding = (v + shape.positions + shape.token_types) * d + 2 * d
+    layer = 4 * (d * d + d) + (2 * d * i + i + d) + 4 * d
+    return Parameters(embedding, shape.layers * layer, d * d + d + 2 * d + v * d + v, v * d)
+
+
+def _modernbert(shape: Shape) -> Parameters:
+    d, i, v = shape.width, shape.intermediate, shape.vocabulary
+    layers = shape.layers * (4 * d * d + 3 * d * i + 2 * d) - d + d  # no norm before the first layer, one at the end
+    return Parameters(v * d + d, layers, d * d + d + v * d + v, v * d)
+
+
+def _gpt2(shape: Shape) -> Parameters:
+    d, i, v = shape.width, shape.intermediate, shape.vocabulary
+    layer = 4 * (d * d + d) + (2 * d * i + i + d) + 4 * d
+    return Parameters((v + shape.positions) * d, shape.layers * layer + 2 * d, v * d, v * d)
+
+
+def _llama(shape: Shape) -> Parameters:
+    d, i, v = shape.width, shape.intermediate, shape.vocabulary
+    queries, keys = head_width(shape) * shape.heads, head_width(shape) * (shape.kv_heads or shape.heads)
+    layer = 2 * d * queries + 2 * d * keys + 3 * d * i + 2 * d
+    if shape.model_type == "qwen2":
+        layer += queries + 2 * keys
+    if shape.model_type == "qwen3":
+        layer += 2 * head_width(shape)
+    return Parameters(v * d, shape.layers * layer + d, v * d, v * d if shape.tied else 0)
+
+
+COUNTS: dict[str, Callable[[Shape], Parameters]] = {
+    "bert": _bert,
+    "roberta": _bert,
+    "modernbert": _modernbert,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
+    "qwen3": _llama,
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+# From the names of transformers
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_width": ("head_dim",),
+    "intermediate": ("intermediate_size", "n_inner"),
+    "vocabulary": ("vocab_size",),
+    "positions": ("max_position_embeddings", "n_positions"),
+    "token_types": ("type_vocab_size",),
+    "window": ("local_attention",),
+    "tied": ("tie_word_embeddings",),
+}
+"""Our name of a size: what configurations of transformers call it."""
+
+STANDARD: dict[str, dict[str, Any]] = {
+    "bert": {"layers": 12, "width": 768, "heads": 12, "intermediate": 3072, "positions": 512, "token_types": 2},
+    "roberta": {"layers": 12, "width": 768, "heads": 12, "intermediate": 3072, "positions": 512, "token_types": 2},
+    "modernbert": {"layers": 22, "width": 768, "heads": 12, "intermediate": 1152, "positions": 8192}
+    | {"window": 128, "global_every": 3},
+    "gpt2": {"layers": 12, "width": 768, "heads": 12, "positions": 1024},
+    "llama": {"layers": 32, "width": 4096, "heads": 32, "intermediate": 11008, "positions": 2048, "tied": False},
+    "mistral": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "intermediate": 14336, "tied": False},
+    "qwen2": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 32, "intermediate": 22016, "tied": False},
+    "qwen3": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 32, "head_width": 128, "intermediate": 22016}
+    | {"tied": False},
+}
+"""What the configuration classes of transformers take for a size that is not stated."""
+
+
+def translated(config: dict[str, Any], vocabulary: int | None = None) -> Shape:
+    """The shape that a configuration of transformers (`config.json`, or `new` of an entry) states.
+
+    Sizes left out are those of its class. A vocabulary that is not stated is `vocabulary`, or a guess.
+    """
+    kind = str(config.get("model_type", "unknown"))
+    found: dict[str, Any] = {"layers": 12, "width": 768, "heads": 12, "positions": 2048, "model_type": kind}
+    found |= STANDARD.get(kind, {})
+    for ours, theirs in NAMES.items():
+        stated = next((config[name] for name in theirs if config.get(name) is not None), None)
+        if stated is not None and (ours != "window" or kind == "modernbert"):
+            found[ours] = stated
+    found.setdefault("intermediate", 4 * found["width"])
+    found.setdefault("vocabulary", vocabulary or UNKNOWN_VOCABULARY)
+    if kind == "modernbert" and config.get("layer_types"):
+        wide = config["layer_types"].count("full_attention")
+        found["global_every"] = max(1, round(len(config["layer_types"]) / max(1, wide)))
+    if kind == "modernbert" and config.get("global_attn_every_n_layers"):
+        found["global_every"] = config["global_attn_every_n_layers"]
+    if kind not in ("bert", "roberta"):
+        found.pop("token_types", None)
+    return Shape.model_validate(found)
+
+
+def differences(stated: Shape, found: Shape) -> list[str]:
+    """Sizes that count for the plan and differ, as `layers = 12, not 24`."""
+    names = ("model_type", "layers", "width", "heads", "intermediate", "vocabulary", "positions", "window", "tied")
+    pairs = [(name, getattr(stated, name), getattr(found, name)) for name in names]
+    return [f"{name} = {ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
+
+
+def shape_of(entry: ModelEntry, vocabulary: int | None = None) -> Shape | None:
+    """The shape of an entry: stated, or that of its `new` model; none for a hub model without one."""
+    if entry.shape is not None:
+        return entry.shape
+    return translated(entry.new, vocabulary) if entry.new is not None else None

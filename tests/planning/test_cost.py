@@ -1,0 +1,187 @@
+"""The equations keep what must hold whatever the constants are."""
+
+import math
+
+import numpy
+import pytest
+
+from dllm.config import (
+    BenchmarkSize,
+    DataPart,
+    DatasetEntry,
+    GenerateSettings,
+    ModelEntry,
+    PrepareConfig,
+    Recipe,
+    RunEntry,
+    Scorer,
+    Shape,
+)
+from dllm.planning.cost import (
+    GIB,
+    Place,
+    generated_answers,
+    likelihood_answers,
+    scoring,
+    training,
+    training_steps,
+)
+from dllm.planning.data import Prepared, Split, prepared
+from dllm.planning.hardware import HARDWARE, TABLE, hardware
+from dllm.planning.shapes import forward_flops, head_flops, parameters
+from dllm.training.trainer import make_plan
+
+SHAPE = Shape(model_type="bert", layers=4, width=256, heads=4, intermediate=1024, vocabulary=1000, positions=512)
+TEXT = Prepared(Split(1000, 256_000, 256_000, 256, 256), Split(), True, 256_000, 2)
+ONE_GPU = Place(hardware("a100-80gb"), devices=1)
+EXACT = Recipe()
+
+
+def a_run(**settings) -> RunEntry:
+    given = {"init": "m", "data": "d", "length": 256, "steps": 10, "global_batch_size": 8, "micro_batch_size": 8}
+    return RunEntry(**given | settings)
+
+
+def cost(run: RunEntry | None = None, place: Place = ONE_GPU, recipe: Recipe = EXACT):
+    return training(run or a_run(), recipe, SHAPE, TEXT, place)
+
+
+def test_training_is_six_n_per_token_and_twelve_l_d_n_and_the_head_at_masked_positions_only():
+    tokens = 10 * 8 * 256
+    layers, head = parameters(SHAPE).layers, parameters(SHAPE).head
+    expected = tokens * (6 * layers + 12 * 4 * 256 * 256 + 0.5 * 6 * head)
+    assert cost().flops == pytest.approx(expected, rel=1e-12)
+    assert cost().tokens == tokens and cost().steps == 10
+
+
+def test_twice_the_steps_are_twice_the_flops_and_devices_share_the_time():
+    assert cost(a_run(steps=20)).flops == 2 * cost().flops
+    eight = Place(hardware("a100-80gb"), devices=8)
+    one_hour, shared = cost(a_run(steps=100_000)), cost(a_run(steps=100_000), eight)
+    assert shared.flops == one_hour.flops
+    assert shared.seconds < one_hour.seconds
+
+
+@pytest.mark.parametrize("budget", [{"steps": 30}, {"epochs": 2.5, "steps": None}, {"steps": 30, "stop_after": 7}])
+@pytest.mark.parametrize("rows", [5, 100, 1013])
+def test_the_steps_are_those_of_the_trainer(budget, rows, tmp_path):
+    run = a_run(**budget)
+    told = run.model_copy(update={"name": "x"})
+    assert training_steps(run, rows) == make_plan(told, rows, 1).last_step
+
+
+def test_checkpointing_runs_the_layers_once_more_and_keeps_less():
+    plain, saving = cost(), cost(a_run(activation_checkpointing=True))
+    layers = 10 * 8 * 256 * forward_flops(SHAPE, 256)
+    assert saving.flops - plain.flops == pytest.approx(layers)
+    assert saving.device_gib < plain.device_gib
+
+
+def test_memory_is_sixteen_bytes_a_parameter_and_grows_with_the_micro_batch():
+    none = training(a_run(micro_batch_size=1), Recipe(autocast="none"), SHAPE, TEXT, ONE_GPU).device_gib
+    assert none > 16 * parameters(SHAPE).total / GIB
+    assert cost().device_gib > cost(a_run(micro_batch_size=4)).device_gib
+    assert cost(a_run(head_chunk=16)).device_gib < cost().device_gib
+    assert cost(a_run(micro_batch_tokens=512)).device_gib < cost().device_gib
+
+
+def test_zero_shards_the_states_over_the_devices():
+    eight = Place(hardware("a100-80gb"), devices=8)
+    run = a_run(micro_batch_size=1)
+    saved = cost(run, eight).device_gib - cost(run.model_copy(update={"launch": "zero2"}), eight).device_gib
+    assert saved == pytest.approx(12 * parameters(SHAPE).total * 7 / 8 / GIB)
+
+
+def test_a_checkpoint_holds_weights_and_two_moments():
+    weights = 4 * parameters(SHAPE).total / GIB
+    assert cost().kept_gib == weights
+    assert cost().scratch_gib == 2 * 3 * weights
+
+
+def test_autoregressive_training_scores_every_token_and_sees_half_the_row():
+    ar = cost(a_run(algorithm="ar"))
+    tokens = 10 * 8 * 256
+    expected = 3 * tokens * (forward_flops(SHAPE, 256, causal=True) + head_flops(SHAPE))
+    assert ar.flops == pytest.approx(expected)
+
+
+def test_a_likelihood_takes_fewer_passes_under_auto_than_as_published():
+    size = BenchmarkSize(documents=100, choices=4, prompt_tokens=50, answer_tokens=1)
+    ours = likelihood_answers(size, 100, Scorer(), causal=False)
+    published = Scorer(likelihood={"estimator": "mc"}, special_tokens="reference-v0")
+    theirs = likelihood_answers(size, 100, published, causal=False)
+    assert ours.passes == 100 and ours.tokens == 100 * 51
+    assert theirs.passes > 4 * ours.passes
+    greedy = size.model_copy(update={"greedy": True})
+    assert likelihood_answers(greedy, 100, Scorer(), causal=False).passes == 100 + 400
+
+
+def test_free_answers_cost_a_pass_a_token_and_half_the_canvas_where_it_is_hidden():
+    settings = GenerateSettings(max_new_tokens=64, block_size=16)
+    seen = generated_answers(100, 10, settings, causal=False, hides=False)
+    hidden = generated_answers(100, 10, settings, causal=False, hides=True)
+    assert seen.passes == hidden.passes == 10 * 64
+    assert seen.tokens == 10 * 64 * 164
+    assert hidden.tokens == 10 * sum(100 + 16 * (1 + step // 16) for step in range(64))
+    cached = generated_answers(100, 10, settings, causal=True, hides=False)
+    assert cached.tokens == 10 * 164
+    reused = generated_answers(100, 10, settings.model_copy(update={"reuse": "dual"}), causal=False, hides=False)
+    assert reused.tokens == 10 * (4 * 164 + 60 * 16)
+
+
+def test_reading_the_weights_bounds_small_batches():
+    settings = GenerateSettings(max_new_tokens=64, block_size=64, batch_size=1)
+    answers = generated_answers(1, 1, settings, causal=True, hides=False)
+    found = scoring(answers, SHAPE, ONE_GPU).seconds - ONE_GPU.hardware.startup_seconds
+    assert found >= 64 * 4 * parameters(SHAPE).total / (ONE_GPU.hardware.bandwidth_gbs * 1e9)
+
+
+def test_the_hardware_table_has_the_names_that_a_config_may_use():
+    assert set(TABLE) == set(HARDWARE)
+    assert all(h.name == name and 0 < h.inference <= h.training <= 1 for name, h in TABLE.items())
+    assert hardware("h100", 0.5).training == 0.5
+    with pytest.raises(ValueError, match="Did you mean 'h100'"):
+        hardware("h1000")
+    with pytest.raises(ValueError, match="not a share"):
+        hardware("h100", 1.5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def to_prepare(length: int = 512, **entry) -> PrepareConfig:
+    dataset = DatasetEntry(**{"world": "alpaca", "kind": "messages", "documents": 10_000, "tokens": 3_000_000} | entry)
+    part = DataPart(name="p", path="downloads/p", entry=dataset)
+    model = ModelEntry(new={}, tokenizer="world")
+    return PrepareConfig(name="x", parts=[part], model_path="downloads/m", model=model, length=length, split="disjoint")
+
+
+def test_cut_rows_are_those_of_exponential_lengths(tmp_path):
+    found = prepared(to_prepare(), tmp_path, 1000)
+    lengths = numpy.random.default_rng(0).exponential(300, 400_000).clip(max=512)
+    rows = found.train.rows
+    assert rows == pytest.approx(9500) and found.test.rows == pytest.approx(500)
+    # a mean over 400,000 draws: 0.3 % is more than three of its standard errors
+    assert found.train.tokens / rows == pytest.approx(lengths.mean(), rel=3e-3)
+    assert found.train.weighted_length == pytest.approx((lengths**2).sum() / lengths.sum(), rel=3e-3)
+
+
+def test_text_becomes_full_rows(tmp_path):
+    found = prepared(to_prepare(kind="text", test_share=0.0), tmp_path, 70_000)
+    assert found.train.rows == math.floor(3_000_000 / 512)
+    assert found.train.targets == found.train.tokens == found.train.rows * 512
+    assert found.bytes_per_token == 4 and not found.counted
+
+
+def test_a_set_without_estimates_is_not_planned_until_it_is_counted(tmp_path):
+    config = to_prepare(tokens=None)
+    assert prepared(config, tmp_path, 1000) is None
+    manifest = tmp_path / "data/x/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    counts = {"rows": 10, "tokens": 100, "target_tokens": 40, "longest_row": 20}
+    manifest.write_text(f'{{"splits": {{"train": {counts}, "test": {counts}}}}}'.replace("'", '"'))
+    found = prepared(config, tmp_path, 1000)
+    assert found.counted and found.train.tokens == 100 and found.train.targets == 40
+    manifest.write_text("{")
+    assert prepared(config, tmp_path, 1000) is None
