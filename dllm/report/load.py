@@ -82,6 +82,46 @@ def read_speed(workdir: Path, run: str) -> pd.DataFrame:
     return pd.DataFrame(points).sort_values("steps", ascending=False, ignore_index=True)
 
 
+def read_decoding_options(workdir: Path, run: str) -> pd.DataFrame:
+    """Ways to decode, the exact one first: passes, seconds, quality, and agreement with the exact decode."""
+    return pd.DataFrame(read_json(workdir, f"speed/{run}.json", "speed").get("options") or [])
+
+
+def evaluation_costs(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+    """One row per benchmark and compared estimator: score in per cent, noise, passes and seconds per document.
+
+    The benchmarks are those that all rows of `plan.estimators` were scored on. Raises ValueError where a file lacks
+    its costs.
+    """
+    compared = [next(row for row in plan.results if row.run == run) for run in plan.estimators]
+    shared = [b for b in plan.benchmarks if all(b in plan.scored(row) for row in compared)]
+    rows = []
+    for benchmark in shared:
+        for row in compared:
+            evaluation = read_evaluation(workdir, row.run, benchmark.name)
+            passes, seconds = evaluation.get("passes_per_document"), evaluation["provenance"].get("model_seconds")
+            if passes is None or seconds is None:
+                raise ValueError(f"evals/{row.run}/{benchmark.name}.json has no costs; rule 'evaluate' makes it anew.")
+            score = _score(workdir, row.run, benchmark)
+            n = evaluation["n"]
+            rows.append(
+                {
+                    "benchmark": benchmark.name,
+                    "benchmark_label": benchmark.label,
+                    "run": row.run,
+                    "estimator": evaluation["scorer"]["likelihood"]["estimator"],
+                    "n": n,
+                    "value": score["value"],
+                    "low": score["low"],
+                    "high": score["high"],
+                    "score_standard_error": _number(evaluation.get("standard_error_of_answers")),
+                    "passes_per_document": passes,
+                    "seconds_per_document": seconds / n,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def split_of(metrics: pd.DataFrame, split: str) -> pd.DataFrame:
     """The lines of one split, in the order of their steps."""
     return metrics[metrics["split"] == split].reset_index(drop=True)

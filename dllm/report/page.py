@@ -17,6 +17,7 @@ from dllm.report.format import ABSENT, duration, quantity
 from dllm.report.load import read_json, read_samples, read_text
 from dllm.report.plan import ReportPlan
 from dllm.report.tables import Table, as_csv, as_markdown, make_tables
+from dllm.report.timed import timed_tables
 from dllm.report.trace import trace
 
 CAPTIONS = {
@@ -49,14 +50,15 @@ class Section:
 
 
 def build_page(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
-    """Writes index.html, report.md and provenance.csv to the folder `out`. Returns the paths written.
+    """Writes index.html, report.md, provenance.csv and the timed tables' csv to `out`. Returns the paths written.
 
     Reads the figures and claims.json of the work directory; raises ValueError for the first that is missing.
     """
     workdir, out = Path(workdir), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     content = gather(workdir, plan, root=Path(os.path.relpath(workdir, out)).as_posix())
-    written = {
+    timed = {f"{table.name}.csv": as_csv(table.frame) for table in timed_tables(workdir, plan).values()}
+    written = timed | {
         "index.html": _environment().get_template("page.html.jinja").render(**content),
         "report.md": _markdown_environment().get_template("report.md.jinja").render(**content).rstrip() + "\n",
         "provenance.csv": as_csv(content["trace"]),
@@ -81,7 +83,7 @@ def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
         "signs": VERDICT_SIGNS,
         "absent": ABSENT,
         "stages": stages(plan),
-        "tables": make_tables(workdir, plan),
+        "tables": make_tables(workdir, plan) | timed_tables(workdir, plan),
         "figures": {name: read_text(workdir, f"figures/{name}.svg", "figures") for name in plan.figure_names()},
         "captions": CAPTIONS,
         "film": film,
@@ -163,6 +165,7 @@ def _sections(plan: ReportPlan, samples: dict, film: dict | None) -> tuple[Secti
         ("ablation", "Three starts, two recipes", plan.ablation),
         ("chat", "Training the chat models", plan.chat),
         ("results", "Scores", scored),
+        ("estimators", "Two estimates of one likelihood", len(plan.estimators) > 1),
         ("reported", "Published numbers", plan.reported and plan.benchmarks),
         ("speed", "Steps, time and quality", plan.speed),
         ("film", "Watching it denoise", film),

@@ -46,8 +46,9 @@ class ResultRow(_Entry):
     """Name of the folder below `evals/`; may, but need not, be the name of a training run."""
     label: str
     recipe: Recipe = "corrected"
-    kind: Literal["ours", "ar", "control"] = "ours"
-    """`ar`: an autoregressive comparison; `control`: a model that should stay at chance."""
+    kind: Literal["ours", "ar", "control", "again"] = "ours"
+    """`ar`: an autoregressive comparison; `control`: a model that should stay at chance; `again`: the model of another
+    row, scored another way, and so no further evidence for a claim."""
     published_as: str = ""
     """Label of the reported row that this model reproduces: fills the difference columns."""
     close_to: str = ""
@@ -122,6 +123,8 @@ class ReportPlan(_Entry):
     """Run whose conversations are shown."""
     speed: str = ""
     """Run whose time and quality are shown against the number of steps."""
+    estimators: tuple[str, ...] = ()
+    """Rows of `results` that score one checkpoint with different likelihood estimators, shown side by side."""
     rules: DecisionRules = DecisionRules()
 
     @model_validator(mode="after")
@@ -132,6 +135,7 @@ class ReportPlan(_Entry):
             _check(f"results: {row.run}.benchmarks", row.benchmarks, benchmarks)
             _check(f"results: {row.run}.published_as", [row.published_as] if row.published_as else [], reported)
             _check(f"results: {row.run}.close_to", [row.close_to] if row.close_to else [], reported)
+        _check("estimators", self.estimators, [row.run for row in self.results])
         for row in self.reported:
             _check(f"reported: {row.label}.values", row.values, benchmarks)
         for section in ("pretraining", "openwebtext", "ablation", "chat"):

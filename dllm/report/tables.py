@@ -40,6 +40,8 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     frame: pd.DataFrame
     note: str = ""
+    folder: str = "tables"
+    """Where its files lie, below the work directory."""
 
     @property
     def marked(self) -> tuple[bool, ...]:

@@ -142,7 +142,7 @@ def test_a_metric_that_was_not_measured_is_an_error(workdir):
 def test_scores_above_chance_are_marked_with_a_sign_and_not_by_colour_alone(built):
     text = (built / "tables/overview.md").read_text()
     mmlu = next(line for line in text.splitlines() if line.startswith("| MMLU"))
-    assert mmlu.count("▲") == 4 and mmlu.count("**") == 8
+    assert mmlu.count("▲") == 5 and mmlu.count("**") == 10
 
 
 def test_a_published_number_far_below_chance_is_flagged(workdir, plan):
@@ -223,7 +223,7 @@ def test_every_number_has_its_run_seed_commit_digests_and_hardware(built, plan):
     frame = pd.read_csv(built / "report/provenance.csv")
     evaluations = frame[frame["kind"] == "evaluation"]
     assert set(frame[frame["kind"] == "run"]["run"]) == set(plan.trained_runs())
-    assert len(evaluations) == len(plan.results) * len(plan.benchmarks)
+    assert len(evaluations) == sum(len(plan.scored(row)) for row in plan.results)
     columns = ["seed", "commit", "config_digest", "data_digest", "hardware", "wall_seconds"]
     assert frame[columns].notna().all().all()
 
@@ -246,3 +246,26 @@ def test_the_report_imports_no_torch():
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_estimators_stand_side_by_side_with_score_passes_and_seconds(built):
+    frame = pd.read_csv(built / "report/estimators.csv")
+    assert list(frame["benchmark"].unique()) == ["mmlu", "winogrande", "hellaswag"]
+    assert set(zip(frame["estimator"], frame["passes_per_document"], strict=True)) == {("auto", 4.0), ("mc", 512.0)}
+    page = (built / "report/index.html").read_text()
+    assert "Two estimates of one likelihood" in page and 'href="../report/estimators.csv"' in page
+
+
+def test_faster_decoding_is_shown_with_its_agreement(built):
+    text = (built / "report/report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| threshold 0.9"))
+    assert "62.0" in row and "91.0" in row
+
+
+def test_an_evaluation_without_its_costs_is_named(workdir, plan):
+    path = workdir / "evals/chat-large/mmlu.json"
+    record = json.loads(path.read_text())
+    record.pop("passes_per_document")
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"evals/chat-large/mmlu\.json has no costs; rule 'evaluate'"):
+        build_all(workdir, plan)

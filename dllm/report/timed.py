@@ -1,0 +1,80 @@
+"""Tables that hold wall times: the page shows them, and no folder compared byte by byte has them."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from dllm.report.format import ABSENT, fixed, interval
+from dllm.report.load import evaluation_costs, read_decoding_options
+from dllm.report.plan import ReportPlan
+from dllm.report.tables import TOY, Cell, Table
+
+WALL_TIMES = "Seconds are wall times of one machine."
+
+
+def timed_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
+    """The timed tables that the plan fills, by name."""
+    tables = {}
+    if len(plan.estimators) > 1:
+        tables["estimators"] = estimators_table(workdir, plan)
+    if plan.speed and (table := decoding_table(workdir, plan)):
+        tables["decoding"] = table
+    return tables
+
+
+def estimators_table(workdir: Path, plan: ReportPlan) -> Table:
+    """Likelihood estimators side by side on the same checkpoint: score, noise of a choice, passes, seconds."""
+    frame = evaluation_costs(workdir, plan)
+    rows = [
+        (
+            Cell(row.benchmark_label),
+            Cell(row.estimator),
+            Cell(interval(row.value, row.low, row.high)),
+            Cell(fixed(row.score_standard_error, 3)),
+            Cell(fixed(row.passes_per_document)),
+            Cell(fixed(row.seconds_per_document, 4)),
+        )
+        for row in frame.itertuples()
+    ]
+    columns = ("Benchmark", "Estimator", "Score", "Standard error of a choice, nats", "Passes", "Seconds")
+    note = (
+        "Score in per cent with its 95 % interval. The standard error is that of one choice's log-likelihood, on "
+        "average: noise of the estimator, not of the documents. Passes and seconds of forward computation are per "
+        f"document. {WALL_TIMES}"
+    )
+    caption = _caption("Estimators of the likelihood on the same model and documents.", plan)
+    return Table(
+        "estimators", caption, columns, (False, False, True, True, True, True), tuple(rows), frame, note, "report"
+    )
+
+
+def decoding_table(workdir: Path, plan: ReportPlan) -> Table | None:
+    """Faster ways to decode next to the exact one: passes, speed, quality, agreement. None if none was measured."""
+    frame = read_decoding_options(workdir, plan.speed)
+    if frame.empty:
+        return None
+    rows = []
+    for row in frame.itertuples():
+        percent = [100 * x for x in (row.quality, row.quality_low, row.quality_high)]
+        rows.append(
+            (
+                Cell(row.name),
+                Cell(fixed(row.nfe)),
+                Cell(f"{row.seconds:.2f}"),
+                Cell(f"{row.tokens_per_second:.0f}"),
+                Cell(interval(*percent)),
+                Cell(fixed(100 * row.agreement) if pd.notna(row.agreement) else ABSENT),
+                Cell(fixed(100 * row.token_agreement) if pd.notna(row.token_agreement) else ABSENT),
+            )
+        )
+    columns = ("Decoding", "Passes", "Seconds", "Tokens/s", "Correct", "Same answer", "Same tokens")
+    note = (
+        "Passes per answer; seconds for all answers; tokens up to each answer's end. Same answer and same tokens: "
+        f"agreement in per cent with the exact decode, one token per pass. {WALL_TIMES}"
+    )
+    caption = _caption("Faster ways to decode, next to the exact one.", plan)
+    return Table("decoding", caption, columns, (False, *[True] * 6), tuple(rows), frame, note, "report")
+
+
+def _caption(text: str, plan: ReportPlan) -> str:
+    return f"{text} {TOY}" if plan.toy else text
