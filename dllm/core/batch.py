@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from dllm.core.noise import keyed_uniform
+from dllm.core.packing import Layout, layout_of
 
 GOLDEN = 0.6180339887498949
 """Fractional part of the golden ratio: i * GOLDEN mod 1 spreads evenly over [0, 1) for every prefix of i."""
@@ -35,18 +37,86 @@ class Noise:
     place: Tensor
 
 
+class Inputs(Protocol):
+    """What an algorithm makes of a batch on the host, and all that its loss needs on the device."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same inputs on a device; the host does not wait for the copy if they are in pinned memory."""
+
+    def pin_memory(self) -> Self:
+        """The same inputs in page-locked memory, from where a copy to a CUDA device does not block."""
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedInputs:
+    """Rows whose cross-entropy is taken at N chosen tokens.
+
+    tokens [B, L] long, as the model sees them; layout: the rows without their padding; row, position, targets [N]
+    long: where the clean tokens `targets` are predicted, in row-major order; weight [B]: what makes a row's nats its
+    bound; share [B]: what one nat of a row counts in the loss before the denominator.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    row: Tensor
+    position: Tensor
+    targets: Tensor
+    weight: Tensor
+    share: Tensor
+
+    def to(self, device: torch.device | str) -> MaskedInputs:
+        """The same inputs on a device."""
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+    def pin_memory(self) -> MaskedInputs:
+        """The same inputs in page-locked memory."""
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+
+def _moved(value: Tensor | Layout, device: torch.device | str) -> Tensor | Layout:
+    return value.to(device, non_blocking=True)
+
+
+def masked_inputs(batch: Batch, tokens: Tensor, chosen: Tensor, weight: Tensor, share: Tensor) -> MaskedInputs:
+    """The inputs that predict the clean tokens of a CPU batch wherever `chosen` [B, L] bool, seeing `tokens` [B, L].
+
+    Padding may only stand on the right.
+    """
+    row, position = chosen.nonzero(as_tuple=True)
+    layout = layout_of(batch.attention.sum(-1).tolist(), batch.tokens.shape[1])
+    return MaskedInputs(tokens, layout, row, position, batch.tokens[row, position], weight, share)
+
+
 @dataclass(frozen=True)
 class LossTerms:
     """What a batch gives.
 
-    loss: the normalised objective (scalar, differentiable); nll: summed nats at masked tokens; masked: how many;
-    rows [B]: each row's loss bound in nats, unnormalised.
+    loss: the normalised objective (scalar, differentiable); nll: summed nats at the predicted tokens; masked: how many
+    these are, a host integer; rows [B]: each row's loss bound in nats, unnormalised. Tensors stay on the device.
     """
 
     loss: Tensor
     nll: Tensor
-    masked: Tensor
+    masked: int
     rows: Tensor
+
+
+def weighted_terms(nll: Tensor, inputs: MaskedInputs, denominator: float) -> LossTerms:
+    """The terms of nats `nll` [N] at the chosen tokens: each times its row's share, summed, over `denominator`.
+
+    Nothing makes the host wait, and every sum has a fixed order on every device (no atomic additions).
+    """
+    nats = nll.detach()
+    place = inputs.row * inputs.tokens.shape[1] + inputs.position  # every place once
+    bounds = nats.new_zeros(inputs.tokens.numel()).index_copy(
+        0, place, nats * inputs.weight.index_select(0, inputs.row)
+    )
+    return LossTerms(
+        loss=(nll * inputs.share.index_select(0, inputs.row)).sum() / denominator,
+        nll=nats.sum(),
+        masked=len(nats),
+        rows=bounds.view_as(inputs.tokens).sum(-1),
+    )
 
 
 def row_noise(seed: int, epoch: int, sample_ids: Tensor, length: int) -> Noise:

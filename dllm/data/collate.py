@@ -66,6 +66,13 @@ def target_counts(rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd | No
     return _ended_lengths(rows, numbers, end, epoch) - rows.prompts[numbers]
 
 
+def row_lengths(
+    rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd | None, epoch: int, fill_to: int | None = None
+) -> numpy.ndarray:
+    """How many tokens each row has in a batch, [B], its end included; fill_to as in `collate`."""
+    return rows.lengths[numbers] if end is None else _ended_lengths(rows, numbers, end, epoch, fill_to)
+
+
 def collate(
     rows: TokenRows,
     numbers: numpy.ndarray,
@@ -81,7 +88,7 @@ def collate(
     longest row of the global batch, so that the split into micro-batches does not matter).
     """
     lengths = rows.lengths[numbers]
-    ended = lengths if end is None else _ended_lengths(rows, numbers, end, epoch, fill_to)
+    ended = row_lengths(rows, numbers, end, epoch, fill_to)
     width = int(ended.max())
     place = numpy.arange(width)[None]
     real = place < lengths[:, None]

@@ -12,6 +12,10 @@ Three kernels give the same numbers:
 - on CUDA in half precision the varlen FlashAttention of flash_attn or of torch;
 - anywhere else one padded SDPA call with a mask.
 
+Rows whose layout has `blocks` attend block-causally instead, whatever the stock class says of order; its windows stay.
+The first and the last kernel know how; on CUDA in half precision FlexAttention does it, in tiles that hold something
+to see, and FlashAttention where a row is only a few blocks.
+
 `KeyValues` holds keys and values between passes, so that a pass can compute a part of each row and attend to the rest
 as it was stored.
 """
@@ -23,10 +27,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache as once
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from dllm.core.blocks import TokenSight, sees
 from dllm.core.packing import Layout
 
 NAME = "dllm"
@@ -204,7 +210,7 @@ class Block:
     """Queries low..high of each row of a run and the keys that they may see, in positions of the row."""
 
     queries: slice | None
-    keys: slice | None
+    keys: slice | tuple[slice, slice] | None
     mask: Tensor | None = None
     causal: bool = False
 
@@ -245,7 +251,9 @@ def _by_row(q: Tensor, k: Tensor, v: Tensor, stored, rows: Rows, reach: Reach, o
 def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, options: dict) -> Tensor:
     if block.queries is not None:
         q = q[:, :, block.queries]
-    if block.keys is not None:
+    if isinstance(block.keys, tuple):
+        k, v = (torch.cat([x[:, :, keys] for keys in block.keys], 2) for x in (k, v))
+    elif block.keys is not None:
         k, v = k[:, :, block.keys], v[:, :, block.keys]
     return scaled_dot_product_attention(q, k, v, attn_mask=block.mask, is_causal=block.causal, **options)
 
@@ -253,12 +261,18 @@ def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, options: dict) -> Tens
 def _runs(layout: Layout, part: Layout, reach: Reach) -> list[Run]:
     runs: list[Run] = []
     known: dict = {}
+    sight = None if layout.blocks is None else layout.blocks.seen()
     for row, (first, count, length) in enumerate(zip(part.begins, part.lengths, layout.lengths, strict=True)):
         if not count:
             continue
-        shape = (first, count, length)
-        if shape not in known:
-            known[shape] = _blocks(first, count, length, reach, known)
+        if sight is None:
+            shape = (first, count, length)
+            if shape not in known:
+                known[shape] = _blocks(first, count, length, reach, known)
+        else:
+            shape = (first, count, length, *_row_shape(layout, row))
+            if shape not in known:
+                known[shape] = _block_causal(layout, row, first, count, sight, reach, known)
         last = runs[-1] if runs else None
         if last and last.first + last.count == row and last.blocks is known[shape]:
             runs[-1] = Run(last.first, last.count + 1, count, length, last.blocks)
@@ -287,6 +301,67 @@ def _blocks(first: int, count: int, length: int, reach: Reach, masks: dict) -> t
             )
         )
     return tuple(blocks)
+
+
+def _row_shape(layout: Layout, row: int) -> tuple:
+    """Equal for rows of the same length that are cut into the same blocks."""
+    blocks = layout.blocks
+    spans = tuple(x.tobytes() for x in blocks.spans_of(row))
+    return int(blocks.start[row]), int(blocks.clean[row]), *spans
+
+
+def _block_causal(
+    layout: Layout, row: int, first: int, count: int, sight: TokenSight, reach: Reach, masks: dict
+) -> tuple[Block, ...]:
+    """How `count` queries from place `first` of a row see its tokens: some blocks at a time, without a mask if one."""
+    base = sum(layout.lengths[:row])
+    here = slice(base, base + layout.lengths[row])
+    position, limit, span = (x[here] for x in (sight.position, sight.limit, sight.span))
+    clean, found, low, end = int(layout.blocks.clean[row]), [], first, first + count
+    while low < end:
+        high = _next_cut(low, end, clean, limit, span)
+        keys = (max(0, int(position[low:high].min()) - (reach.left or 0)) if reach.left is not None else 0,)
+        keys = slice(*keys, int(limit[high - 1]))
+        if span[low] >= 0:
+            keys = (slice(min(keys.start, keys.stop), keys.stop), slice(low, high))
+        found.append(
+            Block(
+                queries=None if high - low == count else slice(low - first, high - first),
+                keys=None if keys == slice(0, len(position)) else keys,
+                mask=_sight_mask(sight, base, slice(low, high), keys, reach, masks),
+            )
+        )
+        low = high
+    return tuple(found)
+
+
+def _next_cut(low: int, end: int, clean: int, limit: numpy.ndarray, span: numpy.ndarray) -> int:
+    """Where the queries from `low` on stop that are taken together: whole blocks, `SHORTEST_BLOCK` tokens at least."""
+    end = min(end, clean) if low < clean else end
+    about = limit if low < clean else span
+    high = min(low + SHORTEST_BLOCK, end)
+    while high < end and about[high] == about[high - 1]:
+        high += 1
+    return high
+
+
+def _sight_mask(
+    sight: TokenSight, base: int, queries: slice, keys: slice | tuple[slice, slice], reach: Reach, masks: dict
+) -> Tensor | None:
+    """[queries, keys] bool for places of a row that begins at `base`; None if all is seen."""
+    parts = keys if isinstance(keys, tuple) else (keys,)
+    at_k = base + numpy.concatenate([numpy.arange(part.start, part.stop) for part in parts])
+    at_q = slice(base + queries.start, base + queries.stop)
+    seen = sight.mask(at_q, at_k)
+    ahead = sight.position[at_k][None] - sight.position[at_q][:, None]
+    seen &= (ahead >= -(reach.left if reach.left is not None else len(sight.row))) & (
+        ahead <= (reach.right if reach.right is not None else len(sight.row))
+    )
+    if seen.all():
+        return None
+    # one copy of equal masks: a layout keeps them until its last backward
+    about = ("sight", seen.shape, seen.tobytes())
+    return masks.setdefault(about, torch.from_numpy(seen))
 
 
 def _mask(queries: int, keys: int, ahead: int, reach: Reach, masks: dict) -> Tensor | None:

@@ -7,7 +7,6 @@ compute by itself; a checkpoint holds weights, optimisers and the step, and noth
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,23 +25,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
-from torch import nn
 
 from dllm import provenance
 from dllm.algorithms import algorithm_class
 from dllm.algorithms.base import Algorithm
-from dllm.config import RunConfig, digest, read_yaml, write_when_changed
-from dllm.core.batch import evaluation_noise, row_noise
-from dllm.core.losses import denominator
-from dllm.data.collate import ResponseEnd, collate, epoch_batches, row_widths, target_counts
+from dllm.config import RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
+from dllm.data.collate import ResponseEnd
 from dllm.data.tokens import TokenRows, open_rows
-from dllm.models.forward import Scores
 from dllm.models.load import SIDECAR, Backbone, load_backbone
-from dllm.training.optimizer import build_optimizers, set_learning_rate, share_of_peak
+from dllm.training.engine import DATA_PARALLEL, Engine, scores_for
+from dllm.training.optimizer import set_learning_rate, share_of_peak
+from dllm.training.pipeline import Ahead, Part, Source, evaluation_parts, steps_per_epoch, training_parts
 from dllm.training.state import MetricsLog, StateDirectory
-
-EVALUATION_SEED = 20_240_611
-"""Seed of the fixed evaluation noise, the same for every run, so that eval curves are comparable."""
+from dllm.training.step import StepNumbers, training_step
 
 DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
 """What loading a torn or overwritten checkpoint file raises."""
@@ -59,37 +55,35 @@ class Interrupted(SystemExit):
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run: rows per step and rank, accumulation, steps."""
+    """Sizes of a run: steps, rows per step and rank, how often it is evaluated."""
 
     steps_per_epoch: int
     schedule_steps: int
     last_step: int
     rows_per_rank: int
-    micro_batch: int
     eval_every: int
-
-    def epoch_of(self, step: int) -> tuple[int, int]:
-        """(epoch, batch within it) of a step."""
-        return divmod(step, self.steps_per_epoch)
 
 
 def make_plan(config: RunConfig, rows: int, ranks: int) -> Plan:
-    """Sizes of a run on `ranks` devices. Raises ValueError if the global batch does not divide among them."""
+    """Sizes of a run on `ranks` devices.
+
+    Raises ValueError if the global batch does not divide among them, or a row may not fit into a micro-batch.
+    """
     if config.global_batch_size % ranks:
         raise ValueError(
             f"global_batch_size = {config.global_batch_size} does not divide by {ranks} processes; "
             "change one of them (the global batch is part of the experiment, the number of processes is not)"
         )
-    per_epoch = max(1, rows // config.global_batch_size)
+    if config.micro_batch_tokens is not None and config.micro_batch_tokens < config.length:
+        raise ValueError(f"{config.name}: {too_few_tokens(config.micro_batch_tokens, config.length)}")
+    per_epoch = steps_per_epoch(config, rows)
     total = config.steps or max(1, round(config.epochs * per_epoch))
     last = min(total, config.stop_after or total)
-    per_rank = config.global_batch_size // ranks
     return Plan(
         steps_per_epoch=per_epoch,
         schedule_steps=total,
         last_step=last,
-        rows_per_rank=per_rank,
-        micro_batch=min(per_rank, config.micro_batch_size),
+        rows_per_rank=config.global_batch_size // ranks,
         eval_every=max(1, last // config.evaluations),
     )
 
@@ -117,6 +111,7 @@ def train(
         log_with=tracker,
         project_dir=str(state.path),
         cpu=not torch.accelerator.is_available(),  # without it, CPU ranks do not find each other
+        kwargs_handlers=[DATA_PARALLEL],
     )
     _check_world(accelerator)
     try:
@@ -174,21 +169,21 @@ class _Run:
         accelerator: Accelerator,
         state: StateDirectory,
     ):
-        self.config, self.plan, self.backbone = config, plan, backbone
-        self.train_rows, self.test_rows = train_rows, test_rows
-        self.accelerator, self.state = accelerator, state
+        self.config, self.plan, self.backbone, self.state = config, plan, backbone, state
         self.algorithm = _algorithm(config)
-        self.end = _response_end(config, train_rows, backbone)
+        end = _response_end(config, train_rows, backbone)
+        ids = {"pad_id": backbone.pad_id, "mask_id": backbone.mask_id}
+        self.train_source = Source(train_rows, self.algorithm, end, **ids)
+        # test responses end as training ones do, without the random extra blocks
+        self.test_source = Source(test_rows, self.algorithm, end and replace(end, extra_blocks=0), **ids)
         prediction = "next" if config.algorithm == "ar" else backbone.prediction
-        scores = Scores(backbone.model, prediction).train()
-        self.model = accelerator.prepare(scores)
-        self.optimizers = [accelerator.prepare(o) for o in build_optimizers(scores, config.optimizer)]
+        self.engine = Engine(accelerator, scores_for(config, backbone.model, prediction), config.optimizer)
         self.metrics = MetricsLog(state.path / "metrics.jsonl")
+        self.parts: Iterator[Part] = iter(())
         self.tokens = 0
         self.started = time.perf_counter()
         self.wall_before = 0.0
         self.interrupted = False
-        self.order_epoch, self.order = -1, numpy.zeros(0)
 
     @property
     def wall_seconds(self) -> float:
@@ -201,20 +196,27 @@ class _Run:
         if _in_main_thread():
             signal.signal(signal.SIGTERM, self._on_signal)
             signal.signal(signal.SIGUSR1, self._on_signal)
-        every = max(1, self.plan.last_step // LOGGED)
         if first == 0:
             self._evaluate(0)
-        bar = self._bar(first, quiet)
+        layout = {"rank": self.engine.rank, "ranks": self.engine.ranks}
+        parts = training_parts(self.train_source, self.config, first=first, last=self.plan.last_step, **layout)
+        with Ahead(parts, pin=self._pins) as self.parts, self._bar(first, quiet) as bar:
+            self._steps(first, bar)
+        self._evaluate(self.plan.last_step, final=True)
+
+    def _steps(self, first: int, bar) -> None:
+        """The steps from `first` on, logged, evaluated and saved."""
+        every = max(1, self.plan.last_step // LOGGED)
         mark = (time.perf_counter(), self.tokens)
         for step in range(first, self.plan.last_step):
-            row = self._step(step)
+            numbers = self._step(step)
             done = step + 1
             bar.update()
             if done % every == 0 or done == self.plan.last_step:
+                values = self._read(done, numbers)
                 now = (time.perf_counter(), self.tokens)
                 speed = (now[1] - mark[1]) / max(1e-9, now[0] - mark[0])
                 mark = now
-                values = {key: float(value) for key, value in row.items()}
                 self._log(values | {"step": done, "split": "train", "tokens_per_second": round(speed, 1)})
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s")
                 if not math.isfinite(values["loss"]):
@@ -226,77 +228,42 @@ class _Run:
             if (done % self.plan.eval_every == 0 and self.plan.last_step - done >= self.plan.eval_every // 2) or at_end:
                 self._evaluate(done)
                 self._save(done)
-            if self._stop_now():
+            self.interrupted = self.engine.anywhere(self.interrupted)  # all ranks then save the same step
+            if self.interrupted:
                 self._save(done)
-                bar.close()
                 raise Interrupted(INTERRUPTED)
-        bar.close()
-        self._evaluate(self.plan.last_step, final=True)
 
-    def _step(self, step: int) -> dict:
-        """One optimiser step on the global batch; returns its numbers as tensors (no device synchronisation)."""
-        config, plan, accelerator = self.config, self.plan, self.accelerator
-        epoch, position = plan.epoch_of(step)
-        numbers = self._batch_rows(epoch, position)
-        counts = target_counts(self.train_rows, numbers, self.end, epoch)
-        longest = int(self.train_rows.lengths[numbers].max())
-        total = denominator(torch.from_numpy(counts), config.recipe.normalisation)
-        rank = accelerator.process_index
-        mine = numbers[rank * plan.rows_per_rank : (rank + 1) * plan.rows_per_rank]
-        micro_batches = [mine[i : i + plan.micro_batch] for i in range(0, len(mine), plan.micro_batch)]
-        rate = set_learning_rate(
-            self.optimizers, share_of_peak(step, plan.schedule_steps, config.optimizer.warmup_share)
+    def _step(self, step: int) -> StepNumbers:
+        """One optimiser step on the global batch; its numbers stay on the device."""
+        self.rate = set_learning_rate(
+            self.engine.optimizers, share_of_peak(step, self.plan.schedule_steps, self.config.optimizer.warmup_share)
         )
-        loss = nll = masked = 0
-        for index, part in enumerate(micro_batches):
-            batch = collate(
-                self.train_rows, part, pad_id=self.backbone.pad_id, end=self.end, epoch=epoch, fill_to=longest
-            ).to(accelerator.device)
-            noise = row_noise(config.seed, epoch, batch.sample_ids, batch.tokens.shape[1])
-            share = self._denominator(total, part, epoch)
-            last = index == len(micro_batches) - 1
-            with _synchronised(accelerator, self.model, last), accelerator.autocast():
-                terms = self.algorithm.training_loss(
-                    self.model, batch, noise, mask_id=self.backbone.mask_id, denominator=share
-                )
-            accelerator.backward(terms.loss * self._gradient_scale)
-            loss, nll, masked = loss + terms.loss.detach(), nll + terms.nll, masked + terms.masked
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.tokens += int(self.train_rows.lengths[numbers].sum())
-        if accelerator.num_processes > 1:
-            loss, nll, masked = accelerator.reduce(torch.stack([loss, nll, masked.to(nll)]), "sum")
-            loss = loss * self._gradient_scale / accelerator.num_processes
+        numbers = training_step(self.engine, self.algorithm, _until_last(self.parts), scale=self._gradient_scale)
+        self.tokens += numbers.tokens
+        return numbers
+
+    def _read(self, done: int, numbers: StepNumbers) -> dict[str, float]:
+        """The row that is logged for a step, over all processes; the only place where the host waits for the device."""
+        own = torch.stack([numbers.loss, numbers.nll, torch.full_like(numbers.loss, numbers.masked)])
+        loss, nll, masked = self.engine.summed(own).tolist()
         return {
-            "epoch": (step + 1) / plan.steps_per_epoch,
-            "loss": loss,
-            "nll": nll / masked,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "tokens": self.tokens,
+            "epoch": done / self.plan.steps_per_epoch,
+            "loss": loss * self._gradient_scale / self.engine.ranks,
+            "nll": nll / masked if masked else math.nan,
+            "learning_rate": self.rate,
+            "grad_norm": float(numbers.gradient_norm),
+            "tokens": float(self.tokens),
         }
 
     @property
     def _gradient_scale(self) -> int:
         """Data-parallel wrappers average gradients over ranks: undone where the denominator already counts them all."""
-        return self.accelerator.num_processes if self.config.recipe.denominator == "global" else 1
+        return self.engine.ranks if self.config.recipe.denominator == "global" else 1
 
-    def _denominator(self, total: float, part: numpy.ndarray, epoch: int) -> float:
-        """What a micro-batch's summed loss is divided by: the global count, or its own as published (fault F5)."""
-        if self.config.recipe.denominator == "global":
-            return total
-        own = target_counts(self.train_rows, part, self.end, epoch)
-        return denominator(torch.from_numpy(own), self.config.recipe.normalisation)
-
-    def _batch_rows(self, epoch: int, position: int) -> numpy.ndarray:
-        if epoch != self.order_epoch:
-            grouped = self.end is not None
-            widths = row_widths(self.train_rows, self.end)
-            self.order = epoch_batches(widths, self.config.global_batch_size, self.config.seed, epoch, grouped=grouped)
-            self.order_epoch = epoch
-        return self.order[position]
+    @property
+    def _pins(self) -> bool:
+        """Whether inputs go through page-locked memory."""
+        return self.engine.device.type == "cuda"
 
     @torch.no_grad()
     def _evaluate(self, step: int, *, final: bool = False) -> None:
@@ -305,37 +272,26 @@ class _Run:
         The last evaluation (`final`) reads the whole split with the fixed noise, whatever the recipe says, so that
         the runs of an ablation are compared on equal masks.
         """
-        config, accelerator = self.config, self.accelerator
+        config, source, engine = self.config, self.test_source, self.engine
         limit = None if final else config.eval_rows
-        rows = numpy.arange(min(len(self.test_rows), limit or len(self.test_rows)))
+        rows = numpy.arange(min(len(source.rows), limit or len(source.rows)))
         drawn = config.recipe.eval_noise == "drawn" and not final
-        algorithm = self.algorithm if drawn else _algorithm(config, exact=True)
-        self.model.eval()
+        if not drawn:
+            source = replace(source, algorithm=_algorithm(config, exact=True))
+        layout = {"rank": engine.rank, "ranks": engine.ranks}
+        # published fault F6: other masks at every evaluation
+        parts = evaluation_parts(source, config, rows, draw_seed=config.seed + step if drawn else None, **layout)
+        found = []
+        engine.model.eval()
+        with Ahead(parts, pin=self._pins) as parts:
+            for part in parts:
+                found.append((part.numbers, engine.forward(source.algorithm, part).rows))
+        engine.model.train()
         sums = torch.zeros(len(rows), dtype=torch.float64)
-        counts = target_counts(self.test_rows, rows, self._eval_end, 0)
-        # neighbours in length share a batch; the fixed noise is keyed by row, so this changes no number
-        by_length = rows[numpy.argsort(self.test_rows.lengths[rows], kind="stable")]
-        batches = [by_length[i : i + config.micro_batch_size] for i in range(0, len(rows), config.micro_batch_size)]
-        longest = int(self.test_rows.lengths[rows].max())
-        for part in batches[accelerator.process_index :: accelerator.num_processes]:
-            batch = collate(self.test_rows, part, pad_id=self.backbone.pad_id, end=self._eval_end, fill_to=longest).to(
-                accelerator.device
-            )
-            for draw in range(config.eval_draws):
-                width = batch.tokens.shape[1]
-                if drawn:  # published fault F6: other masks at every evaluation
-                    noise = row_noise(config.seed + step, draw, batch.sample_ids, width)
-                else:
-                    noise = evaluation_noise(EVALUATION_SEED, draw, batch.sample_ids, width)
-                with accelerator.autocast():
-                    terms = algorithm.training_loss(
-                        self.model, batch, noise, mask_id=self.backbone.mask_id, denominator=1.0
-                    )
-                sums[part] += terms.rows.double().cpu() / config.eval_draws
-        self.model.train()
-        if accelerator.num_processes > 1:
-            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-        targets = torch.from_numpy(counts).double()
+        for numbers, nats in found:
+            sums[numbers] += nats.cpu().double() / config.eval_draws
+        sums = engine.summed(sums)
+        targets = source.counted(rows).double()
         mean = float(sums.sum() / targets.sum())
         spread = (sums - mean * targets).square().sum().sqrt() / targets.sum()
         self._log(
@@ -349,30 +305,22 @@ class _Run:
             }
         )
 
-    @property
-    def _eval_end(self) -> ResponseEnd | None:
-        """Test responses end as training ones do, without the random extra blocks."""
-        end = self.end
-        return end and replace(end, extra_blocks=0)
-
     def _resume(self) -> int:
         """Load the newest checkpoint that can be loaded and return its step (0: none)."""
         for step in reversed(self.state.steps()):
             try:
                 saved = json.loads((self.state.checkpoint(step) / "progress.json").read_text(encoding="utf-8"))
-                self.accelerator.load_state(str(self.state.checkpoint(step)))
+                self.engine.load(self.state.checkpoint(step))
             except DAMAGE as fault:
-                self.accelerator.print(
-                    f"checkpoint {self.state.checkpoint(step)} is damaged ({fault}); trying an older one"
-                )
+                self._say(f"checkpoint {self.state.checkpoint(step)} is damaged ({fault}); trying an older one")
                 continue
             self.tokens, self.wall_before = saved["tokens"], saved["wall_seconds"]
             self.started = time.perf_counter()
-            if self.accelerator.is_main_process:
+            if self.engine.is_main:
                 self.metrics.rewind(step)
-            self.accelerator.print(f"going on from step {step} of {self.plan.last_step}")
+            self._say(f"going on from step {step} of {self.plan.last_step}")
             return step
-        if self.accelerator.is_main_process:
+        if self.engine.is_main:
             self.metrics.rewind(-1)
         return 0
 
@@ -380,31 +328,33 @@ class _Run:
         """Write the checkpoint of a step; it appears whole or not at all."""
         if step == self.plan.last_step and not self.interrupted:
             return  # the artifact follows at once
-        accelerator = self.accelerator
         scratch = self.state.path / f".step-{step}"
-        if accelerator.is_main_process:
+        if self.engine.is_main:
             self.state.begin(step)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(scratch))
-        if accelerator.is_main_process:
+        self.engine.wait()
+        self.engine.save(scratch)
+        if self.engine.is_main:
             progress = {"step": step, "tokens": self.tokens, "wall_seconds": self.wall_seconds}
             (scratch / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        self.engine.wait()
+        if self.engine.is_main:
             self.state.finish(step)
+
+    def _say(self, line: str) -> None:
+        self.engine.accelerator.print(line)
 
     def _log(self, values: dict) -> None:
         values = {"step": values["step"], "epoch": round(values["epoch"], 6), "split": values["split"]} | values
         values["wall_seconds"] = round(self.wall_seconds, 3)
-        if self.accelerator.is_main_process:
+        if self.engine.is_main:
             self.metrics.write(values)
         named = {f"{values['split']}/{k}": v for k, v in values.items() if k not in ("step", "split")}
-        self.accelerator.log(named, step=values["step"])
+        self.engine.accelerator.log(named, step=values["step"])
 
     def _bar(self, first: int, quiet: bool):
         from tqdm import tqdm
 
-        hidden = quiet or not self.accelerator.is_main_process
+        hidden = quiet or not self.engine.is_main
         return tqdm(
             total=self.plan.last_step,
             initial=first,
@@ -418,18 +368,13 @@ class _Run:
     def _on_signal(self, number, frame) -> None:
         self.interrupted = True
 
-    def _stop_now(self) -> bool:
-        """Whether any rank was told to stop (all ranks then save the same step)."""
-        if self.accelerator.num_processes == 1:
-            return self.interrupted
-        flag = torch.tensor([float(self.interrupted)], device=self.accelerator.device)
-        self.interrupted = bool(self.accelerator.reduce(flag, "sum").item())
-        return self.interrupted
 
-
-def _synchronised(accelerator: Accelerator, model: nn.Module, last: bool):
-    """Gradients are exchanged with the last micro-batch of a step only."""
-    return contextlib.nullcontext() if last or accelerator.num_processes == 1 else accelerator.no_sync(model)
+def _until_last(parts: Iterator[Part]) -> Iterator[Part]:
+    """The parts of one step."""
+    for part in parts:
+        yield part
+        if part.last:
+            return
 
 
 def _in_main_thread() -> bool:
@@ -514,11 +459,11 @@ def input_paths(config: RunConfig) -> list[str]:
 
 def _finish(run: _Run, target: Path, workdir: Path) -> None:
     """Write the artifact in a scratch place, move it to its name, then write its record."""
-    config, accelerator = run.config, run.accelerator
+    config, accelerator = run.config, run.engine.accelerator
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "model").mkdir(parents=True)
-    model = accelerator.unwrap_model(run.model).model
+    model = run.engine.unwrapped()
     model.save_pretrained(scratch / "model")
     run.backbone.tokenizer.save_pretrained(scratch / "model")
     entry = config.model

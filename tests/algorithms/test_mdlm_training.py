@@ -116,23 +116,18 @@ def test_the_loss_is_its_rows_bounds_under_the_three_normalisations():
 
 def test_prompt_and_padding_are_never_masked_and_cost_nothing():
     backbone = tabular_backbone(3)
-    seen = []
-
-    def spy(tokens, attention, where):
-        seen.append((tokens, where))
-        return Scores(backbone.model)(tokens, attention, where)
-
     tokens = torch.tensor([[1, 2, 0, backbone.pad_id], [2, 1, 1, 0]]).repeat(200, 1)
     attention = tokens != backbone.pad_id
     maskable = attention & (torch.arange(4) >= 1)
     batch = Batch(tokens, attention, maskable, torch.arange(400))
-    MDLM(Recipe()).training_loss(
-        spy, batch, row_noise(0, 0, batch.sample_ids, 4), mask_id=backbone.mask_id, denominator=1.0
+    inputs = MDLM(Recipe()).corrupt(batch, row_noise(0, 0, batch.sample_ids, 4), mask_id=backbone.mask_id)
+    masked = inputs.tokens == backbone.mask_id
+    assert (
+        torch.equal(masked.nonzero(), torch.stack([inputs.row, inputs.position], 1)) and not (masked & ~maskable).any()
     )
-    (x_t, where), masked = seen[0], seen[0][0] == backbone.mask_id
-    assert torch.equal(where, masked) and not (masked & ~maskable).any()
-    assert torch.equal(x_t[~masked], tokens[~masked])
+    assert torch.equal(inputs.tokens[~masked], tokens[~masked]) and torch.equal(inputs.targets, tokens[masked])
     assert masked.any(0).tolist() == [False, True, True, True]
+    assert inputs.layout.lengths == (3, 4) * 200
 
 
 def test_uniform_weight_is_plain_cross_entropy_at_the_masked_tokens():
@@ -176,10 +171,11 @@ def test_ar_scores_every_target_but_the_first_of_a_row_from_the_left():
     row = [0, 2, 1, 1, 0]
     batch = repeated(row, 2)
     noise = row_noise(0, 0, batch.sample_ids, 5)
-    terms = AR().training_loss(Scores(Causal(), "next"), batch, noise, mask_id=3, denominator=10.0)
+    counted = AR().counted(batch.maskable.sum(-1), torch.zeros(2, dtype=torch.long))
+    terms = AR().training_loss(Scores(Causal(), "next"), batch, noise, mask_id=3, denominator=float(counted.sum()))
     from_the_left = model.initial[0].log().item() - model.log_probability(row)
     assert terms.masked == 8 and terms.nll.item() == pytest.approx(2 * from_the_left, abs=1e-5)
-    # the denominator counts all ten tokens, the loss is the mean over the eight that have a prediction
+    # ten tokens, of which eight have a prediction: the loss is the mean over these
     assert terms.loss.item() == pytest.approx(from_the_left / 4, abs=1e-5)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def test_a_run_directory_of_another_configuration_is_not_replaced_unasked(workdi
     assert read_record(workdir / "runs/run.json") != before
 
 
+def assert_same_run(workdir, one, other):
+    """Equal to rounding: fp32 sums run in another order. AdamW divides by a root of squares, which magnifies rounding
+    where a gradient is nearly zero; a step is at most the learning rate, 3e-3, for each weight."""
+    for a, b in zip(metrics_of(workdir, one), metrics_of(workdir, other), strict=True):
+        assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a.get("tokens") == b.get("tokens") and a.get("targets") == b.get("targets")
+        if "nll" in a:
+            assert a["nll"] == pytest.approx(b["nll"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert same_weights(weights(workdir, one), weights(workdir, other), tolerance=5e-4)
+
+
 @pytest.mark.parametrize("normalisation", ["token", "sequence", "batch"])
 @pytest.mark.parametrize("response_end", ["block", "fill", "one"])
 def test_the_split_into_micro_batches_does_not_change_a_run(workdir, normalisation, response_end):
@@ -134,11 +148,37 @@ def test_the_split_into_micro_batches_does_not_change_a_run(workdir, normalisati
         recipe["extra_blocks"] = 0
     for name, size in (("whole", 8), ("split", 3)):
         train(run_config(name, micro_batch_size=size, steps=2, recipe=recipe), workdir, quiet=True)
-    one, other = metrics_of(workdir, "whole"), metrics_of(workdir, "split")
-    for a, b in zip(one, other, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)  # fp32 sums in another order
-    # AdamW divides by a root of squares: rounding is magnified where a gradient is nearly zero
-    assert same_weights(weights(workdir, "whole"), weights(workdir, "split"), tolerance=5e-4)
+    assert_same_run(workdir, "whole", "split")
+
+
+@pytest.mark.parametrize("algorithm", ["mdlm", "mlm", "ar"])
+@pytest.mark.parametrize("data", ["text", "alpaca"])
+def test_the_layout_of_a_step_does_not_change_a_run(workdir, algorithm, data):
+    """Down to the final metrics: padding, a token budget, checkpointing and a chunked head move rounding only."""
+    entry = entry_for("llama" if algorithm == "ar" else "modernbert")
+    make_model(workdir / "downloads" / "other", entry)
+    common = {
+        "algorithm": algorithm, "model": entry, "init": "other", "init_path": "downloads/other", "data": data,
+        "data_path": f"data/{data}", "steps": 3,
+    }  # fmt: skip
+    train(run_config("plain", layout="padded", **common), workdir, quiet=True)
+    changes = {"micro_batch_tokens": 40, "head_chunk": 5, "activation_checkpointing": True}
+    train(run_config("fast", **changes, **common), workdir, quiet=True)
+    assert_same_run(workdir, "plain", "fast")
+
+
+def test_what_goes_wrong_in_the_input_pipeline_ends_the_run_with_its_line(workdir, monkeypatch):
+    parts = trainer.training_parts
+
+    def damaged(*arguments, **options):
+        yield from list(parts(*arguments, **options))[:3]
+        raise ValueError("data/alpaca: row 17 is damaged; prepare the data again")
+
+    monkeypatch.setattr(trainer, "training_parts", damaged)
+    with pytest.raises(ValueError, match="row 17 is damaged"):
+        train(run_config(), workdir, quiet=True)
+    assert not [thread for thread in threading.enumerate() if thread.name == "dllm-input"]
+    assert not (workdir / "runs").exists()
 
 
 def test_the_published_denominator_does_depend_on_the_micro_batch(workdir):
@@ -213,6 +253,7 @@ def test_muon_takes_the_matrices_inside_layers_and_adamw_the_rest(workdir):
     ("changes", "line"),
     [
         ({"length": 4096}, "length = 4096 is longer than the model allows"),
+        ({"micro_batch_tokens": 23}, "micro_batch_tokens = 23 is smaller than the longest row, length = 24; allowed"),
         ({"data_path": "data/nothing"}, "data/nothing.json: missing; run the workflow"),
         ({"init_path": "downloads/nothing"}, "downloads/nothing.json: missing"),
     ],
@@ -251,20 +292,55 @@ main_process_port: 0
 """
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_same_run_as_one(workdir):
-    """Data-parallel over gloo: DistributedDataParallel averages gradients, so only rounding may differ."""
-    train(run_config("one"), workdir, quiet=True)
+def in_two_processes(workdir, *command):
+    """Run `accelerate launch COMMAND` on two gloo processes."""
     launch = workdir / "two.yaml"
     launch.write_text(TWO_PROCESSES)
-    config = write_when_changed(workdir / "configs/runs/two.yaml", run_config("two", micro_batch_size=3))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch)]
-    command += ["-m", "dllm", "train", str(config), "--workdir", str(workdir), "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch), *map(str, command)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"micro_batch_tokens": 30}], ids=["rows", "tokens"])
+def test_two_processes_train_the_same_run_as_one(workdir, changes):
+    """Data-parallel over gloo: DistributedDataParallel averages gradients, so only rounding may differ."""
+    train(run_config("one"), workdir, quiet=True)
+    config = write_when_changed(workdir / "configs/runs/two.yaml", run_config("two", **changes))
+    done = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads((workdir / "runs/two/provenance.json").read_text())
     assert facts["processes"] == 2
-    for a, b in zip(metrics_of(workdir, "one"), metrics_of(workdir, "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    assert same_weights(weights(workdir, "one"), weights(workdir, "two"), tolerance=5e-4)
+    assert_same_run(workdir, "one", "two")
+
+
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+from dllm.config import RunConfig, read_config
+from dllm.training import trainer
+
+step = trainer._Run._step
+
+def signalled(self, number):
+    if number == 2 and self.engine.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, number)
+
+trainer._Run._step = signalled
+trainer.train(read_config(sys.argv[1], RunConfig), Path(sys.argv[2]), quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(workdir):
+    train(run_config("one"), workdir, quiet=True)
+    config = write_when_changed(workdir / "configs/runs/cut.yaml", run_config("cut"))
+    (workdir / "signalled.py").write_text(SIGNALLED)
+    done = in_two_processes(workdir, workdir / "signalled.py", config, workdir)
+    assert done.returncode != 0 and "143" in done.stderr
+    assert not (workdir / "runs" / "cut.json").exists()
+    (state,) = (workdir / ".work").glob("cut-*")
+    assert (state / "step-3" / "progress.json").exists()
+    train(run_config("cut"), workdir, quiet=True)  # goes on, here in one process
+    assert_same_run(workdir, "one", "cut")

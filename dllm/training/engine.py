@@ -1,0 +1,143 @@
+"""The prepared model and its optimisers: the one place that knows how devices share the work of a step.
+
+The trainer, and whatever else trains, asks only this: run a micro-batch backwards, finish the step, add numbers up over
+the devices, save and load. Data parallelism, ZeRO and whatever comes later differ in here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, distributed, nn
+
+from dllm.algorithms.base import Algorithm
+from dllm.config import OptimizerSettings, RunConfig
+from dllm.core.batch import LossTerms
+from dllm.core.packing import Layout
+from dllm.models.forward import Scores, hidden_states, packs, target_nll
+from dllm.training.optimizer import build_optimizers
+from dllm.training.pipeline import Part
+
+DATA_PARALLEL = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+"""No buffer of our backbones ever changes, and gradients need not be held twice."""
+
+
+class PaddedScores(Scores):
+    """The plain version of `Scores`: rows padded to the longest, as the stock class runs them."""
+
+    def forward(self, tokens: Tensor, layout: Layout, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
+        attention = torch.arange(layout.width, device=tokens.device) < layout.offsets.diff()[:, None]
+        hidden = layout.pack(hidden_states(self.model, tokens, attention))
+        return target_nll(self.model, hidden, layout, row, position, targets, self.prediction, chunk=self.chunk)
+
+
+def scores_for(config: RunConfig, model: nn.Module, prediction: str) -> Scores:
+    """The module that is trained, in training mode, with the run's choices of layout, memory and compilation.
+
+    Raises ValueError, one line, if the architecture does not offer activation checkpointing.
+    """
+    if config.activation_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"{config.name}.activation_checkpointing = True, which {type(model).__name__} does not offer; "
+                "switch it off and lower micro_batch_size or micro_batch_tokens"
+            )
+        renamed = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
+        (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.compile:
+        model.base_model.compile(dynamic=True)  # in place: names of weights stay as they are
+    if config.layout == "packed":
+        packs(model)  # settles it before the first step, and before anything wraps the model
+    kind = PaddedScores if config.layout == "padded" else Scores
+    return kind(model, prediction, config.head_chunk).train()
+
+
+class Engine:
+    """A `Scores` and its optimisers, prepared for all devices of an accelerator."""
+
+    def __init__(self, accelerator: Accelerator, scores: Scores, settings: OptimizerSettings):
+        self.accelerator = accelerator
+        self.model = accelerator.prepare(scores)
+        self.optimizers = [accelerator.prepare(o) for o in build_optimizers(scores, settings)]
+        self.clip = settings.clip
+        self._hosts = _host_group() if self.ranks > 1 else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def ranks(self) -> int:
+        """How many processes share a step."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.accelerator.is_main_process
+
+    def forward(self, algorithm: Algorithm, part: Part) -> LossTerms:
+        """The terms of a micro-batch, in the run's precision."""
+        with self.accelerator.autocast():
+            return algorithm.loss(self.model, part.inputs.to(self.device), denominator=part.denominator)
+
+    def accumulate(self, algorithm: Algorithm, part: Part, *, scale: float) -> LossTerms:
+        """Forward and backward of `scale` times the loss; gradients are exchanged with the last part of a step only."""
+        alone = part.last or self.ranks == 1
+        with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.model):
+            terms = self.forward(algorithm, part)
+            self.accelerator.backward(terms.loss * scale)
+        return terms
+
+    def update(self) -> Tensor:
+        """Clip the gradients, step the optimisers, forget the gradients; returns the norm before clipping."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return norm
+
+    def summed(self, values: Tensor) -> Tensor:
+        """values added up over all processes, back where they came from."""
+        if self.ranks == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.device), "sum").to(values.device)
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; the hosts agree among themselves and no device is waited for."""
+        if self.ranks == 1:
+            return flag
+        told = torch.tensor([int(flag)])
+        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self._hosts)
+        return bool(told)
+
+    def unwrapped(self) -> nn.Module:
+        """The backbone, without what wraps it."""
+        return self.accelerator.unwrap_model(self.model).model
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+    def save(self, directory: Path) -> None:
+        """Write weights, optimisers and random states; all processes call it."""
+        self.accelerator.save_state(str(directory))
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+        self.accelerator.load_state(str(directory))
+
+
+def _host_group() -> distributed.ProcessGroup | None:
+    """A process group over CPUs; None, the default one, where that is one already."""
+    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")

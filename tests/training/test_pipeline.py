@@ -1,0 +1,238 @@
+"""The input pipeline: which rows a step takes, how they are laid out, and a thread that changes nothing."""
+
+import threading
+
+import numpy
+import pytest
+import torch
+
+from dllm.algorithms.ar import AR
+from dllm.algorithms.mdlm import MDLM
+from dllm.config import Recipe
+from dllm.data.collate import ResponseEnd, epoch_batches, row_lengths, row_widths, target_counts
+from dllm.data.tokens import TokenRows
+from dllm.training.pipeline import (
+    Ahead,
+    Limits,
+    Source,
+    evaluation_parts,
+    even_cut,
+    greedy_cut,
+    micro_batches,
+    share_out,
+    training_parts,
+)
+from tests.training.conftest import run_config
+
+LENGTHS = numpy.clip(numpy.random.default_rng(0).lognormal(3, 0.7, 96), 2, 90).astype(int)
+LIMITS = [Limits(96), Limits(7), Limits(96, 150), Limits(5, 200), Limits(96, 200, padded=True), Limits(3, 91, True)]
+
+
+def source(prompts=1, algorithm=None):
+    offsets = numpy.concatenate([[0], numpy.cumsum(LENGTHS)])
+    tokens = numpy.random.default_rng(1).integers(5, 20, offsets[-1]).astype(numpy.uint16)
+    rows = TokenRows(tokens, offsets, numpy.full(len(LENGTHS), prompts, dtype=numpy.int32))
+    end = ResponseEnd("block", 1, block_size=4, extra_blocks=1, seed=1, longest=96) if prompts else None
+    return Source(rows, algorithm or MDLM(), end, pad_id=0, mask_id=2)
+
+
+def size(lengths, limits):
+    return len(lengths) * max(lengths) if limits.padded else sum(lengths)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_every_row_stands_in_one_micro_batch_of_one_rank_and_within_the_limits(limits, ranks):
+    found = [micro_batches(LENGTHS, limits, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert len({len(parts) for parts in found}) == 1, "ranks have equally many micro-batches"
+    parts = [part for parts in found for part in parts]
+    assert sorted(numpy.concatenate(parts)) == list(range(len(LENGTHS)))
+    for part in parts:
+        assert 0 < len(part) <= limits.rows
+        assert size(LENGTHS[part], limits) <= (limits.tokens or 10**9)
+        assert (numpy.diff(LENGTHS[part]) <= 0).all(), "rows of like length stand together, the longest first"
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_hold_nearly_the_same_number_of_tokens(ranks):
+    load = LENGTHS[share_out(LENGTHS, ranks)].sum(1)
+    in_order = LENGTHS.reshape(ranks, -1).sum(1)
+    assert load.max() / load.mean() < 1.02 < in_order.max() / in_order.mean()
+    # neighbours in length take turns: no two ranks are further apart than the longest row is from the shortest
+    assert load.max() - load.min() <= LENGTHS.max() - LENGTHS.min()
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_no_cut_has_fewer_micro_batches_and_an_even_one_is_no_larger(limits):
+    lengths = numpy.sort(LENGTHS[:8])[::-1]
+    fewest = len(greedy_cut(lengths, limits)) - 1
+    possible = {}
+    for choice in range(1 << (len(lengths) - 1)):  # every set of places to cut at
+        bounds = [0, *(i + 1 for i in range(len(lengths) - 1) if choice >> i & 1), len(lengths)]
+        parts = [lengths[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        if all(len(p) <= limits.rows and size(p, limits) <= (limits.tokens or 10**9) for p in parts):
+            largest = max(size(p, limits) for p in parts)
+            possible[len(parts)] = min(largest, possible.get(len(parts), 10**9))
+    assert fewest == min(possible)
+    for parts in range(fewest, len(lengths) + 1):
+        bounds = even_cut(lengths, parts, limits)
+        assert bounds[0] == 0 and bounds[-1] == len(lengths) and len(bounds) == parts + 1
+        if limits.tokens is not None or not limits.padded:
+            largest = max(size(lengths[a:b], limits) for a, b in zip(bounds, bounds[1:], strict=False))
+            assert largest <= min(v for k, v in possible.items() if k <= parts)
+
+
+def test_a_row_beyond_the_limit_is_named_in_one_line():
+    with pytest.raises(ValueError, match="micro_batch_tokens = 20 is smaller than a row of 30 tokens") as caught:
+        greedy_cut(numpy.array([30, 4]), Limits(8, 20))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="9 rows do not divide by 2 processes"):
+        share_out(LENGTHS[:9], 2)
+
+
+def contents(parts):
+    """What the steps' micro-batches hold by sample, whatever the layout: {(step, row): (tokens, targets, share)}."""
+    found, step = {}, 0
+    for part in parts:
+        x = part.inputs
+        for index, number in enumerate(part.numbers):
+            length, of_row = x.layout.lengths[index], x.row == index
+            found[step, int(number)] = (
+                x.tokens[index, :length].tolist(), x.position[of_row].tolist(), x.targets[of_row].tolist(),
+                x.weight[index].item(), x.share[index].item(), part.denominator,
+            )  # fmt: skip
+        step += part.last
+    return found
+
+
+@pytest.mark.parametrize("prompts", [0, 1])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 3}, {"micro_batch_tokens": 130}, {"layout": "padded"}])
+def test_the_layout_changes_neither_the_rows_of_a_step_nor_their_noise(prompts, changes):
+    base = contents(training_parts(source(prompts), run_config(length=96, micro_batch_size=99), first=0, last=20))
+    config = run_config(length=96, **{"micro_batch_size": 99} | changes)
+    for ranks in (1, 2, 4):
+        split = {}
+        for rank in range(ranks):
+            split |= contents(training_parts(source(prompts), config, first=0, last=20, rank=rank, ranks=ranks))
+        assert split == base
+
+
+def test_the_rows_of_a_step_are_those_of_the_epoch_order():
+    config, data = run_config(length=96), source()
+    found = contents(training_parts(data, config, first=0, last=14))
+    order = [epoch_batches(row_widths(data.rows, data.end), 8, config.seed, e, grouped=True) for e in (0, 1)]
+    for step in range(14):
+        epoch, position = divmod(step, 12)
+        assert {number for s, number in found if s == step} == set(order[epoch][position])
+
+
+def test_a_resumed_pipeline_goes_on_where_it_was():
+    config = run_config(length=96, micro_batch_tokens=120)
+    whole = contents(training_parts(source(), config, first=0, last=20))
+    later = contents(training_parts(source(), config, first=13, last=20))
+    assert later == {(step - 13, number): row for (step, number), row in whole.items() if step >= 13}
+
+
+def test_the_published_denominator_keeps_the_published_split():
+    """Fault F5: the loss depends on the micro-batches, which stay the rows in their order, by number of rows."""
+    recipe = {"denominator": "micro_batch", "normalisation": "token"}
+    config, data = run_config(length=96, micro_batch_size=3, micro_batch_tokens=96, recipe=recipe), source()
+    batch = epoch_batches(row_widths(data.rows, data.end), 8, config.seed, 0, grouped=True)[0]
+    for rank in range(2):
+        parts = list(training_parts(data, config, first=0, last=1, rank=rank, ranks=2))
+        mine = batch[rank * 4 : rank * 4 + 4]
+        assert [p.numbers.tolist() for p in parts] == [mine[:3].tolist(), mine[3:].tolist()]
+        for part in parts:
+            assert part.denominator == target_counts(data.rows, part.numbers, data.end, 0).sum()
+
+
+def test_text_without_prompts_has_one_prediction_less_per_row_for_ar():
+    counted = source(0, AR(Recipe())).counted(numpy.arange(5))
+    assert counted.tolist() == (LENGTHS[:5] - 1).tolist()
+    with_prompts = source(1, AR(Recipe()))
+    targets = target_counts(with_prompts.rows, numpy.arange(5), with_prompts.end, 0)
+    assert with_prompts.counted(numpy.arange(5)).tolist() == targets.tolist()
+    for part in training_parts(source(0, AR(Recipe())), run_config(length=96), first=0, last=3):
+        assert part.denominator == len(part.inputs.targets)  # one micro-batch per step: exactly what is predicted
+
+
+@pytest.mark.parametrize("draw_seed", [None, 7])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 5}, {"micro_batch_tokens": 200}])
+def test_an_evaluation_takes_every_row_once_per_draw_on_any_number_of_ranks(changes, draw_seed):
+    config = run_config(length=96, eval_draws=2, **changes)
+    numbers = numpy.arange(50)
+    found = []
+    for rank in range(3):
+        parts = list(evaluation_parts(source(), config, numbers, draw_seed=draw_seed, rank=rank, ranks=3))
+        found.append([(n, tuple(p.inputs.tokens[i].tolist())) for p in parts for i, n in enumerate(p.numbers)])
+    assert sorted(n for rows in found for n, _ in rows) == sorted([*range(50), *range(50)])
+    alone = evaluation_parts(source(), run_config(length=96, eval_draws=2, micro_batch_size=1), numbers)
+    tokens = {(n, tuple(row[:n_tokens])) for p in alone for n, row, n_tokens in
+              zip(p.numbers, p.inputs.tokens.tolist(), p.inputs.layout.lengths, strict=True)}  # fmt: skip
+    lengths = row_lengths(source().rows, numbers, source().end, 0)
+    split = {(n, row[: lengths[n]]) for rows in found for n, row in rows}
+    assert (split == tokens) == (draw_seed is None)
+
+
+def test_an_evaluation_of_fewer_rows_than_ranks_leaves_the_others_idle():
+    parts = [
+        list(evaluation_parts(source(), run_config(length=96), numpy.arange(2), rank=r, ranks=3)) for r in range(3)
+    ]
+    assert [len(p) for p in parts] == [1, 1, 0]
+
+
+def test_the_thread_changes_nothing_and_draws_nothing():
+    config = run_config(length=96, micro_batch_tokens=120)
+    plain = contents(training_parts(source(), config, first=0, last=12))
+    before = torch.get_rng_state(), numpy.random.get_state()[1].tolist()
+    with Ahead(training_parts(source(), config, first=0, last=12)) as parts:
+        assert contents(parts) == plain
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == numpy.random.get_state()[1].tolist()
+
+
+def input_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "dllm-input"]
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_where_the_part_is_asked_for():
+    def parts():
+        yield from range(3)
+        raise ValueError("row 3: damaged; prepare the data again")
+
+    with pytest.raises(ValueError, match="row 3: damaged"), Ahead(parts()) as made:
+        assert [next(made) for _ in range(3)] == [0, 1, 2]
+        next(made)
+    with Ahead(parts()) as made:
+        for _ in range(2):  # nor does asking again wait for ever
+            with pytest.raises(ValueError, match="row 3"):
+                list(made)
+    assert not input_threads()
+
+
+@pytest.mark.parametrize("fault", [None, KeyboardInterrupt, ValueError])
+def test_the_thread_ends_with_its_block_whatever_ends_it(fault):
+    made = []
+
+    def endless():
+        while True:
+            made.append(len(made))
+            yield made[-1]
+
+    try:
+        with Ahead(endless(), ahead=3) as parts:
+            assert [next(parts), next(parts)] == [0, 1]
+            if fault:
+                raise fault
+    except (KeyboardInterrupt, ValueError) as caught:
+        assert type(caught) is fault
+    assert not input_threads()
+    assert len(made) <= 2 + 3 + 1  # taken, waiting, and one in the hand
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
+def test_pinned_inputs_reach_the_device_without_waiting():
+    with Ahead(training_parts(source(), run_config(length=96), first=0, last=2), pin=True) as parts:
+        for part in parts:
+            assert part.inputs.tokens.is_pinned() and part.inputs.layout.flat.is_pinned()
+            moved = part.inputs.to("cuda")
+            assert moved.layout.flat.is_cuda and torch.equal(moved.tokens.cpu(), part.inputs.tokens)
