@@ -52,13 +52,13 @@ def test_new_heads_leave_the_backbone_as_it_is_and_give_small_even_rates(directo
     backbone = stock_backbone(directory, kind)
     scores = EditScores(backbone.model, new_edit_heads(backbone.model))
     tokens, layout, time = batch_for(backbone)
-    hidden, log_rates = scores.rates(tokens, layout, time)
+    timed, log_rates = scores.rates(tokens, layout, time)
     attention = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
     plain = layout.pack(hidden_states(backbone.model, tokens, attention))
-    torch.testing.assert_close(hidden, plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(timed.hidden, plain, atol=1e-5, rtol=0)
     torch.testing.assert_close(log_rates.exp(), torch.full((layout.tokens, 3), START_RATE))
     place = torch.tensor([3, 3, 20])
-    logits = scores.token_logits(hidden, place, torch.tensor([True, False, True]))
+    logits = scores.token_logits(timed, place, torch.tensor([True, False, True]))
     torch.testing.assert_close(logits, head_logits(backbone.model, plain[place]).float(), atol=1e-5, rtol=0)
 
 
@@ -76,21 +76,21 @@ def test_a_row_in_a_batch_has_the_rates_it_has_alone(directory, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["to_embedding", "modulation"])
 @torch.no_grad()
-def test_time_reaches_the_rates_both_ways(directory, kind, way):
-    """Through the input embeddings, and in front of the heads: each is enough when the other is off."""
+def test_time_reaches_the_rates_and_both_token_distributions_of_its_row_alone(directory, kind):
     backbone = stock_backbone(directory, kind)
     scores = scores_of(backbone)
-    other = scores.heads.modulation if way == "to_embedding" else scores.heads.to_embedding
-    for value in other.parameters():
-        value.zero_()
     tokens, layout, time = batch_for(backbone)
-    before = scores.rates(tokens, layout, time)[1]
-    time[1] = 0.6  # of the second row alone
-    moved = (scores.rates(tokens, layout, time)[1] - before).abs().amax(-1)
+    place, insert = torch.tensor([13, 14, 2, 25]), torch.tensor([True, False, True, False])
+    results = []
+    for t in (0.5, 0.6):
+        time[1] = t
+        timed, log_rates = scores.rates(tokens, layout, time)
+        results.append((log_rates, scores.token_logits(timed, place, insert)))
+    rates, logits = ((a - b).abs().amax(-1) for a, b in zip(*results, strict=True))
     second = torch.arange(layout.tokens).sub(12).ge(0) & (torch.arange(layout.tokens) < 19)
-    assert moved[second].min() > 1e-5 and moved[~second].max() < 1e-5
+    assert rates[second].min() > 1e-5 and rates[~second].max() == 0
+    assert logits[:2].min() > 1e-5 and logits[2:].max() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,15 +126,22 @@ def test_a_model_that_predicts_ahead_reads_substitutions_from_the_token_before(d
     heads = new_edit_heads(backbone.model)
     tokens, layout, time = batch_for(backbone)
     ahead = EditScores(backbone.model, heads, "next")
-    hidden, _ = ahead.rates(tokens, layout, time)
-    logits = ahead.token_logits(hidden, torch.tensor([4, 4]), torch.tensor([True, False]))
-    torch.testing.assert_close(logits, head_logits(backbone.model, hidden[[4, 3]]).float())
+    timed, _ = ahead.rates(tokens, layout, time)
+    logits = ahead.token_logits(timed, torch.tensor([4, 4]), torch.tensor([True, False]))
+    torch.testing.assert_close(logits, head_logits(backbone.model, timed.hidden[[4, 3]]).float())
 
 
-def test_nothing_stays_hooked_to_the_backbone(directory):
-    backbone = stock_backbone(directory, "bert")
-    scores_of(backbone).rates(*batch_for(backbone))
-    assert not backbone.model.get_input_embeddings()._forward_hooks
+@torch.no_grad()
+def test_rates_are_fp32_under_autocast_and_for_a_bf16_backbone(directory):
+    tokens, layout, time = batch_for(stock_backbone(directory, "bert"))
+    place, insert = torch.tensor([3, 4]), torch.tensor([True, False])
+    for dtype in (torch.float32, torch.bfloat16):
+        scores = scores_of(stock_backbone(directory, "bert", dtype=dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            timed, log_rates = scores.rates(tokens, layout, time)
+            logits = scores.token_logits(timed, place, insert)
+        assert log_rates.dtype == logits.dtype == torch.float32
+        assert log_rates.isfinite().all() and (log_rates != log_rates.bfloat16().float()).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +183,7 @@ def test_damaged_heads_and_those_of_another_model_are_one_clear_error(directory,
     model = stock_backbone(directory, "bert").model
     heads = new_edit_heads(model)
     if damage == "other":
-        heads = type(heads)(16, 16, 8)
+        heads = type(heads)(16, 8)
     path = save_edit_heads(heads, tmp_path)
     if damage != "other":
         path.write_bytes(path.read_bytes()[:200] if damage == "cut" else b"no weights at all")

@@ -1,0 +1,623 @@
+"""Edit Flows: texts are grown and corrected by insertions, deletions and substitutions.
+
+A text x_1 is aligned with a start x_0 (nothing, masks, a faulty text, or a given one); at time t each edit between them
+has been made with probability kappa(t). The model sees x_t and t and gives, per token, normalised rates to insert right
+of it, to delete it and to substitute it, and what to put there. Its loss is the Bregman divergence of its rates, times
+w(t), from those of the edits still to be made:
+
+    w(t) (sum of all rates at x_t  -  sum over outstanding edits e of log(rate(e) Q(token of e))) ,
+    w(t) = kappa'(t) / (1 - kappa(t)) , t uniform in [0, time_ceiling) .
+
+At its minimum a rate to insert is the expected number of tokens still missing right of a token, and a rate to delete or
+substitute the probability that this is still to be done. Every row gets a front token (the mask token), so that an
+insertion always has an anchor. There is no estimator of the likelihood.
+Source: Havasi et al. 2025 (arXiv:2506.09018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from dllm.algorithms.base import Algorithm, Rows
+from dllm.config import EditSampling, EditSettings, GenerateSettings, LikelihoodSettings, Recipe
+from dllm.core.batch import Batch, LossTerms, Noise
+from dllm.core.canvas import Canvas, infill_canvas
+from dllm.core.edits import (
+    BLANK,
+    DELETE,
+    INSERT,
+    KAPPAS,
+    SUBSTITUTE,
+    Columns,
+    Edits,
+    Spans,
+    align,
+    align_at_random,
+    faulty_rows,
+    mask_rows,
+    merge,
+    open_gaps,
+    outstanding,
+    owners,
+    ragged,
+    rank_within,
+    span_keys,
+    span_targets,
+    spans_of,
+    starts_of,
+    state_at,
+)
+from dllm.core.losses import row_shares
+from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
+from dllm.core.packing import Layout, layout_of
+from dllm.core.reveal import propose_tokens, token_confidence
+from dllm.models.edit_heads import TimedHidden, edit_scores
+from dllm.models.load import Backbone
+
+_START_STREAM = 6
+_INSERT_STREAM, _EDIT_STREAM, _KIND_STREAM, _ROOM_STREAM, _NEW_STREAM, _OLD_STREAM, _UNDO_STREAM = range(7)
+
+_HEAD_ROWS = 4096
+"""Most tokens drawn at once: their logits are all held."""
+
+
+@dataclass(frozen=True, eq=False)
+class EditInputs:
+    """Rows on their way from x_0 to x_1, and the edits they still need.
+
+    tokens [B, L] long: x_t behind a front token; layout: its T tokens laid end to end; time [B]; insertable, editable
+    [T] bool: where rates count; edits [T, 3]: outstanding insertions right of each token, deletions, substitutions.
+    The LM head runs at U places: place [U] long, insert [U] bool; the N new tokens are targets [N], each with its
+    distribution which [N] and its place slot [N] in [B, width] (width host integer). weight [B]: w(t); share [B]: what
+    one nat of a row counts in the loss before the denominator.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    time: Tensor
+    insertable: Tensor
+    editable: Tensor
+    edits: Tensor
+    place: Tensor
+    insert: Tensor
+    which: Tensor
+    targets: Tensor
+    slot: Tensor
+    weight: Tensor
+    share: Tensor
+    width: int
+
+    def to(self, device: torch.device | str) -> EditInputs:
+        """The same inputs on a device."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> EditInputs:
+        """The same inputs in page-locked memory."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, change: Callable) -> EditInputs:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: change(v) for n, v in values.items() if not isinstance(v, int)})
+
+
+@dataclass(frozen=True)
+class EditFlow(Algorithm):
+    """Edit Flows. A checkpoint's sidecar says how it was trained (`edits`), and goes before `edits` in sampling.
+
+    longest: the model's context in tokens; in training, a row that would outgrow it starts from nothing (none: no
+    limit). A row of L tokens takes L + 1.
+    """
+
+    recipe: Recipe = Recipe()
+    edits: EditSettings = EditSettings()
+    sampling: EditSampling = EditSampling()
+    longest: int | None = None
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def corrupt(
+        self, batch: Batch, noise: Noise, *, mask_id: int, sources: Sequence[Sequence[int]] | None = None
+    ) -> EditInputs:
+        """x_t of each row, and its outstanding edits. Targets are edited, all other tokens are context.
+
+        sources gives each row its start, one list of tokens per row, in the place of `edits.starts`.
+        Raises ValueError if a row with a source has not exactly one run of targets, or for a row longer than `longest`.
+        """
+        spans = spans_of(batch.maskable & batch.attention)
+        keys = row_keys(noise)
+        given = batch.attention & ~batch.maskable
+        if sources is None:
+            kinds = (keyed_uniform(keys, _START_STREAM) * len(self.edits.starts)).long()
+            columns = merge(
+                batch.tokens, given, spans, self._starts(batch.tokens, spans, keys, kinds, mask_id), mask_id
+            )
+            if (long := self._outgrown(columns)).any():
+                aligned = self._starts(batch.tokens, spans, keys, kinds.masked_fill(long, -1), mask_id)
+                columns = merge(batch.tokens, given, spans, aligned, mask_id)
+        else:
+            _check_sources(sources, spans)
+            target = span_targets(batch.tokens, spans, torch.ones_like(spans.row, dtype=torch.bool))
+            aligned = [align(ragged([sources[row] for row in spans.row.tolist()]), target)]
+            columns = merge(batch.tokens, given, spans, aligned, mask_id)
+        if (long := self._outgrown(columns)).any():
+            raise ValueError(
+                f"row {int(long.long().argmax())} of the batch takes more than the model's {self.longest} positions, "
+                "one of which is its front token; train with shorter rows"
+            )
+        t = noise.level * self.edits.time_ceiling
+        weight = KAPPAS[self.edits.schedule].weight(t)
+        share = row_shares(weight, batch.maskable.sum(-1), self.recipe.normalisation)
+        z_t = state_at(columns, KAPPAS[self.edits.schedule].value(t), keys)
+        return edit_inputs(columns, z_t, t, weight, share, pad_id=mask_id)
+
+    def _outgrown(self, columns: Columns) -> Tensor:
+        """Rows [B] whose x_t could be longer than the model's context."""
+        count = torch.bincount(columns.row, minlength=columns.rows)
+        return torch.zeros_like(count, dtype=torch.bool) if self.longest is None else count > self.longest
+
+    def _starts(
+        self, tokens: Tensor, spans: Spans, keys: Tensor, kinds: Tensor, mask_id: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The aligned columns of every span, kind of start by kind of start; kinds [B] (-1: from nothing)."""
+        aligned = []
+        for number, start in enumerate(["empty", *self.edits.starts], -1):
+            which = kinds[spans.row] == number
+            target, noise = span_targets(tokens, spans, which), span_keys(keys, spans)[which]
+            if start == "empty":
+                z_0, z_1, span = torch.full_like(target[0], BLANK), target[0], owners(target[1])
+            elif start == "masked":
+                z_0, z_1, span = align_at_random(mask_rows(noise, self.edits.masks, mask_id), target, noise)
+            else:
+                z_0, z_1, span = align(faulty_rows(target, noise, self.edits.fault_share), target)
+            aligned.append((z_0, z_1, which.nonzero()[:, 0][span]))
+        return aligned
+
+    def loss(self, model, inputs: EditInputs, *, denominator: float) -> LossTerms:
+        """The Bregman loss of the module's docstring over `denominator`; model is a `models.edit_heads.EditScores`.
+
+        In `LossTerms`, nll and masked count the new tokens; rows are the divergences in nats, up to a constant of the
+        data where several outstanding insertions are the same. See `Algorithm.loss`.
+        """
+        log_rates, nll = model(
+            inputs.tokens, inputs.layout, inputs.time, inputs.place, inputs.insert, inputs.which, inputs.targets
+        )
+        counted = torch.stack([inputs.insertable, inputs.editable, inputs.editable], -1)
+        rates = log_rates.masked_fill(~counted, -torch.inf).exp()
+        per_token = (rates - inputs.edits * log_rates).sum(-1)
+        missing = inputs.layout.unpack(inputs.edits.sum(-1)).sum(-1)
+        rows, width = inputs.tokens.shape[0], inputs.width
+        new = nll.new_zeros(rows * width).index_copy(0, inputs.slot, nll).view(rows, width).sum(-1)
+        divergence = inputs.layout.unpack(per_token).sum(-1) + new
+        return LossTerms(
+            loss=(divergence * inputs.share).sum() / denominator,
+            nll=nll.detach().sum(),
+            masked=len(inputs.targets),
+            rows=(divergence.detach() - missing) * inputs.weight,
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Sampling
+
+    def denoise(
+        self,
+        backbone: Backbone,
+        canvas: Canvas,
+        settings: GenerateSettings,
+        *,
+        row_seeds: Tensor | None = None,
+        finished: Callable[[Canvas], Tensor] | None = None,
+        editable: Tensor | None = None,
+    ) -> Iterator[EditCanvas]:
+        """The canvas to start from, then the canvas after every pass; its rows grow and shrink.
+
+        Edited are the positions `editable` [B, L]; by default the masks of a row, or, in a row that has none and is
+        not done (`edit_canvas`), everything from `start`. `sampling.masks` says whether masks are edited or taken out
+        first. A row takes `settings.steps` passes (none: `max_new_tokens`), and has at most `max_new_tokens` tokens
+        from `start` on, or as many as it came with. `finished` is not asked: a row ends when its time is up. A row's
+        tokens do not depend on its batch-mates. Raises ValueError for a model without edit heads, and for a row longer
+        than the model's context.
+        """
+        return _Sampler(self, backbone, settings).canvases(canvas, row_seeds, editable)
+
+    def trained_with(self, backbone: Backbone) -> EditSettings:
+        """How a checkpoint was trained: what its sidecar says, or else these settings."""
+        noted = backbone.sidecar.get("edits")
+        return self.edits if noted is None else EditSettings(**noted)
+
+    def nelbo(self, backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings):
+        """Raises ValueError: no bound on the likelihood of a text is known that one could compute."""
+        raise ValueError(_NO_LIKELIHOOD)
+
+    def greedy_match(self, backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings):
+        """Raises ValueError, as `nelbo`."""
+        raise ValueError(_NO_LIKELIHOOD)
+
+
+_NO_LIKELIHOOD = (
+    "algorithm = 'edit_flows' has no estimator of the likelihood; evaluate it on benchmarks that generate, or score "
+    "with mdlm"
+)
+
+
+def row_keys(noise: Noise) -> Tensor:
+    """One key [B] per row, from its level and its first place: what a row's own noise is drawn from."""
+    bits = [(value.double() * 2**24).long() for value in (noise.level, noise.place[:, 0])]
+    return keyed_hash(*bits)
+
+
+def edit_inputs(columns: Columns, z_t: Tensor, time: Tensor, weight: Tensor, share: Tensor, *, pad_id: int):
+    """The inputs for aligned rows in the state z_t [C] at time [B]; weight, share [B] as in `EditInputs`."""
+    here = z_t != BLANK
+    row = columns.row[here]
+    layout = layout_of(torch.bincount(row, minlength=columns.rows).tolist())
+    edits = outstanding(columns, z_t)
+    table = torch.zeros(len(row), 3).index_put((edits.place, edits.kind), torch.ones(()), accumulate=True)
+    named = edits.kind != DELETE
+    spots, which = torch.unique(edits.place[named] * 2 + (edits.kind[named] == INSERT), return_inverse=True)
+    of_row = row[edits.place[named]]
+    count = torch.bincount(of_row, minlength=columns.rows)
+    width = int(count.max())
+    return EditInputs(
+        tokens=layout.unpack(z_t[here], pad_id),
+        layout=layout,
+        time=time,
+        insertable=open_gaps(columns.given, columns.row)[here],
+        editable=~columns.given[here],
+        edits=table,
+        place=spots // 2,
+        insert=spots % 2 == 1,
+        which=which,
+        targets=edits.token[named],
+        slot=of_row * width + torch.arange(len(of_row)) - starts_of(count)[of_row],
+        weight=weight,
+        share=share,
+        width=width,
+    )
+
+
+def _check_sources(sources: Sequence[Sequence[int]], spans: Spans) -> None:
+    runs = torch.bincount(spans.row, minlength=len(sources)).tolist()
+    for row, count in enumerate(runs):
+        if count != 1:
+            raise ValueError(f"sources[{row}]: its row has {count} runs of targets; a source needs exactly one")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The sampler
+
+
+@dataclass(frozen=True, eq=False)
+class Trail:
+    """Rows of columns laid end to end, as in `core.edits.Columns`: where each token came from and what became of it.
+
+    origin, before, token [C] long: at the start, one pass ago and now, `BLANK` for no token; row [C] long; given,
+    gap [C] bool: not edited, and insertions right of it allowed; confidence [C] float32.
+    """
+
+    origin: Tensor
+    before: Tensor
+    token: Tensor
+    row: Tensor
+    given: Tensor
+    gap: Tensor
+    confidence: Tensor
+    rows: int
+
+    def only(self, which: Tensor) -> Trail:
+        """The columns where `which` [C]."""
+        return self._each(lambda value: value[which])
+
+    def with_after(self, place: Tensor, tokens: Tensor, confidence: Tensor) -> Trail:
+        """The trail with new tokens [N] right of the columns place [N], which differ."""
+        after = torch.zeros_like(self.token).index_fill(0, place, 1)
+        position = torch.arange(len(after), device=after.device) + after.cumsum(0) - after
+        blank = torch.full_like(tokens, BLANK)
+        free = torch.zeros_like(tokens, dtype=torch.bool)
+        new = Trail(blank, blank, tokens, self.row[place], free, ~free, confidence, self.rows)
+
+        def both(old: Tensor, added: Tensor) -> Tensor:
+            result = old.new_empty(len(old) + len(added))
+            return result.index_copy(0, position, old).index_copy(0, position[place] + 1, added)
+
+        return Trail(*(both(getattr(self, n), getattr(new, n)) for n in _COLUMNS), rows=self.rows)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Trail:
+        return replace(self, **{name: change(getattr(self, name)) for name in _COLUMNS})
+
+
+_COLUMNS = ("origin", "before", "token", "row", "given", "gap", "confidence")
+
+
+@dataclass(frozen=True)
+class EditCanvas(Canvas):
+    """A canvas that knows how it came about; `trail` has a front column per row and keeps what was deleted."""
+
+    trail: Trail | None = None
+
+
+def edit_canvas(
+    rows: Rows, start: int | Sequence[int] = 0, *, pad_id: int, device: torch.device | str = "cpu"
+) -> Canvas:
+    """A canvas of texts to be edited from position `start` on (one number or one per row); what is left of it stays.
+
+    Raises ValueError without rows.
+    """
+    starts = [start] * len(rows) if isinstance(start, int) else list(start)
+    canvas = infill_canvas(rows, mask_id=BLANK, pad_id=pad_id, device=device, start=torch.tensor(starts, device=device))
+    return replace(canvas, done=torch.zeros_like(canvas.done))
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """The T tokens of a state, packed, as the model scored them; twice as many in hidden, log_rates under guidance."""
+
+    column: Tensor
+    row: Tensor
+    layout: Layout
+    hidden: TimedHidden
+    log_rates: Tensor
+
+
+class _Sampler:
+    """One call of `EditFlow.denoise`: the model, the settings, and nothing that changes from pass to pass."""
+
+    def __init__(self, algorithm: EditFlow, backbone: Backbone, settings: GenerateSettings):
+        trained = algorithm.trained_with(backbone)
+        self.backbone, self.settings, self.sampling = backbone, settings, algorithm.sampling
+        self.model = edit_scores(backbone.model, backbone.prediction)
+        self.kappa, self.latest = KAPPAS[trained.schedule].value, trained.time_ceiling
+        self.keeps_masks = {"keep": True, "drop": False, "auto": "masked" in trained.starts}[self.sampling.masks]
+
+    @torch.no_grad()
+    def canvases(self, canvas: Canvas, row_seeds: Tensor | None, editable: Tensor | None) -> Iterator[EditCanvas]:
+        room = self._room(canvas).masked_fill(canvas.done, -1)
+        given = canvas.valid & ~canvas.masked
+        keys = keyed_hash(self.settings.seed, token_hash(canvas.tokens, given) if row_seeds is None else row_seeds)
+        trail = self._first(canvas, editable)
+        canvas = self._canvas(canvas, trail, canvas.done)
+        yield canvas
+        steps = self.settings.steps or self.settings.max_new_tokens
+        for step in range(steps):
+            t, s = step / steps, (step + 1) / steps
+            ahead = min(1.0, s + self.sampling.reverse / steps)
+            trail = self._forward(trail, keys, room, step, t, self._kept(t, ahead))
+            if ahead > s:
+                trail = self._undo(trail, keys, room, step, self._at(s) / self._at(ahead))
+            last = step + 1 == steps and not self.sampling.finish
+            canvas = self._canvas(canvas, trail, canvas.done | last, passes=1)
+            yield canvas
+        for step in range(steps, steps + self.sampling.finish):
+            if bool(canvas.done.all()):
+                return
+            trail = self._forward(trail, keys, room.masked_fill(canvas.done, -1), step, 1.0, None)
+            changed = torch.bincount(trail.row, (trail.token != trail.before).float(), trail.rows) > 0
+            last = step + 1 == steps + self.sampling.finish
+            canvas = self._canvas(canvas, trail, canvas.done | ~changed | last, passes=1)
+            yield canvas
+
+    def _room(self, canvas: Canvas) -> Tensor:
+        """The most tokens [B] each row may have, its front token included; below 0, nothing changes in the row."""
+        most, longest = self.backbone.max_length - 1, int(canvas.length.max())
+        if longest > most:
+            raise ValueError(
+                f"a row takes {longest} positions and a front token, the model has {most + 1}. Shorten the prompt or "
+                "max_new_tokens"
+            )
+        return torch.maximum(canvas.length, canvas.start + self.settings.max_new_tokens).clamp(max=most) + 1
+
+    def _first(self, canvas: Canvas, editable: Tensor | None) -> Trail:
+        """The trail of a canvas to start from."""
+        if editable is None:
+            whole = ~canvas.masked.any(1) & ~canvas.done
+            editable = canvas.masked | (whole[:, None] & (canvas.positions >= canvas.start[:, None]))
+        pad = (1, 0)
+        valid = torch.nn.functional.pad(canvas.valid, pad, value=True)
+        tokens = torch.nn.functional.pad(canvas.tokens, pad, value=self.backbone.mask_id)[valid]
+        given = ~torch.nn.functional.pad(editable, pad)[valid]
+        confidence = torch.nn.functional.pad(canvas.confidence, pad, value=1.0)[valid]
+        row = valid.nonzero()[:, 0]
+        gap = open_gaps(given, row)
+        trail = Trail(tokens, tokens, tokens, row, given, gap, confidence, len(valid))
+        return trail if self.keeps_masks else trail.only(given | (tokens != self.backbone.mask_id))
+
+    def _at(self, t: float) -> float:
+        """kappa(t)."""
+        return self.kappa(torch.tensor(t, dtype=torch.float64)).item()
+
+    def _kept(self, t: float, s: float) -> float:
+        """The share of the edits outstanding at t that are still so at s."""
+        return (1 - self._at(s)) / (1 - self._at(t))
+
+    def _forward(self, trail: Trail, keys: Tensor, room: Tensor, step: int, t: float, kept: float | None) -> Trail:
+        """One pass: every edit is made with its chance (`_made`), all at once; room [B] as in `_room`."""
+        # what was inserted and deleted again is forgotten a pass later
+        trail = replace(trail, before=trail.token)
+        trail = trail.only((trail.origin != BLANK) | (trail.token != BLANK))
+        scored = self._score(trail, t)
+        edits = self._draw(trail, scored, keys, room, step, kept)
+        tokens, confidence = self._tokens(scored, edits, keys, step)
+        inserted, changed = edits.kind == INSERT, edits.kind != INSERT
+        column = scored.column[edits.place]
+        trail = replace(
+            trail,
+            token=trail.token.index_copy(0, column[changed], tokens[changed]),
+            confidence=trail.confidence.index_copy(0, column[changed], confidence[changed]),
+        )
+        return trail.with_after(column[inserted], tokens[inserted], confidence[inserted])
+
+    def _score(self, trail: Trail, t: float) -> _Scored:
+        column = (trail.token != BLANK).nonzero()[:, 0]
+        row = trail.row[column]
+        layout = layout_of(torch.bincount(row, minlength=trail.rows).tolist(), device=row.device)
+        seen, each = layout, trail.token[column]
+        tokens = layout.unpack(each, self.backbone.pad_id)
+        if self.settings.guidance:
+            hidden = trail.given[column] & (layout.positions > 0)
+            blind = layout.unpack(each.masked_fill(hidden, self.backbone.mask_id), self.backbone.pad_id)
+            tokens = torch.cat([tokens, blind])
+            seen = layout_of(layout.lengths * 2, device=row.device)
+        time = torch.full((len(tokens),), min(t, self.latest), device=row.device)
+        return _Scored(column, row, layout, *self.model.rates(tokens, seen, time))
+
+    def _guided(self, scores: Tensor) -> Tensor:
+        """u + (s + 1)(c - u) with guidance s, of scores with the context (first half) and without."""
+        if not self.settings.guidance:
+            return scores
+        conditional, unconditional = scores.chunk(2)
+        return unconditional + (self.settings.guidance + 1) * (conditional - unconditional)
+
+    def _draw(self, trail: Trail, scored: _Scored, keys: Tensor, room: Tensor, step: int, kept: float | None) -> Edits:
+        """Which edits are made, without their tokens; insertions beyond a row's room [B] are left out at random."""
+        row, keys = scored.row, keys[scored.row]
+        insert, delete, substitute = self._guided(scored.log_rates).exp().unbind(-1)
+        noise = [keyed_uniform(keys, scored.layout.positions, step, stream) for stream in range(_ROOM_STREAM + 1)]
+        free = ~trail.given[scored.column] & (room[row] >= 0)
+        inserted = trail.gap[scored.column] & _made(insert, kept, noise[_INSERT_STREAM])
+        changed = free & _made(delete + substitute, kept, noise[_EDIT_STREAM])
+        at = torch.full_like(insert, 0.5) if kept is None else noise[_KIND_STREAM]
+        deleted = changed & (at * (delete + substitute) < delete)
+        length = torch.bincount(row, (~deleted).float(), trail.rows)
+        place = inserted.nonzero()[:, 0]
+        count = torch.bincount(row[place], minlength=trail.rows)
+        place = place[rank_within(noise[_ROOM_STREAM][place], row[place], count) < (room - length)[row[place]]]
+        other = changed.nonzero()[:, 0]
+        kind = torch.where(deleted[other], DELETE, SUBSTITUTE)
+        return Edits(
+            place=torch.cat([place, other]),
+            kind=torch.cat([torch.full_like(place, INSERT), kind]),
+            token=torch.full((len(place) + len(other),), BLANK, device=row.device),
+        )
+
+    def _tokens(self, scored: _Scored, edits: Edits, keys: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The new token of each edit (`BLANK` for a deletion) and its probability; the LM head runs only there."""
+        tokens, confidence = edits.token.clone(), torch.zeros(edits.token.shape, device=edits.token.device)
+        for part in (edits.kind != DELETE).nonzero()[:, 0].split(_HEAD_ROWS):
+            place, insert = edits.place[part], edits.kind[part] == INSERT
+            if self.settings.guidance:
+                both = torch.cat([place, place + scored.layout.tokens]), insert.repeat(2)
+            else:
+                both = place, insert
+            logits = self._guided(self.model.token_logits(scored.hidden, *both))
+            logits = logits.index_fill(1, torch.tensor([self.backbone.mask_id], device=logits.device), -torch.inf)
+            stream = torch.where(insert, _NEW_STREAM, _OLD_STREAM)
+            noise = keyed_uniform(keys[scored.row[place]], scored.layout.positions[place], step, stream)
+            drawn = propose_tokens(logits, noise, temperature=self.settings.temperature, top_p=self.settings.top_p)
+            tokens[part], confidence[part] = drawn, token_confidence(logits, drawn)
+        return tokens, confidence
+
+    def _undo(self, trail: Trail, keys: Tensor, room: Tensor, step: int, kept: float) -> Trail:
+        """One step back: each edit made so far survives with probability `kept`, or else its column is as it began.
+
+        The reverse of the noising process given where each column began, which the trail knows. Nothing is put back
+        into a row that has no room for all of it.
+        """
+        count = torch.bincount(trail.row, minlength=trail.rows)
+        index = torch.arange(len(trail.row), device=trail.row.device) - starts_of(count)[trail.row]
+        undone = (trail.token != trail.origin) & (keyed_uniform(keys[trail.row], index, step, _UNDO_STREAM) >= kept)
+        token = torch.where(undone, trail.origin, trail.token)
+        full = torch.bincount(trail.row, (token != BLANK).float(), trail.rows) > room
+        undone &= ~((trail.token == BLANK) & full[trail.row])
+        return replace(
+            trail,
+            token=torch.where(undone, trail.origin, trail.token),
+            confidence=trail.confidence.masked_fill(undone, 1.0),
+        )
+
+    def _canvas(self, canvas: Canvas, trail: Trail, done: Tensor, passes: int = 0) -> EditCanvas:
+        """The trail without its front tokens and blanks, as rows."""
+        copies = 2 if self.settings.guidance else 1
+        count = torch.bincount(trail.row, minlength=trail.rows)
+        front = torch.zeros_like(trail.given).index_fill(0, starts_of(count), True)
+        here = (trail.token != BLANK) & ~front
+        row, tokens = trail.row[here], trail.token[here]
+        length = torch.bincount(row, minlength=trail.rows)
+        position = torch.arange(len(row), device=row.device) - starts_of(length)[row]
+
+        def rows(values: Tensor, fill: float) -> Tensor:
+            return values.new_full((trail.rows, int(length.max())), fill).index_put((row, position), values)
+
+        return EditCanvas(
+            tokens=rows(tokens, self.backbone.pad_id),
+            masked=rows((tokens == self.backbone.mask_id) & ~trail.given[here], False),
+            confidence=rows(trail.confidence[here], 1.0),
+            start=canvas.start,
+            length=length,
+            done=done,
+            step=canvas.step + passes,
+            nfe=canvas.nfe + passes * copies,
+            computed=canvas.computed + passes * copies * int((trail.before != BLANK).sum()),
+            trail=trail,
+        )
+
+
+def _made(rate: Tensor, kept: float | None, noise: Tensor) -> Tensor:
+    """Whether an edit of a normalised rate happens while a share `kept` of outstanding edits stays outstanding.
+
+    A rate up to 1 is the chance that an edit is outstanding, which then happens with probability 1 - kept; a rate n of
+    several insertions is n of them, of which at least one happens with probability 1 - kept^n. To first order both are
+    1 - exp(-h w(t) rate), the Euler step, but neither overshoots where w(t) grows without bound. Without `kept`, what
+    is more likely outstanding than not is done.
+    """
+    if kept is None:
+        return rate >= 0.5
+    return noise < torch.where(rate <= 1, rate * (1 - kept), 1 - kept**rate)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Watching it
+
+
+def edit_frames(
+    canvases: Iterator[EditCanvas], decode: Callable[[list[int]], str], *, row: int = 0, since: str = "pass"
+) -> Iterator[str]:
+    """Each canvas of a row as plain text, from `start` on, in which {+new+}, [-old-] and [-old-]{+new+} are marked.
+
+    since: what is marked, the changes of the last `pass`, or all since the `start`. decode maps token ids to text.
+    Raises ValueError for another value of since.
+    """
+    if since not in ("pass", "start"):
+        raise ValueError(f"since = {since!r}; allowed: pass, start")
+    for canvas in canvases:
+        trail = canvas.trail.only(canvas.trail.row == row)
+        old = (trail.before if since == "pass" else trail.origin)[1:].tolist()
+        new = trail.token[1:].tolist()
+        skip, said, text = int(canvas.start[row]), [], ""
+        for kind, before, after in _runs(old[skip:], new[skip:]):
+            if kind == "kept":
+                text += "".join(_piece(decode, said, after))
+            else:
+                gone, came = _piece(decode, said, before), _piece(decode, said, after)
+                text += (gone if before else came)[0]  # the space in front of a word is not what changes
+                text += (f"[-{gone[1]}-]" if before else "") + (f"{{+{came[1]}+}}" if after else "")
+            said += after
+        yield text
+
+
+def _piece(decode: Callable[[list[int]], str], said: list[int], tokens: list[int]) -> tuple[str, str]:
+    """Leading space and text of tokens that follow `said`: tokenizers join words differently, so both are decoded."""
+    before, whole = decode(said), decode([*said, *tokens])
+    piece = whole[len(before) :] if whole.startswith(before) else decode(tokens)
+    text = piece.lstrip()
+    return piece[: len(piece) - len(text)], text
+
+
+def _runs(old: list[int], new: list[int]) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Neighbouring columns of one kind, kept or changed, with their old and new tokens."""
+    kind, before, after = "kept", [], []
+    for was, now in zip(old, new, strict=True):
+        if was == now == BLANK:
+            continue
+        this = "kept" if was == now else "changed"
+        if this != kind and (before or after):
+            yield kind, before, after
+            before, after = [], []
+        kind = this
+        before += [was] if was != BLANK else []
+        after += [now] if now != BLANK else []
+    if before or after:
+        yield kind, before, after
