@@ -248,9 +248,9 @@ def policy() -> str:
         cells = []
         for settings in (LikelihoodSettings(), LikelihoodSettings(budget=16), LikelihoodSettings(estimator="mc")):
             passes = len(likelihood_design(length, 0, settings).masked.unique(dim=0))
-            name = f" ({estimator_for(length, settings.budget)})" if settings.budget == 16 else ""
+            name = f" ({estimator_for(length, settings)})" if settings.budget == 16 else ""
             cells.append(f"{passes}{name}")
-        lines.append(f"| {length} | {estimator_for(length, 64)} | {' | '.join(cells)} |")
+        lines.append(f"| {length} | {estimator_for(length, LikelihoodSettings())} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

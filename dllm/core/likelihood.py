@@ -5,8 +5,11 @@ The bound of masked diffusion with the time integrated out is, for a target of L
     NELBO = sum over k = 1..L of g_k,    g_k = E over |S| = k of [ (1/k) sum over i in S of nll_i(S) ],
 
 nll_i(S) = -log p(x_i | the target with the set S masked). Every design below is linear in the nll and has exactly this
-expectation; they differ in variance and passes. Sources: Sahoo et al. 2024 (arXiv:2406.07524), eq. 10; Ou et al. 2024
-(arXiv:2406.03736), the any-order form; Nie et al. 2025 (arXiv:2502.09992), algorithm 3, for `mc`.
+expectation; they differ in variance and passes. A fixed arrangement of masks and weights whose positions are permuted
+at random is unbiased if, for each size k, the weights on masks of that size add up to 1 (or do so on average over
+random sizes): that leaves the masks and the single weights free to be chosen for a small variance.
+Sources: Sahoo et al. 2024 (arXiv:2406.07524), eq. 10; Ou et al. 2024 (arXiv:2406.03736), the any-order form; Nie et al.
+2025 (arXiv:2502.09992), algorithm 3, for `mc`.
 """
 
 from __future__ import annotations
@@ -20,71 +23,96 @@ import torch
 from torch import Tensor
 
 from dllm.config import LikelihoodSettings
-from dllm.core.noise import keyed_hash, keyed_uniform
+from dllm.core.noise import keyed_uniform
 
 ENUMERATION_LIMIT = 12
 """Longest target whose 2^L - 1 masks are enumerated."""
+
+CHAIN_LIMIT = 12
+"""Longest target for which `auto` takes `chain`."""
+
+LEAST_COVER = 3
+"""Passes of the smallest `cover`: everything masked, and two windows, whose difference is its error."""
+
+ARRANGEMENT_LIMIT = 256
+"""Most passes of one arrangement of `cover`."""
 
 
 @dataclass(frozen=True)
 class Design:
     """S masked versions of a target of L tokens; the estimate is the sum of weight x nll over scored positions.
 
-    masked and scored [S, L] bool (scored within masked); weight [S, L] float64, 0 where not scored. For the standard
-    error: rows of the same unit [S] are added up, and units of the same stratum [S] estimate the same quantity.
+    masked and scored [..., S, L] bool (scored within masked; a pass without a scored position is not needed); weight
+    [..., S, L] float64, 0 where not scored; leading dimensions are those of the keys. For the standard error, passes of
+    one unit [S] are added up, and units are independent estimates of the same quantity; of a single unit, it is
+    |sum of contrast x nll|, contrast [..., S, L] (None: the estimate has no error).
     """
 
     masked: Tensor
     scored: Tensor
     weight: Tensor
     unit: Tensor
-    stratum: Tensor
+    contrast: Tensor | None = None
+
+    def of(self, keys: Tensor) -> Design:
+        """The designs of some of the keys, whose dimension is the first."""
+        contrast = None if self.contrast is None else self.contrast[keys]
+        return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast)
 
 
 def likelihood_design(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
     """The design of `settings.estimator` for a target of `length` tokens; a pure function of its arguments.
 
-    Requests with the same key and length share their masks (common random numbers), so that their differences are less
-    noisy than their values. Raises ValueError for an empty target, or one the estimator does not take.
+    key: an integer, or long [...], one design each. Requests with the same key share their random numbers, position by
+    position, also if their lengths differ (common random numbers), so that their differences are less noisy than their
+    values. Raises ValueError for an empty target, or one the estimator does not take within `settings.budget`.
+    """
+    return ESTIMATORS[estimator_for(length, settings)](length, torch.as_tensor(key), settings)
+
+
+def estimator_for(length: int, settings: LikelihoodSettings) -> str:
+    """The name of the estimator of a target; under `auto`, the exact or least noisy one within the budget of passes.
+
+    All masks, if they fit: `exact` for one token, `enumerate` for more. Else `chain` for up to 12 tokens where an order
+    and its mirror fit (2L - 1 passes) but not 4L passes, and `cover` otherwise (docs/lab-log.md has the measurements).
+    Raises ValueError, one line, for an empty target and for a budget too small.
     """
     if length < 1:
         raise ValueError("a likelihood needs at least one target token, got none")
-    name = estimator_for(length, settings.budget) if settings.estimator == "auto" else settings.estimator
-    return ESTIMATORS[name](length, key, settings)
+    name, budget = settings.estimator, settings.budget
+    if name == "auto":
+        if length == 1:
+            name = "exact"
+        elif length <= ENUMERATION_LIMIT and 2**length - 1 <= budget:
+            name = "enumerate"
+        else:
+            name = "chain" if length <= CHAIN_LIMIT and 2 * length - 1 <= budget < 4 * length else "cover"
+    least = {"chain": 2 * length - 1, "cover": LEAST_COVER if length > 1 else 1}.get(name, 1)
+    if budget < least:
+        instead = "" if name == "cover" else f", or take cover, which needs {LEAST_COVER}"
+        raise ValueError(
+            f"budget = {budget} is too small: {name} of a target of {length} tokens needs at least {least} passes; "
+            f"raise it{instead}"
+        )
+    return name
 
 
-def estimator_for(length: int, budget: int) -> str:
-    """The policy `auto`: the exact, or else least noisy, estimator within `budget` passes.
+def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
+    """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at scored positions only).
 
-    One token: `exact`. Up to three, or whenever all masks cost no more than the chains that fit: `enumerate`. Then
-    `chain` while an order and its mirror (2L - 1 passes) fit; `cover` for longer targets.
+    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`.
     """
-    if length == 1:
-        return "exact"
-    pair = 2 * length - 1
-    if length <= 3 or (length <= ENUMERATION_LIMIT and 2**length - 1 <= budget // pair * pair):
-        return "enumerate"
-    return "chain" if pair <= budget else "cover"
-
-
-def estimate(design: Design, nll: Tensor) -> tuple[float, float]:
-    """The bound in nats and its standard error, from nll [S, L] (read at scored positions only).
-
-    With units u of stratum h, n_h of them: variance = sum over h of n_h / (n_h - 1) sum over u (c_u - mean_h)^2. A
-    stratum of one unit is deterministic and adds nothing.
-    """
+    if design.contrast is not None:
+        nats, error = ((weight * nll.double()).sum((-1, -2)) for weight in (design.weight, design.contrast))
+        return nats, error.abs()
     rows = torch.where(design.scored, design.weight * nll.double(), 0.0).sum(-1)
     units = int(design.unit.max()) + 1
-    unit = torch.zeros(units, dtype=torch.float64).index_add(0, design.unit, rows)
-    stratum = torch.zeros(units, dtype=torch.long).index_copy(0, design.unit, design.stratum)
-    n = torch.bincount(stratum).double().clamp(min=1)
-    mean = torch.zeros_like(n).index_add(0, stratum, unit) / n
-    spread = torch.zeros_like(n).index_add(0, stratum, (unit - mean[stratum]) ** 2)
-    variance = (spread * n / (n - 1).clamp(min=1)).sum()
-    return float(rows.sum()), float(variance.sqrt())
+    unit = rows.new_zeros(*rows.shape[:-1], units).index_add(-1, design.unit, rows)
+    spread = ((unit - unit.mean(-1, keepdim=True)) ** 2).sum(-1)
+    return unit.sum(-1), (spread * units / max(1, units - 1)).sqrt()
 
 
-def exact(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
+def exact(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     """One token, one pass: NELBO = nll. Raises ValueError for longer targets."""
     if length > 1:
         raise ValueError(
@@ -94,7 +122,7 @@ def exact(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Desig
     return enumerate_masks(length, key, settings)
 
 
-def enumerate_masks(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
+def enumerate_masks(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     """All 2^L - 1 masks, without noise: weight 1 / (k C(L, k)) for each token of a mask of size k.
 
     Raises ValueError beyond `ENUMERATION_LIMIT` tokens.
@@ -106,60 +134,64 @@ def enumerate_masks(length: int, key: int | Tensor, settings: LikelihoodSettings
         )
     masked = (torch.arange(1, 2**length)[:, None] >> torch.arange(length)) & 1 == 1
     per_token = torch.tensor([0.0] + [1 / (k * math.comb(length, k)) for k in range(1, length + 1)]).double()
-    return _single_unit(masked, per_token[masked.sum(1)][:, None] * masked)
+    weight = per_token[masked.sum(1)][:, None] * masked
+    masked, weight = (x.expand(*key.shape, *x.shape) for x in (masked, weight))
+    return Design(masked, masked, weight, torch.zeros(2**length - 1, dtype=torch.long))
 
 
-def chain(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
+def chain(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     """Any-order chain rule along random orders, each with its mirror: 2L - 1 passes a pair, one scored token each.
 
     For an order o: sum over j of nll_{o_j}({o_j, ..., o_L}). With k tokens left the masked set is uniform among those
     of size k and o_j uniform in it, so the expectation is the sum of g_k. The mirror balances what is revealed early
-    and late. A self-consistent model gives every order the same value: no variance at all. As many pairs as the budget
-    holds, at least one. The standard error comes from the pairs, or for a single pair is half the difference of its two
-    orders, which is cautious where the two are negatively correlated.
+    and late: effects of single revealed tokens cancel. Every position is scored once in an order, so that a control
+    variate per position (its nll with everything masked) would change nothing. A self-consistent model gives every
+    order the same value: no variance at all. As many pairs as the budget holds, at least one. The standard error comes
+    from the pairs, or for a single pair is half the difference of its two orders, which is cautious where the two are
+    negatively correlated.
     """
     pairs = max(1, settings.budget // max(1, 2 * length - 1))
     positions = torch.arange(length)
-    rank = keyed_uniform(key, torch.arange(pairs)[:, None], positions).argsort(-1)
-    rank = torch.stack([rank, length - 1 - rank], 1)[:, :, None]
-    masked = (rank >= positions[:, None]).flatten(0, 2)
-    scored = (rank == positions[:, None]).flatten(0, 2)
+    rank = _ranks(key, pairs, length)
+    rank = torch.stack([rank, length - 1 - rank], -2).flatten(-3, -2)[..., None, :]
+    masked = (rank >= positions[:, None]).flatten(-3, -2)
+    scored = (rank == positions[:, None]).flatten(-3, -2)
     order = torch.arange(2 * pairs).repeat_interleave(length)
-    unit = order if pairs == 1 else order // 2
-    return Design(masked, scored, scored.double() / (2 * pairs), unit, torch.zeros_like(unit))
+    return Design(masked, scored, scored.double() / (2 * pairs), order if pairs == 1 else order // 2)
 
 
-def cover(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
-    """Windows on a random circle: for a mask size k, ceil(L / k) windows of k tokens cover the target.
+def cover(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
+    """Windows on random circles, weighted to interpolate between them.
 
-    g_k is the mean over positions of the mean nll over the windows that hold it, unbiased because, given a token's
-    place, the rest of its window is uniform. All sizes k if the budget holds them, repeated as often as it does (the
-    standard error comes from the repetitions; of one, from neighbouring sizes, which overstates it). Otherwise two
-    independent halves of stratified sizes; see `_stratified_cover`.
+    There are windows of every size k, as many as the budget holds (ceil(L / k) cover the target), or of stratified
+    sizes with a random offset; and the pass with everything masked, which serves as a control variate. The single
+    weights are those of least squared error, summed to be unbiased, under the prior that the nll of a position changes
+    smoothly with what is revealed: covariance 10^4 + exp(-d / 4), d the number of tokens revealed in one version and
+    not in the other. The positions of this arrangement are permuted at random. The standard error is the difference of
+    the same interpolation from every other window, scaled by what the prior says that all together are better: right
+    to about a factor of 1.5. Beyond `ARRANGEMENT_LIMIT` passes there are several arrangements, and it comes from them.
     """
-    complete = sum(math.ceil(length / k) for k in range(1, length + 1))
-    repetitions = settings.budget // complete
-    if repetitions == 0:
-        return _stratified_cover(length, key, settings.budget)
-    parts, unit, stratum = [], [], []
-    for r in range(repetitions):
-        circle = _circles(length, length, keyed_hash(key, r))
-        for k in range(1, length + 1):
-            parts.append(_windows(length, k, math.ceil(length / k))[:, circle[k - 1]] / repetitions)
-            pair = min((k - 1) // 2, max(0, length // 2 - 1))  # of an odd number, the last three together
-            unit += [r if repetitions > 1 else k - 1] * len(parts[-1])
-            stratum += [0 if repetitions > 1 else pair] * len(parts[-1])
-    weight = torch.cat(parts)
-    return Design(weight > 0, weight > 0, weight, torch.tensor(unit), torch.tensor(stratum))
+    units = math.ceil(settings.budget / ARRANGEMENT_LIMIT)
+    table = _arrangements(length, max(1, (settings.budget - 1) // units))
+    rank = _ranks(key, units, length)[..., None, :]
+    drawn = keyed_uniform(key[..., None], torch.arange(units), -1).double()
+    number = torch.searchsorted(table.below, drawn, right=True)[..., None, None]
+    passes = table.masked.shape[1]
+    rows = torch.arange(passes)[:, None]
+    masked, weight, contrast = (
+        part[number, rows, rank].flatten(-3, -2) for part in (table.masked, table.weight, table.contrast)
+    )
+    unit = torch.arange(units).repeat_interleave(passes)
+    return Design(masked, masked, weight / units, unit, contrast if units == 1 else None)
 
 
-def mc(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
+def mc(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     """The published estimator: draws of a uniform mask of size k, weight L / k, k spread over a batch of b draws.
 
     k_j = round(k_0 + j L / b), wrapped to 1..L, k_0 uniform. Rounding to even makes k slightly non-uniform where L / b
-    has halves, as published: a small bias, the only one in this file. The standard error comes from the batches, or
-    of a single batch from its draws, which overstates it. Source: Nie et al. 2025 (arXiv:2502.09992), algorithm 3 and
-    the authors' evaluation code. Raises ValueError unless mc_batch divides mc_draws.
+    has half-integer multiples, as published. The standard error comes from the batches, or, for a single one, from its
+    draws. Source: Nie et al. 2025, algorithm 3 and the authors' evaluation code. Raises ValueError unless mc_batch
+    divides mc_draws.
     """
     draws, size = settings.mc_draws, settings.mc_batch
     if draws % size:
@@ -167,16 +199,15 @@ def mc(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
             f"mc_draws = {draws} is not a multiple of mc_batch = {size}; e.g. {draws // size * size or size}"
         )
     batch = torch.arange(draws) // size
-    first = (keyed_uniform(key, torch.arange(draws // size), 0) * length).floor() + 1
-    k = torch.round(first[batch] + torch.arange(draws) % size * (length / size)).long()
-    k = (k - 1) % length + 1
-    rank = keyed_uniform(key, torch.arange(draws)[:, None], 1, torch.arange(length)).argsort(-1)
-    masked = rank < k[:, None]
+    first = (keyed_uniform(key[..., None], torch.arange(draws // size), -1) * length).floor() + 1
+    k = torch.round(first[..., batch] + torch.arange(draws) % size * (length / size)).long()
+    k = ((k - 1) % length + 1)[..., None]
+    masked = _ranks(key, draws, length) < k
     unit = batch if draws > size else torch.arange(draws)
-    return Design(masked, masked, masked * (length / k.double() / draws)[:, None], unit, torch.zeros_like(unit))
+    return Design(masked, masked, masked * (length / k.double() / draws), unit)
 
 
-ESTIMATORS: dict[str, Callable[[int, int | Tensor, LikelihoodSettings], Design]] = {
+ESTIMATORS: dict[str, Callable[[int, Tensor, LikelihoodSettings], Design]] = {
     "exact": exact,
     "enumerate": enumerate_masks,
     "chain": chain,
@@ -185,64 +216,129 @@ ESTIMATORS: dict[str, Callable[[int, int | Tensor, LikelihoodSettings], Design]]
 }
 
 
-def _stratified_cover(length: int, key: int | Tensor, budget: int) -> Design:
-    """Two independent halves, each of K sizes k: one per stratum of (0, L], antithetic in neighbouring strata.
+def _ranks(key: Tensor, count: int, length: int) -> Tensor:
+    """`count` random ranks of the positions, [..., count, L] long; those of a prefix are in the same order."""
+    noise = keyed_uniform(key[..., None, None], torch.arange(count)[:, None], torch.arange(length))
+    return noise.argsort(-1).argsort(-1)
 
-    A size counts L / K times. Small sizes get only some of their windows; the tokens left out are accounted for by a
-    control variate, their nll with everything masked (one more pass, mean known): g_k is estimated by
-    mean_i b_i + mean over scored (nll_i - b_i). At most `budget` passes, but at least three.
+
+# --------------------------------------------------------------------------------------------------------------------
+# The arrangements of `cover`
+
+_SCALE = 4.0
+"""How many revealed tokens more or less make the nll of a position another: e^-1 of its covariance."""
+
+
+@dataclass(frozen=True)
+class _Arrangements:
+    """masked [A, S, L] bool, weight and contrast [A, S, L]; below [A]: one is taken up to this uniform number.
+
+    The first pass masks everything.
     """
-    nodes, most = _cover_plan(length, max(1, (budget - 1) // 2))
-    weights, units = [], []
-    for half in range(2):
-        shift = keyed_uniform(key, half, 0, torch.arange(nodes) // 2).double()
-        shift = torch.where(torch.arange(nodes) % 2 == 0, shift, 1 - shift)
-        sizes = ((torch.arange(nodes) + shift) * (length / nodes)).floor().long().clamp(max=length - 1) + 1
-        circles = _circles(nodes, length, keyed_hash(key, half, 1))
-        windows = [_windows(length, k, min(math.ceil(length / k), most)) for k in sizes.tolist()]
-        part = torch.cat([weight[:, circle] for weight, circle in zip(windows, circles, strict=True)])
-        part = part * (length / nodes / 2)
-        control = 0.5 - part.sum(0, keepdim=True)
-        weights += [part, control]
-        units += [half] * (len(part) + 1)
-    weight = torch.cat(weights)
-    scored = weight.abs() > 1e-12
-    unit = torch.tensor(units)
-    masked = scored | _is_control(weights)
-    used = scored.any(-1)
-    return Design(masked[used], scored[used], weight[used], unit[used], torch.zeros_like(unit[used]))
+
+    masked: Tensor
+    weight: Tensor
+    contrast: Tensor
+    below: Tensor
 
 
-def _is_control(weights: list[Tensor]) -> Tensor:
-    """[S, 1] bool: the last row of each half, which masks everything."""
-    return torch.cat([torch.full((len(w), 1), i % 2 == 1) for i, w in enumerate(weights)])
+@lru_cache(maxsize=256)
+def _arrangements(length: int, passes: int) -> _Arrangements:
+    """The arrangements with at most `passes` windows beside the pass with everything masked.
+
+    Of every size, if they fit, all sizes as many, up to what there is or is worth having (8 covers of the target). Else
+    one window for each of as many strata of sizes: an arrangement has a size of each, which counts for its stratum.
+    """
+    if passes >= length - 1:
+        strata, counts = [(k, k + 1) for k in range(1, length + 1)], [0] * length
+        most = [min(math.comb(length, k), 8 * math.ceil(length / k)) for k in range(1, length)]
+        left = min(passes, sum(most))
+        while left:
+            for k in range(1, length):
+                if left and counts[k - 1] < most[k - 1]:
+                    counts[k - 1], left = counts[k - 1] + 1, left - 1
+    else:
+        ends = [length * j // passes + 1 for j in range(passes + 1)]
+        strata, counts = list(zip(ends, ends[1:], strict=False)), [1] * passes
+    steps = sorted({j / (high - low) for low, high in strata for j in range(1, high - low + 1)})
+    found = []
+    for number, (begin, end) in enumerate(zip([0.0, *steps], steps, strict=False)):
+        sizes = [low + int((begin + end) / 2 * (high - low)) for low, high in strata]
+        masked, stratum = _windows(length, sizes, counts, number)
+        weights = _interpolation_weights(masked, stratum, [high - low for low, high in strata])
+        # a window of a stratum's largest size may be everything masked, and then is no further pass
+        short = 1 + sum(counts) - len(masked)
+        found.append([torch.nn.functional.pad(part, (0, 0, 0, short)) for part in (masked, *weights)])
+    masked, weight, contrast = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return _Arrangements(masked, weight, contrast, torch.tensor(steps, dtype=torch.float64))
 
 
-def _cover_plan(length: int, passes: int) -> tuple[int, int]:
-    """How many sizes a half takes and the most windows of one size, so that it needs at most `passes` passes."""
-    most = min(8, max(1, passes // 4))
-    for nodes in range(min(length, passes), 1, -1):
-        smallest = [node * length // nodes + 1 for node in range(nodes)]
-        if sum(min(math.ceil(length / k), most) for k in smallest) <= passes:
-            return nodes, most
-    return 1, min(most, passes)
+def _windows(length: int, sizes: list[int], counts: list[int], number: int) -> tuple[Tensor, Tensor]:
+    """masked [S, L], the one with everything masked first, and the stratum [S] of each; of the first, -1 if none."""
+    masks, stratum = [torch.ones(length, dtype=torch.bool)], [-1]
+    for j, (k, count) in enumerate(zip(sizes, counts, strict=True)):
+        if k == length:
+            stratum[0] = j
+            continue
+        around = math.ceil(length / k)
+        for window in range(count):
+            circle = keyed_uniform(length, number, j, window // around, torch.arange(length)).argsort()
+            if k == 1:
+                circle = torch.arange(length)
+            places = (torch.arange(k) + window % around * length // around) % length
+            masks.append(torch.zeros(length, dtype=torch.bool).index_fill(0, circle[places], True))
+            stratum.append(j)
+    return torch.stack(masks), torch.tensor(stratum)
 
 
-@lru_cache(maxsize=4096)
-def _windows(length: int, k: int, count: int) -> Tensor:
-    """Weights [count, L] of `count` of the ceil(L / k) windows: the mean over covered places of their mean nll."""
-    starts = torch.arange(count) * length // math.ceil(length / k)
-    places = (starts[:, None] + torch.arange(k)) % length
-    covered = torch.zeros(count, length, dtype=torch.float64).scatter_(1, places, 1.0)
-    times = covered.sum(0)
-    return covered / times.clamp(min=1) / (times > 0).sum()
+def _interpolation_weights(masked: Tensor, stratum: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:
+    """weight and contrast [S, L] float64 of an arrangement.
+
+    Kernel quadrature, position by position: with K the covariance of the passes that mask position i, z their
+    covariance with the integral over all sizes and sets, and c the variance of that integral, the weights w_i leave
+    the variance c - 2 w_i z + w_i K w_i. The least is at K^-1 z, and at w_i = K^-1 (z + C' lambda) if the sum of all
+    weights on a stratum has to be its width. The contrast is half the difference of K^-1 z for the even and for the
+    odd windows, times the standard deviation of the estimate over that of this half difference, both by the prior.
+    """
+    passes, length = masked.shape
+    revealed = (~masked).double()
+    number = revealed.sum(1)
+    distance = number[:, None] + number - 2 * revealed @ revealed.T
+    covariance = 1e4 + torch.exp(-distance / _SCALE) + 1e-3 * torch.eye(passes, dtype=torch.float64)
+    target = 1e4 + _mean_covariance(length, number)
+    own = 1e4 + _mean_covariance(length, torch.arange(length).double()).mean()
+
+    def inverse(used: Tensor) -> Tensor:
+        member = (masked & used[:, None]).T.double()
+        both = member[:, :, None] * member[:, None, :]  # [L, S, S]
+        return torch.linalg.inv(both * covariance + torch.diag_embed(1 - member)) * both
+
+    place = torch.arange(passes)
+    first, second = (inverse((place == 0) | (place % 2 == half)) @ target for half in range(2))
+    contrast = (first - second) / 2
+
+    inverses = inverse(place >= 0)
+    sums = stratum == torch.arange(-1, len(widths))[:, None]
+    wanted = torch.tensor([0, *widths], dtype=torch.float64)
+    # a pass that masks everything but stands for no size is a control: its weights add up to 0
+    sums, wanted = sums[sums.any(1)].double(), wanted[sums.any(1)]
+    multiplier = torch.linalg.solve(sums @ inverses.sum(0) @ sums.T, wanted - sums @ (inverses @ target).sum(0))
+    weight = inverses @ (target + sums.T @ multiplier)
+    left = ((weight @ covariance - 2 * target) * weight).sum() + length * own
+    apart = ((contrast @ covariance) * contrast).sum().clamp(min=1e-12)
+    return weight.T.contiguous(), (contrast * (left.clamp(min=0) / apart).sqrt()).T.contiguous()
 
 
-def _circles(count: int, length: int, key: int | Tensor) -> Tensor:
-    """`count` random arrangements of the positions, [count, L] long."""
-    return keyed_uniform(key, torch.arange(count)[:, None], torch.arange(length)).argsort(-1)
+def _mean_covariance(length: int, number: Tensor) -> Tensor:
+    """E of exp(-d / scale) [S] between a version with `number` [S] others revealed and one drawn as in the bound.
 
-
-def _single_unit(masked: Tensor, weight: Tensor) -> Design:
-    one = torch.zeros(len(masked), dtype=torch.long)
-    return Design(masked, masked, weight, one, one)
+    That one has each of the L - 1 others revealed with probability u, u uniform in (0, 1), so that the expectation is
+    the integral over u of (c + (1 - c) u)^r (1 - (1 - c) u)^(L - 1 - r), c = exp(-1 / scale): a polynomial, integrated
+    exactly by Gauss and Legendre's rule.
+    """
+    matrix = torch.arange(1, length // 2 + 2, dtype=torch.float64)
+    beside = matrix / (4 * matrix**2 - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    u, share = (nodes + 1) / 2, vectors[0] ** 2
+    c, r = math.exp(-1 / _SCALE), number[:, None]
+    return ((c + (1 - c) * u) ** r * (1 - (1 - c) * u) ** (length - 1 - r)) @ share

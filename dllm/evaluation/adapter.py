@@ -6,7 +6,8 @@ The rules, all in one place:
 - `is_greedy` (LAMBADA's accuracy) is true where decoding a canvas as long as the continuation, one token per forward
   pass, the most confident position first, gives the continuation. It costs one pass per token and is computed only for
   tasks that read it; elsewhere it is False.
-- `loglikelihood_rolling` is the chain rule over blocks of half the model's length, each given the half before it.
+- `loglikelihood_rolling` is the chain rule over blocks of `likelihood.block_size` tokens (none: half the model's
+  length), each given as much of the text before it as fits.
 - `generate_until` samples with the settings of the evaluation, not with the task's (temperature, max_gen_toks), and
   cuts at the task's strings.
 - A prompt that does not fit is shortened from the left; the number of tokens lost is in the answer (`truncated`).
@@ -15,6 +16,7 @@ The rules, all in one place:
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -24,6 +26,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from dllm.config import GenerateSettings, LikelihoodSettings, Scorer
+from dllm.core.likelihood import estimator_for
 from dllm.evaluation.store import Answer
 from dllm.models.tokenizers import chat_text
 
@@ -79,11 +82,17 @@ def encode_pair(
     return prompt, whole[len(prompt) :]
 
 
-def rolling_blocks(tokens: Sequence[int], max_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, block) pairs whose blocks are the text in order; every pair fits into max_length."""
+def rolling_blocks(
+    tokens: Sequence[int], max_length: int, block_size: int | None = None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(context, block) pairs whose blocks are the text in order; every pair fits into max_length.
+
+    A block has block_size tokens, at most (and by default) half of max_length.
+    """
     half = max(1, max_length // 2)
-    for start in range(0, len(tokens), half):
-        yield list(tokens[max(0, start - (max_length - half)) : start]), list(tokens[start : start + half])
+    size = min(block_size or half, half)
+    for start in range(0, len(tokens), size):
+        yield list(tokens[max(0, start - (max_length - size)) : start]), list(tokens[start : start + size])
 
 
 def cut_at_stops(text: str, stops: Sequence[str]) -> str:
@@ -134,6 +143,8 @@ class DiffusionAdapter(LM):
         self.generation = generation
         self.scorer = scorer
         self.greedy_tasks = greedy_tasks
+        self.model_seconds = 0.0
+        """Wall time spent in the model so far, without loading it."""
         self._open_model = open_model
 
     @cached_property
@@ -179,8 +190,7 @@ class DiffusionAdapter(LM):
 
     def _loglikelihoods(self, requests: list[Instance]) -> list[Answer]:
         prompts, targets, lost = [], [], []
-        for request in requests:
-            prompt, target = encode_pair(self.tokenizer, *request.args[:2], self.scorer.special_tokens)
+        for request, (prompt, target) in zip(requests, self._encode_pairs(requests), strict=True):
             if len(target) > self.max_length:
                 raise ValueError(
                     f"{request.task_name}, document {request.doc_id}: the continuation has {len(target)} tokens, the "
@@ -193,13 +203,14 @@ class DiffusionAdapter(LM):
         scores = self._nelbo(prompts, targets)
         rows = [i for i, request in enumerate(requests) if self.variant("loglikelihood", request) and targets[i]]
         pairs = [prompts[i] for i in rows], [targets[i] for i in rows]
-        matches = self.model.greedy_match(*pairs, self.scorer.likelihood) if rows else []
+        matches = self._timed("greedy_match", *pairs, self.scorer.likelihood) if rows else []
         greedy = dict(zip(rows, matches, strict=True))
         # an empty continuation is certain, and trivially the greedy one
         return [
             {
                 "answer": [0.0 - nats, bool(greedy.get(i, not targets[i]))],
                 "standard_error": error,
+                "estimator": self._estimator(len(targets[i])),
                 "passes": passes + (len(targets[i]) if i in greedy else 0),
                 **({"truncated": lost[i]} if lost[i] else {}),
             }
@@ -207,7 +218,8 @@ class DiffusionAdapter(LM):
         ]
 
     def _rolling_loglikelihoods(self, requests: list[Instance]) -> list[Answer]:
-        blocks = [list(rolling_blocks(encode(self.tokenizer, r.args[0]), self.max_length)) for r in requests]
+        size = self.scorer.likelihood.block_size
+        blocks = [list(rolling_blocks(encode(self.tokenizer, r.args[0]), self.max_length, size)) for r in requests]
         flat = [pair for pairs in blocks for pair in pairs]
         scores = iter(self._nelbo([context for context, _ in flat], [block for _, block in flat]))
         answers: list[Answer] = []
@@ -217,6 +229,7 @@ class DiffusionAdapter(LM):
                 {
                     "answer": 0.0 - math.fsum(nats for nats, _, _ in own),
                     "standard_error": math.sqrt(math.fsum(error**2 for _, error, _ in own)),
+                    "estimator": self._estimator(max((len(block) for _, block in pairs), default=0)),
                     "passes": sum(passes for _, _, passes in own),
                 }
             )
@@ -226,7 +239,7 @@ class DiffusionAdapter(LM):
         """(nats, standard error, passes) per pair; an empty target costs nothing."""
         rows = [i for i, target in enumerate(targets) if target]
         scores = (
-            self.model.nelbo([prompts[i] for i in rows], [targets[i] for i in rows], self.scorer.likelihood)
+            self._timed("nelbo", [prompts[i] for i in rows], [targets[i] for i in rows], self.scorer.likelihood)
             if rows
             else []
         )
@@ -234,6 +247,27 @@ class DiffusionAdapter(LM):
         for i, score in zip(rows, scores, strict=True):
             nats = bf16(score.nats) if self.scorer.bf16_scores else float(score.nats)
             found[i] = (nats, float(score.standard_error), int(score.passes))
+        return found
+
+    def _encode_pairs(self, requests: list[Instance]) -> list[tuple[list[int], list[int]]]:
+        """`encode_pair` of each request; without CLS/SEP, all texts at once and each once."""
+        pairs = [tuple(request.args[:2]) for request in requests]
+        if self.scorer.special_tokens != "exact":
+            return [encode_pair(self.tokenizer, *pair, self.scorer.special_tokens) for pair in pairs]
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        tokens = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        return [(list(tokens[context]), list(tokens[continuation])) for context, continuation in pairs]
+
+    def _estimator(self, length: int) -> str:
+        """What a target of `length` tokens is scored by: of blocks, the first one."""
+        settings = self.scorer.likelihood
+        return estimator_for(min(length, settings.block_size or length), settings) if length else "none"
+
+    def _timed(self, method: str, *arguments) -> list:
+        call = getattr(self.model, method)  # loads the model
+        begun = time.perf_counter()
+        found = call(*arguments)
+        self.model_seconds += time.perf_counter() - begun
         return found
 
     def _generations(self, requests: list[Instance], repeats: Sequence[int]) -> list[Answer]:
@@ -257,7 +291,7 @@ class DiffusionAdapter(LM):
                 prompt, n = fit(prompt, room)
                 prompts.append(prompt)
                 lost.append(n)
-            for i, found, n in zip(rows, self.model.answers(prompts, settings), lost, strict=True):
+            for i, found, n in zip(rows, self._timed("answers", prompts, settings), lost, strict=True):
                 text = cut_at_stops(found.text, settings.stop)
                 answers[i] = {"answer": text, "passes": found.passes, **({"truncated": n} if n else {})}
         return answers

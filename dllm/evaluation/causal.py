@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -18,6 +19,7 @@ class CausalAnswerer:
     def __init__(self, tokenizer, open_model: Callable[[], object], *, generation: GenerateSettings):
         self.tokenizer = tokenizer
         self.generation = generation
+        self.model_seconds = 0.0
         self._open_model = open_model
 
     @cached_property
@@ -38,10 +40,19 @@ class CausalAnswerer:
         """Answers to requests of one kind, in their order."""
         if kind == "generate_until":
             requests = [self._own_length(request) for request in requests]
-        found = getattr(self.model, kind)(requests, disable_tqdm=True)
+        call = getattr(self.model, kind)  # loads the model
+        begun = time.perf_counter()
+        found = call(requests, disable_tqdm=True)
+        self.model_seconds += time.perf_counter() - begun
         if kind == "loglikelihood":
             return [
-                {"answer": [float(value), bool(greedy)], "standard_error": 0.0, "passes": 1} for value, greedy in found
+                {
+                    "answer": [float(value), bool(greedy)],
+                    "standard_error": 0.0,
+                    "estimator": "autoregressive",
+                    "passes": 1,
+                }
+                for value, greedy in found
             ]
         return [{"answer": answer} for answer in found]
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from dllm.config import did_you_mean, digest
 from dllm.evaluation.scores import summarise
 from dllm.evaluation.settings import EvaluationConfig
-from dllm.provenance import collect, directory_digest, file_digest, versions, write_atomically
+from dllm.evaluation.task_files import content_digest
+from dllm.provenance import collect, file_digest, versions, write_atomically
 
 if TYPE_CHECKING:
     from dllm.evaluation.stored import Answerer, Progress, StoredLM
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parents[1]
 DECIDES_ANSWERS = ("core", "models", "algorithms", "language_model.py", "evaluation/adapter.py", "evaluation/causal.py")
 """The code whose change makes stored answers unusable."""
+
+
+BATCHES_PER_CHUNK = 8
+"""Batches of generations between two writes of answers: rows that end early make room only within a chunk."""
 
 
 def evaluate_benchmark(
@@ -63,7 +69,7 @@ def evaluate_benchmark(
     declared = declared_metrics(tasks)
     if declared is not None:
         check_metrics(config, declared)
-    checkpoint_digest = directory_digest(workdir / config.checkpoint)["digest"]
+    checkpoint_digest = content_digest(workdir / config.checkpoint)
     decides = {"checkpoint": checkpoint_digest, "settings": answer_settings(config), "code": code_digest()}
     model_key = digest(decides | {"versions": versions()})
     store = AnswerStore(
@@ -74,7 +80,7 @@ def evaluate_benchmark(
         open_answerer(config, workdir, tasks, device),
         store,
         model_key=model_key,
-        generations_per_chunk=config.generation.batch_size,
+        generations_per_chunk=BATCHES_PER_CHUNK * config.generation.batch_size,
         progress=progress,
         may_compute=compute and not wait,
     )
@@ -89,6 +95,7 @@ def evaluate_benchmark(
 
     seed_examples(tasks, config.seed)
     results = _run_harness(lm, tasks, config)
+    store.read()
     documents = collect_documents(results["samples"], lm)
     metrics = collect_metrics(tasks, results["samples"])
     check_metrics(config, set(metrics))
@@ -105,17 +112,17 @@ def evaluate_benchmark(
         "chance": config.chance,
         "limit": config.limit,
         "scorer": answer_settings(config) | {"seed": config.seed},
-        "passes": sum(document["passes"] for document in documents),
+        **collect_cost(documents, lm),
         "truncated": sum(1 for document in documents if document.get("truncated")),
         "subtasks": collect_subtasks(tasks, results["samples"], config),
         "inputs": {
             "checkpoint": checkpoint_digest,
-            "data": directory_digest(workdir / config.data)["digest"] if config.data else config.revision,
+            "data": content_digest(workdir / config.data) if config.data else config.revision,
             "task_definition": definition_digest(tasks),
             "prompts": digest({"prompts": [document["prompt_sha256"] for document in documents]}),
         },
         "wall_seconds": round(time.monotonic() - started, 3),
-        "provenance": collect(config_digest=digest(config), device=device),
+        "provenance": collect(config_digest=digest(config), device=device, model_seconds=round(lm.store.seconds, 3)),
     }
     target = workdir / "evals" / config.run / config.benchmark
     lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
@@ -255,6 +262,23 @@ def collect_documents(samples: dict[str, list[dict]], lm: StoredLM) -> list[dict
             for metric in sample["metrics"]:
                 row["scores"][f"{metric},{sample['filter']}"] = _plain(sample[metric])
     return list(rows.values())
+
+
+def collect_cost(documents: list[dict[str, Any]], lm: StoredLM) -> dict[str, Any]:
+    """What the answers took and how sure they are; without wall times, so that identical runs have identical records.
+
+    passes: forward rows in all, a row shared by several answers counted once; passes_per_document; estimators: answers
+    by the likelihood estimator they were scored with; standard_error_of_answers: the mean over those, in nats.
+    """
+    answers = [a for row in documents for a in lm.found[row["subtask"], row["doc_id"]]]
+    passes = sum(row["passes"] for row in documents)
+    errors = [answer["standard_error"] for answer in answers if answer.get("standard_error") is not None]
+    return {
+        "passes": passes,
+        "passes_per_document": round(passes / len(documents), 6),
+        "estimators": dict(sorted(Counter(a["estimator"] for a in answers if "estimator" in a).items())),
+        "standard_error_of_answers": _mean(errors) if errors else None,
+    }
 
 
 def _document(subtask: str, sample: dict, answers: list[dict]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ checkpoint, tokenizer, setting or version of the code finds nothing.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from typing import Any
 from dllm.config import digest
 
 Answer = dict[str, Any]
-"""{"answer": text, [log-likelihood in nats, is_greedy], or log-likelihood; "standard_error"; "passes"; "truncated"}"""
+"""{"answer": text, [log-likelihood in nats, is_greedy], or log-likelihood; "standard_error", "estimator" of a
+likelihood; "passes"; "truncated"}"""
+
+SECONDS = "model_seconds"
+"""Key, among those of the answers of a chunk, of the wall time that the model took for them."""
 
 
 def request_key(kind: str, arguments: tuple, *, repeat: int, variant: str, model_key: str) -> str:
@@ -34,6 +39,7 @@ class AnswerStore:
         self.directory = Path(directory)
         self.path = self.directory / f"{writer}.jsonl"
         self._answers: dict[str, Answer] = {}
+        self._seconds: dict[tuple[Path, int], float] = {}
         self.read()
 
     def __contains__(self, key: str) -> bool:
@@ -45,22 +51,28 @@ class AnswerStore:
     def __len__(self) -> int:
         return len(self._answers)
 
+    @property
+    def seconds(self) -> float:
+        """Wall time in the model of all writers together, as of the last `read`."""
+        return math.fsum(self._seconds.values())
+
     def read(self) -> None:
         """Read what all writers have written so far."""
         for path in sorted(self.directory.glob("*.jsonl")):
             with path.open("rb") as file:
-                for line in file:
+                for number, line in enumerate(file):
                     try:
                         chunk = json.loads(line)
                     except ValueError:
                         continue
                     if isinstance(chunk, dict):
+                        self._seconds[path, number] = chunk.pop(SECONDS, 0.0)
                         self._answers.update(chunk)
 
-    def write(self, answers: dict[str, Answer]) -> None:
+    def write(self, answers: dict[str, Answer], seconds: float = 0.0) -> None:
         """Append a chunk of answers and return once it is on the disk; a crash leaves all of it there, or nothing."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(answers, ensure_ascii=False) + "\n"
+        line = json.dumps(answers | {SECONDS: round(seconds, 6)}, ensure_ascii=False) + "\n"
         with self.path.open("ab") as file:
             if file.tell() and not _ends_with_newline(self.path):
                 file.write(b"\n")  # a torn last line must not swallow the next one

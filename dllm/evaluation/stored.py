@@ -16,13 +16,14 @@ from dllm.evaluation.store import Answer, AnswerStore, request_key
 Progress = Callable[[int, int], None]
 """Called with (answered, asked) after every chunk."""
 
-LIKELIHOODS_PER_CHUNK = 512
+LIKELIHOODS_PER_CHUNK = 1024
 
 
 class Answerer(Protocol):
     """Who computes answers: a diffusion model's adapter or an autoregressive baseline."""
 
     tokenizer_name: str
+    model_seconds: float
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
 
@@ -97,8 +98,9 @@ class StoredLM(LM):
         self.progress(answered, len(asked))
         for keys in _chunks({key: request.args[0] for key, (request, _) in missing.items()}, size):
             chunk, repeats = zip(*(missing[key] for key in keys), strict=True)
+            before = self.answerer.model_seconds
             answers = self.answerer.answers(kind, list(chunk), list(repeats))
-            self.store.write(dict(zip(keys, answers, strict=True)))
+            self.store.write(dict(zip(keys, answers, strict=True)), self.answerer.model_seconds - before)
             self.computed += len(keys)
             answered += len(keys)
             self.progress(answered, len(asked))

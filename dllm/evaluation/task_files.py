@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from dllm.config import did_you_mean, digest
@@ -50,7 +51,7 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
     datasets.disable_progress_bars()
     if data is not None:
         # the cache of `datasets` knows a file by path and time only and would return old rows after a change
-        content = directory_digest(data)["digest"]
+        content = content_digest(data)
         datasets.config.HF_DATASETS_CACHE = (workdir / ".work" / "datasets" / content[:16]).resolve()
     rendered_root = workdir / ".work" / "tasks"
     if config.task_directory is not None:
@@ -72,6 +73,19 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
         if config.shots is not None:
             task.set_config("num_fewshot", config.shots)
     return loaded
+
+
+def content_digest(directory: Path) -> str:
+    """Digest of a directory's files; within a process, read again only when the file system says that they changed."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    states = [(path, path.stat()) for path in paths]
+    # the time of the last change of a file, unlike that of its content, cannot be set back
+    return _digest_of(directory, tuple((p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in states))
+
+
+@lru_cache(maxsize=64)
+def _digest_of(directory: Path, state: tuple) -> str:
+    return directory_digest(directory)["digest"]
 
 
 def seed_examples(tasks: dict, seed: int) -> None:

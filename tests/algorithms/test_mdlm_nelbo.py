@@ -10,6 +10,7 @@ from dllm.algorithms.denoising import denoise_masked
 from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import canvas_for
+from dllm.core.noise import keyed_uniform
 from tests.oracles import enumerated_nelbo, markov_backbone, tabular_backbone
 
 ESTIMATORS = ["enumerate", "chain", "cover", "mc"]
@@ -39,7 +40,7 @@ def test_scores_over_seeds_average_to_the_bound(estimator):
     assert abs(nats.mean() - enumerated_nelbo(backbone, prompt, target)) < 4 * nats.std() / 300**0.5
 
 
-@pytest.mark.parametrize("estimator", ["auto", "chain"])
+@pytest.mark.parametrize("estimator", ["enumerate", "chain"])
 def test_an_ideal_denoiser_is_scored_without_noise_as_log_p(estimator):
     backbone = markov_backbone()
     prompts, targets = [[0, 1], [], [2]], [[2, 1, 0, 0, 1, 2, 2], [0, 2, 1, 1], [1, 1, 0, 2, 2, 0, 1, 0, 2]]
@@ -85,13 +86,88 @@ def test_a_score_depends_neither_on_the_batch_nor_on_other_requests(estimator, m
     together = nelbo_masked(backbone, PROMPTS, TARGETS, options)
     assert sum(s.passes for s in together) == backbone.model.forwarded
     monkeypatch.setattr(scoring, "_CHUNK_ROWS", 3)
-    monkeypatch.setattr(scoring, "_HEAD_ROWS", 2)
+    monkeypatch.setattr(scoring, "_HEAD_LOGITS", 14)
     for batch_tokens in (1, 17, 100):
         scores = nelbo_masked(backbone, PROMPTS, TARGETS, options.model_copy(update={"batch_tokens": batch_tokens}))
         assert scores == together
     for row, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         alone = nelbo_masked(backbone, [prompt], [target], options)[0]
         assert (alone.nats, alone.standard_error) == (together[row].nats, together[row].standard_error)
+
+
+@pytest.mark.parametrize("estimator", ["auto", "chain", "cover"])
+def test_choices_of_a_question_share_their_noise_even_if_their_lengths_differ(estimator):
+    """Choices that differ in their last words: scored with the same key, their difference varies less."""
+    backbone, first = tabular_backbone(seed=4), [0, 3, 3, 1, 2, 2, 0]
+    backbone.model.dllm_hidden = smooth_model(backbone)
+    pairs = {"equal": [*first[:-1], 1], "shorter": first[:-1]}
+    settings = [LikelihoodSettings(estimator=estimator, budget=13, seed=seed) for seed in range(150)]
+    nats = {name: [] for name in ("first", "equal", "shorter")}
+    for setting in settings:
+        found = nelbo_masked(backbone, [[1]] * 3, [first, *pairs.values()], setting)
+        for name, score in zip(nats, found, strict=True):
+            nats[name].append(score.nats)
+    nats = {name: torch.tensor(values) for name, values in nats.items()}
+    shares = {"equal": 0.3} if estimator == "cover" else {"equal": 0.3, "shorter": 0.8}  # its windows fit one length
+    for name, share in shares.items():
+        together = (nats["first"] - nats[name]).var()
+        apart = (nats["first"] - nats[name].roll(1)).var()  # the other choice at another key
+        assert together < share * apart
+
+
+def smooth_model(backbone):
+    """Logits that a revealed token changes by an amount of its own: similar targets have similar nll."""
+
+    def hidden(tokens, attention=None):
+        backbone.model.forwarded += len(tokens)
+        position, kinds = torch.arange(tokens.shape[1]), torch.arange(backbone.vocab_size)
+        effect = keyed_uniform(9, position[:, None, None], position[:, None], kinds) - 0.5  # of j on i, per token
+        seen = ((tokens != backbone.mask_id) & (attention if attention is not None else True)).float()
+        mixed = seen[:, :, None] * keyed_uniform(8, tokens)[:, :, None]
+        return torch.tanh(torch.einsum("bjk,ijv->biv", mixed, effect)) * 6
+
+    return hidden
+
+
+@pytest.mark.parametrize("estimator", ["auto", "chain", "cover", "mc"])
+def test_a_score_in_blocks_is_the_sum_of_the_scores_of_its_blocks(estimator):
+    backbone = tabular_backbone(seed=4)
+    plain = LikelihoodSettings(estimator=estimator, budget=9, mc_draws=32)
+    blocks = plain.model_copy(update={"block_size": 3})
+    prompts, targets = [[0, 1], [0, 1], [2]], [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 0], [1]]
+    for score, prompt, target in zip(nelbo_masked(backbone, prompts, targets, blocks), prompts, targets, strict=True):
+        parts = [(prompt + target[:low], target[low : low + 3]) for low in range(0, len(target), 3)]
+        exact = sum(enumerated_nelbo(backbone, *part) for part in parts)
+        assert abs(score.nats - exact) <= 4 * score.standard_error + 1e-4
+        assert (score.standard_error == 0) == (estimator == "auto" or len(target) == 1)
+
+
+def test_blocks_of_one_token_are_the_chain_rule_from_left_to_right():
+    backbone, target = markov_backbone(), [0, 2, 1, 1, 0, 2]
+    score = nelbo_masked(backbone, [[1]], [target], LikelihoodSettings(block_size=1))[0]
+    log_p = backbone.model.log_probability([1, *target]) - backbone.model.log_probability([1])
+    assert score.log_likelihood == pytest.approx(log_p, abs=1e-5)  # fp32 log-softmax
+    assert (score.passes, score.standard_error) == (6, 0)
+
+
+def test_a_block_as_long_as_the_target_changes_nothing():
+    backbone, plain = tabular_backbone(seed=4), LikelihoodSettings(budget=9)
+    whole = nelbo_masked(backbone, PROMPTS, TARGETS, plain)
+    assert nelbo_masked(backbone, PROMPTS, TARGETS, plain.model_copy(update={"block_size": 8})) == whole
+
+
+def test_choices_that_begin_alike_share_the_passes_of_their_first_block():
+    backbone = tabular_backbone()
+    options = LikelihoodSettings(block_size=2)
+    scores = nelbo_masked(backbone, [[1]] * 2, [[0, 1, 2, 3], [0, 1, 3, 2]], options)
+    assert [s.passes for s in scores] == [6, 2]  # of its last block only what is not everything masked
+
+
+@pytest.mark.parametrize("name", ["auto", "chain", "cover"])
+def test_a_budget_too_small_is_one_line(name):
+    with pytest.raises(ValueError, match="budget = 1 is too small: .* needs at least") as fault:
+        nelbo_masked(tabular_backbone(), [[1]], [[0, 1, 2, 3]], LikelihoodSettings(estimator=name, budget=1))
+    assert "\n" not in str(fault.value)
 
 
 def test_the_order_of_requests_is_the_order_of_scores():

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from dllm.config import LikelihoodSettings
-from dllm.core.likelihood import ESTIMATORS, estimate, estimator_for, likelihood_design
+from dllm.core.likelihood import (
+    ARRANGEMENT_LIMIT,
+    ESTIMATORS,
+    _arrangements,
+    estimate,
+    estimator_for,
+    likelihood_design,
+)
 from tests.oracles import enumerated_nelbo, tabular_backbone
 
 
@@ -23,7 +30,7 @@ def random_table(length, seed=0):
 
 
 def nll_of(design, table):
-    return table[(design.masked.long() << torch.arange(design.masked.shape[1])).sum(-1)]
+    return table[(design.masked.long() << torch.arange(design.masked.shape[-1])).sum(-1)]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
@@ -40,11 +47,14 @@ CASES = [
     ("chain", 5, {"budget": 9}),
     ("chain", 6, {"budget": 64}),
     ("cover", 3, {"budget": 6}),
-    ("cover", 6, {"budget": 64}),
+    ("cover", 4, {"budget": 64}),
     ("cover", 5, {"budget": 13}),
-    ("cover", 9, {"budget": 21}),
-    ("cover", 8, {"budget": 1}),
-    ("cover", 7, {"budget": 14}),
+    ("cover", 6, {"budget": 9}),
+    ("cover", 6, {"budget": 26}),
+    ("cover", 8, {"budget": 3}),
+    ("cover", 9, {"budget": 14}),
+    ("cover", 9, {"budget": 64}),
+    ("cover", 9, {"budget": 300}),
     ("mc", 4, {"mc_draws": 4, "mc_batch": 4}),
     ("mc", 5, {"mc_draws": 8, "mc_batch": 1}),
 ]
@@ -54,13 +64,18 @@ CASES = [
 def test_every_estimator_is_unbiased_and_its_error_is_not_too_small(name, length, options):
     table, truth = random_table(length, seed=length)
     settings = LikelihoodSettings(estimator=name, **options)
-    results = []
-    for key in range(600):
-        design = likelihood_design(length, key, settings)
-        results.append(estimate(design, nll_of(design, table)))
-    nats, errors = torch.tensor(results, dtype=torch.float64).T
+    design = likelihood_design(length, torch.arange(4000), settings)
+    nats, errors = estimate(design, nll_of(design, table))
     assert abs(nats.mean().item() - truth) < 4 * nats.std().item() / len(nats) ** 0.5 + 1e-5
-    assert (errors**2).mean().sqrt() > 0.75 * nats.std()
+    ratio = (errors**2).mean().sqrt() / nats.std()
+    if name == "cover" and options["budget"] <= ARRANGEMENT_LIMIT:
+        assert (
+            0.6 < ratio < 1.6
+        )  # what it assumes about the model, that its nll are smooth, is wrong for a random table
+    elif name == "chain" and options["budget"] < 2 * (2 * length - 1):
+        assert 0.9 < ratio < 4  # of a single pair of orders it is cautious
+    else:
+        assert 0.9 < ratio < 1.12  # of independent units it is right, up to the noise of 4000 draws
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -71,7 +86,7 @@ def test_the_weights_of_a_design_add_up_to_the_length(name, length):
         with pytest.raises(ValueError, match="use .*chain, cover or auto"):
             likelihood_design(length, 0, LikelihoodSettings(estimator=name))
         return
-    design = likelihood_design(length, 5, LikelihoodSettings(estimator=name))
+    design = likelihood_design(length, 5, LikelihoodSettings(estimator=name, budget=200))
     assert not (design.scored & ~design.masked).any() and not design.weight[~design.scored].any()
     if name != "mc":  # whose batches are spread over the sizes only on average
         assert design.weight.sum().item() == pytest.approx(length)
@@ -79,17 +94,66 @@ def test_the_weights_of_a_design_add_up_to_the_length(name, length):
         assert (design.weight.sum(-1) * len(design.weight) - length).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("budget", [3, 4, 9, 16, 23, 64])
+@pytest.mark.parametrize("length", [2, 5, 8, 13, 20])
+def test_the_windows_of_a_cover_weigh_every_size_equally(length, budget):
+    """Exactly, over the offsets of the sizes: this is what makes any choice of the single weights unbiased."""
+    sizes = torch.zeros(length, dtype=torch.float64)
+    table = _arrangements(length, budget - 1)
+    share = torch.diff(table.below, prepend=torch.zeros(1, dtype=torch.float64))
+    for masked, weight, probability in zip(table.masked, table.weight, share, strict=True):
+        sizes.index_add_(0, (masked.sum(-1) - 1).clamp(min=0), probability * weight.sum(-1))
+        assert not weight[~masked].any()
+        assert weight.sum(0) == pytest.approx(1, abs=5e-3)  # a position that scores the same everywhere
+    assert sizes == pytest.approx(1, abs=1e-6)
+
+
+def test_many_keys_at_once_give_the_designs_of_each():
+    keys = torch.tensor([[3, -8], [2**62, 0]])
+    for name, length in (("enumerate", 4), ("chain", 6), ("cover", 9), ("cover", 40), ("mc", 5)):
+        settings = LikelihoodSettings(estimator=name)
+        together = likelihood_design(length, keys, settings)
+        for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            alone = likelihood_design(length, int(keys[place]), settings)
+            for field in ("masked", "scored", "weight"):
+                assert torch.equal(getattr(together, field)[place], getattr(alone, field))
+
+
 @pytest.mark.parametrize("budget", [3, 8, 16, 64, 200])
 @pytest.mark.parametrize("length", [4, 20, 32, 33, 64, 300])
 def test_auto_keeps_its_budget(length, budget):
     design = likelihood_design(length, 3, LikelihoodSettings(budget=budget))
-    assert len(design.masked.unique(dim=0)) <= budget
+    assert len(design.masked[design.scored.any(-1)].unique(dim=0)) <= budget
 
 
 def test_the_policy_takes_exact_estimators_where_they_are_affordable():
-    names = [estimator_for(length, 64) for length in (1, 2, 3, 5, 6, 32, 33)]
-    assert names == ["exact", "enumerate", "enumerate", "enumerate", "chain", "chain", "cover"]
-    assert estimator_for(5, 9) == "chain"
+    def names(budget, *lengths):
+        return [estimator_for(length, LikelihoodSettings(budget=budget)) for length in lengths]
+
+    assert names(64, 1, 2, 3, 6, 7, 32, 33) == ["exact", *["enumerate"] * 3, "cover", "cover", "cover"]
+    assert names(16, 1, 4, 5, 8, 9) == ["exact", "enumerate", "chain", "chain", "cover"]
+    assert names(1, 1) == ["exact"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 2}, "budget = 2 is too small: cover of a target of 5 tokens needs at least 3 passes; raise it$"),
+        ({"budget": 8, "estimator": "chain"}, "chain of a target of 5 tokens needs at least 9 passes; .* take cover"),
+    ],
+)
+def test_a_budget_too_small_says_what_is_the_least(settings, message):
+    with pytest.raises(ValueError, match=message):
+        likelihood_design(5, 0, LikelihoodSettings(**settings))
+    likelihood_design(5, 0, LikelihoodSettings(**settings | {"budget": settings["budget"] + 1}))
+
+
+def test_targets_of_different_lengths_share_their_orders():
+    """The same key reveals the positions that both have in the same order."""
+    settings = LikelihoodSettings(estimator="chain", budget=200)
+    longer, shorter = (likelihood_design(length, 7, settings) for length in (9, 6))
+    orders = [design.scored[:length].long().argmax(1) for design, length in ((longer, 9), (shorter, 6))]
+    assert orders[0][orders[0] < 6].tolist() == orders[1].tolist()
 
 
 def test_a_chain_masks_what_it_has_not_revealed_and_scores_one_token():

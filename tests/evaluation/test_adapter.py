@@ -85,6 +85,7 @@ def test_greedy_is_asked_only_for_tasks_that_read_it():
     assert lm.answers("loglikelihood", requests(("w1", "w1"), task="reads"))[0] == {
         "answer": [0.0, True],
         "standard_error": 0.5,
+        "estimator": "exact",
         "passes": 2,  # one for the bound, one for the check
     }
     assert lm.answers("loglikelihood", requests(("w1", "w1"), task="other"))[0]["answer"] == [0.0, False]
@@ -135,7 +136,12 @@ def test_a_rolling_loglikelihood_sums_the_blocks():
     lm = adapter(EchoModel(TOKENIZER, max_length=4))
     # blocks: w1 w2 | w1 w3 given w1 w2 | w3 given w1 w3
     (answer,) = lm.answers("loglikelihood_rolling", requests(("w1 w2 w1 w3 w3",), kind="loglikelihood_rolling"))
-    assert answer == {"answer": -6.0, "standard_error": pytest.approx(0.5 * math.sqrt(3)), "passes": 5}
+    assert answer == {
+        "answer": -6.0,
+        "standard_error": pytest.approx(0.5 * math.sqrt(3)),
+        "estimator": "enumerate",
+        "passes": 5,
+    }
 
 
 # --- generation

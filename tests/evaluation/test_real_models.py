@@ -75,3 +75,44 @@ def test_an_autoregressive_answer_is_as_long_as_ours_may_be(models):
     evaluate_benchmark(config, models)
     for line in (models / "evals/causal/write.samples.jsonl").read_text().splitlines():
         assert len(words_tokenizer()(json.loads(line)["response"], add_special_tokens=False)["input_ids"]) <= 3
+
+
+def test_numbers_do_not_move_with_the_token_budget_of_a_batch(models):
+    """Rounding of float32 products over another number of rows is all that may differ."""
+    path = models / "evals/diffusion/both.samples.jsonl"
+    found = []
+    for batch_tokens in (1, 100, 16384):
+        likelihood = {"batch_tokens": batch_tokens, "estimator": "cover", "budget": 5}
+        result = evaluate_benchmark(
+            evaluation("both", scorer={"likelihood": likelihood}, **settings("diffusion")), models
+        )
+        found.append((result, [json.loads(line) for line in path.read_text().splitlines()]))
+    for result, rows in found[1:]:
+        for key in ("metrics", "passes", "passes_per_document", "estimators", "subtasks", "inputs"):
+            assert result[key] == found[0][0][key]
+        for row, other in zip(rows, found[0][1], strict=True):
+            assert row["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=1e-5)
+
+
+def test_a_record_says_what_the_answers_took_and_keeps_times_apart(models):
+    config = evaluation("both", **settings("diffusion"))
+    result = evaluate_benchmark(config, models)
+    assert result["estimators"] == {"exact": 90} and result["standard_error_of_answers"] == 0
+    assert (result["passes"], result["passes_per_document"]) == (30, 1)
+    seconds = result["provenance"]["model_seconds"]
+    assert seconds > 0
+    again = evaluate_benchmark(config, models)  # from the store: the model was not asked, what it took is known
+    assert again["provenance"]["model_seconds"] == seconds
+    for record in (result, again):
+        del record["provenance"], record["wall_seconds"]
+    assert again == result
+    chains = evaluate_benchmark(evaluation("write", **settings("diffusion")), models)
+    assert chains["estimators"] == {} and chains["standard_error_of_answers"] is None
+
+
+def test_a_rolling_likelihood_takes_the_blocks_of_its_settings(models):
+    """Blocks of one token are the left-to-right chain rule: exact, one pass a token."""
+    likelihood = {"block_size": 1}
+    config = evaluation("rolling", metric="word_perplexity", scorer={"likelihood": likelihood}, **settings("diffusion"))
+    result = evaluate_benchmark(config, models)
+    assert set(result["estimators"]) == {"exact"} and result["standard_error_of_answers"] == 0
