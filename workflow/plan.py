@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dllm.chat.settings import SampleConfig, SpeedConfig
 from dllm.config import (
+    EvaluationEntry,
     Project,
     RunEntry,
     download_configs,
@@ -130,7 +131,7 @@ def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConf
     """One config per row and benchmark of the results table."""
     configs = {}
     for row, entry in project.evaluations.items():
-        for name in entry.benchmarks or list(project.benchmarks):
+        for name in project.benchmarks_of(entry):
             benchmark = project.benchmarks[name]
             data = None
             if benchmark.dataset:
@@ -201,6 +202,8 @@ def report_plan(project: Project) -> ReportPlan:
             for curve in getattr(project.report, section)
         ]
 
+    used = {name for entry in project.evaluations.values() for name in project.benchmarks_of(entry)}
+    benchmarks = [name for name in project.benchmarks if name in used]
     estimators = rows_that_differ_in_estimator(project)
     again = estimators[1:]
     results = [
@@ -208,10 +211,10 @@ def report_plan(project: Project) -> ReportPlan:
             "run": name,
             "label": entry.label,
             "recipe": "published" if entry.scorer == "published" else "corrected",
-            "kind": "control" if entry.control else "ar" if entry.kind == "hf" else "again" if name in again else "ours",
+            "kind": "again" if name in again else row_kind(entry),
             "published_as": project.reported[entry.compare].label if entry.compare else "",
             "close_to": project.reported[entry.close_to].label if entry.close_to else "",
-            "benchmarks": entry.benchmarks or [],
+            "benchmarks": [] if set(project.benchmarks_of(entry)) == used else project.benchmarks_of(entry),
         }
         for name, entry in project.evaluations.items()
     ]
@@ -228,11 +231,11 @@ def report_plan(project: Project) -> ReportPlan:
             "benchmarks": [
                 {
                     "name": name,
-                    "label": entry.label,
-                    "chance": entry.chance,
-                    "reported_chance": entry.reported_chance,
+                    "label": project.benchmarks[name].label,
+                    "chance": project.benchmarks[name].chance,
+                    "reported_chance": project.benchmarks[name].reported_chance,
                 }
-                for name, entry in project.benchmarks.items()
+                for name in benchmarks
             ],
             "reported": [
                 {"label": row.label, "source": row.source, "note": row.note, "values": dict(row.scores)}
@@ -244,6 +247,13 @@ def report_plan(project: Project) -> ReportPlan:
             "estimators": estimators,
         }
     )
+
+
+def row_kind(entry: EvaluationEntry) -> str:
+    """What a row of the results stands for."""
+    if entry.control:
+        return "control"
+    return "ar" if entry.kind == "hf" else "ours"
 
 
 def rows_that_differ_in_estimator(project: Project) -> list[str]:

@@ -36,7 +36,7 @@ SpecialTokens = Literal["exact", "reference-v0", "reference-v0.1"]
 class Model(Protocol):
     """What the adapter asks of `dllm.DiffusionLM`; prompts and targets are lists of token ids."""
 
-    backbone: object  # with max_length, in tokens
+    max_length: int  # of prompt and answer together, in tokens
 
     def answers(self, prompts: list[list[int]], settings: GenerateSettings) -> list: ...
 
@@ -153,7 +153,7 @@ class DiffusionAdapter(LM):
 
     @property
     def max_length(self) -> int:
-        return self.model.backbone.max_length
+        return self.model.max_length
 
     # lm-eval's interface
     @property

@@ -55,6 +55,7 @@ def evaluate_benchmark(
     workdir = Path(workdir)
     _check_environment(config, workdir)
 
+    from dllm.evaluation.code_tasks import add_outcomes, prepare_code_tasks
     from dllm.evaluation.store import AnswerStore
     from dllm.evaluation.stored import StoredLM
     from dllm.evaluation.task_files import (
@@ -66,6 +67,7 @@ def evaluate_benchmark(
     )
 
     tasks = load_tasks(config, workdir)
+    programs = prepare_code_tasks(tasks, workdir, f"{config.run}-{config.benchmark}")
     declared = declared_metrics(tasks)
     if declared is not None:
         check_metrics(config, declared)
@@ -97,6 +99,8 @@ def evaluate_benchmark(
     results = _run_harness(lm, tasks, config)
     store.read()
     documents = collect_documents(results["samples"], lm)
+    if programs:
+        add_outcomes(documents, results["samples"])
     metrics = collect_metrics(tasks, results["samples"])
     check_metrics(config, set(metrics))
     headline = f"{config.metric},{config.filter}"
@@ -112,6 +116,7 @@ def evaluate_benchmark(
         "chance": config.chance,
         "limit": config.limit,
         "scorer": answer_settings(config) | {"seed": config.seed},
+        **({"programs": programs} if programs else {}),
         **collect_cost(documents, lm),
         "truncated": sum(1 for document in documents if document.get("truncated")),
         "subtasks": collect_subtasks(tasks, results["samples"], config),
@@ -214,6 +219,7 @@ def _run_harness(lm: StoredLM, tasks: dict, config: EvaluationConfig) -> dict[st
         bootstrap_iters=0,
         apply_chat_template=config.chat_template,
         fewshot_as_multiturn=config.fewshot_as_multiturn,
+        confirm_run_unsafe_code=True,  # `prepare_code_tasks` has made sure that it runs in the sandbox
     )
 
 

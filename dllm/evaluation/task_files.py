@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dllm.config import did_you_mean, digest
+from dllm.evaluation.code_tasks import metric_names, sandboxed_scoring, scored_by_programs
 from dllm.evaluation.settings import EvaluationConfig
 from dllm.provenance import directory_digest
 
@@ -31,6 +32,9 @@ STOCK_DIRECTORIES = {
     "winogrande": ["winogrande"],
     "hellaswag": ["hellaswag"],
     "cmmlu": ["cmmlu"],
+    "humaneval": ["humaneval"],
+    "humaneval_instruct": ["humaneval"],
+    "mbpp": ["mbpp"],
 }
 """Where lm-eval keeps the tasks of the report; for others, all of its 14,000 files are indexed, which takes seconds."""
 
@@ -125,10 +129,13 @@ def declared_metrics(tasks: dict) -> set[str] | None:
     """`metric,filter` names that the tasks declare; None where code of a task decides which there are."""
     names = set()
     for task in tasks["tasks"].values():
-        if callable(task.config.process_results) or any(callable(m["metric"]) for m in task.config.metric_list or []):
+        entries = task.config.metric_list or []
+        own = [entry for entry in entries if callable(entry["metric"])]
+        if callable(task.config.process_results) or not all(scored_by_programs(entry["metric"]) for entry in own):
             return None
         filters = [entry["name"] for entry in task.config.filter_list or [{"name": "none"}]]
-        names |= {f"{metric},{name}" for metric in task.aggregation() for name in filters}
+        metrics = [name for entry in own for name in metric_names(entry)] if own else task.aggregation()
+        names |= {f"{metric},{name}" for metric in metrics for name in filters}
     return names
 
 
@@ -239,7 +246,8 @@ def write_files(files: dict[str, str], root: Path) -> Path:
 
 def _load(manager, config: EvaluationConfig) -> dict:
     try:
-        return manager.load([config.task])
+        with sandboxed_scoring():
+            return manager.load([config.task])
     except (OSError, ImportError) as fault:
         first = str(fault).strip().splitlines()[0]
         kind = "a package is missing" if isinstance(fault, ImportError) else "its data cannot be read"

@@ -5,7 +5,6 @@ They are restated because the originals import torch, and planning must not. A t
 
 from __future__ import annotations
 
-import itertools
 import math
 
 from dllm.config import GenerateSettings, LikelihoodSettings
@@ -13,16 +12,37 @@ from dllm.config import GenerateSettings, LikelihoodSettings
 ENUMERATION_LIMIT = CHAIN_LIMIT = 12
 """Longest targets, in tokens, whose masks are enumerated and for which `auto` takes chains."""
 
+ARRANGEMENT_LIMIT = 256
+"""Most passes of one arrangement of `cover`."""
+
+LEAST_LATTICE = 5
+"""Passes of the smallest `lattice`, of which 3 are fixed."""
+
+NATS_PER_TOKEN = 4.0
+"""Assumed of targets with all of their tokens masked, whose nll is not known before they are scored."""
+
 
 def estimator(length: int, settings: LikelihoodSettings) -> str:
     """The estimator of a target, as `core.likelihood.estimator_for` names it; never an error."""
+    settings = with_effort(length, settings)
     if settings.estimator != "auto":
         return settings.estimator
     if length == 1:
         return "exact"
     if length <= ENUMERATION_LIMIT and 2**length - 1 <= settings.budget:
         return "enumerate"
-    return "chain" if length <= CHAIN_LIMIT and 2 * length - 1 <= settings.budget < 4 * length else "cover"
+    if length <= CHAIN_LIMIT and 2 * length - 1 <= settings.budget < 4 * length:
+        return "chain"
+    return "lattice" if LEAST_LATTICE <= settings.budget <= 0.75 * length else "cover"
+
+
+def with_effort(length: int, settings: LikelihoodSettings) -> LikelihoodSettings:
+    """The settings with the budget that `effort` gives a target of `length` tokens, if it surprises as is usual."""
+    if settings.effort is None or settings.estimator not in ("auto", "cover", "lattice"):
+        return settings
+    wanted = math.ceil(3 + settings.effort * math.sqrt(NATS_PER_TOKEN * length))
+    budget = min(max(wanted, LEAST_LATTICE), settings.budget)
+    return settings.model_copy(update={"budget": budget, "effort": None})
 
 
 def likelihood_passes(length: int, settings: LikelihoodSettings) -> float:
@@ -33,12 +53,15 @@ def likelihood_passes(length: int, settings: LikelihoodSettings) -> float:
     """
     if length < 1:
         return 0.0
+    settings = with_effort(length, settings)
     name = estimator(length, settings)
     if name == "exact":
         return 1.0
     if name == "enumerate":
         return float(2 ** min(length, ENUMERATION_LIMIT) - 1)
-    return sum(_different(length, k, draws) for k, draws in _masks(name, length, settings).items())
+    # the windows of a cover on one circle differ
+    around = {k: math.ceil(length / k) if name == "cover" else 1 for k in range(1, length + 1)}
+    return sum(_different(length, k, draws, around[k]) for k, draws in _masks(name, length, settings).items())
 
 
 def _masks(name: str, length: int, settings: LikelihoodSettings) -> dict[int, float]:
@@ -47,27 +70,30 @@ def _masks(name: str, length: int, settings: LikelihoodSettings) -> dict[int, fl
         return dict.fromkeys(range(1, length + 1), settings.mc_draws / length)
     if name == "chain":
         return dict.fromkeys(range(1, length + 1), 2 * max(1, settings.budget // max(1, 2 * length - 1)))
+    if name == "lattice":
+        count = settings.budget - 3
+        shares = [(k / length) ** (2 / 3) for k in range(length + 1)]
+        drawn = {k: count * (shares[k] - shares[k - 1]) for k in range(1, length)}
+        half = drawn.get(length // 2, 0.0) + 2  # every second token, both ways
+        return drawn | {length // 2: half, length: 1.0} if length > 1 else {1: 1.0}
     return _cover_masks(length, settings.budget)
 
 
 def _cover_masks(length: int, budget: int) -> dict[int, float]:
-    """`cover`: two or more arrangements, each of windows of every size, the small sizes of more; or, where the budget
-    does not hold them, of fewer sizes, all equally likely; and the pass with everything masked."""
+    """`cover`: arrangements of windows of every size, as many of each as fit; or, where the budget does not hold them,
+    of fewer sizes, all equally likely; and the pass with everything masked."""
+    units = math.ceil(budget / ARRANGEMENT_LIMIT)
+    left = max(1, (budget - 1) // units)
+    if left < length - 1:
+        return dict.fromkeys(range(1, length), units * left / length) | {length: 1.0}
     around = {k: math.ceil(length / k) for k in range(1, length)}
-    complete = sum(around.values())
-    if not complete:
-        return {length: 1.0}
-    units = max(2, (budget - 1) // complete)
-    share = min(complete, max(1, (budget - 1) // units))
-    if share < length - 1:
-        return dict.fromkeys(around, units * share / length) | {length: 1.0}
-    counts, left = dict.fromkeys(around, 1), share - (length - 1)
-    for k in itertools.cycle(around):
-        if not left:
-            break
-        if counts[k] < around[k]:
-            counts[k], left = counts[k] + 1, left - 1
-    return {k: float(units * n) for k, n in counts.items()} | {length: 1.0}
+    most = {k: min(math.comb(length, k), 8 * around[k]) for k in around}
+    counts, left = dict.fromkeys(around, 0), min(left, sum(most.values()))
+    while left:
+        for k in around:
+            if left and counts[k] < most[k]:
+                counts[k], left = counts[k] + 1, left - 1
+    return {k: float(units * count) for k, count in counts.items()} | {length: 1.0}
 
 
 def question_passes(choices: int, length: int, one_prompt: bool, settings: LikelihoodSettings) -> float:
@@ -83,6 +109,9 @@ def generation_passes(settings: GenerateSettings) -> int:
     return passes * (2 if settings.guidance else 1)
 
 
-def _different(length: int, k: int, draws: float) -> float:
-    sets = math.comb(length, k)
-    return sets * -math.expm1(draws * math.log1p(-1 / sets)) if sets > 1 else 1.0
+def _different(length: int, k: int, draws: float, together: int = 1) -> float:
+    """Of masks drawn so many together, which differ, how many differ in all."""
+    sets, together = math.comb(length, k), max(1, min(together, int(draws)))
+    if sets <= together:
+        return float(sets)
+    return sets * -math.expm1(draws / together * math.log1p(-together / sets))

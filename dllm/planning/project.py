@@ -282,7 +282,7 @@ class _Planner:
 
     def _evaluations(self) -> None:
         for row, entry in self.project.evaluations.items():
-            for benchmark in entry.benchmarks or list(self.project.benchmarks):
+            for benchmark in self.project.benchmarks_of(entry):
                 self._evaluation(row, entry, benchmark)
 
     def _evaluation(self, row: str, entry: EvaluationEntry, name: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dllm.data.world.benchmarks import all_benchmarks
 from dllm.data.world.chat import smoltalk, tulu
+from dllm.data.world.code import code, humaneval, mbpp
 from dllm.data.world.corpus import openwebtext, wikitext
 from dllm.data.world.entities import World, make_world
 from dllm.data.world.instructions import alpaca
@@ -30,6 +31,15 @@ def training_files(world: World) -> Iterator[tuple[str, Iterable[dict]]]:
     yield "smoltalk/test.jsonl", smoltalk(world, "test", 200)
 
 
+def code_files(world: World) -> Iterator[tuple[str, Iterable[dict]]]:
+    """Every file about programs: its path and its rows."""
+    yield "code/train.jsonl", code(world, "train", 2000)
+    yield "code/validation.jsonl", code(world, "validation", 100)
+    for benchmark in (humaneval, mbpp):
+        for path, rows in benchmark(world):
+            yield f"benchmarks/{path}", rows
+
+
 def build(directory: str | Path, *, seed: int) -> None:
     """Fills `directory` with the world of this seed; the same seed gives the same bytes."""
     directory = Path(directory)
@@ -40,6 +50,8 @@ def build(directory: str | Path, *, seed: int) -> None:
         rows[path] = write_rows(directory / path, source, texts)
     for path, source in all_benchmarks(world):
         rows[f"benchmarks/{path}"] = write_rows(directory / "benchmarks" / path, source, texts)
+    for path, source in code_files(world):
+        rows[path] = write_rows(directory / path, source, Counter())  # not counted: the tokenizer spells code
     save_tokenizer(texts, directory / "tokenizer")
     write_manifest(directory, seed, rows)
 
