@@ -37,6 +37,16 @@ def option(default: Any = ..., text: str = "", **limits: Any) -> Any:
 # Settings that the package's functions take
 
 
+class EditSampling(Settings):
+    """How Edit Flows samples, beside the steps, temperature, top_p, guidance, seed and length of GenerateSettings."""
+
+    masks: Literal["auto", "drop", "keep"] = option(
+        "auto", "masks of the canvas: start without them, or edit them; `auto` keeps them if training had such starts"
+    )
+    reverse: float = option(0.0, "each step goes so much further, as a share, and back again (a corrector)", ge=0)
+    finish: int = option(8, "most passes at the end for edits that are then more likely missing than not", ge=0)
+
+
 class GenerateSettings(Settings):
     """How a canvas of masks becomes text."""
 
@@ -73,6 +83,7 @@ class GenerateSettings(Settings):
         "of it (`dual`)",
     )
     refresh: int | None = option(None, "passes from one refresh of `reuse` to the next; none: once per block", gt=0)
+    edits: EditSampling = option(EditSampling(), "what concerns the algorithm `edit_flows` only")
 
     @model_validator(mode="after")
     def one_kind_of_approximation(self) -> GenerateSettings:
@@ -124,11 +135,17 @@ def checked_options(options: dict[str, dict[str, Any]], generation: GenerateSett
 class LikelihoodSettings(Settings):
     """How the negative log-likelihood bound of a target is estimated (every estimator has the same expectation)."""
 
-    estimator: Literal["auto", "exact", "enumerate", "chain", "cover", "mc"] = option(
+    estimator: Literal["auto", "exact", "enumerate", "chain", "cover", "lattice", "mc"] = option(
         "auto", "`mc` is the published one; `auto` picks the exact or least noisy one for the target's length"
     )
     budget: int = option(
-        64, "most forward passes per target (or block of it) of `auto`, `chain` and `cover`; at least 3", gt=0
+        64, "most forward passes per target (or block of it) of `auto`, `chain`, `cover` and `lattice`", gt=0
+    )
+    effort: float | None = option(
+        None,
+        "spend passes where the noise is: 3, and so many for each root of a nat of the target's nll with everything "
+        "masked, up to `budget` (auto, cover, lattice); about 1.2 for endings; none: always the budget",
+        gt=0,
     )
     block_size: int | None = option(
         None,
@@ -153,16 +170,6 @@ class EditSettings(Settings):
     fault_share: float = option(0.5, "most faulty tokens of a noisy start, as a share", gt=0, le=1)
     time_ceiling: float = option(0.999, "largest time; the weight of the loss is infinite at 1", gt=0, lt=1)
     adapter_rank: int = option(64, "inner size of the adapters in front of the shared LM head", gt=0)
-
-
-class EditSampling(Settings):
-    """How Edit Flows samples, beside the steps, temperature, top_p, guidance, seed and length of GenerateSettings."""
-
-    masks: Literal["auto", "drop", "keep"] = option(
-        "auto", "masks of the canvas: start without them, or edit them; `auto` keeps them if training had such starts"
-    )
-    reverse: float = option(0.0, "each step goes so much further, as a share, and back again (a corrector)", ge=0)
-    finish: int = option(8, "most passes at the end for edits that are then more likely missing than not", ge=0)
 
 
 class OptimizerSettings(Settings):
@@ -192,10 +199,23 @@ class Recipe(Settings):
     response_end: Literal["fill", "block", "one"] = option(
         "block", "EOS to the batch's longest row, to the block boundary, or a single EOS"
     )
-    block_size: int = option(32, "block of `response_end: block`", gt=0)
+    block_size: int = option(32, "tokens per block, of `bd3lm` and of `response_end: block`", gt=0)
+    block_anchor: Literal["response", "row"] = option(
+        "response", "where `bd3lm` counts its blocks from; the prompt is a block of its own, or cut up like the rest"
+    )
+    time_low: float = option(0.0, "least diffusion time that `bd3lm` trains on (clipped schedule)", ge=0, lt=1)
+    time_high: float = option(1.0, "largest diffusion time that `bd3lm` trains on", gt=0, le=1)
     extra_blocks: int = option(0, "up to this many further blocks of EOS, drawn per sample and epoch", ge=0)
     eval_noise: Literal["fixed", "drawn"] = option("fixed", "the same masks at every evaluation, or new ones (F6)")
     split: Literal["disjoint", "overlapping"] = option("disjoint", "`overlapping` leaves test rows in train (F7)")
+
+    @model_validator(mode="after")
+    def some_times(self) -> Recipe:
+        if self.time_low >= self.time_high:
+            raise ValueError(
+                f"time_low = {self.time_low:g} must be less than time_high = {self.time_high:g}; change one of them"
+            )
+        return self
 
 
 class Scorer(Settings):
@@ -288,7 +308,9 @@ class DatasetEntry(Settings):
     hub: str | None = option(None, "hub repository")
     revision: str | None = option(None, "40-digit commit; a branch name is refused")
     config: str | None = option(None, "the repository's configuration")
-    world: str | None = option(None, "part of the synthetic world (wikitext, openwebtext, alpaca, tulu, smoltalk, all)")
+    world: str | None = option(
+        None, "part of the synthetic world (wikitext, openwebtext, alpaca, tulu, smoltalk, code, all)"
+    )
     seed: int = option(0, "seed of the synthetic world")
     mix: list[str] | None = option(None, "names of datasets, concatenated split by split")
     kind: Literal["text", "alpaca", "messages", "benchmark", "world"] = option("text", "how a row is read")
@@ -323,7 +345,11 @@ class RunEntry(Settings):
     """One training run; `init` names a model or another run, which is the edge of the graph."""
 
     like: str | None = option(None, "another run whose settings are taken where this entry has none")
-    algorithm: Literal["mdlm", "mlm", "ar"] = option("mdlm", "masked diffusion, masked LM, or next-token prediction")
+    algorithm: Literal["mdlm", "bd3lm", "mlm", "ar", "edit_flows"] = option(
+        "mdlm",
+        "masked diffusion, the same block after block, masked LM, next-token prediction, or insertions, deletions and "
+        "substitutions",
+    )
     init: str = option(..., "model or run to start from")
     data: str = option(..., "dataset")
     recipe: str = option("corrected", "name of a recipe")
@@ -343,6 +369,7 @@ class RunEntry(Settings):
     optimizer: OptimizerSettings = option(OptimizerSettings(), "optimiser and schedule")
     seed: int = option(42, "seed of order and noise")
     mlm_share: float = option(0.3, "share of tokens masked by `mlm`", gt=0, lt=1)
+    edits: EditSettings = option(EditSettings(), "starts and times of `edit_flows`")
     evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
     eval_draws: int = option(1, "noise draws per test row", gt=0)
@@ -355,7 +382,30 @@ class RunEntry(Settings):
             raise ValueError("needs exactly one of `epochs` and `steps`")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.length:
             raise ValueError(too_few_tokens(self.micro_batch_tokens, self.length))
+        check_edit_flows(self)
         return self
+
+
+def check_edit_flows(run: RunEntry | RunConfig) -> None:
+    """Raise ValueError, one line, for a run of `edit_flows` with options that it has not."""
+    if run.algorithm != "edit_flows":
+        return
+    if run.head_chunk is not None:
+        raise ValueError(f"head_chunk = {run.head_chunk} is not for algorithm = 'edit_flows'; leave it out")
+    if run.layout != "packed":
+        raise ValueError(f"layout = {run.layout!r} is not for algorithm = 'edit_flows'; allowed: packed")
+
+
+def one_response_end(algorithm: str, recipe: Recipe) -> str | None:
+    """The end of the line for a recipe whose responses end otherwise than `edit_flows` needs, or None if all is well.
+
+    Its responses find their own length: EOS to a boundary would be edits that mean nothing.
+    """
+    if algorithm != "edit_flows" or recipe.response_end == "one":
+        return None
+    return (
+        f"has response_end = {recipe.response_end!r}; algorithm = 'edit_flows' allows `one` only: take another recipe"
+    )
 
 
 def too_few_tokens(micro_batch_tokens: int, length: int) -> str:
@@ -394,6 +444,7 @@ class BenchmarkEntry(Settings):
         None, "score of guessing on the benchmark of the published numbers, if this is a miniature of it", ge=0, le=1
     )
     documents: int | None = option(None, "score only the first documents of each task", gt=0)
+    by_name: bool = option(False, "only for rows that name it in `benchmarks`, not for those that have all")
     generation: GenerateSettings = option(GenerateSettings(), "sampler of generative tasks")
     seed: int = option(1234, "seed of few-shot examples and scores")
     size: BenchmarkSize | None = option(None, "what it asks, for planning")
@@ -406,7 +457,7 @@ class EvaluationEntry(Settings):
     label: str = option(..., "row head of the results table")
     kind: Literal["dllm", "hf"] = option("dllm", "`hf`: an autoregressive model, through lm-eval's own adapter")
     scorer: str = option("corrected", "name of a scorer")
-    benchmarks: list[str] | None = option(None, "names; none means all")
+    benchmarks: list[str] | None = option(None, "names; none means all that are not `by_name`")
     chat_template: bool = option(True, "wrap prompts in the chat template, as in training")
     compare: str | None = option(None, "row of the reported table to compare with")
     close_to: str | None = option(None, "reported row that this model is claimed to come close to")
@@ -489,6 +540,10 @@ class Project(Settings):
     speed: dict[str, SpeedEntry] = option({}, "steps against time and quality")
     report: ReportEntry = option(..., "the report")
 
+    def benchmarks_of(self, entry: EvaluationEntry) -> list[str]:
+        """Names of the benchmarks that a row of the results table is scored on."""
+        return entry.benchmarks or [name for name, benchmark in self.benchmarks.items() if not benchmark.by_name]
+
     def root_model(self, name: str) -> str:
         """Name of the model at the root of a run's chain of `init`."""
         while name in self.runs:
@@ -534,7 +589,7 @@ class RunConfig(Settings):
     """What `dllm train` is told, and nothing else."""
 
     name: str
-    algorithm: Literal["mdlm", "mlm", "ar"]
+    algorithm: Literal["mdlm", "bd3lm", "mlm", "ar", "edit_flows"]
     init: str
     init_path: str
     model: ModelEntry
@@ -559,6 +614,14 @@ class RunConfig(Settings):
     head_chunk: int | None = None
     activation_checkpointing: bool = False
     compile: bool = False
+    edits: EditSettings = EditSettings()
+
+    @model_validator(mode="after")
+    def what_edit_flows_takes(self) -> RunConfig:
+        check_edit_flows(self)
+        if fault := one_response_end(self.algorithm, self.recipe):
+            raise ValueError(f"recipe {self.recipe_name!r} {fault}")
+        return self
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -814,11 +877,20 @@ def _check_references(project: Project, origin) -> None:
         if entry.recipe not in project.recipes:
             fail("runs", name, "recipe", entry.recipe, "not a recipe", list(project.recipes))
         normalisation = project.recipes[entry.recipe].normalisation
-        if entry.algorithm != "mdlm" and normalisation != "token":
+        if entry.algorithm not in ("mdlm", "bd3lm") and normalisation != "token":
             raise ConfigError(
                 f"{origin(('runs', name, 'recipe'))}: runs.{name}.recipe = {entry.recipe!r} has normalisation = "
                 f"{normalisation!r}; algorithm = {entry.algorithm!r} allows `token` only: take another recipe"
             )
+        recipe = project.recipes[entry.recipe]
+        if entry.algorithm != "bd3lm" and (recipe.time_low, recipe.time_high) != (0, 1):
+            raise ConfigError(
+                f"{origin(('runs', name, 'recipe'))}: runs.{name}.recipe = {entry.recipe!r} trains on the times from "
+                f"{recipe.time_low:g} to {recipe.time_high:g}, which algorithm = {entry.algorithm!r} does not; "
+                "allowed: 0 to 1; take another recipe"
+            )
+        if fault := one_response_end(entry.algorithm, project.recipes[entry.recipe]):
+            raise ConfigError(f"{origin(('runs', name, 'recipe'))}: runs.{name}.recipe = {entry.recipe!r} {fault}")
         seen, at = [name], entry.init
         while at in project.runs:
             if at in seen:
@@ -952,7 +1024,7 @@ def run_configs(project: Project) -> dict[str, RunConfig]:
         data = prepared_name(project, name)
         taken = entry.model_dump(
             include=set(RunConfig.model_fields) - {"model", "recipe", "data"} & set(RunEntry.model_fields),
-            exclude={"model", "recipe", "data", "optimizer"},
+            exclude={"model", "recipe", "data", "optimizer", "edits"},
         )
         configs[name] = RunConfig(
             **taken,
@@ -964,6 +1036,7 @@ def run_configs(project: Project) -> dict[str, RunConfig]:
             recipe_name=entry.recipe,
             recipe=project.recipes[entry.recipe],
             optimizer=entry.optimizer,
+            edits=entry.edits,
         )
     return configs
 

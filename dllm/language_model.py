@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from dllm.algorithms import algorithm_class
+from dllm.algorithms import algorithm_for
 from dllm.algorithms.base import Algorithm, finished_by
+from dllm.algorithms.edit_flows import EditCanvas, EditFlow, edit_canvas
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import Canvas, Score, canvas_for
 from dllm.models.load import Backbone, load_backbone
-from dllm.models.tokenizers import check_messages, encode_chat, encode_text
+from dllm.models.tokenizers import chat_text, check_messages, encode_chat, encode_text
 
 END_OF_TURN = "[/Answer]"
 """The end of turn of a checkpoint without a sidecar, if its chat template writes it."""
@@ -46,13 +47,15 @@ def load(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    algorithm: str | None = None,
 ) -> DiffusionLM:
     """The model in a checkpoint directory, or at a revision of a hub repository; on an accelerator if there is one.
 
-    Raises ValueError, one line, for a missing, damaged or unsuitable checkpoint.
+    algorithm: one that it was not trained with, but can be used with (none: its own). Raises ValueError, one line, for
+    a missing, damaged or unsuitable checkpoint, and for an algorithm that cannot use it.
     """
     backbone = load_backbone(path_or_hub_id, revision=revision, device=device or best_device(), dtype=dtype)
-    return DiffusionLM(backbone, algorithm_class(backbone.sidecar.get("algorithm", "mdlm"))())
+    return DiffusionLM(backbone, algorithm_for(backbone.sidecar.get("algorithm", "mdlm"), algorithm)())
 
 
 def best_device() -> str:
@@ -68,6 +71,11 @@ class DiffusionLM:
 
     backbone: Backbone
     algorithm: Algorithm
+
+    @property
+    def max_length(self) -> int:
+        """Longest row, prompt and answer together, in tokens."""
+        return self.backbone.max_length - self.algorithm.front
 
     # ----------------------------------------------------------------------------------------------------------------
     # Generation
@@ -116,6 +124,38 @@ class DiffusionLM:
         ended = partial(self._has_ended, self._ends(settings.stop))
         finished = finished_by(ended) if settings.early_stop else None
         return self.algorithm.denoise(self.backbone, canvas, settings, finished=finished)
+
+    def edits(
+        self, draft: str, prompt: Prompt | None = None, settings: GenerateSettings | None = None
+    ) -> Iterator[EditCanvas]:
+        """A text on its way to a better one: the canvas of the draft, then the canvas after every pass.
+
+        The draft answers a conversation, continues a text or token ids, or stands alone (prompt: None). What each pass
+        changes is shown by `algorithms.edit_flows.edit_pieces`; `decode(canvas.responses()[0])` is the text so far.
+        Raises ValueError, one line, for a model that does not edit, or a draft that does not fit into its context.
+        """
+        if not isinstance(self.algorithm, EditFlow):
+            trained = self.backbone.sidecar.get("algorithm", "mdlm")
+            raise ValueError(
+                f"a draft can be edited by a model trained with edit_flows only; this one was trained with {trained}"
+            )
+        settings = settings or GenerateSettings(temperature=1.0)
+        given = [] if prompt is None else self.encode_prompt(prompt)
+        if prompt is not None and not isinstance(prompt, str) and isinstance(prompt[0], dict):
+            # as training renders an answer: what the template writes behind the prompt, and one EOS
+            turns = [*prompt, {"role": "assistant", "content": draft}]
+            before = chat_text(self.backbone.tokenizer, list(prompt), add_generation_prompt=True)
+            whole = chat_text(self.backbone.tokenizer, turns, add_generation_prompt=False)
+            tokens = [*self._encode_text(whole[len(before) :]), self.backbone.eos_id]
+        else:
+            tokens = self._encode_text(draft)
+        if len(given) + len(tokens) > self.max_length:
+            raise ValueError(
+                f"prompt and draft have {len(given) + len(tokens)} tokens; the model's context is {self.max_length} "
+                "tokens; shorten them"
+            )
+        canvas = edit_canvas([[*given, *tokens]], len(given), pad_id=self.backbone.pad_id, device=self.backbone.device)
+        return self.algorithm.denoise(self.backbone, canvas, settings)
 
     def _canvas(self, rows: list[list[int]], settings: GenerateSettings, device: torch.device | str) -> Canvas:
         ids = {"mask_id": self.backbone.mask_id, "pad_id": self.backbone.pad_id}
@@ -264,12 +304,12 @@ class DiffusionLM:
     def _prompt_rows(self, prompts: Sequence[Prompt], settings: GenerateSettings) -> list[list[int]]:
         _check_list(prompts, "prompts")
         rows = [self.encode_prompt(prompt) for prompt in prompts]
-        room = self.backbone.max_length - settings.max_new_tokens
+        room = self.max_length - settings.max_new_tokens
         for number, row in enumerate(rows):
             if len(row) > room:
                 raise ValueError(
                     f"prompts[{number}] has {len(row)} tokens; with max_new_tokens = {settings.max_new_tokens} the "
-                    f"model's context of {self.backbone.max_length} tokens leaves {max(0, room)}; shorten the prompt "
+                    f"model's context of {self.max_length} tokens leaves {max(0, room)}; shorten the prompt "
                     "or lower max_new_tokens"
                 )
         return rows

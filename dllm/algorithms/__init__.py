@@ -6,9 +6,31 @@ from importlib import import_module
 
 ALGORITHMS = {
     "mdlm": "dllm.algorithms.mdlm:MDLM",
+    "bd3lm": "dllm.algorithms.bd3lm:BD3LM",
     "mlm": "dllm.algorithms.mlm:MLM",
     "ar": "dllm.algorithms.ar:AR",
+    "edit_flows": "dllm.algorithms.edit_flows:EditFlow",
 }
+
+MASKED = ("mdlm", "bd3lm", "mlm")
+"""Algorithms that fill in masks: a model trained with one of them can be used with another, if that is wanted."""
+
+
+def algorithm_for(trained: str, wanted: str | None) -> type:
+    """The class with which to use a model trained with one algorithm; wanted: another one (None: the same).
+
+    Raises ValueError, one line, for an unknown algorithm, or one that the model cannot serve.
+    """
+    if wanted is None or wanted == trained:
+        return algorithm_class(trained)
+    found = algorithm_class(wanted)
+    if not {trained, wanted} <= set(MASKED):
+        allowed = ", ".join(MASKED) if trained in MASKED else trained
+        raise ValueError(
+            f"algorithm = {wanted!r} cannot use a model trained with {trained!r}; allowed: {allowed}; "
+            f"leave it out, or train one with algorithm: {wanted}"
+        )
+    return found
 
 
 def algorithm_class(name: str) -> type:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.batch import Batch, Inputs, LossTerms, Noise
 from dllm.core.canvas import Canvas, Completion, Score, first_position
+from dllm.models.forward import Scores
 from dllm.models.load import Backbone
 
 Rows = Sequence[Sequence[int]]
@@ -19,6 +22,20 @@ Rows = Sequence[Sequence[int]]
 
 class Algorithm(ABC):
     """An algorithm has no state but its frozen settings; its subclasses are final."""
+
+    front: ClassVar[int] = 0
+    """Positions of the model's context that a row takes beside its tokens."""
+
+    def scores(self, model: nn.Module, prediction: str, chunk: int | None = None) -> nn.Module:
+        """The module that is trained and that `loss` is given: a backbone as `model`, and whatever else learns.
+
+        Wrappers such as DistributedDataParallel only see what goes through its `forward`.
+        """
+        return Scores(model, prediction, chunk)
+
+    def save(self, scores: nn.Module, directory: Path) -> dict[str, Any]:
+        """Write what a checkpoint needs beside its stock model; returns what its sidecar says of it."""
+        return {}
 
     @abstractmethod
     def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> Inputs:
@@ -31,7 +48,7 @@ class Algorithm(ABC):
     def loss(self, model: nn.Module, inputs: Inputs, *, denominator: float) -> LossTerms:
         """The loss of a micro-batch, with its gradient; the host never waits for the device.
 
-        model is a `models.forward.Scores` or a wrapper of it. denominator is that of the global batch
+        model is what `scores` gave or a wrapper of it. denominator is that of the global batch
         (`core.losses.denominator`), so that accumulation and the number of devices do not change the loss.
         """
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dllm.algorithms.base import Algorithm, Rows
-from dllm.config import EditSampling, EditSettings, GenerateSettings, LikelihoodSettings, Recipe
+from dllm.config import EditSettings, GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, LossTerms, Noise
 from dllm.core.canvas import Canvas, infill_canvas
 from dllm.core.edits import (
@@ -55,7 +57,14 @@ from dllm.core.losses import row_shares
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import Layout, layout_of
 from dllm.core.reveal import propose_tokens, token_confidence
-from dllm.models.edit_heads import TimedHidden, edit_scores
+from dllm.models.edit_heads import (
+    EditScores,
+    TimedHidden,
+    attached_edit_heads,
+    edit_scores,
+    new_edit_heads,
+    save_edit_heads,
+)
 from dllm.models.load import Backbone
 
 _START_STREAM = 6
@@ -108,17 +117,37 @@ class EditInputs:
 class EditFlow(Algorithm):
     """Edit Flows. A checkpoint's sidecar says how it was trained (`edits`), and goes before `edits` in sampling.
 
-    longest: the model's context in tokens; in training, a row that would outgrow it starts from nothing (none: no
-    limit). A row of L tokens takes L + 1.
+    seed: of new edit heads; longest: the model's context in tokens; in training, a row that would outgrow it starts
+    from nothing (none: no limit). A row of L tokens takes L + 1.
     """
 
     recipe: Recipe = Recipe()
     edits: EditSettings = EditSettings()
-    sampling: EditSampling = EditSampling()
     longest: int | None = None
+    seed: int = 0
+
+    front: ClassVar[int] = 1
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training
+
+    def scores(self, model: torch.nn.Module, prediction: str, chunk: int | None = None) -> EditScores:
+        """A backbone with its edit heads, or with new ones; see `Algorithm.scores`.
+
+        Raises ValueError for heads of another rank than `edits.adapter_rank`.
+        """
+        heads = attached_edit_heads(model) or new_edit_heads(model, self.edits.adapter_rank, self.seed)
+        if heads.sizes["rank"] != self.edits.adapter_rank:
+            raise ValueError(
+                f"edits.adapter_rank = {self.edits.adapter_rank}, but the edit heads of the checkpoint to start from "
+                f"have {heads.sizes['rank']}; set it to that, or start from another checkpoint"
+            )
+        return EditScores(model, heads, prediction)
+
+    def save(self, scores: EditScores, directory: Path) -> dict[str, Any]:
+        """Write the edit heads; see `Algorithm.save`."""
+        save_edit_heads(scores.heads, directory)
+        return {"edits": self.edits.model_dump()}
 
     def corrupt(
         self, batch: Batch, noise: Noise, *, mask_id: int, sources: Sequence[Sequence[int]] | None = None
@@ -151,7 +180,10 @@ class EditFlow(Algorithm):
             )
         t = noise.level * self.edits.time_ceiling
         weight = KAPPAS[self.edits.schedule].weight(t)
-        share = row_shares(weight, batch.maskable.sum(-1), self.recipe.normalisation)
+        targets = batch.maskable.sum(-1)
+        # the model is told t: whatever times count more, the rates at the minimum are the same
+        counted = weight if self.recipe.weight == "elbo" else (targets > 0).float()
+        share = row_shares(counted, targets, self.recipe.normalisation)
         z_t = state_at(columns, KAPPAS[self.edits.schedule].value(t), keys)
         return edit_inputs(columns, z_t, t, weight, share, pad_id=mask_id)
 
@@ -216,11 +248,11 @@ class EditFlow(Algorithm):
         """The canvas to start from, then the canvas after every pass; its rows grow and shrink.
 
         Edited are the positions `editable` [B, L]; by default the masks of a row, or, in a row that has none and is
-        not done (`edit_canvas`), everything from `start`. `sampling.masks` says whether masks are edited or taken out
-        first. A row takes `settings.steps` passes (none: `max_new_tokens`), and has at most `max_new_tokens` tokens
-        from `start` on, or as many as it came with. `finished` is not asked: a row ends when its time is up. A row's
-        tokens do not depend on its batch-mates. Raises ValueError for a model without edit heads, and for a row longer
-        than the model's context.
+        not done (`edit_canvas`), everything from `start`. `settings.edits.masks` says whether masks are edited or
+        taken out first. A row takes `settings.steps` passes (none: `max_new_tokens`), and has at most
+        `max_new_tokens` tokens from `start` on, or as many as it came with. `finished` is not asked: a row ends when
+        its time is up. A row's tokens do not depend on its batch-mates. Raises ValueError for a model without edit
+        heads, and for a row longer than the model's context.
         """
         return _Sampler(self, backbone, settings).canvases(canvas, row_seeds, editable)
 
@@ -368,7 +400,7 @@ class _Sampler:
 
     def __init__(self, algorithm: EditFlow, backbone: Backbone, settings: GenerateSettings):
         trained = algorithm.trained_with(backbone)
-        self.backbone, self.settings, self.sampling = backbone, settings, algorithm.sampling
+        self.backbone, self.settings, self.sampling = backbone, settings, settings.edits
         self.model = edit_scores(backbone.model, backbone.prediction)
         self.kappa, self.latest = KAPPAS[trained.schedule].value, trained.time_ceiling
         self.keeps_masks = {"keep": True, "drop": False, "auto": "masked" in trained.starts}[self.sampling.masks]
@@ -580,22 +612,35 @@ def edit_frames(
     since: what is marked, the changes of the last `pass`, or all since the `start`. decode maps token ids to text.
     Raises ValueError for another value of since.
     """
+    signs = {"kept": "{}", "gone": "[-{}-]", "new": "{{+{}+}}"}
+    for canvas in canvases:
+        found = edit_pieces(canvas, decode, row=row, since=since)
+        yield "".join(signs[kind].format(text) for kind, text in found)
+
+
+def edit_pieces(
+    canvas: EditCanvas, decode: Callable[[list[int]], str], *, row: int = 0, since: str = "pass"
+) -> list[tuple[str, str]]:
+    """A row's text from `start` on in pieces, each with what became of it: `kept`, `gone` or `new`; see `edit_frames`.
+
+    Raises ValueError for another value of since.
+    """
     if since not in ("pass", "start"):
         raise ValueError(f"since = {since!r}; allowed: pass, start")
-    for canvas in canvases:
-        trail = canvas.trail.only(canvas.trail.row == row)
-        old = (trail.before if since == "pass" else trail.origin)[1:].tolist()
-        new = trail.token[1:].tolist()
-        skip, said, text = int(canvas.start[row]), [], ""
-        for kind, before, after in _runs(old[skip:], new[skip:]):
-            if kind == "kept":
-                text += "".join(_piece(decode, said, after))
-            else:
-                gone, came = _piece(decode, said, before), _piece(decode, said, after)
-                text += (gone if before else came)[0]  # the space in front of a word is not what changes
-                text += (f"[-{gone[1]}-]" if before else "") + (f"{{+{came[1]}+}}" if after else "")
-            said += after
-        yield text
+    trail = canvas.trail.only(canvas.trail.row == row)
+    old = (trail.before if since == "pass" else trail.origin)[1:].tolist()
+    new = trail.token[1:].tolist()
+    skip, said, found = int(canvas.start[row]), [], []
+    for kind, before, after in _runs(old[skip:], new[skip:]):
+        if kind == "kept":
+            found.append(("kept", "".join(_piece(decode, said, after))))
+        else:
+            gone, came = _piece(decode, said, before), _piece(decode, said, after)
+            found.append(("kept", (gone if before else came)[0]))  # the space in front of a word is not what changes
+            found += [("gone", gone[1])] if before else []
+            found += [("new", came[1])] if after else []
+        said += after
+    return [(kind, text) for kind, text in found if text or kind != "kept"]
 
 
 def _piece(decode: Callable[[list[int]], str], said: list[int], tokens: list[int]) -> tuple[str, str]:

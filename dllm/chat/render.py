@@ -6,6 +6,7 @@ colour vision tell apart on light and dark grounds; what was just revealed is bo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +22,11 @@ MASK = "·"
 END = "∎"
 RAMP = ((0.3, "#d55e00", "unsure"), (0.6, "#e69f00", ""), (0.9, "#3d9be0", ""), (1.01, "default", "sure"))
 """(below this confidence, colour, name in the legend)"""
+
+EDITS = {"kept": ("{}", ""), "gone": ("[-{}-]", "strike #d55e00"), "new": ("{{+{}+}}", "bold #3d9be0")}
+"""What became of a piece of text -> how it is marked without and with colours."""
+
+SPACE = re.compile(r"\s+")
 
 State = Literal["masked", "new", "kept"]
 
@@ -39,12 +45,18 @@ def pieces(
 ) -> list[Piece]:
     """The response of a row, position by position; `new` is what was masked on the `previous` canvas.
 
+    On the canvas of an algorithm that edits, `new` is what its last pass inserted or put there.
     decode turns token ids into text, special tokens included; a token's text is what it adds to its neighbours.
     """
     start, end = int(canvas.start[row]), int(canvas.length[row])
     tokens = canvas.tokens[row, start:end].tolist()
     masked = canvas.masked[row, start:end].tolist()
-    before = previous.masked[row, start:end].tolist() if previous else [False] * len(tokens)
+    trail = getattr(canvas, "trail", None)
+    if trail is not None:
+        here = (trail.row == row) & (trail.token >= 0)
+        before = (trail.before != trail.token)[here][start + 1 :].tolist()  # the front token is no position
+    else:
+        before = previous.masked[row, start:end].tolist() if previous else [False] * len(tokens)
     texts = _texts(tokens, masked, decode)
     confidence = canvas.confidence[row, start:end].tolist()
     states: list[State] = [
@@ -84,6 +96,19 @@ def canvas_text(found: Sequence[Piece], end: str = "") -> Text:
     text = Text()
     for style, run in groupby(map(shown, found), key=lambda pair: pair[1]):
         text.append("".join(sign for sign, _ in run), style)
+    return text
+
+
+def edit_text(found: Sequence[tuple[str, str]], *, colours: bool = True) -> Text:
+    """Pieces of an edited text (`algorithms.edit_flows.edit_pieces`) on one line.
+
+    With colours, what is gone is struck through and what is new is bold; else they read [-gone-] and {+new+}.
+    """
+    text = Text()
+    for kind, piece in found:
+        piece = SPACE.sub(" ", piece)
+        sign, style = EDITS[kind]
+        text.append(piece if colours else sign.format(piece), style if colours else "")
     return text
 
 

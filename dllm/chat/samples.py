@@ -5,6 +5,9 @@ Everything is a function of checkpoint and settings: the same ones give the same
 
 from __future__ import annotations
 
+from rapidfuzz.distance import Levenshtein
+
+from dllm.algorithms.edit_flows import EditCanvas
 from dllm.chat.render import Piece, pieces
 from dllm.chat.session import Message
 from dllm.chat.settings import SampleConfig
@@ -37,7 +40,8 @@ def film(model: DiffusionLM, prompt: str, settings: GenerateSettings) -> dict:
     """One answer from all masks to text: {"prompt", "answer", "frames": [{"step", "nfe", "tokens"}]}.
 
     A frame shows the positions of the finished answer, without what stands behind its end; tokens are {"text", "state",
-    "confidence"}. A pass that changed nothing there has no frame.
+    "confidence"}. A pass that changed nothing there has no frame. Where tokens are inserted and deleted, those of a
+    frame stand where the finished answer has them or others in their place, and what is still to come is masked.
     """
     canvases = list(model.stream([[{"role": "user", "content": prompt}]], settings))
     response = canvases[-1].responses()[0]
@@ -45,13 +49,25 @@ def film(model: DiffusionLM, prompt: str, settings: GenerateSettings) -> dict:
     decode = model.backbone.tokenizer.decode
     frames, shown = [], None
     for previous, canvas in zip([None, *canvases], canvases, strict=False):
-        found = pieces(canvas, decode, previous=previous)[:size]
-        # frames are compared by what is masked: the state `new` alone would make every frame differ
-        masked = [piece.state == "masked" for piece in found]
-        if masked != shown:
+        found = pieces(canvas, decode, previous=previous)
+        if isinstance(canvas, EditCanvas):
+            found = _in_place(found, canvas.responses()[0], response)
+        found = found[:size]
+        # frames are compared by what is known: the state `new` alone would make every frame differ
+        known = [None if piece.state == "masked" else piece.text for piece in found]
+        if known != shown:
             frames.append({"step": canvas.step, "nfe": canvas.nfe, "tokens": [_token(piece) for piece in found]})
-            shown = masked
+            shown = known
     return {"prompt": prompt, "answer": model.decode(response, settings.stop).strip(), "frames": frames}
+
+
+def _in_place(found: list[Piece], tokens: list[int], response: list[int]) -> list[Piece]:
+    """The pieces of `tokens` at the positions that the finished response has for them; masked ones elsewhere."""
+    placed = [Piece("", "masked", 0.0)] * len(response)
+    for tag, low, high, first, last in Levenshtein.opcodes(tokens, response):
+        if tag in ("equal", "replace"):
+            placed[first:last] = found[low:high]
+    return placed
 
 
 def _token(piece: Piece) -> dict:

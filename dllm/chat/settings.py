@@ -12,6 +12,9 @@ from dllm.config import DECODING_OPTIONS, GenerateSettings, Settings, checked_op
 CHAT_TOKENS = 128
 """Length of a chat answer's canvas, where the model's context has room for it."""
 
+EDIT_TEMPERATURE = 0.7
+"""Temperature of a chat with an Edit Flows model: at 0, every gap of an empty answer is given the same token."""
+
 RESULTS = ("results/laptop", "results/paper")
 
 
@@ -93,5 +96,7 @@ def chat_context(sidecar: dict, max_length: int) -> int:
 def chat_generation(sidecar: dict, context: int) -> GenerateSettings:
     """How a chat samples unless told otherwise: half the context at most, in the blocks that training ended rows at."""
     tokens = max(1, min(CHAT_TOKENS, context // 2))
+    if sidecar.get("algorithm") == "edit_flows":  # it has no blocks, and what it draws must not be the same everywhere
+        return GenerateSettings(max_new_tokens=tokens, block_size=tokens, temperature=EDIT_TEMPERATURE)
     block = sidecar.get("block_size") if sidecar.get("response_end") == "block" else None
     return GenerateSettings(max_new_tokens=tokens, block_size=block or GenerateSettings().block_size)

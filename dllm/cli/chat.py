@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     live = console.is_terminal and not console.is_dumb_terminal
     with _waiting(console, f"loading {checkpoint}", live):
         model = open_model(checkpoint, args.device)
-    context = chat_context(model.backbone.sidecar, model.backbone.max_length)
+    context = chat_context(model.backbone.sidecar, model.max_length)
     settings = with_options(chat_generation(model.backbone.sidecar, context), args)
     session = Session(settings, context, Conversation(system=args.system))
     show = Live(console, model) if live else Plain()

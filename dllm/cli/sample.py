@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dllm.cli.generation import add_device_argument, add_generation_arguments, open_model, with_options
 
-HELP = "answer prompts, or write the report's conversations and filmstrip"
+HELP = "answer prompts, edit a text, or write the report's conversations and filmstrip"
 EXAMPLES = """examples:
   dllm sample chat-large "What is the capital of France?"
       one answer of the run results/*/runs/chat-large
@@ -23,6 +23,10 @@ EXAMPLES = """examples:
       reveal all tokens that are 80 % sure in a pass, and so take fewer passes
   dllm sample chat-large --reuse dual --refresh 8 "What is the capital of France?"
       compute what stands outside the active block in every eighth pass only (an approximation)
+  dllm sample edits --edit "Gorby is known is for for" "What is Gorby known for?"
+      a faulty answer is edited into a better one, pass by pass (a model trained with edit_flows)
+  dllm sample edits --edit "The zanu walks legs." --steps 8
+      the same for a text that answers nothing, in eight passes
   dllm sample --config configs/samples/chat-large.yaml --output samples/chat-large.json
       what the report shows; paths in the config are below --workdir
 """
@@ -35,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", nargs="+", default=[], metavar="PROMPT", help="the same, as an option")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
+    parser.add_argument(
+        "--edit",
+        metavar="DRAFT",
+        help="edit this text, as an answer to the PROMPT if there is one, and show every pass that changes it",
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="sample config, written by the workflow below configs/samples/"
     )
@@ -52,12 +61,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError('needs a MODEL and a PROMPT, or --config, e.g. dllm sample chat-large "Hello!"')
     if args.output and args.raw:
         raise ValueError("--output holds conversations and --raw has none; leave one of them out")
+    if args.edit is not None:
+        return _edit(args)
     prompts = [*args.prompts, *args.prompt] or _lines()
     from dllm.chat.settings import chat_context, chat_generation, find_checkpoint
 
     model = open_model(find_checkpoint(args.model), args.device)
     sidecar = model.backbone.sidecar
-    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.backbone.max_length)), args)
+    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.max_length)), args)
     if args.output:
         from dllm.chat.settings import SampleConfig
 
@@ -77,6 +88,46 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _edit(args: argparse.Namespace) -> int:
+    """Print the draft, a line per pass that changes it, and the finished text."""
+    prompts = [*args.prompts, *args.prompt]
+    if len(prompts) > 1:
+        raise ValueError(f"--edit takes one draft and at most one PROMPT, got {len(prompts)}; give them one by one")
+    if not args.edit.strip():
+        raise ValueError("--edit needs a text to begin with; to begin with nothing, leave the option out")
+    if args.output:
+        raise ValueError("--output holds conversations and --edit has none; leave one of them out")
+    from rich.console import Console
+    from rich.text import Text
+
+    from dllm.algorithms.edit_flows import edit_pieces
+    from dllm.chat.render import edit_text
+    from dllm.chat.settings import chat_context, chat_generation, find_checkpoint
+
+    model = open_model(find_checkpoint(args.model), args.device)
+    sidecar = model.backbone.sidecar
+    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.max_length)), args)
+    prompt = prompts[0] if prompts else None
+    if prompt is not None and not args.raw:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompt = [*system, {"role": "user", "content": prompt}]
+    console = Console(highlight=False)
+    colours = console.is_terminal and not console.no_color
+
+    def decode(tokens: list[int]) -> str:
+        text = model.backbone.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.replace(model.end_of_turn, "") if model.end_of_turn else text
+
+    for canvas in model.edits(args.edit, prompt, settings):
+        found = [(kind, text) for kind, text in edit_pieces(canvas, decode) if text.strip() or kind == "kept"]
+        if canvas.step == 0 or any(kind != "kept" for kind, _ in found):
+            line = edit_text(found, colours=colours)
+            line.rstrip()
+            console.print(Text.assemble((f"{canvas.step:>3}  ", "dim"), line), soft_wrap=True)
+    console.print(model.decode(canvas.responses()[0], settings.stop).strip(), soft_wrap=True, markup=False)
+    return 0
+
+
 def _lines() -> list[str]:
     if sys.stdin.isatty():
         raise ValueError('needs a PROMPT, e.g. dllm sample chat-large "Hello!"')
@@ -87,7 +138,7 @@ def _lines() -> list[str]:
 
 
 def _write_configured(args: argparse.Namespace) -> int:
-    given = [f"--{name}" for name in ("prompt", "system", "raw") if getattr(args, name)]
+    given = [f"--{name}" for name in ("prompt", "system", "raw", "edit") if getattr(args, name)]
     given += ["MODEL"] if args.model else []
     if given:
         raise ValueError(f"--config says everything; leave out {', '.join(given)}")

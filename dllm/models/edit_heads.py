@@ -176,7 +176,7 @@ def load_edit_heads(directory: str | Path, model: nn.Module) -> EditHeads:
     """
     path = Path(directory) / HEADS_FILE
     if not path.exists():
-        raise ValueError(f"{path}: missing; this checkpoint was not trained with edit_flows: train it, or take another")
+        raise ValueError(f"{path}: missing; a checkpoint of edit_flows has its heads there: train or fetch it again")
     try:
         with safe_open(path, "pt") as file:
             sizes = {name: int(value) for name, value in (file.metadata() or {}).items() if name != "format"}
@@ -200,6 +200,11 @@ def attach_edit_heads(model: nn.Module, heads: EditHeads) -> nn.Module:
     return model
 
 
+def attached_edit_heads(model: nn.Module) -> EditHeads | None:
+    """The heads that a model knows, or None."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
 def edit_scores(model: nn.Module, prediction: str) -> nn.Module:
     """A model with its attached heads as `EditScores`; a module that has `rates` and `token_logits` is taken as it is.
 
@@ -207,7 +212,7 @@ def edit_scores(model: nn.Module, prediction: str) -> nn.Module:
     """
     if hasattr(model, "token_logits"):
         return model
-    heads = getattr(model, _ATTRIBUTE, None)
+    heads = attached_edit_heads(model)
     if heads is None:
         raise ValueError("this checkpoint has no edit heads; algorithm = 'edit_flows' needs one trained with it")
     return EditScores(model, heads, prediction)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dllm.config import ModelEntry
+from dllm.models.edit_heads import attach_edit_heads, load_edit_heads
 from dllm.models.forward import head_logits, hidden_states, is_bidirectional, packs
 from dllm.models.published import (
     PUBLISHED,
@@ -61,8 +62,9 @@ def load_backbone(
 
     entry tells family and special tokens of a checkpoint that carries no sidecar and is none of a published family;
     causal keeps a decoder as it is (for next-token training). An autoregressive decoder whose tokenizer has no mask
-    token is given the entry's, with the mean of all embeddings for its own. Raises ValueError, one line, for a missing
-    or damaged checkpoint, a tokenizer without a mask token, and a model that turns out not to be bidirectional.
+    token is given the entry's, with the mean of all embeddings for its own. A model trained with edit_flows knows its
+    edit heads. Raises ValueError, one line, for a missing or damaged checkpoint, a tokenizer without a mask token, and
+    a model that turns out not to be bidirectional.
     """
     directory = _local_directory(path_or_hub_id, revision)
     sidecar = read_sidecar(directory)
@@ -84,6 +86,8 @@ def load_backbone(
     model = model.to(device).eval()
     _test_itself(model, directory, causal)
     packs(model)  # chooses the attention here, so that no later forward has to stop for it
+    if sidecar.get("algorithm") == "edit_flows":
+        attach_edit_heads(model, load_edit_heads(directory, model))
     return Backbone(
         model=model,
         tokenizer=tokenizer,

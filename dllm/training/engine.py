@@ -7,6 +7,7 @@ the devices, save and load. Data parallelism, ZeRO and whatever comes later diff
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from dllm.algorithms.base import Algorithm
 from dllm.config import OptimizerSettings, RunConfig
 from dllm.core.batch import LossTerms
 from dllm.core.packing import Layout
-from dllm.models.forward import Scores, hidden_states, packs, target_nll
+from dllm.models.forward import Scores, block_hidden, hidden_states, packs, target_nll
 from dllm.training.optimizer import build_optimizers
 from dllm.training.pipeline import Part
 
@@ -30,15 +31,20 @@ class PaddedScores(Scores):
     """The plain version of `Scores`: rows padded to the longest, as the stock class runs them."""
 
     def forward(self, tokens: Tensor, layout: Layout, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
-        attention = torch.arange(layout.width, device=tokens.device) < layout.offsets.diff()[:, None]
-        hidden = layout.pack(hidden_states(self.model, tokens, attention))
+        if layout.blocks is not None:
+            hidden = block_hidden(self.model, tokens, layout)
+        else:
+            attention = torch.arange(layout.width, device=tokens.device) < layout.offsets.diff()[:, None]
+            hidden = layout.pack(hidden_states(self.model, tokens, attention))
         return target_nll(self.model, hidden, layout, row, position, targets, self.prediction, chunk=self.chunk)
 
 
-def scores_for(config: RunConfig, model: nn.Module, prediction: str) -> Scores:
+def scores_for(
+    config: RunConfig, model: nn.Module, prediction: str, make: Callable[..., nn.Module] = Scores
+) -> nn.Module:
     """The module that is trained, in training mode, with the run's choices of layout, memory and compilation.
 
-    Raises ValueError, one line, if the architecture does not offer activation checkpointing.
+    make: `Algorithm.scores`. Raises ValueError, one line, if the architecture does not offer activation checkpointing.
     """
     if config.activation_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
@@ -52,14 +58,14 @@ def scores_for(config: RunConfig, model: nn.Module, prediction: str) -> Scores:
         model.base_model.compile(dynamic=True)  # in place: names of weights stay as they are
     if config.layout == "packed":
         packs(model)  # settles it before the first step, and before anything wraps the model
-    kind = PaddedScores if config.layout == "padded" else Scores
-    return kind(model, prediction, config.head_chunk).train()
+    make = PaddedScores if config.layout == "padded" else make
+    return make(model, prediction, config.head_chunk).train()
 
 
 class Engine:
-    """A `Scores` and its optimisers, prepared for all devices of an accelerator."""
+    """A module that scores and its optimisers, prepared for all devices of an accelerator."""
 
-    def __init__(self, accelerator: Accelerator, scores: Scores, settings: OptimizerSettings):
+    def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings):
         self.accelerator = accelerator
         self.model = accelerator.prepare(scores)
         self.optimizers = [accelerator.prepare(o) for o in build_optimizers(scores, settings)]
@@ -122,8 +128,8 @@ class Engine:
         return bool(told)
 
     def unwrapped(self) -> nn.Module:
-        """The backbone, without what wraps it."""
-        return self.accelerator.unwrap_model(self.model).model
+        """The module that is trained, without what wraps it; its `model` is the backbone."""
+        return self.accelerator.unwrap_model(self.model)
 
     def wait(self) -> None:
         """Until all processes are here."""

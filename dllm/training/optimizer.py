@@ -19,8 +19,10 @@ def share_of_peak(step: int, total: int, warmup_share: float) -> float:
 
 
 def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices inside layers and AdamW for embeddings, head, norms and biases.
+    """AdamW; or Muon for the matrices inside layers and AdamW for the rest.
 
+    The rest are embeddings, norms, biases and heads, the edit heads too: many of their matrices start at zero, where
+    Muon's first step, which has the same size whatever the gradient, would be far too long.
     Each group carries `peak`, its peak learning rate. Muon's steps are scaled to AdamW's size (its
     `match_rms_adamw`), so both rates live on one scale. Source: Jordan et al. 2024; Liu et al. 2025 (arXiv:2502.16982).
     """

@@ -170,14 +170,15 @@ class _Run:
         state: StateDirectory,
     ):
         self.config, self.plan, self.backbone, self.state = config, plan, backbone, state
-        self.algorithm = _algorithm(config)
+        self.algorithm = _algorithm(config, backbone)
         end = _response_end(config, train_rows, backbone)
         ids = {"pad_id": backbone.pad_id, "mask_id": backbone.mask_id}
         self.train_source = Source(train_rows, self.algorithm, end, **ids)
         # test responses end as training ones do, without the random extra blocks
         self.test_source = Source(test_rows, self.algorithm, end and replace(end, extra_blocks=0), **ids)
         prediction = "next" if config.algorithm == "ar" else backbone.prediction
-        self.engine = Engine(accelerator, scores_for(config, backbone.model, prediction), config.optimizer)
+        scores = scores_for(config, backbone.model, prediction, self.algorithm.scores)
+        self.engine = Engine(accelerator, scores, config.optimizer)
         self.metrics = MetricsLog(state.path / "metrics.jsonl")
         self.parts: Iterator[Part] = iter(())
         self.tokens = 0
@@ -277,7 +278,7 @@ class _Run:
         rows = numpy.arange(min(len(source.rows), limit or len(source.rows)))
         drawn = config.recipe.eval_noise == "drawn" and not final
         if not drawn:
-            source = replace(source, algorithm=_algorithm(config, exact=True))
+            source = replace(source, algorithm=_algorithm(config, self.backbone, exact=True))
         layout = {"rank": engine.rank, "ranks": engine.ranks}
         # published fault F6: other masks at every evaluation
         parts = evaluation_parts(source, config, rows, draw_seed=config.seed + step if drawn else None, **layout)
@@ -382,10 +383,13 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _algorithm(config: RunConfig, *, exact: bool = False) -> Algorithm:
+def _algorithm(config: RunConfig, backbone: Backbone, *, exact: bool = False) -> Algorithm:
     """The run's algorithm; `exact` swaps in the least noisy unbiased estimate, for evaluation."""
     cls = algorithm_class(config.algorithm)
-    recipe = config.recipe.model_copy(update={"corruption": "exact", "weight": "elbo"}) if exact else config.recipe
+    bound = {"corruption": "exact", "weight": "elbo", "time_low": 0.0, "time_high": 1.0}
+    recipe = config.recipe.model_copy(update=bound) if exact else config.recipe
+    if config.algorithm == "edit_flows":
+        return cls(recipe, config.edits, longest=backbone.max_length, seed=config.seed)
     return cls(recipe, config.mlm_share) if config.algorithm == "mlm" else cls(recipe)
 
 
@@ -407,9 +411,10 @@ def _mixed_precision(recipe) -> str:
 
 def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
     """Rows and their ends fit the model's positions, and the data was tokenized with its vocabulary."""
-    if config.length > backbone.max_length:
+    room = backbone.max_length - algorithm_class(config.algorithm).front
+    if config.length > room:
         raise ValueError(
-            f"{config.name}: length = {config.length} is longer than the model allows ({backbone.max_length}); "
+            f"{config.name}: length = {config.length} is longer than the model allows ({room}); "
             "lower `length` or start from another model"
         )
     highest = int(rows.tokens[: 1 << 20].max()) if len(rows.tokens) else 0
@@ -463,8 +468,8 @@ def _finish(run: _Run, target: Path, workdir: Path) -> None:
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "model").mkdir(parents=True)
-    model = run.engine.unwrapped()
-    model.save_pretrained(scratch / "model")
+    scores = run.engine.unwrapped()
+    scores.model.save_pretrained(scratch / "model")
     run.backbone.tokenizer.save_pretrained(scratch / "model")
     entry = config.model
     sidecar = {
@@ -474,9 +479,11 @@ def _finish(run: _Run, target: Path, workdir: Path) -> None:
         "prediction": "next" if config.algorithm == "ar" else run.backbone.prediction,
         "response_end": config.recipe.response_end,
         "block_size": config.recipe.block_size,
+        "block_anchor": config.recipe.block_anchor,
         "length": config.length,
         "special_tokens": {"mask": entry.mask_token, "eos": entry.end_token, "end_of_turn": entry.end_of_turn},
         "chat_template": entry.chat_template,
+        **run.algorithm.save(scores, scratch / "model"),
     }
     (scratch / "model" / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
     write_when_changed(scratch / "config.yaml", config)
@@ -492,7 +499,7 @@ def _finish(run: _Run, target: Path, workdir: Path) -> None:
         processes=accelerator.num_processes,
         wall_seconds=round(run.wall_seconds, 1),
         tokens=run.tokens,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in scores.parameters()),
     )
     (scratch / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     provenance.replace_directory(scratch, target)

@@ -44,10 +44,8 @@ def shares_of(texts) -> dict:
     return {text: texts.count(text) / len(texts) for text in set(texts)}
 
 
-def flow(schedule="cubic", *, starts=("empty",), sampling=None, **edits) -> EditFlow:
-    return EditFlow(
-        edits=EditSettings(schedule=schedule, starts=list(starts), **edits), sampling=sampling or EditSampling()
-    )
+def flow(schedule="cubic", *, starts=("empty",), **edits) -> EditFlow:
+    return EditFlow(edits=EditSettings(schedule=schedule, starts=list(starts), **edits))
 
 
 def exact(pairs, symbols=2, schedule="cubic", **changes):
@@ -73,11 +71,9 @@ def test_a_single_insertion_is_still_to_be_made_at_t_with_probability_1_minus_ka
     """T1, at any number of steps, and with steps that go too far and back."""
     rows, steps = 3000, 5
     backbone = exact({((BLANK,), (A,)): 1.0}, schedule=schedule)
-    algorithm = flow(schedule, sampling=EditSampling(reverse=reverse))
+    sampler = GenerateSettings(steps=steps, edits=EditSampling(reverse=reverse))
     canvases = list(
-        algorithm.denoise(
-            backbone, empty_canvas(backbone, rows), GenerateSettings(steps=steps), row_seeds=torch.arange(rows)
-        )
+        flow(schedule).denoise(backbone, empty_canvas(backbone, rows), sampler, row_seeds=torch.arange(rows))
     )
     for step, canvas in enumerate(canvases[: steps + 1]):
         share = sum(text == (A,) for text in texts_of(canvas)) / rows
@@ -128,11 +124,11 @@ def test_fine_steps_with_the_posterior_rates_end_in_the_data_distribution(revers
     """T5, its second half."""
     rows, steps = 3000, 120
     backbone = exact(FROM_EMPTY)
-    algorithm = flow(sampling=EditSampling(reverse=reverse, finish=0))
+    algorithm = flow()
     *_, last = algorithm.denoise(
         backbone,
         empty_canvas(backbone, rows),
-        GenerateSettings(steps=steps, temperature=1.0),
+        GenerateSettings(steps=steps, temperature=1.0, edits=EditSampling(reverse=reverse, finish=0)),
         row_seeds=torch.arange(rows),
     )
     shares = shares_of(texts_of(last))
@@ -361,8 +357,8 @@ def busy(**changes):
 @pytest.mark.parametrize("guidance", [0.0, 0.5])
 def test_a_row_in_a_batch_equals_the_row_alone(reverse, guidance):
     backbone = busy()
-    algorithm = flow(starts=["empty", "masked"], sampling=EditSampling(reverse=reverse))
-    chosen = settings(guidance=guidance)
+    algorithm = flow(starts=["empty", "masked"])
+    chosen = settings(guidance=guidance, edits=EditSampling(reverse=reverse))
     texts = [[0, 1, 2], [3], [2, 2, 1, 0, 3, 1], [], [1, 0, 1, 3]]
     starts = [1, 1, 2, 0, 0]
     together = run(algorithm, backbone, edit_canvas(texts, starts, pad_id=backbone.pad_id), chosen)
@@ -386,11 +382,11 @@ def test_two_runs_are_the_same_and_another_seed_is_not():
 @pytest.mark.parametrize("reverse", [0.0, 1.0])
 def test_what_is_given_stays_and_no_row_outgrows_its_room(reverse):
     backbone = toy_backbone(RandomEdits(4, scale=3.0), max_length=12)
-    algorithm = flow(sampling=EditSampling(reverse=reverse))
+    algorithm, sampling = flow(), EditSampling(reverse=reverse)
     texts = [[0, 1, 2, 3, 0], [2, 1], [3] * 11]
     first = edit_canvas(texts, [2, 2, 11], pad_id=backbone.pad_id)
     longest = 0
-    for canvas in run(algorithm, backbone, first, settings(max_new_tokens=6, steps=12)):
+    for canvas in run(algorithm, backbone, first, settings(max_new_tokens=6, steps=12, edits=sampling)):
         for text, start, row in zip(texts, (2, 2, 11), canvas.tokens.tolist(), strict=True):
             assert row[:start] == text[:start]
         assert (canvas.length <= torch.tensor([8, 8, 11])).all()
@@ -428,9 +424,9 @@ def test_positions_to_edit_can_be_named():
 )
 def test_a_canvas_of_masks_starts_with_or_without_them(masks, starts, kept):
     backbone = busy()
-    algorithm = flow(starts=starts, sampling=EditSampling(masks=masks))
+    algorithm = flow(starts=starts)
     canvas = canvas_for([[0, 1]], 5, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
-    first = next(algorithm.denoise(backbone, canvas, settings()))
+    first = next(algorithm.denoise(backbone, canvas, settings(edits=EditSampling(masks=masks))))
     assert first.responses() == [[backbone.mask_id] * 5 if kept else []]
     assert int(first.masked.sum()) == (5 if kept else 0)
 
@@ -457,7 +453,7 @@ def test_the_final_passes_make_the_edits_that_are_more_likely_missing_than_not()
     """Two steps cannot insert four tokens right of one another: the passes at the end do."""
     backbone = exact({((BLANK,) * 4, (0, 1, 2, 3)): 1.0}, symbols=4)
     short, whole = (
-        run(flow(sampling=EditSampling(finish=n)), backbone, empty_canvas(backbone, 50), settings(steps=2))[-1]
+        run(flow(), backbone, empty_canvas(backbone, 50), settings(steps=2, edits=EditSampling(finish=n)))[-1]
         for n in (0, 8)
     )
     assert (short.length < 4).any()
@@ -490,9 +486,9 @@ def test_a_likelihood_is_refused_with_one_clear_line(ask):
 def test_passes_are_counted_and_rows_done_at_the_end():
     backbone = busy()
     canvas = edit_canvas([[0, 1, 2]], pad_id=backbone.pad_id)
-    plain = run(flow(sampling=EditSampling(finish=0)), backbone, canvas)
+    plain = run(flow(), backbone, canvas, settings(edits=EditSampling(finish=0)))
     assert [c.nfe for c in plain] == list(range(8)) and [bool(c.done) for c in plain] == [False] * 7 + [True]
-    guided = run(flow(sampling=EditSampling(finish=0)), backbone, canvas, settings(guidance=1.0))
+    guided = run(flow(), backbone, canvas, settings(guidance=1.0, edits=EditSampling(finish=0)))
     assert guided[-1].nfe == 14 and guided[-1].step == 7
     scored = [1 + int(c.length) for c in plain[:-1]]  # a front token each
     assert [c.computed for c in plain] == [sum(scored[:n]) for n in range(8)]

@@ -172,7 +172,7 @@ def test_new_heads_are_seeded_and_leave_the_global_generator_alone(directory):
 
 def test_a_checkpoint_without_heads_is_one_clear_error(directory, tmp_path):
     model = stock_backbone(directory, "roberta").model
-    with pytest.raises(ValueError, match="edit_heads.safetensors: missing; this checkpoint was not trained with"):
+    with pytest.raises(ValueError, match="edit_heads.safetensors: missing; a checkpoint of edit_flows has its heads"):
         load_edit_heads(tmp_path, model)
     with pytest.raises(ValueError, match="has no edit heads; algorithm = 'edit_flows' needs one trained with it"):
         edit_scores(model, "in_place")

@@ -1,0 +1,99 @@
+"""A run with `algorithm: bd3lm` from end to end: its checkpoint knows its blocks, samples, chats and scores."""
+
+import json
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dllm.algorithms.bd3lm import BD3LM
+from dllm.algorithms.mdlm import MDLM
+from dllm.config import GenerateSettings, LikelihoodSettings, OptimizerSettings, Recipe
+from dllm.language_model import load
+from dllm.training.trainer import train
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config
+
+SETTINGS = GenerateSettings(max_new_tokens=12, early_stop=False)
+CHAT = [{"role": "user", "content": "who ?"}]
+
+
+def bd3lm(name="run", **changes):
+    return run_config(name, algorithm="bd3lm", **changes)
+
+
+@pytest.fixture(params=["bert", "llama"])
+def any_workdir(workdir, request):
+    """With an encoder and with a decoder."""
+    if request.param == "llama":
+        make_model(workdir / "downloads" / "toy-model", entry_for("llama"))
+    return workdir, {"model": entry_for(request.param)}
+
+
+@pytest.mark.parametrize("data", ["text", "alpaca"])
+def test_it_trains_loads_samples_chats_and_scores(any_workdir, data):
+    workdir, model = any_workdir
+    recipe = {"time_low": 0.1, "time_high": 0.9}
+    settings = {"data": data, "data_path": f"data/{data}", "steps": 40, "recipe": recipe}
+    train(bd3lm(optimizer=OptimizerSettings(learning_rate=5e-3), **settings, **model), workdir, quiet=True)
+    losses = [row["loss"] for row in metrics_of(workdir, "run") if row["split"] != "train"]
+    assert losses[-1] < 0.9 * losses[0]
+    sidecar = json.loads((workdir / "runs/run/model/dllm.json").read_text())
+    assert (sidecar["algorithm"], sidecar["block_size"], sidecar["block_anchor"]) == ("bd3lm", 4, "response")
+    model = load(workdir / "runs/run/model", device="cpu")
+    assert isinstance(model.algorithm, BD3LM) and model.algorithm.rule(model.backbone, 99).size == 4
+    (answer,) = model.answers([CHAT], SETTINGS)
+    without = load(workdir / "runs/run/model", device="cpu")
+    without = type(without)(without.backbone, BD3LM(cached=False))
+    assert without.answers([CHAT], SETTINGS)[0].ids == answer.ids and answer.passes == 12
+    assert without.answers([CHAT], SETTINGS)[0].computed > answer.computed
+    (likely, unlikely) = model.nelbo([[]] * 2, [[6, 7, 8, 9, 10], [2, 2, 2, 2, 2]], LikelihoodSettings())
+    assert likely.nats < unlikely.nats
+
+
+@pytest.mark.parametrize("data", ["text", "alpaca"])
+def test_neither_the_layout_nor_the_split_into_micro_batches_changes_a_run(workdir, data):
+    where = {"data": data, "data_path": f"data/{data}"}
+    runs = {
+        "whole": bd3lm("whole", **where),
+        "split": bd3lm("split", micro_batch_size=3, micro_batch_tokens=60, **where),
+        "padded": bd3lm("padded", layout="padded", **where),
+        "chunks": bd3lm("chunks", head_chunk=5, activation_checkpointing=True, **where),
+    }
+    for config in runs.values():
+        train(config, workdir, quiet=True)
+    weights = [load_file(workdir / "runs" / name / "model" / "model.safetensors") for name in runs]
+    for other in weights[1:]:
+        # AdamW turns rounding into steps where a gradient is nearly zero
+        assert all(torch.allclose(weights[0][key], other[key], atol=2e-3, rtol=0) for key in other)
+    losses = numpy.array([[row["loss"] for row in metrics_of(workdir, name)] for name in runs])
+    numpy.testing.assert_allclose(losses - losses[0], 0, atol=2e-3)
+
+
+def test_it_goes_on_from_masked_diffusion_and_back(workdir):
+    train(run_config("first"), workdir, quiet=True)
+    train(bd3lm("second", init="first", init_path="runs/first/model"), workdir, quiet=True)
+    train(run_config("third", init="second", init_path="runs/second/model"), workdir, quiet=True)
+    assert isinstance(load(workdir / "runs/third/model", device="cpu").algorithm, MDLM)
+
+
+def test_another_algorithm_has_to_be_asked_for_and_must_make_sense(workdir):
+    train(run_config("masked", steps=1), workdir, quiet=True)
+    train(run_config("ar", steps=1, algorithm="ar", model=entry_for()), workdir, quiet=True)
+    path = workdir / "runs/masked/model"
+    assert isinstance(load(path, device="cpu").algorithm, MDLM)
+    asked = load(path, device="cpu", algorithm="bd3lm")
+    assert isinstance(asked.algorithm, BD3LM)
+    assert asked.algorithm.rule(asked.backbone, 3).size == 3  # it was not trained in blocks: the sampler's count
+    assert asked.answers([CHAT], SETTINGS)[0].passes == 12
+    for trained, wanted in (("masked", "ar"), ("masked", "edit_flows"), ("ar", "bd3lm")):
+        with pytest.raises(ValueError, match=f"algorithm = '{wanted}' cannot use a model trained with") as fault:
+            load(workdir / "runs" / trained / "model", device="cpu", algorithm=wanted)
+        assert "\n" not in str(fault.value)
+    with pytest.raises(ValueError, match="algorithm = 'bd4lm'; allowed: mdlm, bd3lm"):
+        load(path, device="cpu", algorithm="bd4lm")
+
+
+def test_an_empty_range_of_times_gets_one_line():
+    with pytest.raises(ValueError, match=r"time_low = 0.5 must be less than time_high = 0.5"):
+        Recipe(time_low=0.5, time_high=0.5)
