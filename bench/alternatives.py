@@ -1,0 +1,106 @@
+"""The common ways, re-stated: what published code for masked diffusion does, in its own order of operations.
+
+Nothing here is slowed down on purpose: greedy decoding skips the float64 noise that published samplers draw, and the
+scores of the mask token are ruled out exactly as ours are, so that both sides compute the same numbers. Each function
+uses a stock `transformers` model and nothing of ours.
+Sources: Nie et al. 2025 (arXiv:2502.09992), algorithms 2, 3 and 5 and the authors' code; Sahoo et al. 2024
+(arXiv:2406.07524).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@torch.no_grad()
+def monte_carlo(
+    model: nn.Module,
+    prompt: Sequence[int],
+    target: Sequence[int],
+    mask_id: int,
+    *,
+    draws: int = 128,
+    batch: int = 32,
+    generator: torch.Generator | None = None,
+) -> float:
+    """The bound on -log p(target | prompt) of one request, nats: `draws` random masks in batches of `batch` rows.
+
+    Mask counts are spread evenly over a batch; logits are computed at every position and cross-entropy taken at the
+    masked ones.
+    """
+    length = len(target)
+    batch = min(batch, draws)
+    rows = torch.tensor([[*prompt, *target]]).repeat(batch, 1)
+    answer = torch.arange(rows.shape[1]) >= len(prompt)
+    total = 0.0
+    for _ in range(draws // batch):
+        first = torch.randint(1, length + 1, (), generator=generator).float()
+        count = torch.round(torch.linspace(float(first), float(first + (batch - 1) * length / batch), batch)).long()
+        count = (count - 1) % length + 1
+        masked = torch.zeros_like(rows, dtype=torch.bool)
+        masked[:, answer] = torch.rand(batch, length, generator=generator).argsort(-1) < count[:, None]
+        logits = model(input_ids=torch.where(masked, mask_id, rows)).logits.float()
+        logits[..., mask_id] = -torch.inf
+        nll = functional.cross_entropy(logits[masked], rows[masked], reduction="none")
+        ratio = (count / length)[:, None].expand_as(rows)[masked]
+        total += float((nll / ratio).sum()) / batch
+    return total / (draws // batch)
+
+
+@torch.no_grad()
+def sample_row(
+    model: nn.Module,
+    prompt: Sequence[int],
+    new_tokens: int,
+    block_size: int,
+    mask_id: int,
+    *,
+    hide_ahead: bool = False,
+) -> list[int]:
+    """A greedy answer of `new_tokens` tokens to one prompt, one token per pass, the most confident first.
+
+    One row at a time; every pass runs over the full canvas, computes logits at all its positions and takes their
+    softmax; nothing stops at an end marker. hide_ahead: the model does not attend to what stands right of the active
+    block (a model whose training responses end at a block boundary wants it so); otherwise it sees masks there.
+    """
+    tokens = torch.tensor([[*prompt, *[mask_id] * new_tokens]])
+    start = len(prompt)
+    for block in range(0, new_tokens, block_size):
+        end = start + min(block + block_size, new_tokens)
+        attention = (torch.arange(tokens.shape[1]) < end).long()[None] if hide_ahead else None
+        for _ in range(end - start - block):
+            masked = tokens == mask_id
+            logits = model(input_ids=tokens, attention_mask=attention).logits.float()
+            logits[..., mask_id] = -torch.inf
+            proposed = logits.argmax(-1)
+            confidence = functional.softmax(logits, -1).gather(-1, proposed[..., None])[..., 0]
+            confidence[:, end:] = -torch.inf
+            confidence = torch.where(masked, confidence, -torch.inf)
+            place = confidence[0].topk(1).indices
+            tokens[0, place] = proposed[0, place]
+    return tokens[0, start:].tolist()
+
+
+def masked_loss(
+    model: nn.Module, tokens: Tensor, attention: Tensor, masked: Tensor, share: Tensor, mask_id: int
+) -> Tensor:
+    """The training loss of a padded batch: logits and cross-entropy at all positions, then masked and weighted.
+
+    tokens, attention, masked [B, L]; share [B] is what a nat of each row counts. Returns a scalar, a sum.
+    """
+    logits = model(input_ids=torch.where(masked, mask_id, tokens), attention_mask=attention.long()).logits
+    nll = functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view_as(tokens)
+    return (nll * masked * share[:, None]).sum()
+
+
+def masked_loss_selected(
+    model: nn.Module, tokens: Tensor, attention: Tensor, masked: Tensor, share: Tensor, mask_id: int
+) -> Tensor:
+    """As `masked_loss`, but cross-entropy at masked positions only, of logits that are computed everywhere."""
+    logits = model(input_ids=torch.where(masked, mask_id, tokens), attention_mask=attention.long()).logits
+    nll = functional.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")
+    return (nll * share[masked.nonzero(as_tuple=True)[0]]).sum()

@@ -1,0 +1,228 @@
+"""On a CUDA device: training throughput, MFU and memory, generated tokens and scored requests per second.
+
+ModernBERT-base and -large in their published sizes with random weights, built here: nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from dataclasses import replace
+from functools import cache
+
+import numpy
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+from bench.alternatives import masked_loss, sample_row
+from bench.measure import Result, compare, interleaved
+from bench.options import Options
+from bench.training import Sizes, run_config
+from bench.workloads import VOCABULARY, as_backbone, chat_lengths, rows_of_lengths
+from dllm.algorithms.mdlm import MDLM
+from dllm.config import GenerateSettings, LikelihoodSettings
+from dllm.core.batch import row_noise
+from dllm.core.canvas import canvas_for
+from dllm.core.corrupt import exact_count
+from dllm.data.collate import collate
+from dllm.models.load import Backbone
+from dllm.training.engine import Engine, scores_for
+from dllm.training.pipeline import Part, Source, training_parts
+from dllm.training.step import training_step
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+"""Dense bf16 FLOP/s of a device whose name holds the key, from the makers' data sheets (without sparsity)."""
+
+FORMULA = (
+    "FLOPs of a step = 6 N per token of the row (N: parameters of the layers without embedding and head), "
+    "6 H per token whose logits are computed (H: parameters of the head, the tied output matrix included), "
+    "12 D per token, layer and key it attends to (D: width; keys: the row's length, in sliding layers at most the "
+    "window). MFU = FLOPs per second over the device's dense bf16 peak. Recomputation is not counted."
+)
+
+SIZES = {
+    "ModernBERT-base": {"hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "heads": 12},
+    "ModernBERT-large": {"hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "heads": 16},
+}
+ROW_TOKENS = 32_768
+"""Tokens of a global batch, and of the widest packed micro-batch."""
+
+
+def gpu(options: Options) -> Result:
+    """Everything above, or the reason why not."""
+    if not torch.cuda.is_available():
+        return Result(skipped="no CUDA device in this machine; nothing about GPUs was measured")
+    if options.quick:
+        return Result(skipped="a smoke run leaves the GPU alone")
+    rows, setup = [], {"device": torch.cuda.get_device_name(), "peak FLOP/s": peak_flops(), "formula": FORMULA}
+    for name in SIZES:
+        for length in (512, 1024):
+            row, facts = _training(name, length, options)
+            rows += row
+            setup[f"{name}, length {length}"] = facts
+            _forget()
+        row, facts = _inference(name, options)
+        rows += row
+        setup[f"{name}, generation and scoring"] = facts
+        _forget()
+    return Result(rows, [], setup)
+
+
+def peak_flops() -> float | None:
+    """The device's dense bf16 FLOP/s, None if it is not in the table."""
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def step_flops(backbone: Backbone, lengths: numpy.ndarray, predicted: int) -> float:
+    """FLOPs of forward and backward over rows of these lengths with `predicted` logits; see FORMULA."""
+    model, config = backbone.model, backbone.model.config
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    head = sum(p.numel() for p in model.head.parameters()) + config.vocab_size * config.hidden_size
+    keys = 0
+    for kind in config.layer_types:
+        reach = lengths if kind == "full_attention" else numpy.minimum(lengths, config.local_attention + 1)
+        keys += int((lengths * reach).sum())
+    return 6.0 * layers * int(lengths.sum()) + 6.0 * head * predicted + 12.0 * config.hidden_size * keys
+
+
+@cache
+def _backbone(name: str) -> Backbone:
+    sizes = dict(SIZES[name])
+    config = ModernBertConfig(
+        vocab_size=VOCABULARY,
+        num_attention_heads=sizes.pop("heads"),
+        max_position_embeddings=2048,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+        **sizes,
+    )
+    return as_backbone(config, ModernBertForMaskedLM, device="cuda")
+
+
+def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
+    backbone, algorithm = _backbone(name), MDLM()
+    # uneven rows, as chat data has them, at most `length` tokens
+    lengths = chat_lengths(4096, mean=0.6 * length, longest=length)
+    lengths = lengths[: int(numpy.searchsorted(numpy.cumsum(lengths), ROW_TOKENS))]
+    rows = rows_of_lengths(lengths, VOCABULARY, prompt_share=0.0)
+    sizes = Sizes(VOCABULARY, rows=len(lengths), longest=length)
+    config = run_config(sizes, bf16=True, micro_batch_tokens=ROW_TOKENS)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    engine = Engine(
+        Accelerator(mixed_precision="bf16"), scores_for(config, backbone.model, "in_place"), config.optimizer
+    )
+    source = Source(rows, algorithm, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
+    made = training_parts(source, config, first=0, last=1)
+    parts: list[Part] = [replace(part, inputs=part.inputs.pin_memory()) for part in made]
+    predicted = sum(len(part.inputs.row) for part in parts)
+    count = 8
+    batches = [numpy.arange(low, min(low + count, len(lengths))) for low in range(0, len(lengths), count)]
+    total = float(lengths.sum())
+
+    def ours() -> None:
+        training_step(engine, algorithm, parts)
+
+    def theirs() -> None:
+        for numbers in batches:
+            batch = collate(rows, numbers, pad_id=backbone.pad_id, end=None)
+            noise = row_noise(0, 0, batch.sample_ids, batch.tokens.shape[1])
+            corrupted = exact_count(batch.maskable, noise.level, noise.place)
+            batch, masked, weight = batch.to("cuda"), corrupted.masked.cuda(), corrupted.weight.cuda()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = masked_loss(backbone.model, batch.tokens, batch.attention, masked, weight, backbone.mask_id)
+            (loss / total).backward()
+        engine.update()
+
+    times = interleaved({"ours": ours, "theirs": theirs}, options.repeats(10), warmup=3, at_most=60)
+    memory = {"ours": _peak_gib(ours), "theirs": _peak_gib(theirs)}
+    seconds, peak = statistics.median(times["ours"]), peak_flops()
+    flops = step_flops(backbone, lengths, predicted)
+    facts = {
+        "tokens per second": total / seconds,
+        "model FLOP/s": flops / seconds,
+        "MFU": flops / seconds / peak if peak else None,
+        "peak memory, GiB": memory["ours"],
+        "common way, tokens per second": total / statistics.median(times["theirs"]),
+        "common way, peak memory, GiB": memory["theirs"],
+        "rows": len(lengths),
+        "tokens": int(total),
+    }
+    title = f"{name}, rows of at most {length} tokens, packed, bf16 autocast, {torch.cuda.get_device_name()}"
+    against = f"random batches of {count} padded to the longest, logits everywhere, bf16 autocast"
+    held = "same weights, rows, masks, precision of products, optimiser; inputs of ours are made ahead, as in training"
+    common = {"held_equal": held, "correct": "same loss on the CPU (case sft)"}
+    mfu = f"MFU {facts['MFU']:.1%}, " if peak else "MFU unknown (no peak FLOP/s for this device), "
+    note = f"{mfu}{facts['tokens per second']:,.0f} tokens/s, peak memory {memory['ours']:.1f} GiB. {FORMULA}"
+    return [
+        compare(times["ours"], times["theirs"], name=f"training step, {title}", against=against, note=note, **common),
+        compare(
+            [memory["ours"]], [memory["theirs"]], name=f"peak memory, {title}", against=against, unit="GiB", **common
+        ),
+    ], facts
+
+
+def _inference(name: str, options: Options) -> tuple[list, dict]:
+    """Generated tokens and scored requests per second, in bf16 weights; the alternative runs on fewer rows."""
+    backbone, algorithm = _backbone(name), MDLM()
+    backbone.model.to(torch.bfloat16).eval()
+    random = numpy.random.default_rng(0)
+    lengths = random.integers(32, 256, 128)
+    prompts = [random.integers(5, VOCABULARY, int(n)).tolist() for n in lengths]
+    targets = [random.integers(5, VOCABULARY, int(n)).tolist() for n in random.integers(5, 40, 128)]
+    settings = GenerateSettings(max_new_tokens=128, early_stop=False, batch_size=128)
+
+    def generate() -> None:
+        ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": "cuda"}
+        for _ in algorithm.denoise(backbone, canvas_for(prompts, settings.max_new_tokens, **ids), settings):
+            pass
+
+    def one_row() -> None:
+        _sample_row_cuda(backbone, prompts[0], settings)
+
+    def score() -> None:
+        algorithm.nelbo(backbone, prompts, targets, LikelihoodSettings())
+
+    times = interleaved({"generate": generate, "one row": one_row, "score": score}, options.repeats(3), at_most=90)
+    per_token = {
+        "ours": [t / (len(prompts) * settings.max_new_tokens) for t in times["generate"]],
+        "theirs": [t / settings.max_new_tokens for t in times["one row"]],
+    }
+    facts = {
+        "generated tokens per second": 1 / statistics.median(per_token["ours"]),
+        "scored requests per second": len(prompts) / statistics.median(times["score"]),
+    }
+    row = compare(
+        per_token["ours"],
+        per_token["theirs"],
+        name=f"generation, 128 tokens, 128 ragged prompts, {name}, bf16, {torch.cuda.get_device_name()}",
+        against="one row at a time, full canvas, logits everywhere (one of the prompts)",
+        unit="s per token",
+        held_equal="same weights, precision, canvas, blocks; nothing ends early; not the same batch",
+        correct="identical tokens on the CPU (case generation)",
+        note=f"{facts['generated tokens per second']:,.0f} generated tokens/s, "
+        f"{facts['scored requests per second']:,.1f} scored requests/s (targets of 5 to 39 tokens, budget 64).",
+    )
+    backbone.model.float()
+    return [row], facts
+
+
+@torch.no_grad()
+def _sample_row_cuda(backbone: Backbone, prompt: list[int], settings: GenerateSettings) -> None:
+    """`alternatives.sample_row` with its tensors on the device."""
+    with torch.device("cuda"):
+        sample_row(backbone.model, prompt, settings.max_new_tokens, settings.block_size, backbone.mask_id)
+
+
+def _peak_gib(job) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    job()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def _forget() -> None:
+    _backbone.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,0 +1,23 @@
+"""What a run of the benchmark was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """quick: a smoke run of a few seconds whose numbers mean nothing; workdir: where the laptop run is (None: here)."""
+
+    out: Path
+    workdir: Path | None = None
+    quick: bool = False
+
+    def repeats(self, count: int) -> int:
+        """How many rounds are timed."""
+        return 2 if self.quick else count
+
+    def target(self, ratio: float) -> float | None:
+        """The least ratio asked for; a smoke run is not held to any."""
+        return None if self.quick else ratio

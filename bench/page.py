@@ -1,0 +1,270 @@
+"""The page of results: what was reached and missed, figures with their csv, and how everything was measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from bench.__main__ import read
+from dllm.provenance import write_atomically
+from dllm.report.format import duration
+from dllm.report.page import as_data_uri
+from dllm.report.style import GRID, INK, QUIET, RC, WIDTH, looks
+
+HERE = Path(__file__).resolve().parent
+STYLE = HERE.parent / "dllm" / "report" / "templates" / "page.css"
+OURS, THEIRS, MISSED = "#0072B2", "#D55E00", "#9c3b1b"
+LETTERS = 96
+"""A longer label of the overview is cut."""
+
+
+def build(out: Path) -> Path:
+    """Draw figures and page from the results in `out`; returns the page. Raises ValueError if there are none."""
+    cases = read(out)
+    if not cases:
+        raise ValueError(f"{out}: no results there; run python -m bench first")
+    figures = {}
+    with matplotlib.rc_context(RC):
+        for name, (caption, figure, table) in _figures(cases).items():
+            for suffix, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+                figure.savefig(out / f"{name}.{suffix}", metadata=metadata)
+            write_atomically(out / f"{name}.csv", table)
+            figures[name] = (caption, as_data_uri((out / f"{name}.svg").read_text(encoding="utf-8")))
+    write_atomically(out / "rows.csv", _rows_csv(cases))
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(ratio=ratio, amount=amount, verdict=verdict, duration=duration)
+    content = environment.get_template("page.html.jinja").render(
+        style=STYLE.read_text(encoding="utf-8"),
+        cases=cases,
+        figures=figures,
+        targets=[row for case in cases.values() for row in case["rows"] if row["target"]],
+        quick=any(case["quick"] for case in cases.values()),
+        where=_where(cases),
+        seconds=sum(case["seconds"] for case in cases.values()),
+    )
+    write_atomically(out / "index.html", content)
+    return out / "index.html"
+
+
+def summary(out: Path) -> str:
+    """The rows as text for a terminal."""
+    lines = []
+    for case in read(out).values():
+        lines += ["", case["title"] + (f": skipped, {case['skipped']}" if case["skipped"] else "")]
+        for row in case["rows"]:
+            spread = f"[{ratio(row['low'])}, {ratio(row['high'])}]"
+            asked = f"{verdict(row)} (at least {row['target']:g})" if row["target"] else ""
+            lines.append(f"  {ratio(row['ratio']):>7} x {spread:<16} {row['name']}  {asked}")
+            lines.append(f"{'':29}against {row['against']}")
+    rows = [row for case in read(out).values() for row in case["rows"] if row["target"]]
+    reached = sum(verdict(row) == "reached" for row in rows)
+    return "\n".join([*lines, "", f"{reached} of {len(rows)} targets reached." if rows else "A run without targets."])
+
+
+def ratio(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def amount(value: float, unit: str) -> str:
+    """`1.3 s`, `450 ms`, `1,024 forward rows`."""
+    if unit == "s":
+        return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+    return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
+
+
+def verdict(row: dict) -> str:
+    """`reached`, `missed`, or nothing without a target."""
+    return "" if not row["target"] else "reached" if row["ratio"] >= row["target"] else "missed"
+
+
+def _where(cases: dict) -> list[dict]:
+    """The different machines and versions of the results, one entry each."""
+    keys = ("hardware", "device", "commit", "dirty", "versions", "threads")
+    found = {str([case[key] for key in keys]): {key: case[key] for key in keys} for case in cases.values()}
+    return list(found.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
+    found = {
+        "ratios": (
+            "Every comparison: median of theirs over median of ours, with the interquartile range of the paired "
+            "ratios. Upright marks are the targets. Right of 1, ours is faster or smaller.",
+            _ratios(cases),
+            _rows_csv(cases),
+        )
+    }
+    curves = {c["name"]: c for case in cases.values() for c in case["growth"]}
+    scaling = [c for c in curves.values() if c["name"] not in ("estimators", "parallel", "reuse")]
+    if scaling:
+        caption = (
+            "How cost grows. Points are medians, bars the quartiles. Both axes are logarithmic; both lines of a panel "
+        )
+        found["growth"] = (caption + "were taken in turn.", _panels(scaling), _growth_csv(scaling))
+    if "estimators" in curves:
+        caption = (
+            "Standard error of each likelihood estimator against the passes it takes, on the same requests. Left and "
+            "down is better. Every estimator has the same expectation."
+        )
+        found["estimators"] = (caption, _estimators(curves["estimators"]), _estimators_csv(curves["estimators"]))
+    trades = [curves[name] for name in ("parallel", "reuse") if name in curves]
+    if trades:
+        caption = (
+            "What approximate decoding gives up: share of the exact answers' tokens that it keeps, against its speed. "
+            "The exact decode is at (1, 1)."
+        )
+        found["agreement"] = (caption, _agreement(trades, cases), _agreement_csv(trades, cases))
+    return found
+
+
+def _ratios(cases: dict) -> Figure:
+    rows = [row for case in cases.values() for row in case["rows"]]
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.44 * max(1, len(rows))), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        color = MISSED if verdict(row) == "missed" else OURS
+        axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.4, solid_capstyle="round")
+        axes.plot(row["ratio"], place, "o", color=color)
+        if row["target"]:
+            axes.plot([row["target"]] * 2, [place - 0.32, place + 0.32], color=INK, linewidth=1.4)
+        axes.annotate(
+            f"{ratio(row['ratio'])} x",
+            (max(row["high"], row["ratio"], row["target"] or 0), place),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axes.axvline(1, color=QUIET, linewidth=1)
+    axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6), xlabel="times less with ours")
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
+    labels = [f"{_cut(row['name'], 64)}\nagainst {_cut(row['against'], 60)}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _panels(curves: list[dict]) -> Figure:
+    columns = 2
+    height = -(-len(curves) // columns)
+    figure = Figure(figsize=(WIDTH, 2.7 * height), layout="constrained")
+    every = figure.subplots(height, columns, squeeze=False).flatten()
+    for axes in every[len(curves) :]:
+        axes.set_visible(False)
+    for axes, curve in zip(every, curves, strict=False):
+        for number, (label, values) in enumerate(curve["lines"].items()):
+            color = OURS if label == "ours" else THEIRS
+            low, high = curve["low"][label], curve["high"][label]
+            below = [max(0.0, v - bound) for v, bound in zip(values, low, strict=True)]
+            above = [max(0.0, bound - v) for v, bound in zip(values, high, strict=True)]
+            marker = "os^D"[number % 4]
+            axes.errorbar(curve["x"], values, yerr=[below, above], color=color, marker=marker, label=label)
+        axes.set(xscale="log", yscale="log", title=curve["title"], xlabel=curve["x_label"], ylabel=curve["y_label"])
+        axes.set_xticks(curve["x"], [f"{x:g}" for x in curve["x"]])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom / 1.2, top * 3)
+        axes.minorticks_off()
+        axes.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def _estimators(curve: dict) -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, look), values in zip(looks(curve["lines"]).items(), curve["lines"].values(), strict=True):
+        style = {"color": look.color, "marker": look.marker, "linewidth": 3 if name == "auto" else 1.8}
+        axes.plot(curve["low"][name], values, label=name, alpha=0.75, **style)
+    axes.set(xscale="log", yscale="log", xlabel=curve["x_label"], ylabel=curve["y_label"])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else ""))
+    axes.legend(loc="upper right", ncols=2)
+    return figure
+
+
+def _agreement(curves: list[dict], cases: dict) -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    titles = {"parallel": "Several tokens per pass", "reuse": "Reuse of keys and values"}
+    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        points = _trade(curve, cases)
+        for (label, look), (speed, share, _) in zip(looks(points).items(), points.values(), strict=True):
+            axes.plot(speed, share, look.marker, color=look.color, label=label, markersize=7)
+        axes.set(title=titles[curve["name"]], xlabel="times faster than exact", ylabel="share of equal tokens")
+        axes.set_ylim(-0.04, 1.06)
+        axes.set_xlim(left=0)
+        axes.legend(fontsize=7.5, loc="lower left")
+        axes.axhline(1, color=GRID)
+    return figure
+
+
+def _trade(curve: dict, cases: dict) -> dict[str, tuple[float, float, float]]:
+    """Speed, agreement and passes of each variant of a curve."""
+    labels = curve["note"].split(" | ")
+    speeds = [1.0, *(row["ratio"] for row in cases[curve["name"]]["rows"])]
+    found = zip(labels, speeds, curve["lines"]["agreement"], curve["x"], strict=True)
+    return {label: (speed, share, passes) for label, speed, share, passes in found}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def _rows_csv(cases: dict) -> str:
+    fields = ("name", "against", "unit", "ours", "theirs", "ratio", "low", "high", "pairs", "target")
+    rows = [{"case": name} | {f: row[f] for f in fields} for name, case in cases.items() for row in case["rows"]]
+    return _csv(["case", *fields], [list(row.values()) for row in rows])
+
+
+def _growth_csv(curves: list[dict]) -> str:
+    rows = [
+        [
+            curve["name"],
+            curve["x_label"],
+            x,
+            curve["y_label"],
+            line,
+            *(curve[k][line][i] for k in ("lines", "low", "high")),
+        ]
+        for curve in curves
+        for line in curve["lines"]
+        for i, x in enumerate(curve["x"])
+    ]
+    return _csv(["figure", "x_label", "x", "unit", "line", "median", "low", "high"], rows)
+
+
+def _estimators_csv(curve: dict) -> str:
+    pairs = {name: zip(curve["low"][name], errors, strict=True) for name, errors in curve["lines"].items()}
+    rows = [[name, passes, error] for name, points in pairs.items() for passes, error in points]
+    return _csv(["estimator", "passes", "standard_error"], rows)
+
+
+def _agreement_csv(curves: list[dict], cases: dict) -> str:
+    rows = [[c["name"], label, *point] for c in curves for label, point in _trade(c, cases).items()]
+    return _csv(["kind", "variant", "speed", "agreement", "passes"], rows)
+
+
+def _csv(head: list[str], rows: list[list]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([head, *rows])
+    return text.getvalue()
+
+
+def _cut(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"
