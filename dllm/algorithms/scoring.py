@@ -8,8 +8,9 @@ other requests, up to float rounding. The designs are in `core.likelihood`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy
@@ -19,10 +20,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.algorithms.denoising import denoise_masked
 from dllm.config import GenerateSettings, LikelihoodSettings
+from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import Canvas, Score, canvas_for
-from dllm.core.likelihood import Design, estimate, likelihood_design
+from dllm.core.likelihood import (
+    WITH_EFFORT,
+    Design,
+    budget_for,
+    estimate,
+    everything_masked,
+    likelihood_design,
+)
 from dllm.core.noise import keyed_hash, token_hash
-from dllm.core.packing import layout_of
+from dllm.core.packing import Layout, block_layout, layout_of
 from dllm.models.forward import packed_hidden, packed_logits
 from dllm.models.load import Backbone
 
@@ -35,22 +44,38 @@ _HEAD_LOGITS = 2**25
 """Most logits held at once (128 MiB)."""
 
 
-def nelbo_masked(backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> list[Score]:
+def nelbo_masked(
+    backbone: Backbone,
+    prompts: Rows,
+    targets: Rows,
+    settings: LikelihoodSettings,
+    *,
+    rule: BlockRule | None = None,
+) -> list[Score]:
     """A bound on -log p(target | prompt) per request, in nats.
 
     With `settings.block_size`, the sum over the target's blocks of their bounds, each given the prompt and the clean
     blocks before it: the bound of a decoder that finishes block after block, with block size 1 the left-to-right chain
-    rule, at the target's length the plain bound. Raises ValueError for an empty target, a target with the mask token, a
-    row longer than the model's context, or a budget too small for the estimator.
+    rule, at the target's length the plain bound.
+
+    rule: how rows are cut into blocks of a model that attends block-causally. Its targets are always scored so, in its
+    own blocks; all passes of a request then share one pass over its clean tokens.
+
+    Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, or a
+    budget too small for the estimator.
     """
     _check(backbone, prompts, targets)
     if not len(prompts):
         return []
-    parts = _parts(prompts, targets, settings)
+    parts = _parts(prompts, targets, settings, rule)
     nats, variance = numpy.zeros(len(prompts)), numpy.zeros(len(prompts))
     passes = numpy.zeros(len(prompts), dtype=numpy.int64)
-    for groups in _chunks(_groups(parts, settings, backbone.mask_id)):
-        for group, nll in zip(groups, _forward(backbone, parts, groups, settings.batch_tokens), strict=True):
+    first, budget = None, numpy.full(len(parts.targets), settings.budget)
+    if settings.effort is not None and settings.estimator in WITH_EFFORT:
+        first = _everything_masked(backbone, parts, settings, rule, passes)
+        budget = budget_for(numpy.array([float(nll.sum()) for nll in first]), settings)
+    for groups in _chunks(_groups(parts, settings, budget, first, backbone.mask_id)):
+        for group, nll in zip(groups, _forward(backbone, parts, groups, settings.batch_tokens, rule), strict=True):
             value, error = estimate(group.design, nll)
             numpy.add.at(nats, group.owner, value.numpy())
             numpy.add.at(variance, group.owner, (error**2).numpy())
@@ -59,7 +84,14 @@ def nelbo_masked(backbone: Backbone, prompts: Rows, targets: Rows, settings: Lik
     return [Score(*score) for score in zip(nats.tolist(), error.tolist(), passes.tolist(), strict=True)]
 
 
-def greedy_match_masked(backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> list[bool]:
+def greedy_match_masked(
+    backbone: Backbone,
+    prompts: Rows,
+    targets: Rows,
+    settings: LikelihoodSettings,
+    *,
+    rule: BlockRule | None = None,
+) -> list[bool]:
     """Whether greedy decoding gives the target: a canvas of its length, one token per pass, the most confident first.
 
     A row leaves its batch at the first token that differs. Raises ValueError as `nelbo_masked`.
@@ -70,13 +102,13 @@ def greedy_match_masked(backbone: Backbone, prompts: Rows, targets: Rows, settin
     order = lengths.argsort(kind="stable")
     for low, high in _batches(lengths[order], settings.batch_tokens):
         requests = order[low:high].tolist()
-        found = _greedy_batch(backbone, [prompts[r] for r in requests], [targets[r] for r in requests])
+        found = _greedy_batch(backbone, [prompts[r] for r in requests], [targets[r] for r in requests], rule)
         for request, match in zip(requests, found.tolist(), strict=True):
             matches[request] = match
     return matches
 
 
-def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows) -> Tensor:
+def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows, rule: BlockRule | None) -> Tensor:
     """[B] bool."""
     counts = [len(target) for target in targets]
     ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": backbone.device}
@@ -88,7 +120,7 @@ def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows) -> Tensor:
         return (canvas.valid & ~canvas.masked & (canvas.tokens != wanted)).any(1)
 
     settings = GenerateSettings(max_new_tokens=max(counts), block_size=max(counts), early_stop=False)
-    *_, last = denoise_masked(backbone, canvas, settings, finished=differs)
+    *_, last = denoise_masked(backbone, canvas, settings, finished=differs, rule=rule)
     return ~differs(last)
 
 
@@ -97,7 +129,8 @@ class _Parts:
     """What is scored: targets, or blocks of them, each in a context (a prompt, and the clean blocks before).
 
     contexts [C, P] long, padded on the right, and their lengths [C]; targets: the tokens of N parts; owner and context
-    [N]: the request and the context of each; key [N] long: of its random numbers.
+    [N]: the request and the context of each; key [N] long: of its random numbers. Where the model attends
+    block-causally: origin [C], from where its blocks are counted, and line [C], a context that begins with this one.
     """
 
     contexts: Tensor
@@ -106,81 +139,143 @@ class _Parts:
     owner: numpy.ndarray
     context: numpy.ndarray
     key: Tensor
+    origin: numpy.ndarray
+    line: numpy.ndarray
 
 
-def _parts(prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> _Parts:
+def _parts(prompts: Rows, targets: Rows, settings: LikelihoodSettings, rule: BlockRule | None) -> _Parts:
     """Parts with the same prompt and place have the same key, whatever their lengths and the blocks before them."""
-    numbers: dict[tuple[int, ...], int] = {}
-    rows, owner, context, prompt, block = [], [], [], [], []
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    line: dict[int, int] = {}
+    rows, owner, context, prompt, number = [], [], [], [], []
     for request, (given, target) in enumerate(zip(prompts, targets, strict=True)):
-        given = tuple(given)
-        first = numbers.setdefault(given, len(numbers))
-        size = settings.block_size or len(target)
-        for low in range(0, len(target), size):
-            before = numbers.setdefault((*given, *target[:low]), len(numbers)) if low else first
-            rows.append(target[low : low + size])
+        given, size = tuple(given), settings.block_size or len(target)
+        origin, low, block = 0, 0, 0
+        if rule is not None:
+            origin, size = int(rule.starts(numpy.array(len(given)))), rule.size
+        first = numbers.setdefault((origin, given), len(numbers))
+        own = []
+        while low < len(target):
+            high = low + size
+            if rule is not None:
+                high = int(rule.end(numpy.array(len(given) + low), numpy.array(origin))) - len(given)
+            own.append(numbers.setdefault((origin, (*given, *target[:low])), len(numbers)) if low else first)
+            rows.append(target[low:high])
             owner.append(request)
-            context.append(before)
             prompt.append(first)
-            block.append(low // size)
-    lengths = torch.tensor([len(tokens) for tokens in numbers], dtype=torch.long)
-    contexts = pad_sequence([torch.tensor(tokens, dtype=torch.long) for tokens in numbers], batch_first=True)
+            number.append(block)
+            low, block = high, block + 1
+        context += own
+        line |= dict.fromkeys(own, own[-1])
+    lengths = torch.tensor([len(tokens) for _, tokens in numbers], dtype=torch.long)
+    contexts = pad_sequence([torch.tensor(tokens, dtype=torch.long) for _, tokens in numbers], batch_first=True)
     hashes = token_hash(contexts, torch.arange(contexts.shape[1]) < lengths[:, None])
-    key = keyed_hash(settings.seed, hashes[prompt], torch.tensor(block))
-    return _Parts(contexts, lengths, rows, numpy.array(owner), numpy.array(context), key)
+    key = keyed_hash(settings.seed, hashes[prompt], torch.tensor(number))
+    return _Parts(
+        contexts,
+        lengths,
+        rows,
+        owner=numpy.array(owner),
+        context=numpy.array(context),
+        key=key,
+        origin=numpy.array([origin for origin, _ in numbers]),
+        line=numpy.array([line[context] for context in range(len(numbers))]),
+    )
 
 
 @dataclass(frozen=True)
 class _Group:
     """G parts of one length L, their designs, and the inputs they need, each once.
 
-    owner [G]: the request of each; targets [G, L]; design with leading dimension G; inputs: U different masked targets
-    [U, L], of contexts [U]; row [G, S]: which input each pass is; passes [G]: inputs that no earlier part has.
+    members and owner [G]: the number and the request of each; targets [G, L]; design with leading dimension G; asked
+    [G, S, L] bool: what it scores and is not known, known [G, S, L] the nll of the rest; inputs: U different masked
+    targets [U, L], of contexts [U]; row [G, S]: which input each pass is; passes [G]: inputs that no earlier part has.
     """
 
+    members: numpy.ndarray
     owner: numpy.ndarray
     targets: Tensor
     design: Design
+    asked: Tensor
+    known: Tensor
     inputs: Tensor
     context: Tensor
     row: Tensor
     passes: numpy.ndarray
 
 
-def _groups(parts: _Parts, settings: LikelihoodSettings, mask_id: int) -> Iterator[_Group]:
-    """The parts by target length, those with the same context together, short contexts first."""
+def _everything_masked(
+    backbone: Backbone, parts: _Parts, settings: LikelihoodSettings, rule: BlockRule | None, passes: numpy.ndarray
+) -> list[Tensor]:
+    """The nll [L] of every part with all of it masked; counts its passes, of each request, in `passes`."""
+    found = [torch.empty(0)] * len(parts.targets)
+    for groups in _chunks(_groups(parts, settings, None, None, backbone.mask_id)):
+        for group, nll in zip(groups, _forward(backbone, parts, groups, settings.batch_tokens, rule), strict=True):
+            numpy.add.at(passes, group.owner, group.passes)
+            for part, values in zip(group.members.tolist(), nll[:, 0], strict=True):
+                found[part] = values
+    return found
+
+
+def _groups(
+    parts: _Parts,
+    settings: LikelihoodSettings,
+    budget: numpy.ndarray | None,
+    first: list[Tensor] | None,
+    mask_id: int,
+) -> Iterator[_Group]:
+    """The parts by target length and budget [N], those with the same context together, short contexts first.
+
+    Without a budget only the pass with everything masked; `first` is what such a pass gave.
+    """
     size = numpy.array([len(target) for target in parts.targets])
-    order = numpy.lexsort((parts.context, parts.lengths.numpy()[parts.context], size))
-    for length, same in groupby(order.tolist(), key=lambda part: int(size[part])):
+    most_passes = numpy.ones_like(size) if budget is None else budget
+    order = numpy.lexsort((parts.context, parts.lengths.numpy()[parts.context], most_passes, size))
+    for (length, passes), same in groupby(order.tolist(), key=lambda part: (int(size[part]), int(most_passes[part]))):
         members = list(same)
-        passes = likelihood_design(length, 0, settings).masked.shape[0]
-        most = max(1, _CHUNK_ROWS // passes)
+        design = partial(everything_masked, length)
+        if budget is not None:
+            own = settings.model_copy(update={"budget": passes})
+            design = partial(likelihood_design, length, settings=own)
+        most = max(1, _CHUNK_ROWS // design(torch.tensor(0)).masked.shape[0])
         context = parts.context[members]
         low = 0
         while low < len(members):
             high = min(low + most, len(members))
             while high < len(members) and context[high] == context[high - 1]:
                 high += 1
-            yield _group(parts, numpy.array(members[low:high]), settings, mask_id)
+            yield _group(parts, numpy.array(members[low:high]), design, first, mask_id)
             low = high
 
 
-def _group(parts: _Parts, members: numpy.ndarray, settings: LikelihoodSettings, mask_id: int) -> _Group:
+def _group(
+    parts: _Parts,
+    members: numpy.ndarray,
+    design_of: Callable[[Tensor], Design],
+    first: list[Tensor] | None,
+    mask_id: int,
+) -> _Group:
     targets = torch.tensor([list(parts.targets[part]) for part in members.tolist()], dtype=torch.long)
     key, of_key = parts.key[members].unique(return_inverse=True)
-    design = likelihood_design(targets.shape[1], key, settings).of(of_key)
+    design = design_of(key).of(of_key)
+    asked, known = design.scored, torch.zeros((), dtype=torch.float64).expand(design.scored.shape)
+    if first is not None:
+        whole = design.masked.all(-1, keepdim=True) & design.scored
+        known = whole * torch.stack([first[part] for part in members.tolist()])[:, None]
+        asked = asked & ~whole
     inputs = torch.where(design.masked, mask_id, targets[:, None])
-    part, step = design.scored.any(-1).nonzero(as_tuple=True)  # an arrangement may end in empty passes
+    part, step = asked.any(-1).nonzero(as_tuple=True)  # an arrangement may end in empty passes
     inputs = inputs[part, step]
     context = torch.from_numpy(parts.context[members])[part]
     # equal inputs by a hash of 64 bits: of 16384 rows, two different ones share it with probability 1e-11
     same = keyed_hash(context, token_hash(inputs)).numpy()
-    _, first, inverse = numpy.unique(same, return_index=True, return_inverse=True)
+    _, place, inverse = numpy.unique(same, return_index=True, return_inverse=True)
     row = torch.zeros(design.scored.shape[:2], dtype=torch.long)
     row[part, step] = torch.from_numpy(inverse.reshape(-1))
-    first = torch.from_numpy(first)
-    passes = torch.bincount(part[first], minlength=len(members)).numpy()
-    return _Group(parts.owner[members], targets, design, inputs[first], context[first], row, passes)
+    place = torch.from_numpy(place)
+    passes = torch.bincount(part[place], minlength=len(members)).numpy()
+    owner, inputs, context = parts.owner[members], inputs[place], context[place]
+    return _Group(members, owner, targets, design, asked, known, inputs, context, row, passes)
 
 
 def _chunks(groups: Iterator[_Group]) -> Iterator[list[_Group]]:
@@ -196,21 +291,35 @@ def _chunks(groups: Iterator[_Group]) -> Iterator[list[_Group]]:
 
 
 @torch.no_grad()
-def _forward(backbone: Backbone, parts: _Parts, groups: list[_Group], batch_tokens: int) -> Iterator[Tensor]:
+def _forward(
+    backbone: Backbone, parts: _Parts, groups: list[_Group], batch_tokens: int, rule: BlockRule | None
+) -> Iterator[Tensor]:
     """The nll [G, S, L] of each group, 0 where not scored, from as few forward batches as the token budget allows."""
+    if not any(len(group.inputs) for group in groups):
+        yield from (group.known for group in groups)
+        return
     most = max(group.targets.shape[1] for group in groups)
     inputs = torch.cat([torch.nn.functional.pad(group.inputs, (0, most - group.inputs.shape[1])) for group in groups])
     size = torch.cat([torch.full((len(group.inputs),), group.targets.shape[1]) for group in groups])
     context = torch.cat([group.context for group in groups])
     start = parts.lengths[context]
     order = (start + size).argsort(stable=True)
+    if rule is not None:
+        line = torch.from_numpy(parts.line)[context]
+        order = torch.from_numpy(numpy.lexsort((start, line, parts.lengths[line])))
     inputs, size, context, start = inputs[order], size[order], context[order], start[order]
+    cost = start + size
+    if rule is not None:  # the clean tokens of a text are forwarded once
+        line = line[order]
+        opens = torch.ones_like(line, dtype=torch.bool)
+        opens[1:] = line[1:] != line[:-1]
+        cost = size + opens * parts.lengths[line]
     rank = torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
 
     # what is scored, as (row, position) and token, in the order of the groups
     width, below, place, token, counts = parts.contexts.shape[1] + most, 0, [], [], []
     for group in groups:
-        part, step, position = group.design.scored.nonzero(as_tuple=True)
+        part, step, position = group.asked.nonzero(as_tuple=True)
         row = rank[group.row[part, step] + below]
         place.append(row * width + start[row] + position)
         token.append(group.targets[part, position])
@@ -220,42 +329,89 @@ def _forward(backbone: Backbone, parts: _Parts, groups: list[_Group], batch_toke
     token, by_place = torch.cat(token), of_place.argsort(stable=True)
 
     found = []
-    for low, high in _batches((start + size).numpy(), batch_tokens):
-        lengths = (start + size)[low:high]
-        tokens = torch.full((high - low, int(lengths.max())), backbone.pad_id)
-        head = min(tokens.shape[1], parts.contexts.shape[1])
-        before = torch.arange(head) < start[low:high, None]
-        tokens[:, :head] = torch.where(before, parts.contexts[context[low:high], :head], tokens[:, :head])
-        inside = torch.arange(most) < size[low:high, None]
-        line, column = inside.nonzero(as_tuple=True)
-        tokens[line, column + start[low:high][line]] = inputs[low:high][inside]
+    for low, high in _batches(cost.numpy(), batch_tokens):
+        here = slice(low, high)
+        rows = _Inputs(inputs[here], size[here], context[here], start[here])
         begin, end = torch.searchsorted(place, torch.tensor([low * width, high * width])).tolist()
         first, last = torch.searchsorted(of_place[by_place], torch.tensor([begin, end])).tolist()
         asked = by_place[first:last]
         scored = place[begin:end]
-        found.append(
-            _nll(
-                backbone,
-                tokens,
-                lengths.tolist(),
-                torch.stack([scored // width - low, scored % width]),
-                torch.stack([of_place[asked] - begin, token[asked]]),
-            )
-        )
+        scored = torch.stack([scored // width - low, scored % width])
+        if rule is None:
+            tokens, layout = _whole_rows(parts, rows, backbone.pad_id)
+        else:
+            tokens, layout, scored = _shared_rows(parts, rows, scored, rule, backbone.pad_id)
+        wanted = torch.stack([of_place[asked] - begin, token[asked]])
+        found.append(_nll(backbone, tokens, layout, scored, wanted))
     nll = torch.empty(len(token), dtype=torch.float64).index_copy(0, by_place, torch.cat(found).double().cpu())
     for group, values in zip(groups, nll.split(counts), strict=True):
-        scored = group.design.scored
-        yield torch.zeros(scored.shape, dtype=torch.float64).masked_scatter(scored, values)
+        yield group.known.masked_scatter(group.asked, values)
 
 
-def _nll(backbone: Backbone, tokens: Tensor, lengths: list[int], place: Tensor, asked: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Inputs:
+    """R masked targets [R, most] with their sizes, contexts and the lengths of these [R]."""
+
+    tokens: Tensor
+    size: Tensor
+    context: Tensor
+    start: Tensor
+
+
+def _whole_rows(parts: _Parts, rows: _Inputs, pad_id: int) -> tuple[Tensor, Layout]:
+    """Each masked target behind its context: tokens [R, L] and their layout."""
+    lengths = rows.start + rows.size
+    tokens = torch.full((len(lengths), int(lengths.max())), pad_id)
+    head = min(tokens.shape[1], parts.contexts.shape[1])
+    before = torch.arange(head) < rows.start[:, None]
+    tokens[:, :head] = torch.where(before, parts.contexts[rows.context, :head], tokens[:, :head])
+    inside = torch.arange(rows.tokens.shape[1]) < rows.size[:, None]
+    line, column = inside.nonzero(as_tuple=True)
+    tokens[line, column + rows.start[line]] = rows.tokens[inside]
+    return tokens, layout_of(lengths.tolist(), tokens.shape[1])
+
+
+def _shared_rows(
+    parts: _Parts, rows: _Inputs, scored: Tensor, rule: BlockRule, pad_id: int
+) -> tuple[Tensor, Layout, Tensor]:
+    """All masked blocks of a text behind one copy of its clean tokens: tokens [B, L], their layout.
+
+    And where the places `scored` [2, M] (number of the masked target, position) went: row and place in it.
+    """
+    size, start = rows.size.numpy(), rows.start.numpy()
+    lines, row, counts = numpy.unique(parts.line[rows.context.numpy()], return_inverse=True, return_counts=True)
+    origin = parts.origin[lines]
+    first = rule.begin(start, origin[row])  # a block may begin with the end of the prompt
+    clean = numpy.zeros_like(counts)
+    numpy.maximum.at(clean, row, first)
+    # rows of a line stand together, but maybe in another order than the lines' numbers
+    order = numpy.argsort(row, kind="stable")
+    blocks = BlockRows(rule, origin, clean, counts, first[order], (start + size - first)[order])
+    layout = block_layout(blocks)
+    tokens = torch.full((layout.rows, layout.width), pad_id)
+    head = int(clean.max())
+    tokens[:, :head] = parts.contexts[torch.from_numpy(lines), :head]
+    ends = blocks.count.cumsum()
+    inner = (ends - blocks.count) - (ends - blocks.count)[(counts.cumsum() - counts)[row[order]]]
+    slot = numpy.empty_like(start)  # where position 0 of the text would stand, counted from a masked block
+    slot[order] = clean[row[order]] + inner - first[order]
+    for number in range(len(size)):
+        at, low = int(row[number]), int(slot[number])
+        known = slice(int(first[number]), int(start[number]))
+        tokens[at, low + known.start : low + known.stop] = parts.contexts[rows.context[number], known]
+        tokens[at, low + known.stop : low + known.stop + int(size[number])] = rows.tokens[number, : int(size[number])]
+    place = torch.from_numpy(slot)[scored[0]] + scored[1]
+    return tokens, layout, torch.stack([torch.from_numpy(row)[scored[0]], place])
+
+
+def _nll(backbone: Backbone, tokens: Tensor, layout: Layout, place: Tensor, asked: Tensor) -> Tensor:
     """-log p [N] of tokens at scored places of one forward batch, on the device: fp32, without the mask token.
 
-    tokens [B, L]; place [2, M]: row and position of what is scored, ascending; asked [2, N]: which place, ascending,
-    and which token.
+    tokens [B, L]; place [2, M]: row and place in the row of what is scored; asked [2, N]: which place, ascending, and
+    which token.
     """
     device = backbone.device
-    layout = layout_of(lengths, tokens.shape[1]).to(device)
+    layout = layout.to(device)
     hidden = packed_hidden(backbone.model, tokens.to(device, non_blocking=True), layout)
     height = max(1, _HEAD_LOGITS // backbone.vocab_size)
     bounds = torch.searchsorted(asked[0].contiguous(), torch.arange(0, place.shape[1] + height, height)).tolist()

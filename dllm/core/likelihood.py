@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -37,6 +38,15 @@ LEAST_COVER = 3
 ARRANGEMENT_LIMIT = 256
 """Most passes of one arrangement of `cover`."""
 
+LATTICE = 3
+"""Passes of `lattice` that are the same for every key: everything masked, and every second token, both ways."""
+
+LATTICE_SHARE = 0.75
+"""`auto` takes `lattice` for budgets up to so many passes per token; with more, `cover` is less noisy."""
+
+LEAST_LATTICE = LATTICE + 2
+"""Passes of the smallest `lattice`: its error comes from two windows."""
+
 
 @dataclass(frozen=True)
 class Design:
@@ -45,7 +55,9 @@ class Design:
     masked and scored [..., S, L] bool (scored within masked; a pass without a scored position is not needed); weight
     [..., S, L] float64, 0 where not scored; leading dimensions are those of the keys. For the standard error, passes of
     one unit [S] are added up, and units are independent estimates of the same quantity; of a single unit, it is
-    |sum of contrast x nll|, contrast [..., S, L] (None: the estimate has no error).
+    |sum of contrast x nll|, contrast [..., S, L] (None: the estimate has no error). With blend [..., S, L] the first
+    passes are those of `lattice`, and the error comes from how far the others are from blend x the nll with everything
+    masked + (1 - blend) x that with every second token masked.
     """
 
     masked: Tensor
@@ -53,11 +65,12 @@ class Design:
     weight: Tensor
     unit: Tensor
     contrast: Tensor | None = None
+    blend: Tensor | None = None
 
     def of(self, keys: Tensor) -> Design:
         """The designs of some of the keys, whose dimension is the first."""
-        contrast = None if self.contrast is None else self.contrast[keys]
-        return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast)
+        contrast, blend = (None if x is None else x[keys] for x in (self.contrast, self.blend))
+        return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast, blend)
 
 
 def likelihood_design(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
@@ -74,7 +87,8 @@ def estimator_for(length: int, settings: LikelihoodSettings) -> str:
     """The name of the estimator of a target; under `auto`, the exact or least noisy one within the budget of passes.
 
     All masks, if they fit: `exact` for one token, `enumerate` for more. Else `chain` for up to 12 tokens where an order
-    and its mirror fit (2L - 1 passes) but not 4L passes, and `cover` otherwise (docs/lab-log.md has the measurements).
+    and its mirror fit (2L - 1 passes) but not 4L passes; `lattice` where the budget is at most 3/4 L; and `cover`
+    otherwise (docs/lab-log.md has the measurements).
     Raises ValueError, one line, for an empty target and for a budget too small.
     """
     if length < 1:
@@ -87,7 +101,10 @@ def estimator_for(length: int, settings: LikelihoodSettings) -> str:
             name = "enumerate"
         else:
             name = "chain" if length <= CHAIN_LIMIT and 2 * length - 1 <= budget < 4 * length else "cover"
-    least = {"chain": 2 * length - 1, "cover": LEAST_COVER if length > 1 else 1}.get(name, 1)
+            if LEAST_LATTICE <= budget <= LATTICE_SHARE * length:
+                name = "lattice"
+    windows = {"cover": LEAST_COVER, "lattice": LEAST_LATTICE} if length > 1 else {}
+    least = ({"chain": 2 * length - 1} | windows).get(name, 1)
     if budget < least:
         instead = "" if name == "cover" else f", or take cover, which needs {LEAST_COVER}"
         raise ValueError(
@@ -97,11 +114,39 @@ def estimator_for(length: int, settings: LikelihoodSettings) -> str:
     return name
 
 
+WITH_EFFORT = ("auto", "cover", "lattice")
+"""Estimators whose passes `settings.effort` governs; the others say themselves how many they need."""
+
+
+def budget_for(nats: numpy.ndarray, settings: LikelihoodSettings) -> numpy.ndarray:
+    """Passes [N] for targets by their nll with everything masked [N], nats: 3 + effort x its root, up to the budget.
+
+    On trained models the standard deviation s of an estimate grows with that nll B as B^0.65 or so, and its variance
+    falls with the passes n as n^-1.6: least summed variance for the summed passes then asks for n ~ s^(2 / 2.6), about
+    B^0.5. B is known before anything is drawn, so that the estimates stay unbiased.
+    """
+    wanted = numpy.ceil(LATTICE + settings.effort * numpy.sqrt(numpy.maximum(nats, 0))).astype(numpy.int64)
+    return numpy.minimum(numpy.maximum(wanted, LEAST_LATTICE), settings.budget)
+
+
+def everything_masked(length: int, key: Tensor) -> Design:
+    """The pass with everything masked, alone."""
+    masked = torch.ones(*key.shape, 1, length, dtype=torch.bool)
+    return Design(masked, masked, masked.double(), torch.zeros(1, dtype=torch.long))
+
+
 def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
     """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at scored positions only).
 
     With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`.
     """
+    if design.blend is not None:
+        nll = torch.where(design.scored, nll.double(), 0.0)
+        nats = (design.weight * nll).sum((-1, -2))
+        full, second = nll[..., :1, :], nll[..., 1:LATTICE, :].sum(-2, keepdim=True)
+        window = (design.weight * (nll - second - design.blend * (full - second)))[..., LATTICE:, :].sum(-1)
+        spread = ((window - window.mean(-1, keepdim=True)) ** 2).sum(-1)
+        return nats, (spread * window.shape[-1] / (window.shape[-1] - 1)).sqrt()
     if design.contrast is not None:
         nats, error = ((weight * nll.double()).sum((-1, -2)) for weight in (design.weight, design.contrast))
         return nats, error.abs()
@@ -185,6 +230,83 @@ def cover(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     return Design(masked, masked, weight / units, unit, contrast if units == 1 else None)
 
 
+def lattice(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
+    """Random windows, each corrected by what two fixed versions of the target say about it.
+
+    The fixed versions are everything masked, nll b_i, and every second token masked, both ways, nll a_i: 3 passes.
+    In between, the nll is taken to be m_i(S) = a_i + f_i(S) (b_i - a_i), f_i(S) = u^1.5 x the masked share of the
+    target's tokens next to i, u = (|S| - 1) / (L - 1). Its expectation is known exactly, as E f_i = u^2.5 for each
+    size (of L > 1 tokens), so that only nll - m has to be sampled: for every model without bias, and with little noise
+    where m is good. The other passes draw their sizes systematically, small ones more often (|S| / L = x^1.5, x evenly
+    spaced behind a random offset), because few tokens are scored there; 8 windows at a time lie on one random circle,
+    the golden ratio of it apart. The total weight of a window
+    follows from its size, its spread over the window's tokens from kernel quadrature, as in `cover`. The standard error
+    is that of the windows' corrections.
+    """
+    count = settings.budget - LATTICE
+    positions = torch.arange(length)
+    if length == 1:
+        return enumerate_masks(length, key, settings)
+    offset = keyed_uniform(key[..., None], torch.tensor(0), -1).double()
+    number = torch.arange(count)
+    power = _SIZE_POWER
+    k = ((length * ((number + offset) / count) ** power).floor().long() + 1).clamp(max=length)
+    size = torch.arange(length + 1, dtype=torch.float64)
+    expected = count * ((size / length) ** (1 / power)).diff()  # windows of each size 1..L
+    circles = -(-count // _WINDOWS_PER_CIRCLE)
+    start = ((number // circles) * (length / _GOLDEN)).floor().long() % length
+    rank = _ranks(key, circles, length)[..., number % circles, :]
+    window = (rank - start[:, None]) % length < k[..., None]
+    each = _window_weights(window.reshape(-1, count, length), (1 / expected[k - 1]).reshape(-1, count))
+    each = each.view(window.shape)
+
+    share = (k - 1).double() / (length - 1)
+    side = torch.nn.functional.pad(window.double(), (1, 1))
+    beside = torch.nn.functional.pad(torch.ones(length, dtype=torch.float64), (1, 1))
+    near = (side[..., :-2] + side[..., 2:]) / (beside[:-2] + beside[2:])
+    blend = share[..., None] ** _BLEND_POWER * near
+    mean = (((size[1:] - 1) / (length - 1)) ** (_BLEND_POWER + 1)).mean()
+    of_full = mean - (each * blend).sum(-2)
+    of_second = 1 - mean - (each * (1 - blend)).sum(-2)
+
+    fixed = torch.stack([positions >= 0, positions % 2 == 0, positions % 2 == 1])
+    masked = torch.cat([fixed.expand(*key.shape, -1, -1), window], -2)
+    weight = torch.cat([torch.stack([of_full, of_second, of_second], -2) * fixed, each], -2)
+    blend = torch.nn.functional.pad(blend, (0, 0, LATTICE, 0))
+    return Design(masked, masked, weight, torch.arange(LATTICE + count), blend=blend)
+
+
+def _window_weights(windows: Tensor, totals: Tensor) -> Tensor:
+    """Weights [K, S, L] of windows [K, S, L], those of a window adding up to its total [K, S].
+
+    Kernel quadrature as in `_interpolation_weights`, of covariance 1 + exp(-d / 8), for what the fixed passes leave.
+    """
+    count, length = windows.shape[1:]
+    mean = 1 + _mean_covariance(length, torch.arange(length).double(), _SURPRISE_SCALE)
+    height = max(1, 2**22 // (length * count**2))
+    found = []
+    for some, total in zip(windows.split(height), totals.split(height), strict=True):
+        revealed = (~some).double()
+        number = revealed.sum(-1)
+        distance = number[..., None] + number[..., None, :] - 2 * revealed @ revealed.mT
+        covariance = 1 + torch.exp(-distance / _SURPRISE_SCALE) + 1e-3 * torch.eye(count, dtype=torch.float64)
+        target = mean[number.long()]
+        member = some.mT.double()
+        both = member[..., None] * member[..., None, :]  # [K, L, S, S]
+        inverses = torch.linalg.inv(both * covariance[:, None] + torch.diag_embed(1 - member)) * both
+        left = total - (inverses @ target[:, None, :, None])[..., 0].sum(1)
+        multiplier = torch.linalg.solve(inverses.sum(1), left)
+        found.append((inverses @ (target + multiplier)[:, None, :, None])[..., 0].mT)
+    return torch.cat(found)
+
+
+_SURPRISE_SCALE = 8.0
+_SIZE_POWER = 1.5
+_BLEND_POWER = 1.5
+_GOLDEN = (1 + 5**0.5) / 2
+_WINDOWS_PER_CIRCLE = 8
+
+
 def mc(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     """The published estimator: draws of a uniform mask of size k, weight L / k, k spread over a batch of b draws.
 
@@ -212,6 +334,7 @@ ESTIMATORS: dict[str, Callable[[int, Tensor, LikelihoodSettings], Design]] = {
     "enumerate": enumerate_masks,
     "chain": chain,
     "cover": cover,
+    "lattice": lattice,
     "mc": mc,
 }
 
@@ -329,7 +452,7 @@ def _interpolation_weights(masked: Tensor, stratum: Tensor, widths: list[int]) -
     return weight.T.contiguous(), (contrast * (left.clamp(min=0) / apart).sqrt()).T.contiguous()
 
 
-def _mean_covariance(length: int, number: Tensor) -> Tensor:
+def _mean_covariance(length: int, number: Tensor, scale: float = _SCALE) -> Tensor:
     """E of exp(-d / scale) [S] between a version with `number` [S] others revealed and one drawn as in the bound.
 
     That one has each of the L - 1 others revealed with probability u, u uniform in (0, 1), so that the expectation is
@@ -340,5 +463,5 @@ def _mean_covariance(length: int, number: Tensor) -> Tensor:
     beside = matrix / (4 * matrix**2 - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     u, share = (nodes + 1) / 2, vectors[0] ** 2
-    c, r = math.exp(-1 / _SCALE), number[:, None]
+    c, r = math.exp(-1 / scale), number[:, None]
     return ((c + (1 - c) * u) ** r * (1 - (1 - c) * u) ** (length - 1 - r)) @ share

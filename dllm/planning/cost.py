@@ -106,9 +106,9 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
     share = {"mdlm": 0.5, "mlm": run.mlm_share, "ar": 1.0}.get(run.algorithm, 0.5)
     targets = data.train.targets / max(1.0, data.train.rows) + end
     causal = run.algorithm == "ar"
-    width = min(run.length, data.train.weighted_length + end)
+    width, doubled = min(run.length, data.train.weighted_length + end), 2 if run.algorithm in DOUBLED else 1
     forward, head = forward_flops(shape, width, causal=causal), head_flops(shape)
-    forward *= 2 if run.algorithm in DOUBLED else 1
+    forward *= doubled
     checkpointing = run.activation_checkpointing
     flops = rows * ((mean + end) * forward * (TRAINING + checkpointing) + targets * share * head * TRAINING)
     evaluated = _evaluated_rows(run, data) * run.eval_draws
@@ -117,8 +117,8 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
     scoring = evaluated * ((test_mean + end) * forward + (test_mean * test_share + end) * share * head)
     muon = steps * muon_flops(shape) if run.optimizer.name == "muon" else 0.0
     rate = place.hardware.tflops(_precision(recipe)) * 1e12 * place.hardware.training
-    micro_tokens = _micro_batch_tokens(run, recipe, place, longest + end)
-    accumulation = max(1.0, run.global_batch_size * (mean + end) / max(1, place.devices) / micro_tokens)
+    micro_tokens = _micro_batch_tokens(run, recipe, place, doubled * (longest + end))
+    accumulation = max(1.0, run.global_batch_size * doubled * (mean + end) / max(1, place.devices) / micro_tokens)
     seconds = place.hardware.startup_seconds + ((flops + scoring) / place.units + muon) / rate
     seconds += steps * place.hardware.step_seconds * math.ceil(accumulation)
     weights = _bytes(recipe) * parameters(shape).total / GIB

@@ -13,7 +13,7 @@ from dllm.core.canvas import canvas_for
 from dllm.core.noise import keyed_uniform
 from tests.oracles import enumerated_nelbo, markov_backbone, tabular_backbone
 
-ESTIMATORS = ["enumerate", "chain", "cover", "mc"]
+ESTIMATORS = ["enumerate", "chain", "cover", "lattice", "mc"]
 PROMPTS = [[0, 1], [0, 1], [], [3, 2, 1, 0, 3], [0, 1], [2]]
 TARGETS = [[1, 2, 3], [1, 2, 0], [0, 3, 3, 1, 2, 2], [1], [2, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
 
@@ -29,7 +29,7 @@ def test_short_targets_are_scored_exactly(options):
         assert score.standard_error == 0 and score.log_likelihood == -score.nats
 
 
-@pytest.mark.parametrize("estimator", ["chain", "cover", "mc"])
+@pytest.mark.parametrize("estimator", ["chain", "cover", "lattice", "mc"])
 def test_scores_over_seeds_average_to_the_bound(estimator):
     backbone, prompt, target = tabular_backbone(seed=1), [0, 1], [1, 2, 3, 0, 2]
     # as many draws in a batch as tokens: the published rounding has no halves to round to even
@@ -216,3 +216,32 @@ def test_requests_that_cannot_be_scored_are_named(score):
         score(backbone, [[1]], [[backbone.mask_id]], options)
     with pytest.raises(ValueError, match="2 prompts and 1 targets"):
         score(backbone, [[1], [2]], [[0]], options)
+
+
+@pytest.mark.parametrize("estimator", ["auto", "cover", "lattice"])
+def test_with_effort_a_score_is_unbiased_and_depends_on_no_other_request(estimator, monkeypatch):
+    backbone = tabular_backbone(seed=4)
+    options = LikelihoodSettings(estimator=estimator, effort=1.0)
+    targets = [[0, 1, 2, 3, 0, 1], *TARGETS[1:]]
+    together = nelbo_masked(backbone, PROMPTS, targets, options)
+    assert sum(s.passes for s in together) == backbone.model.forwarded  # the pass of the first stage is not repeated
+    assert len({s.passes for s in together}) > 2
+    monkeypatch.setattr(scoring, "_CHUNK_ROWS", 3)
+    for row, (prompt, target) in enumerate(zip(PROMPTS, targets, strict=True)):
+        alone = nelbo_masked(backbone, [prompt], [target], options)[0]
+        assert (alone.nats, alone.standard_error) == (together[row].nats, together[row].standard_error)
+    seeds = [nelbo_masked(backbone, PROMPTS, targets, options.model_copy(update={"seed": n})) for n in range(200)]
+    nats = torch.tensor([[score.nats for score in scores] for scores in seeds], dtype=torch.float64)
+    exact = torch.tensor([enumerated_nelbo(backbone, p, t) for p, t in zip(PROMPTS, targets, strict=True)])
+    assert ((nats.mean(0) - exact).abs() < 4 * nats.std(0) / 200**0.5 + 1e-4).all()
+
+
+def test_effort_leaves_letters_at_one_pass_and_other_estimators_as_they_are():
+    backbone = tabular_backbone()
+    scores = nelbo_masked(backbone, [[1, 2]] * 4, [[0], [1], [2], [3]], LikelihoodSettings(effort=1.0))
+    assert backbone.model.forwarded == 1 and [s.passes for s in scores] == [1, 0, 0, 0]
+    assert scores == nelbo_masked(backbone, [[1, 2]] * 4, [[0], [1], [2], [3]], LikelihoodSettings())
+    for estimator in ("chain", "mc"):
+        plain = LikelihoodSettings(estimator=estimator)
+        with_effort = plain.model_copy(update={"effort": 1.0})
+        assert nelbo_masked(backbone, PROMPTS, TARGETS, with_effort) == nelbo_masked(backbone, PROMPTS, TARGETS, plain)

@@ -1,5 +1,6 @@
 """Likelihood designs: every estimator has the same expectation."""
 
+import numpy
 import pytest
 import torch
 
@@ -7,7 +8,9 @@ from dllm.config import LikelihoodSettings
 from dllm.core.likelihood import (
     ARRANGEMENT_LIMIT,
     ESTIMATORS,
+    LATTICE,
     _arrangements,
+    budget_for,
     estimate,
     estimator_for,
     likelihood_design,
@@ -55,6 +58,12 @@ CASES = [
     ("cover", 9, {"budget": 14}),
     ("cover", 9, {"budget": 64}),
     ("cover", 9, {"budget": 300}),
+    ("lattice", 3, {"budget": 7}),
+    ("lattice", 4, {"budget": 9}),
+    ("lattice", 5, {"budget": 5}),
+    ("lattice", 6, {"budget": 14}),
+    ("lattice", 9, {"budget": 9}),
+    ("lattice", 9, {"budget": 64}),
     ("mc", 4, {"mc_draws": 4, "mc_batch": 4}),
     ("mc", 5, {"mc_draws": 8, "mc_batch": 1}),
 ]
@@ -72,6 +81,8 @@ def test_every_estimator_is_unbiased_and_its_error_is_not_too_small(name, length
         assert (
             0.6 < ratio < 1.6
         )  # what it assumes about the model, that its nll are smooth, is wrong for a random table
+    elif name == "lattice":
+        assert 0.9 < ratio < 2  # its windows are drawn systematically: less noisy than if they were independent
     elif name == "chain" and options["budget"] < 2 * (2 * length - 1):
         assert 0.9 < ratio < 4  # of a single pair of orders it is cautious
     else:
@@ -110,12 +121,14 @@ def test_the_windows_of_a_cover_weigh_every_size_equally(length, budget):
 
 def test_many_keys_at_once_give_the_designs_of_each():
     keys = torch.tensor([[3, -8], [2**62, 0]])
-    for name, length in (("enumerate", 4), ("chain", 6), ("cover", 9), ("cover", 40), ("mc", 5)):
+    for name, length in (("enumerate", 4), ("chain", 6), ("cover", 9), ("cover", 40), ("lattice", 40), ("mc", 5)):
         settings = LikelihoodSettings(estimator=name)
         together = likelihood_design(length, keys, settings)
         for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
             alone = likelihood_design(length, int(keys[place]), settings)
-            for field in ("masked", "scored", "weight"):
+            for field in ("masked", "scored", "weight", "blend"):
+                if getattr(together, field) is None:
+                    continue
                 assert torch.equal(getattr(together, field)[place], getattr(alone, field))
 
 
@@ -176,3 +189,27 @@ def test_an_empty_target_is_an_error():
 def test_draws_that_do_not_fill_their_batches_are_an_error():
     with pytest.raises(ValueError, match="mc_draws = 100 is not a multiple of mc_batch = 32; e.g. 96"):
         likelihood_design(4, 0, LikelihoodSettings(estimator="mc", mc_draws=100))
+
+
+def test_a_lattice_has_no_noise_where_its_model_of_the_nll_is_right():
+    """nll of a token between two values, by the masked share of the target and of the tokens beside it."""
+    length = 11
+    design = likelihood_design(length, torch.arange(50), LikelihoodSettings(estimator="lattice", budget=9))
+    full, second = torch.linspace(3, 9, length).double(), torch.linspace(2, 0, length).double()
+    nll = second + design.blend * (full - second)
+    nll[:, 0], nll[:, 1:LATTICE] = full, second
+    nats, error = estimate(design, nll)
+    sizes = torch.arange(length).double() / (length - 1)
+    assert nats == pytest.approx((second + (full - second) * (sizes**2.5).mean()).sum().item(), abs=1e-9)
+    assert error.max() < 1e-9
+
+
+def test_effort_gives_passes_to_targets_that_surprise():
+    nats = numpy.array([0.0, 4.0, 100.0, 400.0, 1e6])
+    assert budget_for(nats, LikelihoodSettings(effort=1.5)).tolist() == [5, 6, 18, 33, 64]
+    assert budget_for(nats, LikelihoodSettings(effort=1.5, budget=4)).tolist() == [4] * 5
+
+
+def test_a_lattice_too_small_is_an_error():
+    with pytest.raises(ValueError, match="budget = 4 is too small: lattice of a target of 9 tokens needs at least 5"):
+        likelihood_design(9, 0, LikelihoodSettings(estimator="lattice", budget=4))

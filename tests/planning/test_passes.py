@@ -35,7 +35,7 @@ def test_auto_takes_the_passes_of_its_design(length, budget):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", ["chain", "cover", "mc"])
+@pytest.mark.parametrize("name", ["chain", "cover", "lattice", "mc"])
 def test_every_estimator_takes_the_passes_of_its_design(length, name):
     settings = LikelihoodSettings(estimator=name, budget=100)
     assert likelihood_passes(length, settings) == pytest.approx(forwarded(length, settings), rel=0.17)
