@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 
 from dllm.config import GenerateSettings, LikelihoodSettings
@@ -63,6 +64,10 @@ class Algorithm(ABC):
     def counted(self, targets: Tensor, prompts: Tensor) -> Tensor:
         """How many of each row's targets [B] the loss counts, given the lengths of the prompts [B]; long [B]."""
         return targets
+
+    def forwarded(self, lengths: ndarray, prompts: ndarray) -> ndarray:
+        """How many tokens go through the model for rows with these lengths and prompts [B]: [B]."""
+        return lengths
 
     @abstractmethod
     def denoise(

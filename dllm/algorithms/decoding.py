@@ -17,10 +17,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from dllm.config import GenerateSettings
-from dllm.core.blocks import BlockPlan, plan_blocks
+from dllm.core.blocks import BlockPlan, BlockRows, BlockRule, plan_blocks
 from dllm.core.canvas import Canvas
 from dllm.core.noise import keyed_hash, token_hash
-from dllm.core.packing import Layout, layout_of, part_of
+from dllm.core.packing import Layout, block_layout, layout_of, part_of
 from dllm.core.reveal import (
     PARALLEL_RULES,
     REVEAL_RULES,
@@ -100,20 +100,40 @@ class LiveRows:
 class Decoder:
     """The rows of a canvas, their plan, and the pass that takes some of them one step further."""
 
-    def __init__(self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, row_seeds: Tensor | None = None):
-        """Raises ValueError if `steps` is less than the blocks of a row."""
+    def __init__(
+        self,
+        backbone: Backbone,
+        canvas: Canvas,
+        settings: GenerateSettings,
+        row_seeds: Tensor | None = None,
+        *,
+        rule: BlockRule | None = None,
+        cached: bool = True,
+    ):
+        """rule: how rows are cut into blocks of a model that attends block-causally; None: it sees all that is there.
+
+        cached: keep the keys and values of its finished blocks, which is exact; it is not done under guidance.
+        Raises ValueError if `steps` is less than the blocks of a row.
+        """
         self.backbone, self.settings, self.device = backbone, settings, torch.device(backbone.device)
         given = canvas.valid & ~canvas.masked
         seeds = token_hash(canvas.tokens, given) if row_seeds is None else row_seeds.to(canvas.tokens.device)
         self.keys = keyed_hash(settings.seed, seeds)
         self.canvas = canvas
         masked, self.start, self.length = (x.cpu().numpy() for x in (canvas.masked, canvas.start, canvas.length))
-        self.plan: BlockPlan = plan_blocks(masked, self.start, settings.block_size, settings.steps)
-        self.hidden = _hides_ahead(backbone, masked, self.length, settings)
+        self.rule, origin, size = rule, self.start, settings.block_size
+        if rule is not None:
+            first_mask = numpy.where(masked.any(1), masked.argmax(1), self.length)
+            origin, size = rule.starts(numpy.minimum(self.start, first_mask)), rule.size
+        self.origin = origin
+        self.plan: BlockPlan = plan_blocks(masked, origin, size, settings.steps)
+        self.hidden = _hides_ahead(backbone, masked, self.length, settings) | (rule is not None)
         self.computed = numpy.zeros(len(masked), dtype=numpy.int64)
         self._layouts: dict[tuple, Layout] = {}
-        self._cache = KeyValues() if settings.reuse != "none" else None
+        reuses = settings.reuse != "none" if rule is None else cached and not settings.guidance
+        self._cache = KeyValues() if reuses else None
         self._cached = numpy.zeros(0, dtype=numpy.int64)
+        self._finished = numpy.zeros_like(self.length)  # clean tokens of each row whose keys and values are stored
 
     @property
     def passes_per_step(self) -> int:
@@ -225,24 +245,29 @@ class Decoder:
         tokens, width = live.tokens, live.tokens.shape[1]
         if self._cache is None:
             copies = self.passes_per_step
-            layout = self._layout(lambda: layout_of(lengths.tolist() * copies, width), "whole", lengths, width)
+            layout = self._rows_layout(numpy.tile(rows, copies), numpy.tile(lengths, copies), width)
             if self.settings.guidance:
                 bare = torch.where(live.response, tokens, self.backbone.mask_id)
                 tokens = torch.cat([tokens, bare])
             self.computed[rows] += lengths * copies
             return packed_hidden(model, tokens, layout), layout
-        layout = self._layout(lambda: layout_of(lengths.tolist(), width), "whole", lengths, width)
-        passes = plan.passes[rows, block] - plan.passes_left[rows]
-        refreshed = passes % self.settings.refresh == 0 if self.settings.refresh else passes == 0
+        layout = self._rows_layout(rows, lengths, width)
         # who predicts one ahead reads the first position of a block off the one before it
-        begin = numpy.maximum(0, plan.begin[rows, block] - (self.backbone.prediction == "next"))
-        begin = numpy.where(refreshed, 0, begin)
-        end = numpy.minimum(plan.end[rows, block], lengths) if self.settings.reuse == "dual" else lengths
-        end = numpy.where(refreshed, lengths, end)
+        begin, end = numpy.maximum(0, plan.begin[rows, block] - (self.backbone.prediction == "next")), lengths
+        if self.rule is not None:
+            # the first pass of a block also computes what was finished since the last one's, now that it is clean
+            begin = numpy.minimum(begin, self._finished[rows])
+            self._finished[rows] = plan.begin[rows, block]
+        else:
+            passes = plan.passes[rows, block] - plan.passes_left[rows]
+            refreshed = passes % self.settings.refresh == 0 if self.settings.refresh else passes == 0
+            begin = numpy.where(refreshed, 0, begin)
+            if self.settings.reuse == "dual":
+                end = numpy.where(refreshed, lengths, numpy.minimum(plan.end[rows, block], lengths))
         part = layout
-        if not refreshed.all():
+        if (begin > 0).any() or (end < lengths).any():
             part = self._layout(
-                lambda: part_of(layout, begin.tolist(), end.tolist()), "part", begin, end, lengths, width
+                lambda: part_of(layout, begin.tolist(), end.tolist()), "part", rows, begin, end, lengths, width
             )
         if not numpy.array_equal(self._cached, rows):
             known = {number: at for at, number in enumerate(self._cached.tolist())}
@@ -250,6 +275,16 @@ class Decoder:
             self._cached = rows
         self.computed[rows] += end - begin
         return packed_hidden(model, tokens, layout, cache=self._cache, part=part), part
+
+    def _rows_layout(self, rows: ndarray, lengths: ndarray, width: int) -> Layout:
+        """The layout of the first `lengths` [N] positions of some rows [N], which may stand there twice."""
+
+        def make() -> Layout:
+            if self.rule is None:
+                return layout_of(lengths.tolist(), width)
+            return block_layout(BlockRows.plain(self.rule, self.origin[rows], lengths), width)
+
+        return self._layout(make, "whole", rows if self.rule is not None else lengths, lengths, width)
 
     def _layout(self, make: Callable[[], Layout], kind: str, *described_by) -> Layout:
         """The layout so described, made anew only when that changes."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm.core.batch import Noise
+from dllm.core.noise import keyed_hash, keyed_uniform
 from dllm.core.schedules import Schedule
 
 
@@ -49,3 +51,18 @@ def bernoulli(maskable: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) ->
 def apply_mask(x_0: Tensor, masked: Tensor, mask_id: int) -> Tensor:
     """x_t: the clean tokens [B, L] with `mask_id` wherever `masked` [B, L]."""
     return torch.where(masked, mask_id, x_0)
+
+
+def block_levels(noise: Noise, blocks: Tensor) -> Tensor:
+    """A level in [0, 1) for each block of a row, [B, K]; blocks [B, K] bool: those that have targets.
+
+    Each is uniform over the draws of the row's own level. Together they are spread evenly, in a random order that the
+    row's noise decides, (level + rank / blocks) mod 1: a bound that adds up over blocks stays unbiased however they are
+    coupled. With one block it is the row's level.
+    Source: Arriola et al. 2025 (arXiv:2503.09573), whose training code spreads them over batch and blocks.
+    """
+    key = keyed_hash((noise.level.double() * 2**24).long(), (noise.place[:, 0].double() * 2**24).long())
+    draw = keyed_uniform(key[:, None], torch.arange(blocks.shape[1])).masked_fill(~blocks, 2.0)
+    rank = draw.argsort(dim=-1, stable=True).argsort(-1)
+    level = (noise.level.double()[:, None] + rank / blocks.sum(-1, keepdim=True).clamp(min=1)) % 1
+    return level.float().clamp(max=1 - 2**-24)

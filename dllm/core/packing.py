@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
+
+from dllm.core.blocks import BlockRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,11 @@ class Layout:
     """[B] long: place of a row's position 0 in the packed order, had it one: offsets - begins."""
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What attention has worked out for this layout on this device; made once, shared by all layers."""
+    blocks: BlockRows | None = None
+    """Rows that attend block-causally; None: as their model says."""
+    before: Tensor | None = None
+    """[T] long: place in the packed order of the token before each (the first token: itself), where `blocks` has spans
+    and it is not simply the one to the left. `positions` are then those in the text, several tokens at each."""
 
     @property
     def rows(self) -> int:
@@ -70,8 +78,8 @@ class Layout:
         return self.shift.index_select(0, row) + position
 
     def _with(self, move) -> Layout:
-        tensors = {name: move(getattr(self, name)) for name in ("flat", "positions", "offsets", "shift")}
-        return replace(self, plans={}, **tensors)
+        names = ("flat", "positions", "offsets", "shift", *(() if self.before is None else ("before",)))
+        return replace(self, plans={}, **{name: move(getattr(self, name)) for name in names})
 
 
 def layout_of(lengths: Sequence[int], width: int | None = None, device: torch.device | str = "cpu") -> Layout:
@@ -82,6 +90,23 @@ def layout_of(lengths: Sequence[int], width: int | None = None, device: torch.de
     lengths = [int(length) for length in lengths]
     width = max(lengths, default=0) if width is None else int(width)
     return _layout([0] * len(lengths), lengths, width, device)
+
+
+def block_layout(blocks: BlockRows, width: int | None = None, device: torch.device | str = "cpu") -> Layout:
+    """The layout of rows that attend block-causally, clean tokens first and then the spans; see `layout_of`.
+
+    Rows [B, L], `index` and `unpack` count places within such a row, whatever the positions in the text.
+    """
+    layout = replace(layout_of(blocks.lengths.tolist(), width), blocks=blocks)
+    if len(blocks.first):
+        sight = blocks.sight
+        place = numpy.arange(len(sight.row))
+        opens = (sight.span >= 0) & (sight.position == sight.limit)  # the first token of a span
+        before = numpy.where(opens, place - sight.slot + sight.limit - 1, place - 1)
+        before = numpy.where(sight.position == 0, place, before)
+        positions, before = torch.from_numpy(sight.position), torch.from_numpy(before)
+        layout = replace(layout, positions=positions, before=before)
+    return layout.to(device)
 
 
 def part_of(layout: Layout, begin: Sequence[int], end: Sequence[int]) -> Layout:

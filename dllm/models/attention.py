@@ -26,6 +26,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache as once
+from functools import partial
 
 import numpy
 import torch
@@ -38,6 +39,13 @@ from dllm.core.packing import Layout
 NAME = "dllm"
 SHORTEST_BLOCK = 64
 """Queries per block of a sliding window, at least; below it the calls cost more than the masked scores they save."""
+
+
+SHORTEST_GROUP = 128
+"""Queries of block-causal rows that are taken together, at least, with a mask if they are several blocks; likewise."""
+
+TILE = 128
+"""Tokens per tile of FlexAttention."""
 
 
 class KeyValues:
@@ -163,6 +171,11 @@ def attention(
     if where == "cpu" and q.requires_grad and given in (torch.bfloat16, torch.float16):
         q, k, v = (x.float() for x in (q, k, v))  # the backward of SDPA in bf16 takes up to 2.6 times as long
     reach = _reach(module, is_causal, sliding_window)
+    if rows.layout.blocks is not None and reach.right == 0:
+        raise ValueError(
+            f"{type(module).__name__} attends to the left only; block-causal attention needs a model that does not: "
+            "load it with is_causal = False"
+        )
     stored = None
     if rows.cache is not None:
         if k.requires_grad:
@@ -171,7 +184,8 @@ def attention(
         rows.calls += 1
         if rows.part is rows.layout:
             stored = None  # everything is fresh: attend to it where it is
-    kernel = _kernel(q, dropout, reach, stored is not None)
+    choose_kernel = _kernel if rows.layout.blocks is None else partial(_block_kernel, rows)
+    kernel = choose_kernel(q, dropout, reach, stored is not None)
     with torch.autocast(where, enabled=False):
         out = kernel(q, k, v, stored, rows, reach, {"dropout_p": dropout, "scale": scaling})
     return out[None].to(given), None
@@ -193,12 +207,24 @@ def _reach(module: nn.Module, is_causal: bool | None, sliding_window: int | None
 def _kernel(q: Tensor, dropout: float, reach: Reach, cached: bool) -> Callable[..., Tensor]:
     if q.device.type == "cpu":
         return _by_row
-    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
     # the varlen kernels count a part's positions from the end of its keys: no keys may follow that a query could see
     aligned = not cached or reach.left is None or reach.right == 0
-    if q.device.type == "cuda" and half and aligned and _varlen(dropout > 0) is not None:
-        return _flash
-    return _padded
+    return _flash if _fast(q) and aligned and _varlen(dropout > 0) is not None else _padded
+
+
+def _block_kernel(rows: Rows, q: Tensor, dropout: float, reach: Reach, cached: bool) -> Callable[..., Tensor]:
+    if q.device.type == "cpu":
+        return _by_row
+    if not _fast(q):
+        return _padded
+    if reach.left is None and not len(rows.layout.blocks.first) and _varlen(dropout > 0) is not None:
+        return _flash_blocks
+    return _flex if not cached and not dropout and _flex_attention() is not None else _padded
+
+
+def _fast(q: Tensor) -> bool:
+    half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+    return q.device.type == "cuda" and half
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,7 +287,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, options: dict) -> Tens
 def _runs(layout: Layout, part: Layout, reach: Reach) -> list[Run]:
     runs: list[Run] = []
     known: dict = {}
-    sight = None if layout.blocks is None else layout.blocks.seen()
+    sight = None if layout.blocks is None else layout.blocks.sight
     for row, (first, count, length) in enumerate(zip(part.begins, part.lengths, layout.lengths, strict=True)):
         if not count:
             continue
@@ -320,15 +346,18 @@ def _block_causal(
     clean, found, low, end = int(layout.blocks.clean[row]), [], first, first + count
     while low < end:
         high = _next_cut(low, end, clean, limit, span)
-        keys = (max(0, int(position[low:high].min()) - (reach.left or 0)) if reach.left is not None else 0,)
-        keys = slice(*keys, int(limit[high - 1]))
-        if span[low] >= 0:
-            keys = (slice(min(keys.start, keys.stop), keys.stop), slice(low, high))
+        stop = int(limit[low:high].max())
+        start = 0 if reach.left is None else min(stop, max(0, int(position[low:high].min()) - reach.left))
+        keys = slice(start, stop) if low < clean else (slice(start, stop), slice(low, high))
+        about = (x[low:high].tobytes() for x in (position - start, limit - start, span - span[low]))
+        about = ("sight", high - low, stop - start, low < clean, *about)  # what the mask depends on
+        if about not in masks:
+            masks[about] = _sight_mask(sight, base, slice(low, high), keys, reach)
         found.append(
             Block(
                 queries=None if high - low == count else slice(low - first, high - first),
                 keys=None if keys == slice(0, len(position)) else keys,
-                mask=_sight_mask(sight, base, slice(low, high), keys, reach, masks),
+                mask=masks[about],
             )
         )
         low = high
@@ -336,32 +365,25 @@ def _block_causal(
 
 
 def _next_cut(low: int, end: int, clean: int, limit: numpy.ndarray, span: numpy.ndarray) -> int:
-    """Where the queries from `low` on stop that are taken together: whole blocks, `SHORTEST_BLOCK` tokens at least."""
+    """Where the queries from `low` on stop that are taken together: whole blocks, `SHORTEST_GROUP` tokens at least."""
     end = min(end, clean) if low < clean else end
     about = limit if low < clean else span
-    high = min(low + SHORTEST_BLOCK, end)
+    high = min(low + SHORTEST_GROUP, end)
     while high < end and about[high] == about[high - 1]:
         high += 1
     return high
 
 
 def _sight_mask(
-    sight: TokenSight, base: int, queries: slice, keys: slice | tuple[slice, slice], reach: Reach, masks: dict
+    sight: TokenSight, base: int, queries: slice, keys: slice | tuple[slice, slice], reach: Reach
 ) -> Tensor | None:
     """[queries, keys] bool for places of a row that begins at `base`; None if all is seen."""
     parts = keys if isinstance(keys, tuple) else (keys,)
     at_k = base + numpy.concatenate([numpy.arange(part.start, part.stop) for part in parts])
     at_q = slice(base + queries.start, base + queries.stop)
-    seen = sight.mask(at_q, at_k)
-    ahead = sight.position[at_k][None] - sight.position[at_q][:, None]
-    seen &= (ahead >= -(reach.left if reach.left is not None else len(sight.row))) & (
-        ahead <= (reach.right if reach.right is not None else len(sight.row))
-    )
-    if seen.all():
-        return None
-    # one copy of equal masks: a layout keeps them until its last backward
-    about = ("sight", seen.shape, seen.tobytes())
-    return masks.setdefault(about, torch.from_numpy(seen))
+    near = _seen(*(torch.from_numpy(x) for x in (sight.position[at_q][:, None], sight.position[at_k][None])), reach)
+    seen = torch.from_numpy(sight.mask(at_q, at_k)) & near
+    return None if seen.all() else seen
 
 
 def _mask(queries: int, keys: int, ahead: int, reach: Reach, masks: dict) -> Tensor | None:
@@ -374,6 +396,14 @@ def _mask(queries: int, keys: int, ahead: int, reach: Reach, masks: dict) -> Ten
     if shape not in masks:
         masks[shape] = _seen(torch.arange(queries)[:, None] + ahead, torch.arange(keys), reach)
     return masks[shape]
+
+
+def block_seen(layout: Layout, query: Tensor, key: Tensor, reach: Reach) -> Tensor:
+    """Whether queries [B, Q] see keys [B, K], given by their places in the packed order: [B, Q, K] bool (host)."""
+    sight = layout.blocks.sight
+    about = [torch.from_numpy(x) for x in (sight.row, sight.position, sight.limit, sight.span)]
+    pairs = [(x[query.clamp(max=len(x) - 1)][:, :, None], x[key.clamp(max=len(x) - 1)][:, None]) for x in about]
+    return sees(*pairs) & _seen(*pairs[1], reach)
 
 
 def _seen(query: Tensor, key: Tensor, reach: Reach) -> Tensor:
@@ -424,7 +454,11 @@ def _padding(layout: Layout, part: Layout, reach: Reach) -> tuple[Tensor, Tensor
     start_q, start_k = count.cumsum(0) - count, length.cumsum(0) - length
     where_q = (start_q + torch.minimum(to_q, (count - 1).clamp(min=0))).clamp(max=part.tokens - 1)
     where_k = (start_k + torch.minimum(to_k, (length - 1).clamp(min=0))).clamp(max=layout.tokens - 1)
-    seen = _seen((first + to_q)[:, :, None], to_k[:, None], reach) & (to_k < length)[:, None]
+    if layout.blocks is None:
+        seen = _seen((first + to_q)[:, :, None], to_k[:, None], reach) & (to_k < length)[:, None]
+    else:
+        place_q, place_k = (first + to_q).minimum((length - 1).clamp(min=0)), to_k.minimum((length - 1).clamp(min=0))
+        seen = block_seen(layout, start_k + place_q, start_k + place_k, reach) & (to_k < length)[:, None]
     seen |= (to_q >= count)[:, :, None]  # a query of padding sees everything: not a number would spread in the gradient
     place = _placed(part.lengths, queries)
     return tuple(x.to(device, non_blocking=True) for x in (where_q.flatten(), where_k.flatten(), seen[:, None], place))
@@ -467,6 +501,32 @@ def _stored_keys(layout: Layout, part: Layout, reach: Reach) -> tuple[Tensor, Te
     return place.to(device, non_blocking=True), offsets.to(device, non_blocking=True), max(ends)
 
 
+@torch.compiler.disable  # plans rows in Python: traced, it would be compiled anew for every batch
+def _flash_blocks(q: Tensor, k: Tensor, v: Tensor, stored, rows: Rows, reach: Reach, options: dict) -> Tensor:
+    """Rows of clean blocks, few of which are computed: each is a sequence of queries with its own copy of its keys."""
+    k, v = (k, v) if stored is None else (x.flatten(0, 1) for x in stored)
+    where, of_q, of_k, longest_q, longest_k = _planned(rows, "flash", reach, _blocks_as_sequences)
+    k, v = (x.index_select(0, where) for x in (k, v))
+    return _varlen(options["dropout_p"] > 0)(q, k, v, of_q, of_k, longest_q, longest_k, (-1, -1), options)
+
+
+def _blocks_as_sequences(layout: Layout, part: Layout, reach: Reach) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Where the blocks' keys stand, one block after another, where each block's queries and keys begin, the most."""
+    rule, start = layout.blocks.rule, layout.blocks.start
+    packed, counts, places = 0, [], []
+    for row, (first, count, length) in enumerate(zip(part.begins, part.lengths, layout.lengths, strict=True)):
+        base, low, end = row * layout.width if part is not layout else packed, first, first + count
+        packed += length
+        while low < end:
+            stop = min(length, int(rule.end(low, start[row])))
+            counts.append((min(stop, end) - low, stop))
+            places.append(torch.arange(base, base + stop))
+            low = min(stop, end)
+    of_q, of_k = (torch.tensor([0, *each]).cumsum(0).int() for each in zip(*counts, strict=True))
+    where, of_q, of_k = (x.to(part.flat.device, non_blocking=True) for x in (torch.cat(places), of_q, of_k))
+    return where, of_q, of_k, *(max(each) for each in zip(*counts, strict=True))
+
+
 @once
 def _varlen(dropout: bool) -> Callable[..., Tensor] | None:
     """A varlen FlashAttention kernel, or None; torch's own (2.10 and later) has no dropout."""
@@ -496,6 +556,55 @@ def _varlen(dropout: bool) -> Callable[..., Tensor] | None:
         window_size=window,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FlexAttention
+
+
+@torch.compiler.disable  # compiled by itself, so that a compiled backbone does not compile it for every batch
+def _flex(q: Tensor, k: Tensor, v: Tensor, stored, rows: Rows, reach: Reach, options: dict) -> Tensor:
+    """The whole batch as one sequence; tiles in which nothing is seen are left out."""
+    mask = _planned(rows, "flex", reach, _block_mask)
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, mask.shape[-1] - len(x))) for x in (q, k, v))
+    q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = _flex_attention()(q, k, v, block_mask=mask, scale=options["scale"], enable_gqa=grouped)
+    return out[0].transpose(0, 1)[: rows.part.tokens]
+
+
+def _block_mask(layout: Layout, part: Layout, reach: Reach):
+    """A BlockMask over the packed tokens, padded to whole tiles; padding sees itself, in a row of its own."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    sight, device = layout.blocks.sight, part.flat.device
+    size = -(-len(sight.row) // TILE) * TILE
+    fill = {"row": layout.rows, "position": 0, "limit": 1, "span": -1}
+    about = [numpy.full(size, value) for value in fill.values()]
+    for padded, name in zip(about, fill, strict=True):
+        padded[: len(sight.row)] = getattr(sight, name)
+    about = [torch.from_numpy(x).int().to(device, non_blocking=True) for x in about]
+
+    def seen(batch, head, query, key):
+        pairs = [(x[query], x[key]) for x in about]
+        near = torch.ones_like(pairs[0][0], dtype=torch.bool)
+        if reach.left is not None:
+            near = near & (pairs[1][0] - pairs[1][1] <= reach.left)
+        if reach.right is not None:
+            near = near & (pairs[1][1] - pairs[1][0] <= reach.right)
+        return sees(*pairs) & near
+
+    return create_block_mask(seen, None, None, size, size, device=device)
+
+
+@once
+def _flex_attention() -> Callable[..., Tensor] | None:
+    """Compiled FlexAttention, or None."""
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+    except ImportError:
+        return None
+    return torch.compile(flex_attention, dynamic=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

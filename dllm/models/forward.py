@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, gelu, linear
 
 from dllm.core.packing import Layout, layout_of
-from dllm.models.attention import KeyValues, Rows, choose
+from dllm.models.attention import KeyValues, Reach, Rows, block_seen, choose
 
 HEADS: dict[str, Callable] = {
     "bert": lambda model: (model.cls.predictions.transform, model.cls.predictions.decoder),
@@ -74,13 +74,68 @@ def packed_hidden(
     part = part or layout
     inner = _unwrapped(model)
     toy = hasattr(inner, "dllm_hidden")
+    if toy and layout.blocks is not None:
+        return _block_by_block(inner, tokens, layout, part)
     if not toy and packs(inner):
         return _packed_forward(inner, Rows(layout, part, cache), input_ids=part.pack(tokens)[None])
+    if layout.blocks is not None:
+        raise ValueError(
+            f"{type(inner).__name__} computes attention in a way of its own, and block-causal attention needs a class "
+            "that calls transformers' attention interface: take another architecture or algorithm"
+        )
     attention = torch.arange(layout.width, device=tokens.device) < layout.offsets.diff()[:, None]
     if toy:
         return part.pack(inner.dllm_hidden(tokens, attention))
     full = min(layout.lengths) == layout.width
     return part.pack(_padded_forward(inner, None if full else attention, input_ids=tokens))
+
+
+def block_hidden(model: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
+    """Last hidden states [T, D] of rows that attend block-causally, by the stock class with a mask of four dimensions.
+
+    The plain version of `packed_hidden` for a layout with `blocks`: all L x L scores of each padded row are computed.
+    """
+    inner, device = _unwrapped(model), tokens.device
+    place = torch.arange(layout.width).expand(layout.rows, -1)
+    length = torch.tensor(layout.lengths)[:, None]
+    start = length.cumsum(0) - length
+    real, itself = (place < length)[:, None], torch.eye(layout.width, dtype=torch.bool)
+
+    def mask(window: int | None) -> Tensor:
+        return ((block_seen(layout, start + place, start + place, Reach(window, window)) & real) | itself)[:, None]
+
+    # a class whose layers are all of one kind takes one mask, and others a mask for each kind
+    kinds, window = set(getattr(inner.config, "layer_types", None) or ()), getattr(inner.config, "sliding_window", None)
+    masks = {kind: mask(None if kind == "full_attention" else window).to(device) for kind in kinds or {"all"}}
+    positions = layout.unpack(layout.positions) + _first_position(inner)
+    (*_, last) = masks.values()
+    chosen = masks if len(masks) > 1 else last
+    hidden = _base(inner)(
+        input_ids=tokens, position_ids=positions, attention_mask=chosen, **_no_cache(inner)
+    ).last_hidden_state
+    return layout.pack(hidden)
+
+
+def _block_by_block(toy: nn.Module, tokens: Tensor, layout: Layout, part: Layout) -> Tensor:
+    """[T, D] of a toy, which says itself what it makes of a row: each block behind all that it sees."""
+    rows, taken, sight, base = [], [], layout.blocks.sight, 0
+    for row, (first, count) in enumerate(zip(part.begins, part.lengths, strict=True)):
+        if count:
+            low = first
+            limit, span = (x[base : base + layout.lengths[row]] for x in (sight.limit, sight.span))
+            while low < first + count:
+                high = low + 1
+                while high < first + count and limit[high] == limit[low] and span[high] == span[low]:
+                    high += 1
+                seen, behind = tokens[row, : limit[low]], tokens[row, low:high]
+                rows.append(seen if span[low] < 0 else torch.cat([seen, behind]))
+                taken.append((low, high) if span[low] < 0 else (int(limit[low]), len(rows[-1])))
+                low = high
+        base += layout.lengths[row]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+    hidden = toy.dllm_hidden(padded, torch.arange(padded.shape[1], device=tokens.device) < lengths[:, None])
+    return torch.cat([states[low:high] for states, (low, high) in zip(hidden, taken, strict=True)])
 
 
 def head_logits(model: nn.Module, rows: Tensor) -> Tensor:
@@ -361,6 +416,8 @@ def _cap(inner: nn.Module) -> float | None:
 
 def _place(layout: Layout, row: Tensor, position: Tensor, prediction: str) -> Tensor:
     """Place [N] in the packed order of the hidden state that scores each token."""
+    if prediction == "next" and layout.before is not None:
+        return layout.before.index_select(0, layout.index(row, position))
     if prediction == "next":
         position = (position - 1).clamp(min=0)
     return layout.index(row, position)

@@ -81,6 +81,7 @@ class Family:
             "prediction": self.prediction,
             "response_end": "fill" if self.block_size is None else "block",
             "block_size": self.block_size,
+            "block_anchor": "row",
             "special_tokens": {"mask": self.mask_token, "eos": self.end_token, "end_of_turn": self.end_of_turn},
             "chat_template": "own",
         }

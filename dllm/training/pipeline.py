@@ -70,6 +70,11 @@ class Source:
         drawn: Noise = noise(batch.sample_ids, batch.tokens.shape[1])
         return self.algorithm.corrupt(batch, drawn, mask_id=self.mask_id)
 
+    def forwarded(self, numbers: ndarray, epoch: int, fill_to: int) -> ndarray:
+        """How many tokens each row sends through the model, [B]."""
+        lengths = row_lengths(self.rows, numbers, self.end, epoch, fill_to)
+        return self.algorithm.forwarded(lengths, self.rows.prompts[numbers])
+
     def counted(self, numbers: ndarray, epoch: int = 0) -> torch.Tensor:
         """How many targets of each row the loss counts, [B] long."""
         targets = torch.from_numpy(target_counts(self.rows, numbers, self.end, epoch))
@@ -107,7 +112,7 @@ def _step_parts(
         mine = numbers.reshape(ranks, -1)[rank]
         parts = [mine[i : i + config.micro_batch_size] for i in range(0, len(mine), config.micro_batch_size)]
     else:
-        lengths = row_lengths(source.rows, numbers, source.end, epoch, longest)
+        lengths = source.forwarded(numbers, epoch, longest)
         parts = [numbers[part] for part in micro_batches(lengths, limits_of(config), rank=rank, ranks=ranks)]
     total = denominator(source.counted(numbers, epoch), normalisation)
     for index, part in enumerate(parts):
@@ -124,7 +129,7 @@ def evaluation_parts(
     draw_seed: None for the fixed evaluation noise; an integer for noise of its own (published fault F6).
     """
     longest = int(source.rows.lengths[numbers].max())
-    lengths = row_lengths(source.rows, numbers, source.end, 0, longest)
+    lengths = source.forwarded(numbers, 0, longest)
     order = numpy.argsort(-lengths, kind="stable")
     limits = limits_of(config)
     needed = len(greedy_cut(lengths[order], limits)) - 1

@@ -171,6 +171,7 @@ class _Run:
     ):
         self.config, self.plan, self.backbone, self.state = config, plan, backbone, state
         self.algorithm = _algorithm(config, backbone)
+        _check_budget(config, self.algorithm)
         end = _response_end(config, train_rows, backbone)
         ids = {"pad_id": backbone.pad_id, "mask_id": backbone.mask_id}
         self.train_source = Source(train_rows, self.algorithm, end, **ids)
@@ -422,6 +423,17 @@ def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
         raise ValueError(
             f"{config.data_path}: holds token id {highest}, the model knows {backbone.vocab_size}; "
             "the data was prepared with another tokenizer: prepare it again"
+        )
+
+
+def _check_budget(config: RunConfig, algorithm: Algorithm) -> None:
+    """Raise ValueError if the tokens that an algorithm forwards for the longest row may not fit into a micro-batch."""
+    most = algorithm.forwarded(numpy.array([config.length]), numpy.array([0])).item()
+    if config.micro_batch_tokens is not None and config.micro_batch_tokens < most:
+        raise ValueError(
+            f"{config.name}: micro_batch_tokens = {config.micro_batch_tokens} is smaller than the longest row, for "
+            f"which algorithm = {config.algorithm!r} forwards up to {most} tokens; allowed: {most} and up; raise it or "
+            "lower length"
         )
 
 

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from dllm.algorithms.bd3lm import BD3LM
 from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings, LikelihoodSettings, OptimizerSettings, Recipe
+from dllm.data.collate import ResponseEnd
+from dllm.data.tokens import open_rows
 from dllm.language_model import load
+from dllm.training.pipeline import Source, training_parts
 from dllm.training.trainer import train
 from tests.training.conftest import entry_for, make_model, metrics_of, run_config
 
@@ -56,7 +59,7 @@ def test_neither_the_layout_nor_the_split_into_micro_batches_changes_a_run(workd
     where = {"data": data, "data_path": f"data/{data}"}
     runs = {
         "whole": bd3lm("whole", **where),
-        "split": bd3lm("split", micro_batch_size=3, micro_batch_tokens=60, **where),
+        "split": bd3lm("split", micro_batch_size=3, micro_batch_tokens=50, **where),
         "padded": bd3lm("padded", layout="padded", **where),
         "chunks": bd3lm("chunks", head_chunk=5, activation_checkpointing=True, **where),
     }
@@ -92,6 +95,19 @@ def test_another_algorithm_has_to_be_asked_for_and_must_make_sense(workdir):
         assert "\n" not in str(fault.value)
     with pytest.raises(ValueError, match="algorithm = 'bd4lm'; allowed: mdlm, bd3lm"):
         load(path, device="cpu", algorithm="bd4lm")
+
+
+def test_a_token_budget_counts_both_halves(workdir):
+    for data in ("text", "alpaca"):
+        config = bd3lm(data=data, data_path=f"data/{data}", micro_batch_tokens=44)
+        rows = open_rows(workdir / config.data_path, "train")
+        end = None if data == "text" else ResponseEnd("block", 0, 4, longest=24)
+        source = Source(rows, BD3LM(config.recipe), end, 0, 4)
+        for part in training_parts(source, config, first=0, last=4):
+            layout = part.inputs.layout
+            assert layout.tokens == source.forwarded(part.numbers, 0, 24).sum() <= 44
+    with pytest.raises(ValueError, match="forwards up to 44 tokens; allowed: 44 and up"):
+        train(bd3lm(micro_batch_tokens=43), workdir, quiet=True)
 
 
 def test_an_empty_range_of_times_gets_one_line():

@@ -1,0 +1,194 @@
+"""Block diffusion (BD3LM): masked diffusion inside a block, left to right from block to block.
+
+    log p(x) >= sum over blocks b of -NELBO(x^b | x^<b)
+
+The model attends block-causally, so one forward pass over [clean half ; corrupted half] gives the bounds of all blocks,
+each at a time of its own, and the keys and values of finished blocks stay as they are. The pattern is a property of the
+packed rows (`core.blocks.BlockRows`); the backbone is any stock model that attends in both directions.
+Source: Arriola et al. 2025 (arXiv:2503.09573).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from dllm.algorithms.base import Algorithm
+from dllm.algorithms.denoising import complete_masked, denoise_masked
+from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
+from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
+from dllm.core.batch import Batch, LossTerms, Noise
+from dllm.core.blocks import BlockRows, BlockRule
+from dllm.core.canvas import Canvas, Completion, Score
+from dllm.core.corrupt import apply_mask, bernoulli, block_levels, exact_count
+from dllm.core.losses import row_shares
+from dllm.core.packing import Layout, block_layout
+from dllm.core.schedules import SCHEDULES
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInputs:
+    """Rows of clean tokens and then their corrupted blocks, whose cross-entropy is taken at N masked tokens.
+
+    tokens [B, L] long; layout: its rows, with `blocks`; row, place [N] long: where in the rows the clean tokens
+    `targets` [N] are predicted, in row-major order; weight [N]: what makes nats a bound; share [N]: what a nat counts
+    in the loss before the denominator.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    row: Tensor
+    place: Tensor
+    targets: Tensor
+    weight: Tensor
+    share: Tensor
+
+    def to(self, device: torch.device | str) -> BlockInputs:
+        """The same inputs on a device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> BlockInputs:
+        """The same inputs in page-locked memory."""
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class BD3LM(Algorithm):
+    """Block diffusion with the switches of a recipe.
+
+    Blocks are those a checkpoint was trained with (its sidecar says), whatever the settings; a model that was not
+    trained so is taken with `block_size` of the sampler or the recipe. cached: keep the keys and values of finished
+    blocks when sampling, which changes no result; `reuse` and `ahead` of the settings therefore change nothing either.
+    """
+
+    recipe: Recipe = Recipe()
+    cached: bool = True
+
+    def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> BlockInputs:
+        """The batch with some targets of every block masked, each block at a time of its own; see `Algorithm.corrupt`.
+
+        The times of a row's blocks are spread evenly over the recipe's range, in random order.
+        """
+        recipe = self.recipe
+        lengths, targets = batch.attention.sum(-1), batch.maskable.sum(-1)
+        rule = BlockRule(min(recipe.block_size, max(1, batch.tokens.shape[1])), recipe.block_anchor)
+        blocks = BlockRows.doubled(rule, (lengths - targets).numpy(), lengths.numpy())
+        chosen, weight = self._masked(batch, noise, torch.from_numpy(blocks.start), rule.size)
+        weight = weight if recipe.weight == "elbo" else torch.ones_like(weight)
+        share = row_shares(weight, targets[:, None], recipe.normalisation)
+        layout = block_layout(blocks)
+        tokens, moved = _doubled(batch.tokens, apply_mask(batch.tokens, chosen, mask_id), blocks, layout.width)
+        row, position = chosen.nonzero(as_tuple=True)
+        return BlockInputs(
+            tokens=tokens,
+            layout=layout,
+            row=row,
+            place=position + moved[row],
+            targets=batch.tokens[row, position],
+            weight=weight[row, position],
+            share=share[row, position],
+        )
+
+    def forwarded(self, lengths: ndarray, prompts: ndarray) -> ndarray:
+        """Clean and corrupted tokens."""
+        rule = BlockRule(self.recipe.block_size, self.recipe.block_anchor)
+        return BlockRows.doubled(rule, prompts.astype(numpy.int64), lengths.astype(numpy.int64)).lengths
+
+    def _masked(self, batch: Batch, noise: Noise, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Which tokens are masked [B, L] bool, and the weight of the block they stand in [B, L]."""
+        recipe, (rows, length) = self.recipe, batch.tokens.shape
+        count = -(-length // size)
+        # every block as a row of its own; `place` holds the positions of its tokens
+        place = start[:, None] + torch.arange(count * size)
+        inside, place = place < length, place.clamp(max=length - 1)
+        maskable = (batch.maskable.gather(1, place) & inside).view(-1, size)
+        order = noise.place.gather(1, place).view(-1, size)
+        levels = block_levels(noise, maskable.view(rows, count, size).any(-1))
+        level = recipe.time_low + (recipe.time_high - recipe.time_low) * levels.flatten()
+        if recipe.corruption == "exact":
+            corrupted = exact_count(maskable, level, order)
+        else:
+            t = recipe.time_floor + (1 - recipe.time_floor) * level
+            corrupted = bernoulli(maskable, t, order, SCHEDULES[recipe.schedule])
+        masked = torch.zeros(rows, length, dtype=torch.long)
+        masked.scatter_add_(1, place, corrupted.masked.view(rows, -1).long())  # places beyond the row add nothing
+        number = ((torch.arange(length) - start[:, None]).clamp(min=0) // size).clamp(max=count - 1)
+        weight = corrupted.weight.view(rows, count).gather(1, number)
+        return masked > 0, weight
+
+    def loss(self, model, inputs: BlockInputs, *, denominator: float) -> LossTerms:
+        """Cross-entropy at masked tokens, each block with its weight, over `denominator`; see `Algorithm.loss`."""
+        nll = model(inputs.tokens, inputs.layout, inputs.row, inputs.place, inputs.targets)
+        nats = nll.detach()
+        place = inputs.row * inputs.tokens.shape[1] + inputs.place  # every place once
+        bounds = nats.new_zeros(inputs.tokens.numel()).index_copy(0, place, nats * inputs.weight)
+        return LossTerms(
+            loss=(nll * inputs.share).sum() / denominator,
+            nll=nats.sum(),
+            masked=len(nats),
+            rows=bounds.view_as(inputs.tokens).sum(-1),
+        )
+
+    def denoise(
+        self,
+        backbone,
+        canvas: Canvas,
+        settings: GenerateSettings,
+        *,
+        row_seeds: Tensor | None = None,
+        finished: Callable[[Canvas], Tensor] | None = None,
+    ) -> Iterator[Canvas]:
+        """See `Algorithm.denoise`; given tokens right of a block do not help to fill it."""
+        rule = self.rule(backbone, settings.block_size)
+        how = {"rule": rule, "cached": self.cached}
+        return denoise_masked(backbone, canvas, settings, row_seeds=row_seeds, finished=finished, **how)
+
+    def complete(
+        self,
+        backbone,
+        canvas: Canvas,
+        settings: GenerateSettings,
+        *,
+        row_seeds: Tensor | None = None,
+        ended: Callable[[list[int], int], bool] | None = None,
+    ) -> Iterator[Completion]:
+        """See `Algorithm.complete`; finished rows make room for waiting ones."""
+        rule = self.rule(backbone, settings.block_size)
+        how = {"rule": rule, "cached": self.cached}
+        return complete_masked(backbone, canvas, settings, row_seeds=row_seeds, ended=ended, **how)
+
+    def nelbo(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[Score]:
+        """The sum over a target's blocks of their bounds, each given the prompt and the clean blocks before it."""
+        return nelbo_masked(backbone, prompts, targets, settings, rule=self.rule(backbone, settings.block_size))
+
+    def greedy_match(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[bool]:
+        """Whether decoding block after block, one token per pass by confidence, gives the target."""
+        rule = self.rule(backbone, settings.block_size)
+        return greedy_match_masked(backbone, prompts, targets, settings, rule=rule)
+
+    def rule(self, backbone, block_size: int | None = None) -> BlockRule:
+        """How a backbone's rows are cut into blocks; block_size counts where it was not trained in blocks."""
+        sidecar = backbone.sidecar
+        if sidecar.get("algorithm") == "bd3lm":
+            return BlockRule(int(sidecar["block_size"]), sidecar.get("block_anchor", "response"))
+        return BlockRule(block_size or self.recipe.block_size, self.recipe.block_anchor)
+
+
+def _doubled(x_0: Tensor, x_t: Tensor, blocks: BlockRows, width: int) -> tuple[Tensor, Tensor]:
+    """Rows [B, width] of clean tokens and then the corrupted blocks, from x_0 and x_t [B, L].
+
+    And how far right of its position in the text a corrupted token stands: [B].
+    """
+    opens = numpy.concatenate([[0], blocks.spans.cumsum()[:-1]])
+    first = numpy.append(blocks.first, 0)[numpy.minimum(opens, len(blocks.first))]
+    clean, moved = torch.from_numpy(blocks.clean), torch.from_numpy(blocks.clean - first)
+    place = torch.arange(width).expand(len(x_0), -1)
+    last = x_0.shape[1] - 1
+    corrupted = x_t.gather(1, (place - moved[:, None]).clamp(0, last))
+    return torch.where(place < clean[:, None], x_0.gather(1, place.clamp(max=last)), corrupted), moved
