@@ -20,8 +20,6 @@ from dllm.report.style import GRID, INK, QUIET, RC, WIDTH, looks
 HERE = Path(__file__).resolve().parent
 STYLE = HERE.parent / "dllm" / "report" / "templates" / "page.css"
 OURS, THEIRS, MISSED = "#0072B2", "#D55E00", "#9c3b1b"
-LETTERS = 96
-"""A longer label of the overview is cut."""
 
 
 def build(out: Path) -> Path:
@@ -150,8 +148,8 @@ def _ratios(cases: dict) -> Figure:
     axes.axvline(1, color=QUIET, linewidth=1)
     axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6), xlabel="times less with ours")
     axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
-    labels = [f"{_cut(row['name'], 64)}\nagainst {_cut(row['against'], 60)}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
+    labels = [f"{_cut(row['name'], 78)}\nagainst {_cut(row['against'], 74)}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", visible=False)
