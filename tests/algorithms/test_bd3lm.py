@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from dllm.algorithms.base import Algorithm
 from dllm.algorithms.bd3lm import BD3LM
@@ -215,6 +215,74 @@ def test_the_loss_never_makes_the_host_wait():
     BD3LM().loss(model, inputs, denominator=1.0)  # settles how the class is packed
     with forbid_synchronisation():
         BD3LM().loss(model, inputs, denominator=1.0).loss.backward()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels of CUDA, with what they call replaced by its plain version: what is checked is what they are asked
+
+
+@pytest.mark.parametrize("case", ["modernbert", "llama", "qwen2"])
+@torch.no_grad()
+def test_flexattention_is_asked_the_same(case, monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    model, inputs = stock_model(case), inputs_of(batch_of())
+    expected = packed_hidden(model, inputs.tokens, inputs.layout)
+    inputs.layout.plans.clear()
+    monkeypatch.setattr(packed_attention, "_block_kernel", lambda *_: packed_attention._flex)
+    monkeypatch.setattr(packed_attention, "_flex_attention", lambda: flex_attention)
+    found = packed_hidden(model, inputs.tokens, inputs.layout)
+    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
+    masks = [mask for about, mask in inputs.layout.plans.items() if about[0] == "flex"]
+    assert all(mask.shape[-1] % packed_attention.TILE == 0 for mask in masks) and masks
+
+
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window, options):
+    """Sequence by sequence; nothing but `window` limits what is seen."""
+    assert window == (-1, -1) and max_q == int(cu_q.diff().max()) and max_k == int(cu_k.diff().max())
+    found = []
+    for n in range(len(cu_q) - 1):
+        parts = (x[a[n] : a[n + 1]].transpose(0, 1)[None] for x, a in ((q, cu_q), (k, cu_k), (v, cu_k)))
+        found.append(scaled_dot_product_attention(*parts, scale=options["scale"], enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("case", "prediction"), [("bert", "in_place"), ("llama", "in_place"), ("qwen3", "next")])
+def test_flashattention_is_asked_the_same_when_sampling(case, prediction, monkeypatch):
+    backbone, options = backbone_of(case, prediction), settings(steps=6, temperature=1.0)
+    expected = sampled(BD3LM(), backbone, canvas_of(backbone), options)
+    monkeypatch.setattr(packed_attention, "_block_kernel", lambda *_: packed_attention._flash_blocks)
+    monkeypatch.setattr(packed_attention, "_varlen", lambda dropout: plain_varlen)
+    for algorithm in (BD3LM(), BD3LM(cached=False)):
+        assert sampled(algorithm, backbone, canvas_of(backbone), options).responses() == expected.responses()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["modernbert", "llama"])
+def test_on_cuda_training_and_sampling_equal_the_cpu(case, dtype):
+    # FlexAttention needs heads of 16 at least
+    sizes = {"hidden_size": 64} | ({"head_dim": 16} if case == "llama" else {})
+    model = stock_model(case, **sizes)
+    inputs = inputs_of(batch_of())
+    expected = packed_hidden(model, inputs.tokens, inputs.layout)
+    gradient = gradients(model, expected)
+    model, inputs = model.to("cuda", dtype), inputs.to("cuda")
+    found = packed_hidden(model, inputs.tokens, inputs.layout)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.float().cpu(), expected, atol=tolerance * expected.abs().max().item(), rtol=0)
+    (found.float() * torch.linspace(-1, 1, found.numel(), device="cuda").view(found.shape)).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradient:
+            size = gradient[name].norm() + 1
+            assert (parameter.grad.float().cpu() - gradient[name]).norm() < 2 * tolerance * size
+    backbone = replace(backbone_of(case), model=model, device=torch.device("cuda"))
+    canvas = canvas_of(backbone)
+    if dtype == torch.float32:
+        responses = [
+            sampled(BD3LM(cached=cached), backbone, canvas, settings()).responses() for cached in (True, False)
+        ]
+        assert responses[0] == responses[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
