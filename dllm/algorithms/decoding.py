@@ -176,7 +176,8 @@ class Decoder:
         places = torch.arange(size, device=self.device)
         still = live.masked.gather(1, window) & (places < masks[:, None])
         rank = torch.where(still, still.cumsum(1) - 1, size)
-        window = window.new_zeros(len(rows), size + 1).scatter_(1, rank, window)[:, :size]
+        # (of a row that has ended, unknown to the host as yet, some place of the block stands in)
+        window = window[:, :1].repeat(1, size + 1).scatter_(1, rank, window)[:, :size]
         candidate = places < still.sum(1)[:, None]
         place = row * size + column
         position = window.flatten().index_select(0, place)
@@ -250,7 +251,16 @@ class Decoder:
                 bare = torch.where(live.response, tokens, self.backbone.mask_id)
                 tokens = torch.cat([tokens, bare])
             self.computed[rows] += lengths * copies
-            return packed_hidden(model, tokens, layout), layout
+            if self.rule is not None:
+                return packed_hidden(model, tokens, layout), layout
+            # of the last layer only what the block's tokens are read off
+            begin = numpy.maximum(0, plan.begin[rows, block] - (self.backbone.prediction == "next"))
+            end = numpy.minimum(plan.end[rows, block], lengths)
+            begin, end = numpy.tile(begin, copies), numpy.tile(end, copies)
+            part = self._layout(
+                lambda: part_of(layout, begin.tolist(), end.tolist()), "part", rows, begin, end, lengths, width
+            )
+            return packed_hidden(model, tokens, layout, part=part), part
         layout = self._rows_layout(rows, lengths, width)
         # who predicts one ahead reads the first position of a block off the one before it
         begin, end = numpy.maximum(0, plan.begin[rows, block] - (self.backbone.prediction == "next")), lengths

@@ -31,7 +31,7 @@ from dllm.core.likelihood import (
     likelihood_design,
 )
 from dllm.core.noise import keyed_hash, token_hash
-from dllm.core.packing import Layout, block_layout, layout_of
+from dllm.core.packing import Layout, block_layout, layout_of, part_of
 from dllm.models.forward import packed_hidden, packed_logits
 from dllm.models.load import Backbone
 
@@ -412,14 +412,20 @@ def _nll(backbone: Backbone, tokens: Tensor, layout: Layout, place: Tensor, aske
     """
     device = backbone.device
     layout = layout.to(device)
-    hidden = packed_hidden(backbone.model, tokens.to(device, non_blocking=True), layout)
+    part = None
+    if layout.blocks is None:  # of each row, what lies between the first and the last place that is read
+        read = (place[1] - int(backbone.prediction == "next")).clamp(min=0)
+        begin = torch.full((layout.rows,), layout.width).scatter_reduce(0, place[0], read, "amin")
+        end = torch.zeros(layout.rows, dtype=torch.long).scatter_reduce(0, place[0], read + 1, "amax")
+        part = part_of(layout, begin.tolist(), end.tolist())
+    hidden = packed_hidden(backbone.model, tokens.to(device, non_blocking=True), layout, part=part)
     height = max(1, _HEAD_LOGITS // backbone.vocab_size)
     bounds = torch.searchsorted(asked[0].contiguous(), torch.arange(0, place.shape[1] + height, height)).tolist()
     place, asked = place.to(device, non_blocking=True), asked.to(device, non_blocking=True)
     found = []
     for low, begin, end in zip(range(0, place.shape[1], height), bounds, bounds[1:], strict=False):
         row, position = place[:, low : low + height]
-        logits = packed_logits(backbone.model, hidden, layout, row, position, backbone.prediction)
+        logits = packed_logits(backbone.model, hidden, part or layout, row, position, backbone.prediction)
         logits[:, backbone.mask_id] = -torch.inf
         number, token = asked[0, begin:end] - low, asked[1, begin:end]
         found.append(logits.logsumexp(-1)[number] - logits[number, token])

@@ -120,15 +120,29 @@ class Rows:
     """What a packed forward tells its attention layers: which positions it computes, and what else they may see.
 
     layout: all positions of the rows; part: those of this pass (`layout` itself without a cache); calls: attention
-    calls of this pass so far, which name a layer even where several share one module. Not a dataclass, so that wrappers
-    which rebuild the arguments of a forward leave it whole.
+    calls of this pass so far, which name a layer even where several share one module; beside: keys and values of all
+    positions, where a layer is given those of `part` alone. Not a dataclass, so that wrappers which rebuild the
+    arguments of a forward leave it whole.
     """
 
     def __init__(self, layout: Layout, part: Layout, cache: KeyValues | None = None) -> None:
         self.layout, self.part, self.cache = layout, part, cache
         self.calls = 0
+        self.beside: tuple[Tensor, Tensor] | None = None
         if cache is not None:
             cache.begin(layout, part)
+
+
+class Probe(Rows):
+    """Rows of which only keys and values are wanted: the attention call ends the forward by raising them."""
+
+
+class KeysAndValues(Exception):
+    """What a `Probe` found: keys and values [T, heads, size] as the layer's attention was given them."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__("a probe ends the forward here")
+        self.key, self.value = key, value
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,10 @@ def attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"packed attention does not know {name}, which {type(module).__name__} asks for")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if isinstance(rows, Probe):
+        raise KeysAndValues(k, v)
+    if rows.beside is not None:
+        k, v = rows.beside
     where = q.device.type
     if torch.is_autocast_enabled(where):  # rotary embeddings and norms may have widened some of them
         q, k, v = (x.to(torch.get_autocast_dtype(where)) for x in (q, k, v))

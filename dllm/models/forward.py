@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, gelu, linear
 
-from dllm.core.packing import Layout, layout_of
-from dllm.models.attention import KeyValues, Reach, Rows, block_seen, choose
+from dllm.core.packing import Layout, layout_of, part_of
+from dllm.models.attention import KeysAndValues, KeyValues, Probe, Reach, Rows, block_seen, choose
 
 HEADS: dict[str, Callable] = {
     "bert": lambda model: (model.cls.predictions.transform, model.cls.predictions.decoder),
@@ -41,6 +41,7 @@ EOS and may stand inside a row; they are told the positions."""
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_last: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
 
 
 def hidden_states(model: nn.Module, tokens: Tensor, attention: Tensor | None = None) -> Tensor:
@@ -60,23 +61,24 @@ def packed_hidden(
 ) -> Tensor:
     """Last hidden states [T, D] of the real tokens of `tokens` [B, L], laid end to end, at no cost for padding.
 
-    cache: keep every layer's keys and values; part (`core.packing.part_of`): compute these positions only, and attend
-    to the others as the cache holds them; the result is then in the part's order. The rest of `tokens` is not read.
+    part (`core.packing.part_of`): the result is of these positions only, in the part's order. With a cache, which keeps
+    every layer's keys and values, nothing else is computed: they attend to the others as the cache holds them, and the
+    rest of `tokens` is not read. Without one the result is exact, and what the last layer need not compute is saved.
     A class that cannot be packed (it does not use transformers' attention interface, or mixes tokens in another way;
     found once by comparing numbers) takes the padded forward instead, whole, as if the cache were always fresh.
 
-    Raises ValueError if tokens and layout disagree, for a part without a cache, or for one the cache cannot complete.
+    Raises ValueError if tokens and layout disagree, or for a part that the cache cannot complete.
     """
     if tokens.shape != (layout.rows, layout.width):
         raise ValueError(f"tokens {list(tokens.shape)} are not the {layout.rows} rows x {layout.width} of the layout")
-    if part is not None and cache is None:
-        raise ValueError("part without cache: the other positions are known to nobody; pass the cache that holds them")
     part = part or layout
     inner = _unwrapped(model)
     toy = hasattr(inner, "dllm_hidden")
     if toy and layout.blocks is not None:
         return _block_by_block(inner, tokens, layout, part)
     if not toy and packs(inner):
+        if cache is None and part is not layout:
+            return _narrowed_forward(inner, layout, part, input_ids=layout.pack(tokens)[None])
         return _packed_forward(inner, Rows(layout, part, cache), input_ids=part.pack(tokens)[None])
     if layout.blocks is not None:
         raise ValueError(
@@ -329,6 +331,8 @@ def packs(model: nn.Module) -> bool:
         fits = set(getattr(inner.config, "layer_types", None) or ()) <= PACKABLE_LAYERS
         fits = fits and {"position_ids", "inputs_embeds", "attention_mask"} <= takes
         _packs[inner] = fits and choose(inner) and _packed_equals_padded(inner)
+        if _packs[inner] and next(inner.parameters()).device.type == "cpu":
+            _last_layer(inner)
     return _packs[inner]
 
 
@@ -380,6 +384,91 @@ def _packed_forward(inner: nn.Module, rows: Rows, **inputs: Tensor) -> Tensor:
     positions = rows.part.positions[None] + _first_position(inner)
     options = {"attention_mask": passed, "position_ids": positions, "rows": rows}
     return _base(inner)(**inputs, **options, **_no_cache(inner)).last_hidden_state[0]
+
+
+def _narrowed_forward(inner: nn.Module, layout: Layout, part: Layout, **inputs: Tensor) -> Tensor:
+    """[N, D] at the part's positions of input_ids [1, T] or inputs_embeds, the last layer being computed only there.
+
+    Nothing sees what the last layer makes of the other positions; only their keys and values are needed. On a CPU,
+    without gradients; elsewhere, and for a class in which the last layer cannot be told apart, everything is computed
+    and the part taken; likewise where a row has nothing in the part, or rows are cut into blocks: their masks are
+    planned for whole rows.
+    """
+    (given,) = inputs.values()
+    row = torch.div(part.flat, part.width, rounding_mode="floor")
+    places = layout.index(row, part.positions)
+    last = None
+    plain = given.device.type == "cpu" and not torch.is_grad_enabled()
+    if plain and layout.blocks is None and min(part.lengths) > 0:
+        last = _last_layer(inner)
+    if last is None:
+        return _packed_forward(inner, Rows(layout, layout), **inputs).index_select(0, places)
+    return _cut_short(inner, last, Rows(layout, layout), Rows(layout, part), places, inputs)
+
+
+def _cut_short(
+    inner: nn.Module, last: nn.Module, whole: Rows, narrow: Rows, places: Tensor, inputs: dict[str, Tensor]
+) -> Tensor:
+    """A packed forward whose last layer gets what is given to it at `places` [N] only, beside everybody's keys."""
+    total = len(whole.layout.flat)
+
+    def at_places(given):
+        if isinstance(given, Tensor):
+            return given.index_select(1, places) if given.dim() > 1 and given.shape[:2] == (1, total) else given
+        if isinstance(given, tuple):
+            return tuple(at_places(part) for part in given)
+        return given
+
+    def enter(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        try:
+            layer.forward(*args, **kwargs | {"rows": Probe(whole.layout, whole.layout)})
+        except KeysAndValues as found:
+            narrow.beside = (found.key, found.value)
+        return at_places(args), {name: at_places(given) for name, given in kwargs.items()} | {"rows": narrow}
+
+    hook = last.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        return _packed_forward(inner, whole, **inputs)
+    finally:
+        hook.remove()
+
+
+def _last_layer(inner: nn.Module) -> nn.Module | None:
+    """The module of a stock class whose output is, normalised, its last hidden states; None if cutting it short is not
+    known to give the same numbers, which is tried once per model."""
+    if inner not in _last:
+        layers = getattr(inner.config, "num_hidden_layers", None)
+        lists = [m for m in _base(inner).modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+        _last[inner] = lists[0][-1] if len(lists) == 1 else None
+        if _last[inner] is not None and not _short_equals_whole(inner):
+            _last[inner] = None
+    return _last[inner]
+
+
+@torch.no_grad()
+def _short_equals_whole(inner: nn.Module) -> bool:
+    embedding, parameter = inner.get_input_embeddings(), next(inner.parameters())
+    window = getattr(inner.config, "sliding_window", None) or 0
+    lengths = (3, window + 9 if window <= 128 else 9, 5)
+    layout = layout_of(lengths)
+    part = part_of(layout, (1, 2, 0), (3, lengths[1] - 2, 5))
+    generator = torch.Generator().manual_seed(0)
+    embedded = torch.randn(1, layout.tokens, embedding.embedding_dim, generator=generator).to(parameter.dtype)
+    places = layout.index(torch.div(part.flat, part.width, rounding_mode="floor"), part.positions)
+    training = [module for module in inner.modules() if module.training]
+    inner.eval()
+    try:
+        with torch.autocast("cpu", enabled=False):
+            rows, given = Rows(layout, layout), {"inputs_embeds": embedded}
+            short = _cut_short(inner, _last[inner], rows, Rows(layout, part), places, given)
+            whole = _packed_forward(inner, Rows(layout, layout), **given).index_select(0, places)
+    except (TypeError, ValueError, IndexError, KeyError, RuntimeError):
+        return False  # its layers are called in a way of their own
+    finally:
+        for module in training:
+            module.training = True
+    tolerance = 1e-4 if parameter.dtype == torch.float32 else 5e-2
+    return short.shape == whole.shape and bool((short - whole).abs().max() <= tolerance * whole.abs().max())
 
 
 def _first_position(inner: nn.Module) -> int:

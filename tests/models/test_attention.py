@@ -401,8 +401,6 @@ def test_a_cache_that_cannot_complete_a_part_is_an_error():
     part = part_of(layout, [0] * 6, [1] * 6)
     with pytest.raises(ValueError, match=r"row 0: positions 1..39 are neither stored nor in this pass \(0..0\)"):
         packed_hidden(model, tokens, layout, cache=KeyValues(), part=part)
-    with pytest.raises(ValueError, match="part without cache"):
-        packed_hidden(model, tokens, layout, part=part)
     cache = KeyValues()
     packed_hidden(model, tokens, layout, cache=cache)
     with pytest.raises(ValueError, match="holds 6 rows, the pass has 2; call keep"):
@@ -416,6 +414,53 @@ def test_a_cache_with_gradients_is_an_error():
     tokens, _ = ragged(LENGTHS)
     with pytest.raises(ValueError, match="torch.no_grad"):
         packed_hidden(model, tokens, layout_of(LENGTHS), cache=KeyValues())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A part without a cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_a_part_without_a_cache_is_exact_and_the_last_layer_computes_nothing_else(case):
+    model = stock_model(case)
+    tokens, _ = ragged(LENGTHS)
+    layout = layout_of(LENGTHS)
+    part = part_of(layout, [30, 2, 0, 0, 3, 6], [37, 7, 1, 23, 4, 7])
+    expected = part.pack(layout.unpack(packed_hidden(model, tokens, layout)))
+    packed_hidden(model, tokens, layout, part=part)  # the first call tries whether it can
+    widths = []
+    (layers,) = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers
+    ]
+    hook = layers[-1].register_forward_hook(
+        lambda _, __, out: widths.append((out[0] if isinstance(out, tuple) else out).shape[1])
+    )
+    found = packed_hidden(model, tokens, layout, part=part)
+    hook.remove()
+    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
+    reshapes = case.startswith("gpt2")  # its class restores the shape of its input after the last layer
+    assert widths == [layout.tokens if reshapes else part.tokens]
+
+
+@torch.no_grad()
+def test_a_part_that_leaves_a_row_out_is_taken_from_the_whole():
+    model = stock_model("bert")
+    tokens, _ = ragged(LENGTHS)
+    layout = layout_of(LENGTHS)
+    part = part_of(layout, [30, 2, 0, 0, 3, 6], [37, 2, 1, 23, 4, 7])
+    expected = part.pack(layout.unpack(packed_hidden(model, tokens, layout)))
+    assert torch.equal(packed_hidden(model, tokens, layout, part=part), expected)
+
+
+def test_a_part_with_gradients_is_taken_from_the_whole():
+    model = stock_model("modernbert")
+    tokens, _ = ragged(LENGTHS)
+    layout = layout_of(LENGTHS)
+    part = part_of(layout, [30, 2, 0, 0, 3, 6], [37, 7, 1, 23, 4, 7])
+    found = packed_hidden(model, tokens, layout, part=part)
+    assert torch.equal(found, part.pack(layout.unpack(packed_hidden(model, tokens, layout))))
+    assert found.requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------------------------
