@@ -226,6 +226,11 @@ class Scorer(Settings):
         "exact", "`exact`: no CLS/SEP, each side of the boundary on its own; the others repeat the published splits"
     )
     bf16_scores: bool = option(False, "cross-entropy in bf16, as published")
+    precision: Literal["fp32", "mixed", "bf16"] = option(
+        "fp32",
+        "`mixed`: bf16 matrix products in the layers, weights, LM head and scores in fp32 (of an autoregressive model, "
+        "bf16 weights); `bf16`: bf16 weights",
+    )
 
 
 class Resources(Settings):

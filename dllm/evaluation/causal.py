@@ -66,5 +66,5 @@ def open_causal(checkpoint: str, *, precision: str, device: str, batch_size: int
     """lm-eval's HFLM on a local checkpoint."""
     from lm_eval.models.huggingface import HFLM
 
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    dtype = {"fp32": "float32", "mixed": "bfloat16", "bf16": "bfloat16"}[precision]
     return HFLM(pretrained=checkpoint, dtype=dtype, device=device, batch_size=batch_size)

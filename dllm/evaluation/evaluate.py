@@ -157,7 +157,10 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
 
         def open_model():
             return open_causal(
-                str(checkpoint), precision=config.precision, device=device, batch_size=config.generation.batch_size
+                str(checkpoint),
+                precision=config.scorer.precision,
+                device=device,
+                batch_size=config.generation.batch_size,
             )
 
         return CausalAnswerer(tokenizer, open_model, generation=config.generation)
@@ -165,7 +168,7 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
 
     return DiffusionAdapter(
         tokenizer,
-        lambda: open_diffusion(str(checkpoint), config.precision, device),
+        lambda: open_diffusion(str(checkpoint), config.scorer.precision, device),
         generation=config.generation,
         scorer=config.scorer,
         greedy_tasks=frozenset(name for name, task in tasks["tasks"].items() if reads_greedy(task)),
@@ -179,14 +182,14 @@ def open_diffusion(checkpoint: str, precision: str, device: str):
 
     import dllm
 
-    return dllm.load(checkpoint, device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    weights = torch.bfloat16 if precision == "bf16" else torch.float32
+    return dllm.load(checkpoint, device=device, dtype=weights, mixed=precision == "mixed")
 
 
 def answer_settings(config: EvaluationConfig) -> dict[str, Any]:
     """Every setting that can change an answer, and nothing else."""
     return {
         "model_kind": config.model_kind,
-        "precision": config.precision,
         "chat_template": config.chat_template,
         "fewshot_as_multiturn": config.fewshot_as_multiturn,
         **config.scorer.model_dump(mode="json"),

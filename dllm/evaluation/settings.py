@@ -15,7 +15,6 @@ class EvaluationConfig(Settings):
     model_kind: Literal["dllm", "hf"] = option(
         "dllm", "a diffusion model, or an autoregressive one through lm-eval's `hf`"
     )
-    precision: Literal["fp32", "bf16"] = option("fp32", "dtype of the weights while scoring")
     benchmark: str = option(..., "name of the benchmark")
     task: str = option(..., "lm-eval task or group")
     task_directory: str | None = option(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,7 +42,25 @@ EOS and may stand inside a row; they are told the positions."""
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_matrix_products: WeakKeyDictionary[nn.Module, torch.dtype] = WeakKeyDictionary()
 _last: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """From now on, compute the matrix products of the layers in `dtype`; hidden states come out in fp32.
+
+    The LM head is not one of the layers: scores are as precise as their hidden states.
+    """
+    _matrix_products[_unwrapped(model)] = dtype
+
+
+def _precision(inner: nn.Module, kind: str) -> torch.autocast | nullcontext:
+    dtype = _matrix_products.get(inner)
+    return nullcontext() if dtype is None else torch.autocast(kind, dtype)
+
+
+def _finished(inner: nn.Module, hidden: Tensor) -> Tensor:
+    return hidden.float() if inner in _matrix_products else hidden
 
 
 def hidden_states(model: nn.Module, tokens: Tensor, attention: Tensor | None = None) -> Tensor:
@@ -112,10 +131,11 @@ def block_hidden(model: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
     positions = layout.unpack(layout.positions) + _first_position(inner)
     (*_, last) = masks.values()
     chosen = masks if len(masks) > 1 else last
-    hidden = _base(inner)(
-        input_ids=tokens, position_ids=positions, attention_mask=chosen, **_no_cache(inner)
-    ).last_hidden_state
-    return layout.pack(hidden)
+    with _precision(inner, device.type):
+        hidden = _base(inner)(
+            input_ids=tokens, position_ids=positions, attention_mask=chosen, **_no_cache(inner)
+        ).last_hidden_state
+    return layout.pack(_finished(inner, hidden))
 
 
 def _block_by_block(toy: nn.Module, tokens: Tensor, layout: Layout, part: Layout) -> Tensor:
@@ -373,7 +393,9 @@ def _padded_forward(inner: nn.Module, attention: Tensor | None, **inputs: Tensor
     if inner.config.model_type in COUNTS_FROM_PADDING:
         options["position_ids"] = torch.arange(given.shape[1], device=given.device)[None] + _first_position(inner)
     mask = None if attention is None else attention.long()
-    return _base(inner)(**inputs, attention_mask=mask, **options, **_no_cache(inner)).last_hidden_state
+    with _precision(inner, given.device.type):
+        hidden = _base(inner)(**inputs, attention_mask=mask, **options, **_no_cache(inner)).last_hidden_state
+    return _finished(inner, hidden)
 
 
 def _packed_forward(inner: nn.Module, rows: Rows, **inputs: Tensor) -> Tensor:
@@ -383,7 +405,9 @@ def _packed_forward(inner: nn.Module, rows: Rows, **inputs: Tensor) -> Tensor:
     passed = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=given.device)
     positions = rows.part.positions[None] + _first_position(inner)
     options = {"attention_mask": passed, "position_ids": positions, "rows": rows}
-    return _base(inner)(**inputs, **options, **_no_cache(inner)).last_hidden_state[0]
+    with _precision(inner, given.device.type):
+        hidden = _base(inner)(**inputs, **options, **_no_cache(inner)).last_hidden_state[0]
+    return _finished(inner, hidden)
 
 
 def _narrowed_forward(inner: nn.Module, layout: Layout, part: Layout, **inputs: Tensor) -> Tensor:

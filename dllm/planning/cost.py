@@ -276,14 +276,21 @@ def generated_answers(
 def scoring(
     answers: Answers, shape: Shape, place: Place, *, precision: str = "fp32", causal: bool = False, rows: int = 32
 ) -> Cost:
-    """Forward work: seconds = start-up + max(FLOPs / rate, batches x bytes of the weights / bandwidth) + overheads."""
-    element = 2 if precision == "bf16" else 4
+    """Forward work: seconds = start-up + max(FLOPs / rate, batches x bytes of the weights / bandwidth) + overheads.
+
+    precision: as of a `Scorer`; `mixed` leaves the LM head of a diffusion model in fp32, and its weights.
+    """
+    element = 2 if precision == "bf16" or (causal and precision == "mixed") else 4
     n = parameters(shape).total
-    flops = answers.tokens * forward_flops(shape, answers.length, causal=causal) + answers.scored * head_flops(shape)
+    body = answers.tokens * forward_flops(shape, answers.length, causal=causal)
+    head = answers.scored * head_flops(shape)
+    flops = body + head
     hardware = place.hardware
-    rate = hardware.tflops(precision) * 1e12 * hardware.inference * place.units
+    unit = 1e12 * hardware.inference * place.units
+    layers, last = ("fp32" if precision == "fp32" else "bf16"), ("fp32" if element == 4 else "bf16")
+    work = body / (hardware.tflops(layers) * unit) + head / (hardware.tflops(last) * unit)
     reading = answers.batches * n * element / (hardware.bandwidth_gbs * 1e9)
-    seconds = hardware.startup_seconds + max(flops / rate, reading) + answers.batches * hardware.pass_seconds
+    seconds = hardware.startup_seconds + max(work, reading) + answers.batches * hardware.pass_seconds
     batch_tokens = answers.tokens / max(1.0, answers.batches)
     inner = shape.intermediate * (2 if is_gated(shape) else 1)
     activations = batch_tokens * (6 * shape.width + inner) * element

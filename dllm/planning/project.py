@@ -296,12 +296,12 @@ class _Planner:
         self.add("evaluate", f"{row}/{name}", cost, place, stated=entry.resources, after=tuple(after))
 
     def _evaluation_cost(self, entry: EvaluationEntry, benchmark: BenchmarkEntry, shape: Shape, place: Place) -> Cost:
-        size, causal = benchmark.size, entry.kind == "hf"
+        size, causal, scorer = benchmark.size, entry.kind == "hf", self.project.scorers[entry.scorer]
         documents = min(size.documents, benchmark.documents or size.documents)
         room = max(1, shape.positions - (size.answer_tokens if size.choices else benchmark.generation.max_new_tokens))
         size = size.model_copy(update={"prompt_tokens": min(size.prompt_tokens, room)})
         if size.choices:
-            answers = likelihood_answers(size, documents, self.project.scorers[entry.scorer], causal=causal)
+            answers = likelihood_answers(size, documents, scorer, causal=causal)
         else:
             answers = generated_answers(
                 size.prompt_tokens,
@@ -310,7 +310,7 @@ class _Planner:
                 causal=causal,
                 hides=self._hides(entry.checkpoint, benchmark.generation.ahead),
             )
-        cost = scoring(answers, shape, place, causal=causal)
+        cost = scoring(answers, shape, place, precision=scorer.precision, causal=causal)
         written = documents * (size.prompt_tokens * TEXT_BYTES + 600) / GIB
         return _with_disk(cost, written, written / 4)
 

@@ -8,6 +8,7 @@ from dllm.core.packing import layout_of, part_of
 from dllm.models.attention import KeyValues
 from dllm.models.forward import (
     Scores,
+    compute_in,
     head_logits,
     hidden_states,
     logits_at,
@@ -223,6 +224,24 @@ def test_scoring_never_makes_the_host_wait(chunk, prediction):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Wrappers, precision, positions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["modernbert", "llama"])
+def test_layers_in_bf16_leave_the_head_and_the_scores_in_fp32(case):
+    model, mixed = stock_model(case), stock_model(case)
+    compute_in(mixed, torch.bfloat16)
+    tokens, attention = ragged((9, 4))
+    layout = layout_of((9, 4))
+    plain, found = (packed_hidden(m, tokens, layout) for m in (model, mixed))
+    assert found.dtype == torch.float32 and not torch.equal(found, plain)
+    torch.testing.assert_close(found, plain, atol=0.1, rtol=0)
+    torch.testing.assert_close(layout.pack(hidden_states(mixed, tokens, attention)), found, atol=0.1, rtol=0)
+    row, position = torch.tensor([0, 1]), torch.tensor([3, 2])
+    logits = packed_logits(mixed, found, layout, row, position)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, packed_logits(model, found, layout, row, position))  # its head is untouched
+    assert (logits != logits.bfloat16().float()).any()
 
 
 @torch.no_grad()
