@@ -54,58 +54,50 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def point(found) -> dict:
-    """A measurement as the report reads it: seconds over all answers, quality with its 95 % Wilson interval."""
+def measured(found) -> dict:
+    """What a measurement has in the report: seconds over all answers, quality with its 95 % Wilson interval."""
     from dllm.evaluation.scores import wilson_interval
 
     low, high = wilson_interval(found.correct, found.n)
     return {
-        "steps": found.steps,
         "nfe": found.nfe,
         "seconds": found.seconds,
         "tokens_per_second": found.tokens / found.seconds,
         "quality": found.correct / found.n,
         "quality_low": low,
         "quality_high": high,
-        "metric": METRIC,
         "n": found.n,
     }
+
+
+def point(found) -> dict:
+    """A number of steps as the report reads it."""
+    return {"steps": found.steps, "metric": METRIC} | measured(found)
 
 
 def compared(found) -> dict:
     """A decoding option as the report reads it; agreement is that with the exact decode."""
-    from dllm.evaluation.scores import wilson_interval
+    agreement = {"agreement": found.agreement, "token_agreement": found.token_agreement}
+    return {"name": found.name} | agreement | measured(found)
 
-    low, high = wilson_interval(found.correct, found.n)
-    return {
-        "name": found.name,
-        "nfe": found.nfe,
-        "seconds": found.seconds,
-        "tokens_per_second": found.tokens / found.seconds,
-        "quality": found.correct / found.n,
-        "quality_low": low,
-        "quality_high": high,
-        "agreement": found.agreement,
-        "token_agreement": found.token_agreement,
-        "n": found.n,
-    }
+
+def measured_line(measurement: dict) -> str:
+    """What a point and an option have in common, for the terminal."""
+    return (
+        f"{measurement['nfe']:.1f} passes per answer, {measurement['seconds']:.2f} s, "
+        f"{measurement['tokens_per_second']:.0f} tokens/s, {METRIC} {100 * measurement['quality']:.1f} % "
+        f"[{100 * measurement['quality_low']:.1f}, {100 * measurement['quality_high']:.1f}] of {measurement['n']}"
+    )
 
 
 def compared_line(option: dict) -> str:
     """An option for the terminal."""
     return (
-        f"{option['name']}: {option['nfe']:.1f} passes per answer, {option['seconds']:.2f} s, "
-        f"{option['tokens_per_second']:.0f} tokens/s, {METRIC} {100 * option['quality']:.1f} % "
-        f"[{100 * option['quality_low']:.1f}, {100 * option['quality_high']:.1f}] of {option['n']}, "
-        f"{100 * option['agreement']:.1f} % of answers and {100 * option['token_agreement']:.1f} % of tokens "
-        "as in the exact decode"
+        f"{option['name']}: {measured_line(option)}, {100 * option['agreement']:.1f} % of answers and "
+        f"{100 * option['token_agreement']:.1f} % of tokens as in the exact decode"
     )
 
 
 def line(point: dict) -> str:
     """A point for the terminal."""
-    return (
-        f"{point['steps']:>5} steps: {point['nfe']:.1f} passes per answer, {point['seconds']:.2f} s, "
-        f"{point['tokens_per_second']:.0f} tokens/s, {METRIC} {100 * point['quality']:.1f} % "
-        f"[{100 * point['quality_low']:.1f}, {100 * point['quality_high']:.1f}] of {point['n']}"
-    )
+    return f"{point['steps']:>5} steps: {measured_line(point)}"
