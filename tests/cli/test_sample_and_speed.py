@@ -78,12 +78,12 @@ def test_speed_writes_a_point_per_number_of_steps(here, tmp_path, capsys):
     path = write_when_changed(tmp_path / "speed.yaml", config)
     assert main(["speed", str(path), "--workdir", str(tmp_path), "--device", "cpu"]) == 0
     found = json.loads((tmp_path / "speed" / "chat-toy.json").read_text())
-    fields = "steps nfe seconds tokens_per_second quality quality_low quality_high metric n".split()
+    fields = "steps metric nfe seconds tokens_per_second quality quality_low quality_high n".split()
     assert [list(point) for point in found["points"]] == [fields] * 2
     first = found["points"][0]
     assert first["quality"] == 0.5 and first["quality_low"] < 0.5 < first["quality_high"] and first["n"] == 2
     assert {"commit", "hardware", "config_digest"} <= set(found["provenance"])
-    fields = "name nfe seconds tokens_per_second quality quality_low quality_high agreement token_agreement n".split()
+    fields = "name agreement token_agreement nfe seconds tokens_per_second quality quality_low quality_high n".split()
     assert [list(option) for option in found["options"]] == [fields] * 7
     assert found["options"][0]["name"] == "exact" and found["options"][0]["agreement"] == 1
     assert capsys.readouterr().out.count("passes per answer") == 9
