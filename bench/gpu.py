@@ -48,17 +48,17 @@ SIZES = {
 }
 ROW_TOKENS = 32_768
 """Tokens of a global batch, and of the widest packed micro-batch."""
+TINY = {"a tiny model": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "heads": 2}}
+"""What a smoke run takes, on the CPU: every line runs, and no number means anything."""
 
 
 def gpu(options: Options) -> Result:
     """Everything above, or the reason why not."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not options.quick:
         return Result(skipped="no CUDA device in this machine; nothing about GPUs was measured")
-    if options.quick:
-        return Result(skipped="a smoke run leaves the GPU alone")
-    rows, setup = [], {"device": torch.cuda.get_device_name(), "peak FLOP/s": peak_flops(), "formula": FORMULA}
-    for name in SIZES:
-        for length in (512, 1024):
+    rows, setup = [], {"device": _device_name(), "peak FLOP/s": peak_flops(), "formula": FORMULA}
+    for name in TINY if options.quick else SIZES:
+        for length in (64,) if options.quick else (512, 1024):
             row, facts = _training(name, length, options)
             rows += row
             setup[f"{name}, length {length}"] = facts
@@ -72,8 +72,16 @@ def gpu(options: Options) -> Result:
 
 def peak_flops() -> float | None:
     """The device's dense bf16 FLOP/s, None if it is not in the table."""
-    name = torch.cuda.get_device_name()
+    name = _device_name()
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
 
 
 def step_flops(backbone: Backbone, lengths: numpy.ndarray, predicted: int) -> float:
@@ -90,32 +98,35 @@ def step_flops(backbone: Backbone, lengths: numpy.ndarray, predicted: int) -> fl
 
 @cache
 def _backbone(name: str) -> Backbone:
-    sizes = dict(SIZES[name])
+    sizes = dict((SIZES | TINY)[name])
     config = ModernBertConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY if name in SIZES else 128,
         num_attention_heads=sizes.pop("heads"),
         max_position_embeddings=2048,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
         **sizes,
     )
-    return as_backbone(config, ModernBertForMaskedLM, device="cuda")
+    return as_backbone(config, ModernBertForMaskedLM, device=_device())
 
 
 def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     backbone, algorithm = _backbone(name), MDLM()
+    vocabulary, row_tokens = backbone.vocab_size, 512 if options.quick else ROW_TOKENS
     # uneven rows, as chat data has them, at most `length` tokens
     lengths = chat_lengths(4096, mean=0.6 * length, longest=length)
-    lengths = lengths[: int(numpy.searchsorted(numpy.cumsum(lengths), ROW_TOKENS))]
-    rows = rows_of_lengths(lengths, VOCABULARY, prompt_share=0.0)
-    sizes = Sizes(VOCABULARY, rows=len(lengths), longest=length)
-    config = run_config(sizes, bf16=True, micro_batch_tokens=ROW_TOKENS)
+    lengths = lengths[: int(numpy.searchsorted(numpy.cumsum(lengths), row_tokens))]
+    rows = rows_of_lengths(lengths, vocabulary, prompt_share=0.0)
+    sizes = Sizes(vocabulary, rows=len(lengths), longest=length)
+    config = run_config(sizes, bf16=True, micro_batch_tokens=row_tokens)
     AcceleratorState._reset_state(reset_partial_state=True)
     engine = Engine(
         Accelerator(mixed_precision="bf16"), scores_for(config, backbone.model, "in_place"), config.optimizer
     )
     source = Source(rows, algorithm, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
     made = training_parts(source, config, first=0, last=1)
-    parts: list[Part] = [replace(part, inputs=part.inputs.pin_memory()) for part in made]
+    parts: list[Part] = list(made)
+    if _device() == "cuda":
+        parts = [replace(part, inputs=part.inputs.pin_memory()) for part in parts]
     predicted = sum(len(part.inputs.row) for part in parts)
     count = 8
     batches = [numpy.arange(low, min(low + count, len(lengths))) for low in range(0, len(lengths), count)]
@@ -129,8 +140,9 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
             batch = collate(rows, numbers, pad_id=backbone.pad_id, end=None)
             noise = row_noise(0, 0, batch.sample_ids, batch.tokens.shape[1])
             corrupted = exact_count(batch.maskable, noise.level, noise.place)
-            batch, masked, weight = batch.to("cuda"), corrupted.masked.cuda(), corrupted.weight.cuda()
-            with torch.autocast("cuda", torch.bfloat16):
+            batch = batch.to(_device())
+            masked, weight = corrupted.masked.to(_device()), corrupted.weight.to(_device())
+            with torch.autocast(_device(), torch.bfloat16):
                 loss = masked_loss(backbone.model, batch.tokens, batch.attention, masked, weight, backbone.mask_id)
             (loss / total).backward()
         engine.update()
@@ -149,18 +161,19 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
         "rows": len(lengths),
         "tokens": int(total),
     }
-    title = f"{name}, rows of at most {length} tokens, packed, bf16 autocast, {torch.cuda.get_device_name()}"
+    title = f"{name}, rows of at most {length} tokens, packed, bf16 autocast, {_device_name()}"
     against = f"random batches of {count} padded to the longest, logits everywhere, bf16 autocast"
     held = "same weights, rows, masks, precision of products, optimiser; inputs of ours are made ahead, as in training"
     common = {"held_equal": held, "correct": "same loss on the CPU (case sft)"}
     mfu = f"MFU {facts['MFU']:.1%}, " if peak else "MFU unknown (no peak FLOP/s for this device), "
     note = f"{mfu}{facts['tokens per second']:,.0f} tokens/s, peak memory {memory['ours']:.1f} GiB. {FORMULA}"
-    return [
-        compare(times["ours"], times["theirs"], name=f"training step, {title}", against=against, note=note, **common),
-        compare(
-            [memory["ours"]], [memory["theirs"]], name=f"peak memory, {title}", against=against, unit="GiB", **common
-        ),
-    ], facts
+    found = [
+        compare(times["ours"], times["theirs"], name=f"training step, {title}", against=against, note=note, **common)
+    ]
+    if _device() == "cuda":
+        ours, theirs = [memory["ours"]], [memory["theirs"]]
+        found.append(compare(ours, theirs, name=f"peak memory, {title}", against=against, unit="GiB", **common))
+    return found, facts
 
 
 def _inference(name: str, options: Options) -> tuple[list, dict]:
@@ -168,13 +181,14 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
     backbone, algorithm = _backbone(name), MDLM()
     backbone.model.to(torch.bfloat16).eval()
     random = numpy.random.default_rng(0)
-    lengths = random.integers(32, 256, 128)
-    prompts = [random.integers(5, VOCABULARY, int(n)).tolist() for n in lengths]
-    targets = [random.integers(5, VOCABULARY, int(n)).tolist() for n in random.integers(5, 40, 128)]
-    settings = GenerateSettings(max_new_tokens=128, early_stop=False, batch_size=128)
+    count, longest, new = (2, 40, 16) if options.quick else (128, 256, 128)
+    lengths = random.integers(32, longest, count)
+    prompts = [random.integers(5, backbone.vocab_size, int(n)).tolist() for n in lengths]
+    targets = [random.integers(5, backbone.vocab_size, int(n)).tolist() for n in random.integers(5, 40, count)]
+    settings = GenerateSettings(max_new_tokens=new, block_size=min(32, new), early_stop=False, batch_size=count)
 
     def generate() -> None:
-        ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": "cuda"}
+        ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": _device()}
         for _ in algorithm.denoise(backbone, canvas_for(prompts, settings.max_new_tokens, **ids), settings):
             pass
 
@@ -196,7 +210,7 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
     row = compare(
         per_token["ours"],
         per_token["theirs"],
-        name=f"generation, 128 tokens, 128 ragged prompts, {name}, bf16, {torch.cuda.get_device_name()}",
+        name=f"generation, {new} tokens, {count} ragged prompts, {name}, bf16, {_device_name()}",
         against="one row at a time, full canvas, logits everywhere (one of the prompts)",
         unit="s per token",
         held_equal="same weights, precision, canvas, blocks; nothing ends early; not the same batch",
@@ -211,11 +225,14 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
 @torch.no_grad()
 def _sample_row_cuda(backbone: Backbone, prompt: list[int], settings: GenerateSettings) -> None:
     """`alternatives.sample_row` with its tensors on the device."""
-    with torch.device("cuda"):
+    with torch.device(_device()):
         sample_row(backbone.model, prompt, settings.max_new_tokens, settings.block_size, backbone.mask_id)
 
 
 def _peak_gib(job) -> float:
+    if _device() == "cpu":
+        job()
+        return 0.0
     torch.cuda.reset_peak_memory_stats()
     job()
     torch.cuda.synchronize()
@@ -225,4 +242,5 @@ def _peak_gib(job) -> float:
 def _forget() -> None:
     _backbone.cache_clear()
     gc.collect()
-    torch.cuda.empty_cache()
+    if _device() == "cuda":
+        torch.cuda.empty_cache()
