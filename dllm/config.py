@@ -373,7 +373,7 @@ class RunEntry(Settings):
     evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
     eval_draws: int = option(1, "noise draws per test row", gt=0)
-    launch: Literal["cpu", "ddp", "zero2"] = option("ddp", "file in config/accelerate")
+    launch: Literal["cpu", "ddp", "zero1", "zero2", "zero3", "fsdp"] = option("ddp", "file in config/accelerate")
     resources: Resources = option(Resources(), "what a cluster job asks for")
 
     @model_validator(mode="after")
@@ -383,7 +383,30 @@ class RunEntry(Settings):
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.length:
             raise ValueError(too_few_tokens(self.micro_batch_tokens, self.length))
         check_edit_flows(self)
+        if fault := launch_fault(self.launch, self.optimizer.name):
+            raise ValueError(fault)
         return self
+
+
+def launch_fault(
+    launch: str, optimizer: str, *, quantized: bool = False, parameters: Literal["fp32", "bf16"] = "fp32"
+) -> str | None:
+    """The line for a launch that cannot run an optimiser, quantized weights or bf16 master weights, or None."""
+    if launch in ("cpu", "ddp"):
+        return None
+    if optimizer == "muon":
+        return (
+            f"optimizer.name = 'muon' needs whole matrices, which launch = {launch!r} cuts into shards; allowed there: "
+            "adamw; or launch with cpu or ddp"
+        )
+    if quantized:
+        return f"adapter.kind = 'qlora' is not for launch = {launch!r}; allowed: cpu, ddp; or take kind: lora"
+    if parameters == "bf16" and launch != "fsdp":
+        return (
+            f"recipe.parameters = 'bf16' is not for launch = {launch!r}, whose master weights are fp32; take a recipe "
+            "with parameters: fp32, or launch with ddp or fsdp"
+        )
+    return None
 
 
 def check_edit_flows(run: RunEntry | RunConfig) -> None:
