@@ -33,6 +33,7 @@ from dllm.algorithms.base import Algorithm, part_of_state
 from dllm.config import Recipe, RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
 from dllm.data.collate import ResponseEnd
 from dllm.data.tokens import TokenRows, open_rows
+from dllm.models.adapters import attach_adapter, merge_adapter, save_adapter
 from dllm.models.load import SIDECAR, Backbone, load_backbone
 from dllm.training.engine import DATA_PARALLEL, Engine, scores_for
 from dllm.training.optimizer import set_learning_rate, share_of_peak
@@ -133,11 +134,9 @@ def _train(
     quiet: bool,
 ) -> Path:
     train_rows, test_rows = (open_rows(workdir / config.data_path, split) for split in ("train", "test"))
-    dtype = torch.bfloat16 if config.recipe.parameters == "bf16" else torch.float32
-    backbone = load_backbone(
-        workdir / config.init_path, dtype=dtype, entry=config.model, causal=config.algorithm == "ar"
-    )
+    backbone = _start(config, workdir)
     _check_fit(config, backbone, train_rows)
+    backbone = _adapted(config, backbone, accelerator.device)
     set_seed(config.seed)
     plan = make_plan(config, len(train_rows), accelerator.num_processes)
     run = _Run(config, plan, backbone, train_rows, test_rows, accelerator, state)
@@ -423,6 +422,27 @@ def _algorithm(config: RunConfig, backbone: Backbone, *, exact: bool = False) ->
     return cls(recipe, config.mlm_share) if config.algorithm == "mlm" else cls(recipe)
 
 
+def _start(config: RunConfig, workdir: Path) -> Backbone:
+    """The backbone that a run starts from."""
+    dtype = torch.bfloat16 if config.recipe.parameters == "bf16" else torch.float32
+    return load_backbone(workdir / config.init_path, dtype=dtype, entry=config.model, causal=config.algorithm == "ar")
+
+
+def _adapted(config: RunConfig, backbone: Backbone, device: torch.device) -> Backbone:
+    """The backbone with the run's adapter, if it has one."""
+    if config.adapter is None:
+        return backbone
+    if config.adapter.kind == "qlora":
+        backbone.model.to(device)  # quantized where it trains
+    return attach_adapter(
+        backbone,
+        config.adapter,
+        seed=config.seed,
+        bf16=config.recipe.autocast == "bf16",
+        causal=config.algorithm == "ar",
+    )
+
+
 def _response_end(config: RunConfig, rows: TokenRows, backbone: Backbone) -> ResponseEnd | None:
     """How responses end; None for text, which has no prompts."""
     if not rows.prompts.any():
@@ -512,7 +532,15 @@ def _finish(run: _Run, weights: dict[str, Tensor], target: Path, workdir: Path) 
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "model").mkdir(parents=True)
-    run.backbone.model.save_pretrained(scratch / "model", state_dict=part_of_state(weights, "model"))
+    state = part_of_state(weights, "model")
+    if config.adapter is None:
+        run.backbone.model.save_pretrained(scratch / "model", state_dict=state)
+    else:
+        save_adapter(run.backbone.model, state, scratch / "adapter")
+        # the start once more, as it was: under a back-end with shards, this process holds a part of it only
+        whole = _adapted(config, _start(config, workdir), accelerator.device).model
+        whole.load_state_dict(state, strict=False)
+        merge_adapter(whole).cpu().save_pretrained(scratch / "model")
     run.backbone.tokenizer.save_pretrained(scratch / "model")
     entry = config.model
     sidecar = {

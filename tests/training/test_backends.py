@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from dllm.config import OptimizerSettings, write_when_changed
+from dllm.config import write_when_changed
 from dllm.training.trainer import train
-from tests.training.conftest import metrics_of, run_config
-from tests.training.test_trainer import assert_same_run, same_weights, weights
+from tests.training.conftest import run_config
+from tests.training.test_trainer import assert_same_run
 
 LAUNCHES = Path(__file__).resolve().parents[2] / "config/accelerate"
 SHARDED = ("zero1", "zero2", "zero3", "fsdp")
