@@ -112,6 +112,8 @@ def _quantize(model: nn.Module, names: list[str], compute: torch.dtype) -> None:
             old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
         )
         new.bias = old.bias
+        # on some CPUs its first evaluation would repack the weight for a bf16 kernel without a gradient
+        new.support_avx512bf16_for_cpu = False
         _replace(model, name, new.to(device))
 
 
@@ -138,7 +140,8 @@ def merge_adapter(model: nn.Module) -> nn.Module:
             merged = nn.Linear(*reversed(weight.shape), layer.base_layer.bias is not None, device="meta")
             delta = layer.get_delta_weight(ADAPTER).to(weight.device)
             merged.weight = nn.Parameter((weight.float() + delta.float()).to(weight.dtype))
-            merged.bias = layer.base_layer.bias
+            if merged.bias is not None:  # a four-bit layer casts it to the precision of its products
+                merged.bias = nn.Parameter(layer.base_layer.bias.to(weight.dtype))
             _replace(model, name, merged)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):

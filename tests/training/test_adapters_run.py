@@ -1,6 +1,7 @@
 """LoRA and QLoRA runs: adapters train, the start does not, and what is left loads like any checkpoint."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -84,15 +85,14 @@ def test_adapters_lower_the_loss_and_the_merged_model_is_the_one_that_was_traine
 
 def test_the_adapter_is_one_that_peft_loads(workdir):
     target = train(run_config(steps=10, adapter=AdapterSettings(rank=4), optimizer=RATE), workdir, quiet=True)
-    base = AutoModelForMaskedLM.from_pretrained(workdir / "downloads/toy-model")
-    loaded = PeftModel.from_pretrained(base, target / "adapter").eval()
+    base = AutoModelForMaskedLM.from_pretrained(workdir / "downloads/toy-model").eval()
     tokens = torch.arange(24).view(2, 12) % 20
-    merged = load_backbone(target / "model").model
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, merged(tokens).logits, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(base.get_base_model()(tokens).logits if hasattr(base, "get_base_model") else
-                                  AutoModelForMaskedLM.from_pretrained(workdir / "downloads/toy-model")(tokens).logits,
-                                  merged(tokens).logits, atol=1e-3)  # fmt: skip
+        before = base(tokens).logits
+        loaded = PeftModel.from_pretrained(base, target / "adapter")(tokens).logits
+        merged = load_backbone(target / "model").model(tokens).logits
+    torch.testing.assert_close(loaded, merged, rtol=1e-5, atol=1e-5)  # fp32 rounding
+    assert not torch.allclose(before, merged, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,8 +150,8 @@ def test_what_an_adapter_run_leaves_is_sampled_like_any_model(workdir):
     config = run_config(steps=10, adapter=AdapterSettings(rank=4, targets=["query", "value"]), optimizer=RATE)
     target = train(config, workdir, quiet=True)
     lm = dllm.load(target / "model")
-    (answer,) = lm.generate(["who the cat ?"], GenerateSettings(max_new_tokens=8, steps=4))
-    assert isinstance(answer.text if hasattr(answer, "text") else answer, str)
+    (answer,) = lm.answers(["who the cat ?"], GenerateSettings(max_new_tokens=8, steps=4, early_stop=False))
+    assert answer.passes == 4
     second = run_config("second", steps=2, init="run", init_path="runs/run/model", optimizer=RATE)
     train(second, workdir, quiet=True)  # and a run can start from it
 
@@ -159,7 +159,6 @@ def test_what_an_adapter_run_leaves_is_sampled_like_any_model(workdir):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"adapter": {"targets": ["querry"]}}, None),
         ({"adapter": {"rank": 0}}, "adapter.rank = 0"),
         ({"adapter": {"kind": "qlora"}, "launch": "zero3"}, "'qlora' is not for launch = 'zero3'; allowed: cpu, ddp"),
         ({"adapter": {"kind": "lora"}, "optimizer": {"name": "muon"}}, "'muon' is not for adapters"),
@@ -167,10 +166,7 @@ def test_what_an_adapter_run_leaves_is_sampled_like_any_model(workdir):
     ],
 )
 def test_what_does_not_go_together_is_refused_when_the_configuration_is_read(settings, line):
-    overlay = {"runs": {"chat-large": settings}}
-    if line is None:
-        load_project("config", "config/laptop.yaml", overlay)
-        return
+    overlay = {"runs": {"chat-large": {"optimizer": {"name": "adamw"}} | settings}}
     with pytest.raises(ConfigError, match=line) as caught:
         load_project("config", "config/laptop.yaml", overlay)
     assert "\n" not in str(caught.value)
@@ -182,9 +178,35 @@ def test_a_target_that_the_model_has_not_is_named_with_those_it_has(workdir):
 
 
 def test_qlora_without_bitsandbytes_says_what_to_install(workdir, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'dllm\[adapters\]', or take kind: lora"):
         train(run_config(adapter=AdapterSettings(kind="qlora")), workdir, quiet=True)
+
+
+@pytest.mark.parametrize("kind", [KINDS[1]])
+def test_a_quantized_layer_has_the_gradients_of_the_numbers_it_stands_for(workdir, kind):
+    """After an evaluation too, in which a library may have changed how the weights are laid out."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    settings = start(workdir, "llama", hidden_size=64)
+    attached = [
+        attach_adapter(
+            load_backbone(workdir / "downloads/other", entry=settings["model"]), AdapterSettings(kind=k)
+        ).model
+        for k in (kind, "lora")
+    ]
+    quantized, plain = attached
+    for name in plain.peft_config["default"].target_modules:
+        weight = quantized.get_submodule(name).base_layer.weight
+        plain.get_submodule(name).base_layer.weight.copy_(dequantize_4bit(weight.data, weight.quant_state))
+    found = []
+    for model in attached:
+        logits(model.eval())
+        hidden_states(model.train(), torch.arange(24).view(2, 12) % 20).square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_in_bf16_weights_is_fp32(workdir):
@@ -192,5 +214,3 @@ def test_an_adapter_in_bf16_weights_is_fp32(workdir):
     attach_adapter(backbone, AdapterSettings(rank=4))
     kinds = {(p.requires_grad, p.dtype) for p in backbone.model.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
-
-
