@@ -155,7 +155,8 @@ class DeepSpeedZero(Backend):
         if accelerator.device.type == "cpu":  # gloo serves; no communication kernel is compiled for a test
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         size = sum(p.numel() for p in scores.parameters())
-        buckets = {"reduce_bucket_size": min(BUCKET, size), "allgather_bucket_size": min(BUCKET, size)}
+        bucket = min(BUCKET, size + size % 2)  # an odd one is refused
+        buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         config |= {
             # the trainer counts batches and denominators itself, and says which micro-batch is the last of a step
             "train_micro_batch_size_per_gpu": 1,
@@ -288,7 +289,7 @@ def backend_for(accelerator: Accelerator, scores: nn.Module, settings: Optimizer
     """
     if _launched("DEEPSPEED"):
         return DeepSpeedZero(accelerator, scores, settings, bf16=bf16)
-    if _launched("FSDP") and accelerator.num_processes > 1:
+    if _launched("FSDP") and torch.distributed.is_initialized():
         return FullyShard(accelerator, scores, settings)
     return Replicated(accelerator, scores, settings)
 
