@@ -172,6 +172,11 @@ class DeepSpeedZero(Backend):
             "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         }
         (adamw,) = build_optimizers(scores, settings)
+        if self.stage == 3:  # weight by weight: left to `initialize`, the whole model would be on each device for once
+            deepspeed.init_distributed()
+            deepspeed.zero.Init(module=scores, config_dict_or_path=config)
+            for buffer in scores.buffers():
+                buffer.data = buffer.data.to(accelerator.device)
         self.model, optimizer, *_ = deepspeed.initialize(model=scores, optimizer=adamw, config=config)
         self.optimizers = [optimizer]
 
