@@ -131,23 +131,21 @@ def _load_trained(models: list[nn.Module], directory: str) -> None:
 
     model = models.pop()
     state = load_file(Path(directory) / "model.safetensors")
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    if lost := sorted(wanted.intersection(missing)) + sorted(unexpected):
-        raise ValueError(f"{directory}/model.safetensors: does not fit this run ({lost[0]})")
+    _, unexpected = model.load_state_dict(state, strict=False)
+    loaded = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in state}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in loaded]
+    if wrong := [*missing, *unexpected]:
+        raise ValueError(f"{directory}/model.safetensors: does not fit this run ({wrong[0]})")
 
 
 class DeepSpeedZero(Backend):
     """DeepSpeed ZeRO: optimiser states (stage 1), gradients too (2), weights too (3) in shards (arXiv:1910.02054)."""
 
     def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings, *, bf16: bool):
+        import deepspeed
+        import deepspeed.ops
         from accelerate import DeepSpeedPlugin
 
-        try:
-            import deepspeed
-            import deepspeed.ops
-        except ImportError:
-            raise ValueError("deepspeed is not installed; pip install 'dllm[cluster]', or launch with ddp") from None
         config = dict(DeepSpeedPlugin().deepspeed_config)  # of the launching configuration
         self.accelerator, self.scores, self.stage = accelerator, scores, config["zero_optimization"]["stage"]
         self.layout = f"zero{self.stage} on {accelerator.num_processes} processes"

@@ -1,4 +1,4 @@
-"""Every launch file with shards: two processes train the run that one trains, and go on with it after a kill."""
+"""Every launch file: two processes train the run that one trains, and go on with it after a kill."""
 
 import importlib.util
 import json
@@ -78,7 +78,7 @@ def adapter_run(workdir, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("launch", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
 def test_two_processes_train_the_run_of_one_and_resume_it(workdir, launch):
     """Losses, gradient norms and weights of the whole curve; the resumed run is the uninterrupted one to the bit."""
     if launch.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
@@ -92,6 +92,7 @@ def test_two_processes_train_the_run_of_one_and_resume_it(workdir, launch):
     two, cut = (run_config(name, **settings, **layout) for name in ("two", "cut"))
     muon = run_config("muon", optimizer=OptimizerSettings(name="muon"))
     configs = {
+        "ddp": [adapter_run(workdir, "lora-two"), two],
         "zero1": [two],
         "zero2": [cut, muon, two],
         "zero3": [adapter_run(workdir, "lora-two"), two],
