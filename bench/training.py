@@ -69,9 +69,8 @@ class Trainer:
         )
         self.config = run_config(sizes, bf16=bf16, **settings)
         AcceleratorState._reset_state(reset_partial_state=False)
-        accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
         scores = scores_for(self.config, self.backbone.model, "in_place")
-        self.engine = Engine(accelerator, scores, self.config.optimizer)
+        self.engine = Engine(Accelerator(cpu=True), scores, self.config.optimizer, bf16=bf16)
         self.algorithm = MDLM(self.config.recipe)
         self.end = ResponseEnd("one", self.backbone.eos_id, longest=sizes.longest)
 

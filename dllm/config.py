@@ -172,6 +172,22 @@ class EditSettings(Settings):
     adapter_rank: int = option(64, "inner size of the adapters in front of the shared LM head", gt=0)
 
 
+class AdapterSettings(Settings):
+    """LoRA: small matrices trained beside frozen ones. The run leaves them, and whole weights with them merged."""
+
+    kind: Literal["lora", "qlora"] = option(
+        "lora", "`qlora` holds the frozen matrices in four bits (with bitsandbytes, launched with cpu or ddp)"
+    )
+    rank: int = option(16, "inner size of an adapter", gt=0)
+    alpha: int = option(32, "adapters count alpha / rank", gt=0)
+    dropout: float = option(0.0, "share of an adapter's inputs that are dropped in training", ge=0, lt=1)
+    targets: list[str] | None = option(
+        None,
+        "linear layers that get one, by the ends of their names; none: all inside the model's layers",
+        min_length=1,
+    )
+
+
 class OptimizerSettings(Settings):
     """The optimiser and its schedule: linear warm-up, then cosine to zero."""
 
@@ -372,13 +388,14 @@ class RunEntry(Settings):
     activation_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory")
     compile: bool = option(False, "torch.compile of the backbone")
     optimizer: OptimizerSettings = option(OptimizerSettings(), "optimiser and schedule")
+    adapter: AdapterSettings | None = option(None, "train LoRA adapters only; none: all weights")
     seed: int = option(42, "seed of order and noise")
     mlm_share: float = option(0.3, "share of tokens masked by `mlm`", gt=0, lt=1)
     edits: EditSettings = option(EditSettings(), "starts and times of `edit_flows`")
     evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
     eval_draws: int = option(1, "noise draws per test row", gt=0)
-    launch: Literal["cpu", "ddp", "zero2"] = option("ddp", "file in config/accelerate")
+    launch: Literal["cpu", "ddp", "zero1", "zero2", "zero3", "fsdp"] = option("ddp", "file in config/accelerate")
     resources: Resources = option(Resources(), "what a cluster job asks for")
 
     @model_validator(mode="after")
@@ -388,7 +405,41 @@ class RunEntry(Settings):
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.length:
             raise ValueError(too_few_tokens(self.micro_batch_tokens, self.length))
         check_edit_flows(self)
+        check_adapter(self)
+        quantized = self.adapter is not None and self.adapter.kind == "qlora"
+        if fault := launch_fault(self.launch, self.optimizer.name, quantized=quantized):
+            raise ValueError(fault)
         return self
+
+
+def check_adapter(run: RunEntry | RunConfig) -> None:
+    """Raise ValueError, one line, for an adapter with an optimiser that is not for it."""
+    if run.adapter is not None and run.optimizer.name != "adamw":
+        raise ValueError(
+            f"optimizer.name = {run.optimizer.name!r} is not for adapters, whose matrices are thin and start at zero; "
+            "allowed: adamw"
+        )
+
+
+def launch_fault(
+    launch: str, optimizer: str, *, quantized: bool = False, parameters: Literal["fp32", "bf16"] = "fp32"
+) -> str | None:
+    """The line for a launch that cannot run an optimiser, quantized weights or bf16 master weights, or None."""
+    if launch in ("cpu", "ddp"):
+        return None
+    if optimizer == "muon":
+        return (
+            f"optimizer.name = 'muon' needs whole matrices, which launch = {launch!r} cuts into shards; allowed there: "
+            "adamw; or launch with cpu or ddp"
+        )
+    if quantized:
+        return f"adapter.kind = 'qlora' is not for launch = {launch!r}; allowed: cpu, ddp; or take kind: lora"
+    if parameters == "bf16" and launch != "fsdp":
+        return (
+            f"recipe.parameters = 'bf16' is not for launch = {launch!r}, whose master weights are fp32; take a recipe "
+            "with parameters: fp32, or launch with ddp or fsdp"
+        )
+    return None
 
 
 def check_edit_flows(run: RunEntry | RunConfig) -> None:
@@ -620,9 +671,11 @@ class RunConfig(Settings):
     activation_checkpointing: bool = False
     compile: bool = False
     edits: EditSettings = EditSettings()
+    adapter: AdapterSettings | None = None
 
     @model_validator(mode="after")
     def what_edit_flows_takes(self) -> RunConfig:
+        check_adapter(self)
         check_edit_flows(self)
         if fault := one_response_end(self.algorithm, self.recipe):
             raise ValueError(f"recipe {self.recipe_name!r} {fault}")
@@ -1029,7 +1082,7 @@ def run_configs(project: Project) -> dict[str, RunConfig]:
         data = prepared_name(project, name)
         taken = entry.model_dump(
             include=set(RunConfig.model_fields) - {"model", "recipe", "data"} & set(RunEntry.model_fields),
-            exclude={"model", "recipe", "data", "optimizer", "edits"},
+            exclude={"model", "recipe", "data", "optimizer", "edits", "adapter"},
         )
         configs[name] = RunConfig(
             **taken,
@@ -1042,6 +1095,7 @@ def run_configs(project: Project) -> dict[str, RunConfig]:
             recipe=project.recipes[entry.recipe],
             optimizer=entry.optimizer,
             edits=entry.edits,
+            adapter=entry.adapter,
         )
     return configs
 

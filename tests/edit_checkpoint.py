@@ -33,7 +33,11 @@ def save_edit_toy(directory: Path, *, steps: int = 0, seed: int = 0, **sidecar) 
         torch.nn.utils.clip_grad_norm_(scores.parameters(), 1.0)
         optimizer.step()
     backbone.model.save_pretrained(path)
-    noted = json.loads((path / SIDECAR).read_text()) | {"algorithm": "edit_flows"} | algorithm.save(scores, path)
+    noted = (
+        json.loads((path / SIDECAR).read_text())
+        | {"algorithm": "edit_flows"}
+        | algorithm.save(scores, scores.state_dict(), path)
+    )
     (path / SIDECAR).write_text(json.dumps(noted))
     assert (path / HEADS_FILE).exists()
     return path

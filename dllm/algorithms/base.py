@@ -21,6 +21,11 @@ Rows = Sequence[Sequence[int]]
 """Token ids, one sequence per request."""
 
 
+def part_of_state(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state of a submodule, by its own names."""
+    return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+
+
 class Algorithm(ABC):
     """An algorithm has no state but its frozen settings; its subclasses are final."""
 
@@ -34,8 +39,11 @@ class Algorithm(ABC):
         """
         return Scores(model, prediction, chunk)
 
-    def save(self, scores: nn.Module, directory: Path) -> dict[str, Any]:
-        """Write what a checkpoint needs beside its stock model; returns what its sidecar says of it."""
+    def save(self, scores: nn.Module, weights: dict[str, Tensor], directory: Path) -> dict[str, Any]:
+        """Write what a checkpoint needs beside its stock model; returns what its sidecar says of it.
+
+        weights: the state of `scores`, whose own parameters may be shards.
+        """
         return {}
 
     @abstractmethod

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.algorithms.base import Algorithm, Rows
+from dllm.algorithms.base import Algorithm, Rows, part_of_state
 from dllm.config import EditSettings, GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, LossTerms, Noise
 from dllm.core.canvas import Canvas, infill_canvas
@@ -144,9 +144,9 @@ class EditFlow(Algorithm):
             )
         return EditScores(model, heads, prediction)
 
-    def save(self, scores: EditScores, directory: Path) -> dict[str, Any]:
+    def save(self, scores: EditScores, weights: dict[str, Tensor], directory: Path) -> dict[str, Any]:
         """Write the edit heads; see `Algorithm.save`."""
-        save_edit_heads(scores.heads, directory)
+        save_edit_heads(scores.heads, directory, part_of_state(weights, "heads"))
         return {"edits": self.edits.model_dump()}
 
     def corrupt(

@@ -161,10 +161,10 @@ def new_edit_heads(model: nn.Module, rank: int = 64, seed: int = 0) -> EditHeads
         return EditHeads(model.config.hidden_size, rank).to(next(model.parameters()).device)
 
 
-def save_edit_heads(heads: EditHeads, directory: str | Path) -> Path:
-    """Write the heads beside a checkpoint, with their sizes; returns the file."""
+def save_edit_heads(heads: EditHeads, directory: str | Path, state: dict[str, Tensor] | None = None) -> Path:
+    """Write the heads beside a checkpoint, with their sizes; returns the file. state: theirs, where it is elsewhere."""
     path = Path(directory) / HEADS_FILE
-    tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in (state or heads.state_dict()).items()}
     save_file(tensors, path, metadata={name: str(value) for name, value in heads.sizes.items()})
     return path
 

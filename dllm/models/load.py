@@ -43,6 +43,8 @@ class Backbone:
     vocab_size: int
     max_length: int
     sidecar: dict = field(default_factory=dict)
+    new_tokens: tuple[int, int] = (0, 0)
+    """Ids, from and before, of tokens that neither model nor tokenizer knew before loading."""
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +83,7 @@ def load_backbone(
             new={}, tokenizer="saved", family=family, mask_token=tokens["mask"], end_token=tokens["eos"],
             chat_template="own",
         )  # fmt: skip
-    tokenizer = _tokenizer(directory, entry, model, causal, published)
+    tokenizer, new_tokens = _tokenizer(directory, entry, model, causal, published)
     config = model.config
     model = model.to(device).eval()
     _test_itself(model, directory, causal)
@@ -99,6 +101,7 @@ def load_backbone(
         vocab_size=config.vocab_size,
         max_length=longest_row(config),
         sidecar=sidecar,
+        new_tokens=new_tokens,
     )
 
 
@@ -226,8 +229,8 @@ def _head_is_whole(model: nn.Module) -> bool:
 
 def _tokenizer(
     directory: Path, entry: ModelEntry | None, model: nn.Module, causal: bool, published: Family | None
-) -> Any:
-    """The tokenizer as the entry wants it; the model learns the mask token if it is new to both."""
+) -> tuple[Any, tuple[int, int]]:
+    """The tokenizer as the entry wants it, and the ids that are new to it; the model is given them."""
     tokenizer = read_tokenizer(directory)
     words, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     if entry is not None:
@@ -248,7 +251,8 @@ def _tokenizer(
             )
     elif len(tokenizer) > words:
         give_new_tokens_the_mean(model, words, len(tokenizer))
-    return tokenizer
+        return tokenizer, (words, len(tokenizer))
+    return tokenizer, (0, 0)
 
 
 def _check_entry(entry: ModelEntry | None, published: Family, directory: Path) -> None:

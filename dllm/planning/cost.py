@@ -14,6 +14,7 @@ from dllm.planning.hardware import Hardware
 from dllm.planning.passes import generation_passes, question_passes
 from dllm.planning.shapes import (
     TRAINING,
+    adapter_parameters,
     forward_flops,
     head_flops,
     head_width,
@@ -42,6 +43,9 @@ CUDA_GIB = 1.5
 
 GPU_HOST_GIB = 5.0
 """Resident memory of a process that drives an accelerator, before its weights pass through it."""
+
+QLORA_BYTES = 0.52
+"""Bytes of a weight in four bits, with its share of the doubly quantized scales (arXiv:2305.14314)."""
 
 DOUBLED = ("bd3lm",)
 """Algorithms that forward a row twice over, clean and corrupted."""
@@ -96,8 +100,9 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
     """A training run.
 
     FLOPs = tokens x 3 F(n) + masked x 3 H + evaluation, F and H the forward FLOPs of a token and of the head (6 N and
-    12 L d n in all); with activation checkpointing 4 F(n), as the layers run forward once more. Muon adds its own per
-    step. Seconds = start-up + FLOPs / (devices x peak x utilisation) + steps x overhead.
+    12 L d n in all); with activation checkpointing 4 F(n), as the layers run forward once more; with adapters one less,
+    as frozen matrices have no gradients. Muon adds its own per step.
+    Seconds = start-up + FLOPs / (devices x peak x utilisation) + steps x overhead.
     """
     steps, longest = training_steps(run, data.train.rows), min(run.length, data.train.longest)
     rows = steps * run.global_batch_size
@@ -110,7 +115,8 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
     forward, head = forward_flops(shape, width, causal=causal), head_flops(shape)
     forward *= doubled
     checkpointing = run.activation_checkpointing
-    flops = rows * ((mean + end) * forward * (TRAINING + checkpointing) + targets * share * head * TRAINING)
+    times = TRAINING if run.adapter is None else TRAINING - 1
+    flops = rows * ((mean + end) * forward * (times + checkpointing) + targets * share * head * times)
     evaluated = _evaluated_rows(run, data) * run.eval_draws
     test_mean = data.test.tokens / max(1.0, data.test.rows)
     test_share = data.test.targets / max(1.0, data.test.tokens)
@@ -131,7 +137,8 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
     else:
         host, device = TRAINING_PROCESS_GIB + rows_gib + CPU_SLACK * device, 0.0
         host += CPU_BF16_GIB if recipe.parameters == "bf16" else 0.0
-    checkpoints = 2 * (weights * (2 if run.optimizer.name == "muon" else 3))
+    trained = _bytes(recipe) * parameters(shape).total if run.adapter is None else 4 * _trained(run, shape)
+    checkpoints = 2 * trained / GIB * (2 if run.optimizer.name == "muon" else 3)
     return Cost(
         tokens=rows * mean,
         flops=flops + scoring + muon * max(1, place.devices),
@@ -189,14 +196,8 @@ def _training_gib(
     values, attention output (Korthikanti et al. 2022, arXiv:2205.05198, without the attention matrix); with
     checkpointing the input of each layer, and one layer in full. Logits and their gradient are fp32.
     """
-    n = parameters(shape).total
-    master = _bytes(recipe)
     element = 2 if devices and _precision(recipe) == "bf16" else 4
-    moments = 2 * n - (parameters(shape).layers if run.optimizer.name == "muon" else 0)
-    shards = devices if run.launch == "zero2" and devices else 1
-    states = n * master + (n + moments) * master / shards
-    if element < master:
-        states += n * element  # autocast's copies of the matrices
+    states = _states(run, recipe, shape, max(1, devices), copies=element < _bytes(recipe))
     layer = tokens * (10 * shape.width + (4 if is_gated(shape) else 2) * shape.intermediate) * element
     if run.activation_checkpointing:
         activations = layer + shape.layers * tokens * shape.width * 4
@@ -205,6 +206,37 @@ def _training_gib(
     masked = tokens * min(1.0, 1.5 * masked_share)  # half as many again as on average
     logits = min(masked, run.head_chunk or masked) * shape.vocabulary * (4 + 4 + element)
     return (states + activations + logits) / GIB
+
+
+def _trained(run: RunEntry, shape: Shape) -> int:
+    """Parameters with a gradient."""
+    return parameters(shape).total if run.adapter is None else adapter_parameters(shape, run.adapter.rank)
+
+
+def _states(run: RunEntry, recipe: Recipe, shape: Shape, devices: int, *, copies: bool) -> float:
+    """Bytes of weights, gradients and optimiser states on one of `devices`; copies: autocast keeps bf16 matrices.
+
+    ZeRO shards the moments (stage 1), gradients too (2), weights too (3, as FSDP does), and keeps the trained weights
+    once more, in shards (Rajbhandari et al. 2020, arXiv:1910.02054). Sharded weights are whole one layer at a time.
+    """
+    count, trained = parameters(shape), _trained(run, shape)
+    master = _bytes(recipe) if run.adapter is None else 4
+    quantized = count.layers if run.adapter and run.adapter.kind == "qlora" else 0
+    weights = count.total * _bytes(recipe) - quantized * (_bytes(recipe) - QLORA_BYTES)
+    if run.adapter is not None:
+        weights += trained * master
+    gradients = trained * master
+    moments = (2 * trained - (count.layers if run.optimizer.name == "muon" else 0)) * master
+    if run.launch.startswith("zero"):
+        moments += trained * master
+    cut = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}.get(run.launch, 0)
+    sizes = [moments, gradients, weights]
+    states = sum(size / devices if number < cut else size for number, size in enumerate(sizes))
+    at_once = count.total - quantized
+    if cut == 3 and devices > 1:
+        at_once = max(count.layers / shape.layers, count.embedding)
+        states += at_once * _bytes(recipe)
+    return states + (2 * at_once if copies else 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------

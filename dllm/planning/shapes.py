@@ -78,6 +78,20 @@ def head_width(shape: Shape) -> int:
     return shape.head_width or shape.width // shape.heads
 
 
+def matrices(shape: Shape) -> list[tuple[int, int]]:
+    """Sizes (out, in) of the matrices of one layer, as a Llama, a BERT or a ModernBERT has them."""
+    d, i, inner = shape.width, shape.intermediate, head_width(shape) * shape.heads
+    keys = head_width(shape) * (shape.kv_heads or shape.heads)
+    if shape.model_type == "modernbert":
+        return [(3 * d, d), (d, d), (2 * i, d), (d, i)]
+    return [(inner, d), (keys, d), (keys, d), (d, inner), *[(i, d)] * (2 if is_gated(shape) else 1), (d, i)]
+
+
+def adapter_parameters(shape: Shape, rank: int) -> int:
+    """Parameters of LoRA adapters beside every matrix inside layers."""
+    return shape.layers * rank * sum(m + n for m, n in matrices(shape))
+
+
 def muon_flops(shape: Shape) -> float:
     """FLOPs of one Muon step: five Newton-Schulz iterations on every matrix of m x n, m <= n, in layers.
 
@@ -88,14 +102,7 @@ def muon_flops(shape: Shape) -> float:
         m, n = sorted((a, b))
         return 5 * 2 * m * m * (2 * n + m)
 
-    d, i, inner = shape.width, shape.intermediate, head_width(shape) * shape.heads
-    keys = head_width(shape) * (shape.kv_heads or shape.heads)
-    if shape.model_type == "modernbert":
-        layer = matrix(3 * d, d) + matrix(d, d) + matrix(2 * i, d) + matrix(d, i)
-    else:
-        inner_matrices = 3 if is_gated(shape) else 2
-        layer = 2 * matrix(inner, d) + 2 * matrix(keys, d) + inner_matrices * matrix(i, d)
-    return shape.layers * layer
+    return shape.layers * sum(matrix(m, n) for m, n in matrices(shape))
 
 
 # --------------------------------------------------------------------------------------------------------------------

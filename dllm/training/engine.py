@@ -1,12 +1,11 @@
 """The prepared model and its optimisers: the one place that knows how devices share the work of a step.
 
 The trainer, and whatever else trains, asks only this: run a micro-batch backwards, finish the step, add numbers up over
-the devices, save and load. Data parallelism, ZeRO and whatever comes later differ in here and nowhere else.
+the devices, save and load. Data parallelism, ZeRO and FSDP differ in `backends`, behind this, and nowhere else.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from dllm.config import OptimizerSettings, RunConfig
 from dllm.core.batch import LossTerms
 from dllm.core.packing import Layout
 from dllm.models.forward import Scores, block_hidden, hidden_states, packs, target_nll
-from dllm.training.optimizer import build_optimizers
+from dllm.training.backends import backend_for
 from dllm.training.pipeline import Part
 
 DATA_PARALLEL = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -65,11 +64,11 @@ def scores_for(
 class Engine:
     """A module that scores and its optimisers, prepared for all devices of an accelerator."""
 
-    def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings):
-        self.accelerator = accelerator
-        self.model = accelerator.prepare(scores)
-        self.optimizers = [accelerator.prepare(o) for o in build_optimizers(scores, settings)]
-        self.clip = settings.clip
+    def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings, *, bf16: bool = False):
+        """bf16: matrix products in bfloat16 (autocast); weights stay as they are."""
+        self.accelerator, self.bf16 = accelerator, bf16
+        self.backend = backend_for(accelerator, scores, settings, bf16=bf16)
+        self.model, self.optimizers = self.backend.model, self.backend.optimizers
         self._hosts = _host_group() if self.ranks > 1 else None
 
     @property
@@ -94,24 +93,19 @@ class Engine:
 
     def forward(self, algorithm: Algorithm, part: Part) -> LossTerms:
         """The terms of a micro-batch, in the run's precision."""
-        with self.accelerator.autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return algorithm.loss(self.model, part.inputs.to(self.device), denominator=part.denominator)
 
     def accumulate(self, algorithm: Algorithm, part: Part, *, scale: float) -> LossTerms:
-        """Forward and backward of `scale` times the loss; gradients are exchanged with the last part of a step only."""
-        alone = part.last or self.ranks == 1
-        with contextlib.nullcontext() if alone else self.accelerator.no_sync(self.model):
+        """Forward and backward of `scale` times the loss; the processes' gradients are averaged."""
+        with self.backend.part(part.last):
             terms = self.forward(algorithm, part)
-            self.accelerator.backward(terms.loss * scale)
+            self.backend.backward(terms.loss * scale)
         return terms
 
     def update(self) -> Tensor:
         """Clip the gradients, step the optimisers, forget the gradients; returns the norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return norm
+        return self.backend.update()
 
     def summed(self, values: Tensor) -> Tensor:
         """values added up over all processes, back where they came from."""
@@ -127,9 +121,9 @@ class Engine:
         distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self._hosts)
         return bool(told)
 
-    def unwrapped(self) -> nn.Module:
-        """The module that is trained, without what wraps it; its `model` is the backbone."""
-        return self.accelerator.unwrap_model(self.model)
+    def weights(self) -> dict[str, Tensor]:
+        """What was trained, whole and on the CPU, in the main process (empty in others); all processes call it."""
+        return self.backend.weights()
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -137,11 +131,11 @@ class Engine:
 
     def save(self, directory: Path) -> None:
         """Write weights, optimisers and random states; all processes call it."""
-        self.accelerator.save_state(str(directory))
+        self.backend.save(directory)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote."""
-        self.accelerator.load_state(str(directory))
+        self.backend.load(directory)
 
 
 def _host_group() -> distributed.ProcessGroup | None:

@@ -44,7 +44,8 @@ class Limits:
 class Part:
     """A micro-batch: the algorithm's inputs, what its summed loss is divided by, and whether it ends its step.
 
-    numbers: the rows in it; tokens: tokens of the whole global batch on disk, the same on every rank.
+    numbers: the rows in it; tokens: tokens of the whole global batch on disk, the same on every rank; counts: false
+    for one that another rank evaluates, forwarded to keep the ranks in step.
     """
 
     inputs: Inputs
@@ -52,6 +53,7 @@ class Part:
     last: bool
     numbers: ndarray
     tokens: int
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,10 @@ def evaluation_parts(
     needed = len(greedy_cut(lengths[order], limits)) - 1
     parts = min(len(order), -(-needed // ranks) * ranks)
     bounds = even_cut(lengths[order], parts, limits)
-    for low, high in list(zip(bounds, bounds[1:], strict=False))[rank::ranks]:
+    cuts = list(zip(bounds, bounds[1:], strict=False))
+    for turn in range(rank, -(-len(cuts) // ranks) * ranks, ranks):
+        counts = turn < len(cuts)  # fewer rows than ranks: some rank forwards what is not its own
+        low, high = cuts[min(turn, len(cuts) - 1)]
         part = numbers[order[low:high]]
         for draw in range(config.eval_draws):
 
@@ -144,7 +149,7 @@ def evaluation_parts(
                     return evaluation_noise(EVALUATION_SEED, draw, ids, width)
                 return row_noise(draw_seed, draw, ids, width)
 
-            yield Part(source.inputs(part, 0, longest, noise), 1.0, True, part, 0)
+            yield Part(source.inputs(part, 0, longest, noise), 1.0, True, part, 0, counts)
 
 
 def limits_of(config: RunConfig) -> Limits:

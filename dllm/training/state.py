@@ -12,6 +12,23 @@ KEEP = 2
 """Checkpoints kept: the newest, and one before it in case the newest turns out damaged."""
 
 
+SIZES = "sizes.json"
+"""File of a checkpoint that says how long its others are."""
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != SIZES)
+    return {str(p.relative_to(directory)): p.stat().st_size for p in files}
+
+
+def check_sizes(checkpoint: Path) -> None:
+    """Raise ValueError if a file of a checkpoint is missing or has another length than when it was written."""
+    stated, found = json.loads((checkpoint / SIZES).read_text(encoding="utf-8")), _sizes(checkpoint)
+    for name, size in stated.items():
+        if found.get(name) != size:
+            raise ValueError(f"{name} has {found.get(name, 'no')} bytes, not {size}")
+
+
 class StateDirectory:
     """`.work/<run>-<digest>`: checkpoints `step-N`, metrics so far, and a lock held while an attempt is at it."""
 
@@ -44,9 +61,10 @@ class StateDirectory:
 
     def finish(self, step: int) -> None:
         """Make the scratch directory the checkpoint of `step` and prune old ones."""
-        target = self.path / f"step-{step}"
+        scratch, target = self.path / f".step-{step}", self.path / f"step-{step}"
+        (scratch / SIZES).write_text(json.dumps(_sizes(scratch)), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(self.path / f".step-{step}", target)
+        os.replace(scratch, target)
         for old in self.steps()[:-KEEP]:
             shutil.rmtree(self.path / f"step-{old}", ignore_errors=True)
 

@@ -25,18 +25,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
+from torch import Tensor
 
 from dllm import provenance
 from dllm.algorithms import algorithm_class
-from dllm.algorithms.base import Algorithm
-from dllm.config import RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
+from dllm.algorithms.base import Algorithm, part_of_state
+from dllm.config import Recipe, RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
 from dllm.data.collate import ResponseEnd
 from dllm.data.tokens import TokenRows, open_rows
+from dllm.models.adapters import attach_adapter, merge_adapter, save_adapter
 from dllm.models.load import SIDECAR, Backbone, load_backbone
 from dllm.training.engine import DATA_PARALLEL, Engine, scores_for
 from dllm.training.optimizer import set_learning_rate, share_of_peak
 from dllm.training.pipeline import Ahead, Part, Source, evaluation_parts, steps_per_epoch, training_parts
-from dllm.training.state import MetricsLog, StateDirectory
+from dllm.training.state import MetricsLog, StateDirectory, check_sizes
 from dllm.training.step import StepNumbers, training_step
 
 DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
@@ -105,9 +107,8 @@ def train(
     if not replace:
         _check_free(config, workdir / "runs" / config.name)
     state = StateDirectory(workdir / ".work" / f"{config.name}-{_state_key(config, workdir)}")
-    precision = _mixed_precision(config.recipe)
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision="no",  # the engine's autocast is the same under every back-end
         log_with=tracker,
         project_dir=str(state.path),
         cpu=not torch.accelerator.is_available(),  # without it, CPU ranks do not find each other
@@ -133,11 +134,9 @@ def _train(
     quiet: bool,
 ) -> Path:
     train_rows, test_rows = (open_rows(workdir / config.data_path, split) for split in ("train", "test"))
-    dtype = torch.bfloat16 if config.recipe.parameters == "bf16" else torch.float32
-    backbone = load_backbone(
-        workdir / config.init_path, dtype=dtype, entry=config.model, causal=config.algorithm == "ar"
-    )
+    backbone = _start(config, workdir)
     _check_fit(config, backbone, train_rows)
+    backbone = _adapted(config, backbone, accelerator.device)
     set_seed(config.seed)
     plan = make_plan(config, len(train_rows), accelerator.num_processes)
     run = _Run(config, plan, backbone, train_rows, test_rows, accelerator, state)
@@ -145,8 +144,9 @@ def _train(
         accelerator.init_trackers("dllm", config={"run": config.name, "digest": digest(config)})
     run.fit(quiet=quiet)
     target = workdir / "runs" / config.name
+    weights = run.engine.weights()
     if accelerator.is_main_process:
-        _finish(run, target, workdir)
+        _finish(run, weights, target, workdir)
         state.remove()
     if tracker:
         accelerator.end_training()
@@ -179,7 +179,8 @@ class _Run:
         self.test_source = Source(test_rows, self.algorithm, end and replace(end, extra_blocks=0), **ids)
         prediction = "next" if config.algorithm == "ar" else backbone.prediction
         scores = scores_for(config, backbone.model, prediction, self.algorithm.scores)
-        self.engine = Engine(accelerator, scores, config.optimizer)
+        self.parameters = sum(p.numel() for p in scores.parameters())
+        self.engine = Engine(accelerator, scores, config.optimizer, bf16=_autocasts(config.recipe))
         self.metrics = MetricsLog(state.path / "metrics.jsonl")
         self.parts: Iterator[Part] = iter(())
         self.tokens = 0
@@ -287,7 +288,9 @@ class _Run:
         engine.model.eval()
         with Ahead(parts, pin=self._pins) as parts:
             for part in parts:
-                found.append((part.numbers, engine.forward(source.algorithm, part).rows))
+                rows_of = engine.forward(source.algorithm, part).rows
+                if part.counts:
+                    found.append((part.numbers, rows_of))
         engine.model.train()
         sums = torch.zeros(len(rows), dtype=torch.float64)
         for numbers, nats in found:
@@ -308,13 +311,15 @@ class _Run:
         )
 
     def _resume(self) -> int:
-        """Load the newest checkpoint that can be loaded and return its step (0: none)."""
+        """Load the newest checkpoint that can be loaded and return its step (0: none).
+
+        Raises ValueError, one line, for a checkpoint in shards that this launch cannot put together.
+        """
         for step in reversed(self.state.steps()):
-            try:
-                saved = json.loads((self.state.checkpoint(step) / "progress.json").read_text(encoding="utf-8"))
-                self.engine.load(self.state.checkpoint(step))
-            except DAMAGE as fault:
-                self._say(f"checkpoint {self.state.checkpoint(step)} is damaged ({fault}); trying an older one")
+            path = self.state.checkpoint(step)
+            fault, saved = self._loaded(path)
+            if self.engine.anywhere(fault is not None):  # all processes go on from the same step
+                self._say(f"checkpoint {path} is damaged ({fault or 'another process says so'}); trying an older one")
                 continue
             self.tokens, self.wall_before = saved["tokens"], saved["wall_seconds"]
             self.started = time.perf_counter()
@@ -325,6 +330,28 @@ class _Run:
         if self.engine.is_main:
             self.metrics.rewind(-1)
         return 0
+
+    def _loaded(self, path: Path) -> tuple[Exception | None, dict]:
+        """Load a checkpoint: what was wrong with it (None: nothing), and its progress."""
+        fault, saved = None, {}
+        try:
+            saved = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+            check_sizes(path)
+        except DAMAGE as found:
+            fault = found
+        if self.engine.anywhere(fault is not None):  # nobody starts to load: loading may need all processes
+            return fault or ValueError("a file is damaged"), saved
+        layout = saved.get("layout", "replicated")
+        if layout != self.engine.backend.layout:
+            raise ValueError(
+                f"{path}: its shards were written by {layout}, and this is {self.engine.backend.layout}; go on with "
+                f"what wrote it, or delete {path.parent} to start again"
+            )
+        try:
+            self.engine.load(path)
+        except DAMAGE as found:
+            fault = found
+        return fault, saved
 
     def _save(self, step: int) -> None:
         """Write the checkpoint of a step; it appears whole or not at all."""
@@ -337,8 +364,9 @@ class _Run:
         self.engine.save(scratch)
         if self.engine.is_main:
             progress = {"step": step, "tokens": self.tokens, "wall_seconds": self.wall_seconds}
+            progress["layout"] = self.engine.backend.layout
             (scratch / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-        self.engine.wait()
+        self.engine.wait()  # until every process has written its share
         if self.engine.is_main:
             self.state.finish(step)
 
@@ -394,6 +422,27 @@ def _algorithm(config: RunConfig, backbone: Backbone, *, exact: bool = False) ->
     return cls(recipe, config.mlm_share) if config.algorithm == "mlm" else cls(recipe)
 
 
+def _start(config: RunConfig, workdir: Path) -> Backbone:
+    """The backbone that a run starts from."""
+    dtype = torch.bfloat16 if config.recipe.parameters == "bf16" else torch.float32
+    return load_backbone(workdir / config.init_path, dtype=dtype, entry=config.model, causal=config.algorithm == "ar")
+
+
+def _adapted(config: RunConfig, backbone: Backbone, device: torch.device) -> Backbone:
+    """The backbone with the run's adapter, if it has one."""
+    if config.adapter is None:
+        return backbone
+    if config.adapter.kind == "qlora":
+        backbone.model.to(device)  # quantized where it trains
+    return attach_adapter(
+        backbone,
+        config.adapter,
+        seed=config.seed,
+        bf16=config.recipe.autocast == "bf16",
+        causal=config.algorithm == "ar",
+    )
+
+
 def _response_end(config: RunConfig, rows: TokenRows, backbone: Backbone) -> ResponseEnd | None:
     """How responses end; None for text, which has no prompts."""
     if not rows.prompts.any():
@@ -405,9 +454,9 @@ def _response_end(config: RunConfig, rows: TokenRows, backbone: Backbone) -> Res
     )
 
 
-def _mixed_precision(recipe) -> str:
-    """Autocast dtype for accelerate; bf16 parameters need none."""
-    return "bf16" if recipe.autocast == "bf16" and recipe.parameters == "fp32" else "no"
+def _autocasts(recipe: Recipe) -> bool:
+    """Whether matrix products are autocast to bf16; bf16 parameters need no autocast."""
+    return recipe.autocast == "bf16" and recipe.parameters == "fp32"
 
 
 def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
@@ -474,14 +523,24 @@ def input_paths(config: RunConfig) -> list[str]:
     return [config.data_path, config.init_path.removesuffix("/model")]
 
 
-def _finish(run: _Run, target: Path, workdir: Path) -> None:
-    """Write the artifact in a scratch place, move it to its name, then write its record."""
+def _finish(run: _Run, weights: dict[str, Tensor], target: Path, workdir: Path) -> None:
+    """Write the artifact in a scratch place, move it to its name, then write its record.
+
+    weights: of the module that scores, whole (`Engine.weights`).
+    """
     config, accelerator = run.config, run.engine.accelerator
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "model").mkdir(parents=True)
-    scores = run.engine.unwrapped()
-    scores.model.save_pretrained(scratch / "model")
+    state = part_of_state(weights, "model")
+    if config.adapter is None:
+        run.backbone.model.save_pretrained(scratch / "model", state_dict=state)
+    else:
+        save_adapter(run.backbone.model, state, scratch / "adapter")
+        # the start once more, as it was: under a back-end with shards, this process holds a part of it only
+        whole = _adapted(config, _start(config, workdir), accelerator.device).model
+        whole.load_state_dict(state, strict=False)
+        merge_adapter(whole).cpu().save_pretrained(scratch / "model")
     run.backbone.tokenizer.save_pretrained(scratch / "model")
     entry = config.model
     sidecar = {
@@ -495,7 +554,7 @@ def _finish(run: _Run, target: Path, workdir: Path) -> None:
         "length": config.length,
         "special_tokens": {"mask": entry.mask_token, "eos": entry.end_token, "end_of_turn": entry.end_of_turn},
         "chat_template": entry.chat_template,
-        **run.algorithm.save(scores, scratch / "model"),
+        **run.algorithm.save(run.engine.backend.scores, weights, scratch / "model"),
     }
     (scratch / "model" / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
     write_when_changed(scratch / "config.yaml", config)
@@ -511,7 +570,7 @@ def _finish(run: _Run, target: Path, workdir: Path) -> None:
         processes=accelerator.num_processes,
         wall_seconds=round(run.wall_seconds, 1),
         tokens=run.tokens,
-        parameters=sum(p.numel() for p in scores.parameters()),
+        parameters=run.parameters,
     )
     (scratch / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     provenance.replace_directory(scratch, target)

@@ -85,11 +85,34 @@ def test_memory_is_sixteen_bytes_a_parameter_and_grows_with_the_micro_batch():
     assert cost(a_run(micro_batch_tokens=512)).device_gib < cost().device_gib
 
 
-def test_zero_shards_the_states_over_the_devices():
-    eight = Place(hardware("a100-80gb"), devices=8)
-    run = a_run(micro_batch_size=1)
-    saved = cost(run, eight).device_gib - cost(run.model_copy(update={"launch": "zero2"}), eight).device_gib
-    assert saved == pytest.approx(12 * parameters(SHAPE).total * 7 / 8 / GIB)
+def test_each_stage_of_zero_shards_more_and_fsdp_shards_all():
+    """In bytes a parameter, of weights, gradients, moments, and the copy of the weights that DeepSpeed keeps."""
+    eight, n = Place(hardware("a100-80gb"), devices=8), parameters(SHAPE).total
+    exact = Recipe(autocast="none")
+    found = {
+        launch: training(a_run(micro_batch_size=1, launch=launch), exact, SHAPE, TEXT, eight).device_gib * GIB
+        for launch in ("ddp", "zero1", "zero2", "zero3", "fsdp")
+    }
+    assert found["ddp"] - found["zero1"] == pytest.approx((4 + 4 + 8 - (4 + 4 + (8 + 4) / 8)) * n)
+    assert found["ddp"] - found["zero2"] == pytest.approx((4 + 4 + 8 - (4 + (4 + 8 + 4) / 8)) * n)
+    gathered = 4 * max(parameters(SHAPE).layers / SHAPE.layers, parameters(SHAPE).embedding)
+    assert found["ddp"] - found["fsdp"] == pytest.approx(16 * n * 7 / 8 - gathered)
+    assert found["zero3"] - found["fsdp"] == pytest.approx(4 * n / 8)
+
+
+def test_adapters_need_no_gradients_and_states_of_frozen_weights_and_four_bits_hold_them():
+    def gib(**adapter):
+        return cost(a_run(micro_batch_size=1, adapter=adapter)).device_gib
+
+    n, layers = parameters(SHAPE).total, parameters(SHAPE).layers
+    plain = cost(a_run(micro_batch_size=1))
+    # query, key, value, output, and two of the feed-forward part
+    adapters = 4 * (8 * 4 * (256 + 256) + 8 * 2 * (256 + 1024))
+    assert plain.device_gib - gib(rank=8) == pytest.approx((12 * n - 16 * adapters) / GIB)
+    assert gib(rank=8) - gib(rank=8, kind="qlora") == pytest.approx((4 - 0.52 + 2) * layers / GIB)
+    run = cost(a_run(adapter={"rank": 8}))
+    assert run.scratch_gib == pytest.approx(2 * 3 * 4 * adapters / GIB)
+    assert 0.6 * plain.flops < run.flops < 0.7 * plain.flops
 
 
 def test_a_checkpoint_holds_weights_and_two_moments():

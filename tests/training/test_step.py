@@ -116,9 +116,9 @@ def test_a_packed_step_with_a_chunked_head_equals_the_textbook_loss(directory, n
     assert_same((loss, gradients), (expected.item(), {n: p.grad for n, p in model.named_parameters()}))
 
 
-def engine_for(backbone, config, precision="no"):
+def engine_for(backbone, config, *, bf16=False):
     scores = scores_for(config, backbone.model, backbone.prediction)
-    return Engine(Accelerator(cpu=True, mixed_precision=precision), scores, config.optimizer)
+    return Engine(Accelerator(cpu=True), scores, config.optimizer, bf16=bf16)
 
 
 @pytest.mark.parametrize("changes", [{}, {"head_chunk": 6}, {"activation_checkpointing": True}])
@@ -165,9 +165,9 @@ def test_the_head_s_cross_entropy_is_the_stock_one_with_less_memory(dtype):
 
 def test_bf16_autocast_moves_the_loss_by_its_rounding_only(directory):
     losses = []
-    for precision in ("no", "bf16"):
+    for bf16 in (False, True):
         backbone = stock_backbone(directory, "modernbert")
-        engine = engine_for(backbone, run_config(length=48), precision)
+        engine = engine_for(backbone, run_config(length=48), bf16=bf16)
         parts = training_parts(source_for(backbone, MDLM()), run_config(length=48), first=0, last=1)
         losses.append(training_step(engine, MDLM(), parts).loss.item())
         AcceleratorState._reset_state(reset_partial_state=False)
