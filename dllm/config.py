@@ -287,6 +287,7 @@ class ModelEntry(Settings):
     # for planning only, and so no part of what a job is told: a better estimate reruns nothing
     parameters: int | None = option(None, "number of parameters, for planning", gt=0, exclude=True)
     shape: Shape | None = option(None, "sizes of a hub model, for planning", exclude=True)
+    licence: str | None = option(None, "licence as its card states it", exclude=True)
 
     @model_validator(mode="after")
     def one_source(self) -> ModelEntry:
@@ -320,6 +321,8 @@ class DatasetEntry(Settings):
     append_eos: bool = option(True, "one EOS after every row of text")
     drop_unusable: bool = option(False, "drop rows without messages or with an empty turn, counted, and do not stop")
     rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
+    stream: bool = option(False, "read its shards over the network while training, and store only one: the test rows")
+    shuffle_rows: int = option(16_384, "rows of text shuffled together while a set is streamed", gt=0)
     licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
     # for planning only, until the set is prepared and counted
     documents: int | None = option(None, "rows of the train split, about, for planning", gt=0, exclude=True)
@@ -337,6 +340,11 @@ class DatasetEntry(Settings):
             raise ValueError(
                 f"revision = {self.revision!r} is not a pinned commit; allowed: 40 hexadecimal digits; "
                 "look the commit up on the hub's page of the repository"
+            )
+        if self.stream and (self.hub is None or self.kind != "text" or self.test_split or self.rows):
+            raise ValueError(
+                "stream = true is for text from the hub that is used whole and has no test split of its own; "
+                "leave out `test_split` and `rows`, or set stream to false"
             )
         return self
 
@@ -869,11 +877,21 @@ def _check_references(project: Project, origin) -> None:
         for part in entry.mix or []:
             if part not in project.datasets:
                 fail("datasets", name, "mix", part, "not a dataset", list(project.datasets))
+            if project.datasets[part].stream:
+                raise ConfigError(
+                    f"{origin(('datasets', name, 'mix'))}: datasets.{name}.mix = {part!r} is streamed, which a part of "
+                    f"a mixture cannot be; set stream: false in the entry of {part!r}"
+                )
     for name, entry in project.runs.items():
         if entry.init not in starts:
             fail("runs", name, "init", entry.init, "neither a model nor a run", starts)
         if entry.data not in project.datasets:
             fail("runs", name, "data", entry.data, "not a dataset", list(project.datasets))
+        if project.datasets[entry.data].stream and entry.steps is None:
+            raise ConfigError(
+                f"{origin(('runs', name, 'epochs'))}: runs.{name}.epochs = {entry.epochs:g}, but {entry.data!r} is "
+                "streamed: how many rows it has is not known beforehand; give `steps` in place of `epochs`"
+            )
         if entry.recipe not in project.recipes:
             fail("runs", name, "recipe", entry.recipe, "not a recipe", list(project.recipes))
         normalisation = project.recipes[entry.recipe].normalisation

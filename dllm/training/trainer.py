@@ -31,6 +31,7 @@ from dllm.algorithms import algorithm_class
 from dllm.algorithms.base import Algorithm
 from dllm.config import RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
 from dllm.data.collate import ResponseEnd
+from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import TokenRows, open_rows
 from dllm.models.load import SIDECAR, Backbone, load_backbone
 from dllm.training.engine import DATA_PARALLEL, Engine, scores_for
@@ -132,15 +133,19 @@ def _train(
     tracker: str | None,
     quiet: bool,
 ) -> Path:
-    train_rows, test_rows = (open_rows(workdir / config.data_path, split) for split in ("train", "test"))
+    corpus = open_corpus(workdir / config.data_path)
+    test_rows = open_rows(workdir / config.data_path, "test")
+    train_rows = open_rows(workdir / config.data_path, "train") if corpus is None else test_rows  # a sample of them
     dtype = torch.bfloat16 if config.recipe.parameters == "bf16" else torch.float32
     backbone = load_backbone(
         workdir / config.init_path, dtype=dtype, entry=config.model, causal=config.algorithm == "ar"
     )
     _check_fit(config, backbone, train_rows)
     set_seed(config.seed)
-    plan = make_plan(config, len(train_rows), accelerator.num_processes)
+    plan = make_plan(config, corpus.rows if corpus else len(train_rows), accelerator.num_processes)
     run = _Run(config, plan, backbone, train_rows, test_rows, accelerator, state)
+    if corpus is not None:
+        run.read_from(StreamedRows(corpus, backbone.tokenizer, seed=config.seed, batch_size=config.global_batch_size))
     if tracker:
         accelerator.init_trackers("dllm", config={"run": config.name, "digest": digest(config)})
     run.fit(quiet=quiet)
@@ -186,6 +191,10 @@ class _Run:
         self.started = time.perf_counter()
         self.wall_before = 0.0
         self.interrupted = False
+
+    def read_from(self, stream: StreamedRows) -> None:
+        """Take the rows of training steps from a stream in place of files; its place becomes part of the state."""
+        self.train_source = replace(self.train_source, stream=stream)
 
     @property
     def wall_seconds(self) -> float:
@@ -317,6 +326,8 @@ class _Run:
                 self._say(f"checkpoint {self.state.checkpoint(step)} is damaged ({fault}); trying an older one")
                 continue
             self.tokens, self.wall_before = saved["tokens"], saved["wall_seconds"]
+            if self.train_source.stream is not None:
+                self.train_source.stream.load_state(saved["stream"])
             self.started = time.perf_counter()
             if self.engine.is_main:
                 self.metrics.rewind(step)
@@ -337,6 +348,8 @@ class _Run:
         self.engine.save(scratch)
         if self.engine.is_main:
             progress = {"step": step, "tokens": self.tokens, "wall_seconds": self.wall_seconds}
+            if self.train_source.stream is not None:
+                progress["stream"] = self.train_source.stream.state(step)
             (scratch / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
         self.engine.wait()
         if self.engine.is_main:
