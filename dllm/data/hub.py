@@ -11,11 +11,11 @@ class HubUnreachable(ValueError):
 
 
 @contextmanager
-def told(pin: str, name: str, what: str) -> Iterator[None]:
+def told(pin: str, name: str, what: str, *, failed: str = "the download broke off") -> Iterator[None]:
     """Turn what the hub's client raises into a ValueError of one line.
 
-    pin: repository and commit as shown; name: the entry; what: `model` or `dataset`. Raises HubUnreachable where the
-    network is at fault, so that the same command may succeed later.
+    pin: repository and commit as shown; name: the entry; what: `model` or `dataset`; failed: how a fault of the network
+    is put. Raises HubUnreachable for those, so that the same command may succeed later.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -36,7 +36,7 @@ def told(pin: str, name: str, what: str) -> Iterator[None]:
             f"(`dllm pins --refresh {name}` shows its newest)"
         ) from None
     except LocalEntryNotFoundError as fault:  # also an EntryNotFoundError: nothing in the cache, and no network
-        raise _broken_off(pin, fault) from None
+        raise _unreachable(pin, failed, fault) from None
     except (RepositoryNotFoundError, EntryNotFoundError):
         raise ValueError(
             f"{pin}: no such {what} on the hub; correct `hub` of {name!r}, or set HF_TOKEN if it is private"
@@ -45,11 +45,11 @@ def told(pin: str, name: str, what: str) -> Iterator[None]:
         status = getattr(fault.response, "status_code", None)
         if status in (401, 403):
             raise ValueError(f"{pin}: the hub refuses access ({status}); set HF_TOKEN to a valid token") from None
-        raise _broken_off(pin, fault) from None
+        raise _unreachable(pin, failed, fault) from None
     except HfHubHTTPError.__bases__ as fault:  # every error of the HTTP library, and OSError
-        raise _broken_off(pin, fault) from None
+        raise _unreachable(pin, failed, fault) from None
 
 
-def _broken_off(pin: str, fault: Exception) -> HubUnreachable:
+def _unreachable(pin: str, failed: str, fault: Exception) -> HubUnreachable:
     first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-    return HubUnreachable(f"{pin}: the download broke off ({first}); check the network and run again")
+    return HubUnreachable(f"{pin}: {failed} ({first}); check the network and run again")
