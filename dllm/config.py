@@ -381,7 +381,7 @@ class RunEntry(Settings):
     evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
     eval_draws: int = option(1, "noise draws per test row", gt=0)
-    launch: Literal["cpu", "ddp", "zero2"] = option("ddp", "file in config/accelerate")
+    launch: Literal["cpu", "gpu", "ddp", "zero2"] = option("ddp", "file in config/accelerate")
     resources: Resources = option(Resources(), "what a cluster job asks for")
 
     @model_validator(mode="after")
@@ -428,6 +428,7 @@ class BenchmarkSize(Settings):
     """What a benchmark asks, about, for planning."""
 
     documents: int = option(..., "questions", gt=0)
+    tasks: int = option(1, "tasks of the group that it is; `documents` of a benchmark counts for each of them", gt=0)
     choices: int = option(0, "answers scored per question; 0 means a free answer is generated", ge=0)
     prompt_tokens: int = option(..., "mean prompt, examples included", gt=0)
     answer_tokens: int = option(1, "mean length of a scored answer", gt=0)
@@ -477,7 +478,9 @@ class SpeedEntry(Settings):
     """Steps against time and quality, measured on one run."""
 
     checkpoint: str = option(..., "run")
-    questions: str = option(..., "jsonl file under a download: `<dataset>/<file>`, rows with question and answer")
+    questions: str = option(
+        ..., "jsonl or parquet file under a download: `<dataset>/<file>`, rows with question and answer"
+    )
     prompt: str = option("{question}", "how a question is put; {question} stands for it")
     answer: str = option(r"(.*)", "regular expression whose first group, in a reference answer, is the answer sought")
     documents: int = option(64, "questions asked", gt=0)

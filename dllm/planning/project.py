@@ -303,7 +303,7 @@ class _Planner:
 
     def _evaluation_cost(self, entry: EvaluationEntry, benchmark: BenchmarkEntry, shape: Shape, place: Place) -> Cost:
         size, causal = benchmark.size, entry.kind == "hf"
-        documents = min(size.documents, benchmark.documents or size.documents)
+        documents = min(size.documents, (benchmark.documents or size.documents) * size.tasks)
         room = max(1, shape.positions - (size.answer_tokens if size.choices else benchmark.generation.max_new_tokens))
         size = size.model_copy(update={"prompt_tokens": min(size.prompt_tokens, room)})
         if size.choices:
