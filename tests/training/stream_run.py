@@ -11,22 +11,21 @@ from pathlib import Path
 
 import numpy
 
-time.sleep = lambda seconds: None  # the clients wait between their attempts
-
-from dllm.algorithms import algorithm_class  # noqa: E402
-from dllm.config import DataPart, DatasetEntry, DownloadConfig, PrepareConfig  # noqa: E402
-from dllm.data import stream  # noqa: E402
-from dllm.data.download import download  # noqa: E402
-from dllm.data.prepare import prepare  # noqa: E402
-from dllm.data.stream import StreamedRows, open_corpus  # noqa: E402
-from dllm.data.tokens import open_rows  # noqa: E402
-from dllm.models.tokenizers import load_tokenizer  # noqa: E402
-from dllm.training import trainer  # noqa: E402
-from dllm.training.pipeline import Source, training_parts  # noqa: E402
-from dllm.training.trainer import train  # noqa: E402
-from tests.training.conftest import entry_for, make_model, run_config  # noqa: E402
+from dllm.algorithms import algorithm_class
+from dllm.config import DataPart, DatasetEntry, DownloadConfig, PrepareConfig
+from dllm.data import stream
+from dllm.data.download import download
+from dllm.data.prepare import prepare
+from dllm.data.stream import StreamedRows, open_corpus
+from dllm.data.tokens import open_rows
+from dllm.models.tokenizers import load_tokenizer
+from dllm.training import trainer
+from dllm.training.pipeline import Source, training_parts
+from dllm.training.trainer import train
+from tests.training.conftest import entry_for, make_model, run_config
 
 LENGTH, BATCH = 24, 8
+SETTINGS = {"data": "web", "data_path": "data/web", "length": LENGTH, "steps": 30, "evaluations": 5}
 
 
 def fetched(workdir: Path, revision: str) -> dict:
@@ -85,6 +84,7 @@ def shares(workdir: Path, ranks: int) -> list[list[tuple]]:
 
 
 def main() -> None:
+    time.sleep = lambda seconds: None  # the clients wait between their attempts
     workdir, revision = Path(sys.argv[1]), sys.argv[2]
     told = {"manifest": fetched(workdir, revision)}
     told["rows"] = rows_of(workdir, 60)
@@ -94,8 +94,7 @@ def main() -> None:
     told["other chunks"] = rows_of(workdir, 60)
     told["shares"] = {ranks: shares(workdir, ranks) for ranks in (1, 2, 4)}
 
-    settings = {"data": "web", "data_path": "data/web", "length": LENGTH, "steps": 30, "evaluations": 5}
-    train(run_config("whole", **settings), workdir, quiet=True)
+    train(run_config("whole", **SETTINGS), workdir, quiet=True)
     step = trainer._Run._step
 
     def killed(self, number):
@@ -105,12 +104,12 @@ def main() -> None:
 
     trainer._Run._step = killed
     try:
-        train(run_config("cut", **settings), workdir, quiet=True)
+        train(run_config("cut", **SETTINGS), workdir, quiet=True)
     except KeyboardInterrupt:
         trainer._Run._step = step
     states = sorted(workdir.glob(".work/cut-*/step-*/progress.json"))
     told["states"] = [json.loads(path.read_text())["stream"] for path in states]
-    train(run_config("cut", **settings), workdir, quiet=True)
+    train(run_config("cut", **SETTINGS), workdir, quiet=True)
     print(json.dumps(told, default=lambda value: value.tolist() if isinstance(value, numpy.ndarray) else str(value)))
 
 

@@ -1,7 +1,6 @@
 """A corpus that is streamed: the order of its rows, their share per process, and a killed run that resumes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dllm.config import write_when_changed
+from tests.hub_commands import hub_environment
 from tests.loopback_hub import LoopbackHub
-from tests.training.conftest import WORDS, metrics_of
+from tests.training.conftest import WORDS, metrics_of, run_config
+from tests.training.stream_run import SETTINGS
+from tests.training.test_trainer import assert_same_run, in_two_processes
 
-pytestmark = pytest.mark.slow  # one process that fetches, streams and trains three times: 20 s of CPU
+pytestmark = (
+    pytest.mark.slow
+)  # one process that fetches, streams and trains twice, and two that train together: 30 s of CPU
 
 ROOT = Path(__file__).parent.parent.parent
 SHARDS, DOCUMENTS = 5, 60
@@ -48,13 +53,18 @@ def streamed(tmp_path_factory):
         pyarrow.parquet.write_table(table, folder / f"train-{shard:05d}-of-00005.parquet", row_group_size=16)
     with LoopbackHub(root) as hub:
         hub.faults = {"web/text/plain_text/train-00001-of-00005.parquet": "cut once"}
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(workdir / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment = hub_environment(hub.url, workdir / "home")
         command = [sys.executable, "-m", "tests.training.stream_run", str(workdir)]
         done = subprocess.run(
             [*command, hub.commit("datasets", "web/text")], capture_output=True, text=True, env=environment, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr[-4000:]
+        config = write_when_changed(workdir / "pair.yaml", run_config("pair", **SETTINGS))
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            pair = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
+        assert pair.returncode == 0, pair.stderr[-4000:]
     return workdir, json.loads(done.stdout.splitlines()[-1]), hub
 
 
@@ -125,3 +135,7 @@ def test_a_killed_run_resumes_to_the_same_bits(streamed):
     assert metrics_of(workdir, "cut") == metrics_of(workdir, "whole")
     one, two = (load_file(workdir / f"runs/{run}/model/model.safetensors") for run in ("cut", "whole"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_two_processes_train_the_same_run_as_one(streamed):
+    assert_same_run(streamed[0], "pair", "whole")
