@@ -1,6 +1,7 @@
 # make report   the laptop report, from nothing          make test   every test
 # make lint     formatters and linters                   make chat   talk to the laptop's chat model
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
+# make one-gpu  the essential path with real models and data, on one GPU in less than a day
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report test bench lint chat plan clean install
+.PHONY: report test bench lint chat plan one-gpu clean install
 
 install: $(INSTALLED)
 
@@ -47,6 +48,17 @@ chat: $(INSTALLED)
 
 plan: $(INSTALLED)
 	@$(BIN)/dllm plan config/paper.yaml
+
+# shows the plan, asks (YES=1 answers), then runs everything: downloads and tokenizing side by side, one job on the GPU
+one-gpu: $(INSTALLED)
+	@$(BIN)/dllm plan config/one-gpu.yaml
+	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.accelerator.is_available())' || \
+	  { echo "make one-gpu: PyTorch sees no GPU here; see docs/reproduce.md, On one GPU" >&2; exit 2; }
+	@if [ "$(YES)" != 1 ]; then \
+	  [ -t 0 ] || { echo "make one-gpu: nobody to ask; make one-gpu YES=1 starts it" >&2; exit 2; }; \
+	  read -r -p "Start this? [y/N] " answer; [ "$$answer" = y ] || exit 2; fi
+	@$(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete --configfile config/one-gpu.yaml
+	@echo "The report: $(abspath results/one-gpu/report/index.html)"
 
 clean:
 	rm -rf results/laptop

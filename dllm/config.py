@@ -308,6 +308,7 @@ class ModelEntry(Settings):
     # for planning only, and so no part of what a job is told: a better estimate reruns nothing
     parameters: int | None = option(None, "number of parameters, for planning", gt=0, exclude=True)
     shape: Shape | None = option(None, "sizes of a hub model, for planning", exclude=True)
+    licence: str | None = option(None, "licence as its card states it", exclude=True)
 
     @model_validator(mode="after")
     def one_source(self) -> ModelEntry:
@@ -341,6 +342,8 @@ class DatasetEntry(Settings):
     append_eos: bool = option(True, "one EOS after every row of text")
     drop_unusable: bool = option(False, "drop rows without messages or with an empty turn, counted, and do not stop")
     rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
+    stream: bool = option(False, "read its shards over the network while training, and store only one: the test rows")
+    shuffle_rows: int = option(16_384, "rows of text shuffled together while a set is streamed", gt=0)
     licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
     # for planning only, until the set is prepared and counted
     documents: int | None = option(None, "rows of the train split, about, for planning", gt=0, exclude=True)
@@ -358,6 +361,11 @@ class DatasetEntry(Settings):
             raise ValueError(
                 f"revision = {self.revision!r} is not a pinned commit; allowed: 40 hexadecimal digits; "
                 "look the commit up on the hub's page of the repository"
+            )
+        if self.stream and (self.hub is None or self.kind != "text" or self.test_split or self.rows):
+            raise ValueError(
+                "stream = true is for text from the hub that is used whole and has no test split of its own; "
+                "leave out `test_split` and `rows`, or set stream to false"
             )
         return self
 
@@ -395,7 +403,7 @@ class RunEntry(Settings):
     evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
     eval_draws: int = option(1, "noise draws per test row", gt=0)
-    launch: Literal["cpu", "ddp", "zero1", "zero2", "zero3", "fsdp"] = option("ddp", "file in config/accelerate")
+    launch: Literal["cpu", "gpu", "ddp", "zero1", "zero2", "zero3", "fsdp"] = option("ddp", "file in config/accelerate")
     resources: Resources = option(Resources(), "what a cluster job asks for")
 
     @model_validator(mode="after")
@@ -425,7 +433,7 @@ def launch_fault(
     launch: str, optimizer: str, *, quantized: bool = False, parameters: Literal["fp32", "bf16"] = "fp32"
 ) -> str | None:
     """The line for a launch that cannot run an optimiser, quantized weights or bf16 master weights, or None."""
-    if launch in ("cpu", "ddp"):
+    if launch in ("cpu", "gpu", "ddp"):
         return None
     if optimizer == "muon":
         return (
@@ -476,6 +484,7 @@ class BenchmarkSize(Settings):
     """What a benchmark asks, about, for planning."""
 
     documents: int = option(..., "questions", gt=0)
+    tasks: int = option(1, "tasks of the group that it is; `documents` of a benchmark counts for each of them", gt=0)
     choices: int = option(0, "answers scored per question; 0 means a free answer is generated", ge=0)
     prompt_tokens: int = option(..., "mean prompt, examples included", gt=0)
     answer_tokens: int = option(1, "mean length of a scored answer", gt=0)
@@ -525,7 +534,9 @@ class SpeedEntry(Settings):
     """Steps against time and quality, measured on one run."""
 
     checkpoint: str = option(..., "run")
-    questions: str = option(..., "jsonl file under a download: `<dataset>/<file>`, rows with question and answer")
+    questions: str = option(
+        ..., "jsonl or parquet file under a download: `<dataset>/<file>`, rows with question and answer"
+    )
     prompt: str = option("{question}", "how a question is put; {question} stands for it")
     answer: str = option(r"(.*)", "regular expression whose first group, in a reference answer, is the answer sought")
     documents: int = option(64, "questions asked", gt=0)
@@ -740,6 +751,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def with_scalar(path: str | Path, location: tuple[str, ...], value: str) -> str:
+    """The text of a YAML file with one text replaced where it stands: comments and layout stay as they are.
+
+    Raises ConfigError if nothing is written at that location.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key in location:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((found for name, found in pairs if name.value == key), None)
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{path}: {'.'.join(location)} is not written there; correct it by hand")
+    plain = yaml.load(value, Loader=_Loader) == value  # a commit of digits alone would be read as a number
+    return text[: node.start_mark.index] + (value if plain else f"'{value}'") + text[node.end_mark.index :]
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -927,11 +954,21 @@ def _check_references(project: Project, origin) -> None:
         for part in entry.mix or []:
             if part not in project.datasets:
                 fail("datasets", name, "mix", part, "not a dataset", list(project.datasets))
+            if project.datasets[part].stream:
+                raise ConfigError(
+                    f"{origin(('datasets', name, 'mix'))}: datasets.{name}.mix = {part!r} is streamed, which a part of "
+                    f"a mixture cannot be; set stream: false in the entry of {part!r}"
+                )
     for name, entry in project.runs.items():
         if entry.init not in starts:
             fail("runs", name, "init", entry.init, "neither a model nor a run", starts)
         if entry.data not in project.datasets:
             fail("runs", name, "data", entry.data, "not a dataset", list(project.datasets))
+        if project.datasets[entry.data].stream and entry.steps is None:
+            raise ConfigError(
+                f"{origin(('runs', name, 'epochs'))}: runs.{name}.epochs = {entry.epochs:g}, but {entry.data!r} is "
+                "streamed: how many rows it has is not known beforehand; give `steps` in place of `epochs`"
+            )
         if entry.recipe not in project.recipes:
             fail("runs", name, "recipe", entry.recipe, "not a recipe", list(project.recipes))
         normalisation = project.recipes[entry.recipe].normalisation

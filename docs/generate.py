@@ -190,7 +190,7 @@ def paper_downloads() -> str:
     lines = ["| name | hub repository | commit | licence |", "|---|---|---|---|"]
     for name, download in config.download_configs(_paper()).items():
         entry = download.model or download.dataset
-        licence = (download.dataset.licence if download.dataset else None) or "see its card"
+        licence = entry.licence or "see its card"
         lines.append(f"| {name} | `{entry.hub}` | `{entry.revision[:8]}` | {licence} |")
     return "\n".join(lines)
 
@@ -198,7 +198,7 @@ def paper_downloads() -> str:
 def paper_jobs() -> str:
     """How many jobs of each kind config/paper.yaml plans."""
     project = _paper()
-    scored = sum(len(row.benchmarks or project.benchmarks) for row in project.evaluations.values())
+    scored = sum(len(project.benchmarks_of(row)) for row in project.evaluations.values())
     counts = {
         "downloads": len(config.download_configs(project)),
         "prepared datasets": len(config.prepare_configs(project)),
@@ -210,11 +210,52 @@ def paper_jobs() -> str:
 
 def paper_plan() -> str:
     """What config/paper.yaml is predicted to cost where nothing is prepared yet."""
+    return _plan(_paper())
+
+
+def one_gpu_plan() -> str:
+    """What config/one-gpu.yaml is predicted to cost where nothing is prepared yet."""
+    return _plan(_project("one-gpu"))
+
+
+def _plan(project: Project) -> str:
     from dllm.planning import show
     from dllm.planning.project import plan_project
 
-    plan = plan_project(_paper(), ROOT / "nowhere")
+    plan = plan_project(project, ROOT / "nowhere")
     return f"```text\n{show.assumptions(plan)}\n\n{show.table(plan, {}, verbose=False)}\n\n{show.totals(plan)}\n```"
+
+
+GPU_HOUR = 2.0
+"""Dollars for an hour of one A100 with 80 GB: an assumption, about what such machines are let for."""
+
+
+def cluster_needs() -> str:
+    """Rule by rule, what a cluster gives to config/paper.yaml, as predicted, and what that costs."""
+    from dllm.planning.project import RULES, plan_project
+    from dllm.planning.show import duration
+
+    plan = plan_project(_paper(), ROOT / "nowhere")
+    head = ("rule", "jobs", "runs on", "GPUs of a job", "longest job", "memory of a job", "GPU hours", "cost")
+    lines = [f"| {' | '.join(head)} |", "|---|---:|---|---:|---:|---:|---:|---:|"]
+    total = 0.0
+    for rule in RULES:
+        jobs = [job for job in plan.jobs.values() if job.rule == rule]
+        hours = sum(job.device_hours for job in jobs if job.place.devices)
+        total += hours
+        place = {"download": "a node with network", "report": "any node"}.get(rule, "GPU nodes" if hours else "CPU")
+        cells = [
+            rule, len(jobs), place, max(job.place.devices for job in jobs) or "",
+            duration(max(job.cost.seconds for job in jobs)), f"{max(job.cost.host_gib for job in jobs):.1f} GiB",
+            f"{hours:,.1f}" if hours else "", f"${hours * GPU_HOUR:,.0f}" if hours else "",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines.append(f"| total | {len(plan.jobs)} | | | | | {total:,.0f} | ${total * GPU_HOUR:,.0f} |")
+    kept = sum(job.cost.kept_gib for job in plan.jobs.values())
+    scratch = max(job.cost.scratch_gib for job in plan.jobs.values())
+    lines += ["", f"At ${GPU_HOUR:.2f} for an hour of one {plan.hardware.name}. Disk: {kept:.0f} GiB stay, up to "]
+    lines[-1] += f"{scratch:.0f} GiB more while a job runs."
+    return "\n".join(lines)
 
 
 def recipes() -> str:
@@ -299,6 +340,8 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "paper downloads": ("docs/reproduce.md", paper_downloads),
     "paper jobs": ("docs/reproduce.md", paper_jobs),
     "paper plan": ("docs/reproduce.md", paper_plan),
+    "cluster needs": ("docs/reproduce.md", cluster_needs),
+    "one-gpu plan": ("docs/reproduce.md", one_gpu_plan),
     "recipes": ("docs/recipes.md", recipes),
     "estimator policy": ("docs/algorithms.md", policy),
     "estimator spread": ("docs/algorithms.md", spread),
@@ -307,7 +350,11 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
 
 
 def _paper() -> Project:
-    return config.load_project(ROOT / "config", ROOT / "config" / "paper.yaml")
+    return _project("paper")
+
+
+def _project(name: str) -> Project:
+    return config.load_project(ROOT / "config", ROOT / "config" / f"{name}.yaml")
 
 
 def with_part(text: str, name: str, content: str) -> str:

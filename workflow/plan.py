@@ -82,6 +82,10 @@ class Plan:
         config = self.runs[run]
         return [f"{config.data_path}.json", self.record_of(config.init)]
 
+    def offline(self, run: str) -> int:
+        """Whether a run trains without the network (1): all do but those whose data is streamed (0)."""
+        return int(not self.project.datasets[self.project.runs[run].data].stream)
+
     def evaluation_inputs(self, row: str, benchmark: str) -> list[str]:
         """Records of the checkpoint and of the benchmark's data."""
         entry = self.project.evaluations[row]

@@ -60,7 +60,7 @@ class Comparison:
 
 
 def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]:
-    """The first questions of a jsonl file of {"question", "answer"} rows; the answer sought is `pattern`'s group.
+    """The first questions of a jsonl or parquet file of {"question", "answer"} rows; the answer is `pattern`'s group.
 
     Raises ValueError, one line, for a missing file, a row without them, or an answer that `pattern` does not match.
     """
@@ -68,15 +68,23 @@ def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]
     if not path.is_file():
         raise ValueError(f"{path}: no such file of questions; fetch or make its dataset first")
     found = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(found) == limit:
-                break
-            if line.strip():
-                found.append(_question(line, expression, f"{path}:{number}"))
+    for number, line in enumerate(_lines(path), 1):
+        if len(found) == limit:
+            break
+        if line.strip():
+            found.append(_question(line, expression, f"{path}:{number}"))
     if not found:
         raise ValueError(f"{path}: no questions in it")
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    """A file's rows, each as a line of JSON."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return [json.dumps(row) for row in parquet.read_table(path, columns=["question", "answer"]).to_pylist()]
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def is_correct(text: str, sought: str, pattern: str) -> bool:

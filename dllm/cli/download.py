@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 HELP = "fetch a pinned model or dataset, verified (or make the laptop's stand-in)"
 EXAMPLES = """examples:
@@ -22,8 +23,14 @@ def run(args: argparse.Namespace) -> int:
     from dllm.data.download import download
 
     config = read_config(args.config, DownloadConfig)
-    licence = config.dataset.licence if config.dataset else None
-    if licence:
-        print(f"{config.name}: licence {licence}")
-    print(f"{config.name}: {download(config, args.workdir)}")
+    stated = config.dataset.licence if config.dataset else None
+    if stated:
+        print(f"{config.name}: licence {stated}", flush=True)
+    path = download(config, args.workdir)
+    facts = (
+        json.loads((path / "manifest.json").read_text(encoding="utf-8")) if (path / "manifest.json").exists() else {}
+    )
+    if facts.get("licence") and not stated:
+        print(f"{config.name}: licence {facts['licence']}, as its card states it")
+    print(f"{config.name}: {path}")
     return 0

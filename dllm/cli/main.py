@@ -15,7 +15,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-VERBS = ("plan", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
+VERBS = ("plan", "pins", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
 """Each is a module of this package, imported only when it is asked for."""
 
 EXAMPLES = """examples:
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   dllm sample chat-large "Hello!"        print one answer
   dllm train configs/runs/chat-large.yaml  train one run
   dllm plan config/paper.yaml            what the full reproduction would cost
+  dllm pins                              the commit of every model and dataset
   dllm VERB --help                       what a verb takes
 
 DLLM_DEBUG=1 shows the traceback of an error, NO_COLOR=1 turns colours off."""

@@ -31,5 +31,7 @@ def run(args: argparse.Namespace) -> int:
     manifest = prepare(config, args.workdir, progress)
     for split, counts in manifest["splits"].items():
         dropped = f", {counts['dropped_rows']:,} dropped" if counts["dropped_rows"] else ""
-        print(f"{config.name} {split}: {counts['rows']:,} rows, {counts['tokens']:,} tokens{dropped}")
+        about = "about " if counts.get("estimated") else ""
+        dropped += ", streamed while training" if about else ""
+        print(f"{config.name} {split}: {about}{counts['rows']:,} rows, {counts['tokens']:,} tokens{dropped}")
     return 0

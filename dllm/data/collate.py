@@ -98,7 +98,8 @@ def collate(
     attention = place < ended[:, None]
     maskable = attention if end is None else attention & (place >= rows.prompts[numbers][:, None])
     tokens = numpy.where(attention, tokens, pad_id)
-    return Batch(*(torch.from_numpy(numpy.ascontiguousarray(x)) for x in (tokens, attention, maskable, numbers)))
+    ids = numbers if rows.ids is None else rows.ids[numbers]
+    return Batch(*(torch.from_numpy(numpy.ascontiguousarray(x)) for x in (tokens, attention, maskable, ids)))
 
 
 def _ended_lengths(

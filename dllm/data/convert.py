@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ def read_rows(part: DataPart, split: str) -> list[dict] | object:
     from datasets.exceptions import DatasetGenerationError
 
     try:
+        if entry.stream:  # one shard of the set: the card's counts are those of all
+            shards = [str(path) for path in sorted(Path(part.path).rglob("*.parquet"))]
+            return load_dataset("parquet", data_files={split: shards}, split=split)
         return load_dataset(part.path, entry.config, split=split)
     except (ValueError, OSError, DatasetGenerationError) as fault:
         first = str(fault).strip().splitlines()[0]
@@ -55,6 +59,18 @@ def text_of(row: dict, where: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{where}: no text (column 'text' = {text!r}); a text dataset needs one string per row")
     return text
+
+
+def pack_texts(tokenizer, texts: list[str], carry: list[int], length: int, *, append_eos: bool) -> tuple[list, list]:
+    """(rows of `length` tokens, tokens left over) of texts laid end to end behind the tokens `carry`.
+
+    Texts are tokenized without special tokens; one EOS after each where `append_eos`.
+    """
+    end = [tokenizer.eos_token_id] if append_eos else []
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = [*carry, *itertools.chain.from_iterable([*ids, *end] for ids in encoded)]
+    whole = len(tokens) // length * length
+    return [tokens[start : start + length] for start in range(0, whole, length)], tokens[whole:]
 
 
 def messages_of(row: dict, kind: str, where: str) -> list[dict]:
@@ -90,7 +106,9 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
 def split_rows(part: DataPart) -> tuple[list, list, object, object]:
     """(train row numbers, test row numbers, train rows, test rows) of a dataset; train row numbers are shuffled.
 
-    A set without its own test split gives up `test_share` of its rows. `split_seed` decides both.
+    A set without its own test split gives up `test_share` of its rows. `split_seed` decides both. Of a streamed set
+    only the shard held out for testing is there: so many of its rows as that share of the whole comes to, and no
+    train rows.
     """
     import numpy
 
@@ -100,8 +118,24 @@ def split_rows(part: DataPart) -> tuple[list, list, object, object]:
     if entry.test_split:
         held_out = read_rows(part, entry.test_split)
         return order, list(range(len(held_out))), rows, held_out
+    if entry.stream:
+        facts = stream_facts(part.path)
+        size = min(len(rows), max(1, round(facts["expansion"] * len(rows) * entry.test_share)))
+        return [], sorted(order[:size]), rows, rows
     size = max(1, round(len(rows) * entry.test_share)) if entry.test_share else 0
     return order[size:], sorted(order[:size]), rows, rows
+
+
+def stream_facts(path: str | Path) -> dict:
+    """What a download says of a streamed set: hub, revision, shards with their bytes, and `expansion`, the bytes of
+    the whole set as a multiple of those of the shard held out. Raises ValueError if it was not fetched as one."""
+    try:
+        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+        stream = manifest["stream"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{path}: was not fetched to be streamed; run the download again") from None
+    total = sum(stream["shards"].values()) + stream["bytes"]
+    return {"hub": manifest["hub"], "revision": manifest["revision"], **stream, "expansion": total / stream["bytes"]}
 
 
 def batched(numbers: list[int], size: int = 1000) -> Iterator[list[int]]:

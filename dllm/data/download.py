@@ -11,10 +11,16 @@ import shutil
 from pathlib import Path
 
 from dllm.config import DownloadConfig, digest
+from dllm.data.hub import told
 from dllm.provenance import file_digest, read_record, replace_directory, write_record
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
-DATASET_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.csv", "*.txt", "README.md", "LICENSE*"]
+CARDS = ["README.md", "LICENSE*"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *CARDS]
+DATASET_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.csv", "*.txt", *CARDS]
+ARCHIVES = ["*.zip", *CARDS]
+"""Of a dataset that has no other data files: such repositories came with a loading script, which is never run."""
+
+NO_DATA = [*CARDS, "dataset_infos.json"]
 
 
 def download(config: DownloadConfig, workdir: str | Path = ".") -> Path:
@@ -54,74 +60,117 @@ def _make_model(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
 
 
 def _fetch(config: DownloadConfig, scratch: Path) -> None:
-    """Download a pinned snapshot with progress; files already complete from an earlier attempt are kept."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """Download a pinned snapshot with progress and verify it; files complete from an earlier attempt are kept."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
 
     entry = config.model or config.dataset
-    pin = f"{entry.hub}@{entry.revision[:8]}"
-    try:
+    with told(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
+        info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
+        facts = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
+        choices = [MODEL_FILES] if config.what == "model" else [DATASET_FILES, ARCHIVES]
+        choices = [[facts["stream"]["held_out"], *CARDS]] if facts else choices
+        for patterns in choices:
+            wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
+            if list(filter_repo_objects(wanted, ignore_patterns=NO_DATA, key=lambda file: file.rfilename)):
+                break
+        else:
+            raise ValueError(f"{entry.hub}: has no file that a {config.what} needs; correct `hub` of {config.name!r}")
+        _check_room(config, scratch, wanted)
         snapshot_download(
-            entry.hub,
-            revision=entry.revision,
-            repo_type=config.what,
-            local_dir=scratch,
-            allow_patterns=MODEL_FILES if config.what == "model" else DATASET_FILES,
+            entry.hub, revision=entry.revision, repo_type=config.what, local_dir=scratch, allow_patterns=patterns
         )
-        _verify(config, scratch)
-    except GatedRepoError:
-        raise ValueError(f"{pin}: gated; accept its terms on the hub and set HF_TOKEN, then run again") from None
-    except RevisionNotFoundError:
-        raise ValueError(f"{pin}: the repository has no such commit; correct `revision` of {config.name!r}") from None
-    except LocalEntryNotFoundError as fault:  # also an EntryNotFoundError: nothing in the cache, and no network
-        raise _broken_off(pin, fault) from None
-    except (RepositoryNotFoundError, EntryNotFoundError):
-        raise ValueError(f"{pin}: no such {config.what} on the hub; correct `hub` of {config.name!r}") from None
-    except HfHubHTTPError.__bases__ as fault:  # every error of the HTTP library, and OSError
-        raise _broken_off(pin, fault) from None
+    facts = {"hub": entry.hub, "revision": entry.revision, "commit": info.sha, "licence": _licence(scratch)} | facts
+    facts["files"] = _verified(entry.hub, scratch, wanted)
+    if patterns is ARCHIVES:
+        _unpack(scratch)
+    (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _broken_off(pin: str, fault: Exception) -> ValueError:
-    first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-    return ValueError(f"{pin}: the download broke off ({first}); check the network and run again")
+def _check_room(config: DownloadConfig, scratch: Path, wanted: list) -> None:
+    """Raise ValueError if the disk has no room for what is still missing."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    missing = sum(file.size or 0 for file in wanted if not (scratch / file.rfilename).exists())
+    free = shutil.disk_usage(scratch).free
+    if missing > free:
+        raise ValueError(
+            f"{config.name}: {missing / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free below {scratch.parent}; "
+            "make room, or set `workdir` to another disk"
+        )
 
 
-def _verify(config: DownloadConfig, scratch: Path) -> None:
-    """Compare every file with the size and hash the hub states, and write them to manifest.json.
+def _verified(repository: str, scratch: Path, wanted: list) -> dict[str, dict]:
+    """Size and SHA-256 of every file, compared with the size and hash that the hub states.
 
     Raises ValueError naming the damaged file, which is removed so that the next attempt fetches it again.
     """
-    from huggingface_hub import HfApi
-
-    entry = config.model or config.dataset
-    info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
     shutil.rmtree(scratch / ".cache", ignore_errors=True)
-    known = {remote.rfilename for remote in info.siblings}
+    names = {file.rfilename for file in wanted}
     for path in scratch.rglob("*"):  # left by an earlier attempt at another commit
-        if path.is_file() and path.relative_to(scratch).as_posix() not in known:
+        if path.is_file() and path.relative_to(scratch).as_posix() not in names:
             path.unlink()
-    manifest = {}
-    for remote in info.siblings:
-        path = scratch / remote.rfilename
-        if not path.exists():
-            continue
-        if remote.lfs is not None:
-            good = file_digest(path) == remote.lfs.sha256
+    found = {}
+    for file in wanted:
+        path = scratch / file.rfilename
+        sha256 = file_digest(path)
+        if file.lfs is not None:
+            good = sha256 == file.lfs.sha256
         else:
             content = path.read_bytes()
-            good = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id
+            good = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
         if not good:
             path.unlink()
-            raise ValueError(f"{entry.hub}: {remote.rfilename} arrived damaged and was removed; run again to fetch it")
-        manifest[remote.rfilename] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    if not manifest:
-        raise ValueError(f"{entry.hub}: has no file that a {config.what} needs; correct `hub` of {config.name!r}")
-    facts = {"hub": entry.hub, "revision": entry.revision, "commit": info.sha, "files": manifest}
-    (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            raise ValueError(f"{repository}: {file.rfilename} arrived damaged and was removed; run again to fetch it")
+        found[file.rfilename] = {"bytes": path.stat().st_size, "sha256": sha256}
+    return found
+
+
+def _licence(scratch: Path) -> str | None:
+    """The licence that the card states, or none."""
+    from huggingface_hub import RepoCard
+
+    try:
+        data = RepoCard.load(scratch / "README.md", ignore_metadata_errors=True).data
+    except (OSError, ValueError):
+        return None
+    found = data.get("license_name") or data.get("license")
+    return ", ".join(map(str, found)) if isinstance(found, list) else found and str(found)
+
+
+def _unpack(scratch: Path) -> None:
+    """Unpack archives of `<split>/<configuration>.csv` files and describe them in the card, as `datasets` reads it."""
+    import zipfile
+
+    from huggingface_hub import RepoCard
+
+    for archive in scratch.rglob("*.zip"):
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(scratch / "unpacked")
+        archive.unlink()
+    tables: dict[str, list[dict]] = {}
+    for path in sorted((scratch / "unpacked").rglob("*.csv")):
+        place = {"split": path.parent.name, "path": path.relative_to(scratch).as_posix()}
+        tables.setdefault(path.stem, []).append(place)
+    card = RepoCard("---\n{}\n---\n")
+    card.data.configs = [{"config_name": name, "data_files": files} for name, files in tables.items()]
+    card.save(scratch / "README.md")
+
+
+def _shards(config: DownloadConfig, info) -> dict:
+    """The shards of a set that is streamed: those to train on, with their sizes, and the one held out for testing.
+
+    Raises ValueError if there are fewer than two.
+    """
+    from datasets import load_dataset_builder
+
+    entry = config.dataset
+    sizes = {file.rfilename: file.size for file in info.siblings}
+    builder = load_dataset_builder(entry.hub, entry.config, revision=entry.revision)
+    paths = [url.split(f"@{entry.revision}/", 1)[1] for url in builder.config.data_files["train"]]
+    paths = sorted(path for path in paths if path.endswith(".parquet"))
+    if len(paths) < 2:
+        raise ValueError(
+            f"{entry.hub}: {len(paths)} parquet shard(s), too few to stream (one is held out for testing); "
+            f"set stream: false in the entry of {config.name!r}"
+        )
+    return {"shards": {path: sizes[path] for path in paths[:-1]}, "held_out": paths[-1], "bytes": sizes[paths[-1]]}

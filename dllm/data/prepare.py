@@ -7,13 +7,12 @@ chat template) and the target (that turn); rows whose prompt fills the length ar
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from pathlib import Path
 
 from dllm.config import PrepareConfig, digest
-from dllm.data.convert import batched, messages_of, split_rows, text_of
+from dllm.data.convert import batched, messages_of, pack_texts, split_rows, stream_facts, text_of
 from dllm.data.tokens import TokenWriter
 from dllm.models.tokenizers import chat_text, load_tokenizer
 from dllm.provenance import read_record, replace_directory, write_record
@@ -50,11 +49,15 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
         )
     for split, writer in writers.items():
         manifest["splits"][split] = writer.close() | {"dropped_rows": dropped[split]}
+        if split == "train" and config.parts[0].entry.stream:
+            continue
         if not manifest["splits"][split]["rows"]:
             raise ValueError(
                 f"{config.name}: the {split} split is empty after tokenizing; the rows are fewer or shorter than one "
                 f"row of length {config.length}, or every prompt is longer; lower `length` of the run"
             )
+    if config.parts[0].entry.stream:
+        _describe_stream(config, workdir / config.parts[0].path, scratch, manifest)
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     replace_directory(scratch, target)
     sources = {path: read_record(workdir / f"{path}.json")["digest"] for path in sorted({p.path for p in config.parts})}
@@ -62,18 +65,33 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
     return manifest
 
 
+def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifest: dict) -> None:
+    """Note in the manifest what training reads over the network, and about how much that is, in place of train files.
+
+    The train split is estimated from the tokens per document of the test rows and the sizes of the shards.
+    """
+    entry, facts, splits = config.parts[0].entry, stream_facts(source), manifest["splits"]
+    for path in scratch.glob("train.*"):
+        path.unlink()
+    tested = min(1.0, facts["expansion"] * entry.test_share)  # share of the shard held out that the test rows are
+    rows = max(1, round(splits["test"]["rows"] / tested * (facts["expansion"] - 1)))
+    tokens = rows * config.length
+    splits["train"] = {"rows": rows, "tokens": tokens, "target_tokens": tokens, "longest_row": config.length}
+    splits["train"] |= {"dtype": splits["test"]["dtype"], "dropped_rows": 0, "estimated": True}
+    manifest["stream"] = {key: facts[key] for key in ("hub", "revision", "shards")} | {
+        "append_eos": entry.append_eos,
+        "shuffle_rows": entry.shuffle_rows,
+    }
+
+
 def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
     """Concatenate and cut; returns how many rows were dropped, as its twin for conversations does: none ever is."""
-    end = [tokenizer.eos_token_id] if part.entry.append_eos else []
     carry: list[int] = []
     for chunk in batched(list(numbers)):
         texts = [text_of(rows[i], f"{part.name} row {i}") for i in chunk]
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        carry.extend(itertools.chain.from_iterable([*ids, *end] for ids in encoded))
-        whole = len(carry) // config.length * config.length
-        for start in range(0, whole, config.length):
-            writer.add(carry[start : start + config.length])
-        carry = carry[whole:]
+        packed, carry = pack_texts(tokenizer, texts, carry, config.length, append_eos=part.entry.append_eos)
+        for row in packed:
+            writer.add(row)
     return 0
 
 

@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy
 
 
+def row_dtype(vocab_size: int) -> type:
+    """The smallest unsigned type that holds every token id."""
+    return numpy.uint16 if vocab_size <= 2**16 else numpy.uint32
+
+
 class TokenWriter:
     """Writes one split as `<split>.tokens.bin`, row by row, with constant memory."""
 
     def __init__(self, directory: Path, split: str, vocab_size: int):
         self.directory, self.split = directory, split
-        self.dtype = numpy.uint16 if vocab_size <= 2**16 else numpy.uint32
+        self.dtype = row_dtype(vocab_size)
         self.file = open(directory / f"{split}.tokens.bin", "wb")
         self.lengths: list[int] = []
         self.prompts: list[int] = []
@@ -43,11 +48,15 @@ class TokenWriter:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """One split of a prepared dataset: tokens (flat, memory-mapped), offsets [N + 1], prompt lengths [N]."""
+    """One split of a prepared dataset: tokens (flat, memory-mapped), offsets [N + 1], prompt lengths [N].
+
+    ids [N]: the rows' sample ids, where those are not their numbers here.
+    """
 
     tokens: numpy.ndarray
     offsets: numpy.ndarray
     prompts: numpy.ndarray
+    ids: numpy.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

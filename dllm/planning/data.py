@@ -54,12 +54,13 @@ def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared 
     entries = [part.entry for part in config.parts]
     if any(entry.documents is None or entry.tokens is None for entry in entries):
         return None
-    train, test = Split(), Split()
+    train, test, read = Split(), Split(), 0.0
     for entry in entries:
         rows, held_out = _documents(entry, config.rows, overlapping=config.split == "overlapping")
+        read += entry.tokens * min(1.0, (rows + held_out) / entry.documents)
         train = _sum(train, _split(entry, rows, config.length))
         test = _sum(test, _split(entry, held_out, config.length))
-    return Prepared(train, test, False, sum(entry.tokens for entry in entries), width)
+    return Prepared(train, test, False, read, width)
 
 
 def _documents(entry: DatasetEntry, most: int | None, *, overlapping: bool) -> tuple[float, float]:

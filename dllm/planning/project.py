@@ -32,6 +32,8 @@ from dllm.planning.shapes import differences, is_known, parameters, shape_of, tr
 RULES = ("download", "prepare", "train", "evaluate", "sample", "speed", "report")
 
 DOWNLOAD_BYTES_PER_SECOND = 50e6
+SHARD_BYTES = 0.5e9
+"""Size of a shard at the hub, at most: all that is stored of a streamed set."""
 TOKENIZED_PER_SECOND = 0.33e6
 """Tokens that `dllm prepare` writes per second, on one core."""
 
@@ -239,6 +241,7 @@ class _Planner:
                 size, rate = 5.2e6, 1e6  # made here, not fetched
             elif self.project.datasets[name].tokens:
                 size = self.project.datasets[name].tokens * TEXT_BYTES * COMPRESSED
+                size = min(size, SHARD_BYTES) if self.project.datasets[name].stream else size
             cost = size and Cost(seconds=5 + size / rate, host_gib=0.5, kept_gib=size / GIB)
             self.add("download", name, cost or None, Place(self.processor), after=after)
 
@@ -249,16 +252,19 @@ class _Planner:
             sources = {("download", Path(part.path).name) for part in config.parts}
             cost = None
             if found:
-                kept = found.train.tokens + found.test.tokens
-                rows = found.train.rows + found.test.rows
+                streamed = config.parts[0].entry.stream
+                stored = [found.test] if streamed else [found.train, found.test]
+                kept, rows = sum(split.tokens for split in stored), sum(split.rows for split in stored)
+                read = kept if streamed else found.read_tokens
                 # `datasets` unpacks what came from the hub into its cache
-                hub = [part.entry.tokens or 0 for part in config.parts if part.entry.hub]
+                hub = sum(part.entry.tokens or 0 for part in config.parts if part.entry.hub) * TEXT_BYTES
+                hub = min(hub, SHARD_BYTES / COMPRESSED) if streamed else hub
                 cost = Cost(
-                    tokens=found.read_tokens,
-                    seconds=2.5 + found.read_tokens / TOKENIZED_PER_SECOND,
+                    tokens=read,
+                    seconds=2.5 + read / TOKENIZED_PER_SECOND,
                     host_gib=0.28 + rows * 100 / GIB,
                     kept_gib=(kept * found.bytes_per_token + rows * 12) / GIB,
-                    scratch_gib=sum(hub) * TEXT_BYTES / GIB,
+                    scratch_gib=hub / GIB,
                 )
             after = (*sorted(sources), ("download", Path(config.model_path).name))
             self.add("prepare", name, cost, Place(self.processor), after=after)
@@ -297,7 +303,7 @@ class _Planner:
 
     def _evaluation_cost(self, entry: EvaluationEntry, benchmark: BenchmarkEntry, shape: Shape, place: Place) -> Cost:
         size, causal, scorer = benchmark.size, entry.kind == "hf", self.project.scorers[entry.scorer]
-        documents = min(size.documents, benchmark.documents or size.documents)
+        documents = min(size.documents, (benchmark.documents or size.documents) * size.tasks)
         room = max(1, shape.positions - (size.answer_tokens if size.choices else benchmark.generation.max_new_tokens))
         size = size.model_copy(update={"prompt_tokens": min(size.prompt_tokens, room)})
         if size.choices:

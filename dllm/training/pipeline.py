@@ -8,6 +8,7 @@ many micro-batches, so that a wrapper which exchanges parameters in every forwar
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from dllm.config import RunConfig
 from dllm.core.batch import Inputs, Noise, evaluation_noise, row_noise
 from dllm.core.losses import denominator
 from dllm.data.collate import ResponseEnd, collate, epoch_batches, row_lengths, row_widths, target_counts
+from dllm.data.stream import StreamedRows
 from dllm.data.tokens import TokenRows
 
 AHEAD = 4
@@ -58,13 +60,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a run's data as its algorithm sees it."""
+    """One split of a run's data as its algorithm sees it.
+
+    stream: where the rows of training steps come from, if they are not on disk; `rows` is then the step's alone.
+    """
 
     rows: TokenRows
     algorithm: Algorithm
     end: ResponseEnd | None
     pad_id: int
     mask_id: int
+    stream: StreamedRows | None = None
 
     def inputs(self, numbers: ndarray, epoch: int, fill_to: int, noise) -> Inputs:
         """The rows `numbers` as inputs; noise is a function of (sample ids, width)."""
@@ -87,6 +93,11 @@ def training_parts(
     source: Source, config: RunConfig, *, first: int, last: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[Part]:
     """This rank's micro-batches of the steps `first` to `last` - 1, in order."""
+    if source.stream is not None:
+        for epoch, rows in itertools.islice(source.stream.batches(first), last - first):
+            numbers = numpy.arange(len(rows))
+            yield from _step_parts(replace(source, rows=rows), config, numbers, epoch, rank, ranks)
+        return
     batches, known = numpy.zeros(0), -1
     per_epoch = steps_per_epoch(config, len(source.rows))
     for step in range(first, last):

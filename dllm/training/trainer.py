@@ -32,6 +32,7 @@ from dllm.algorithms import algorithm_class
 from dllm.algorithms.base import Algorithm, part_of_state
 from dllm.config import Recipe, RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
 from dllm.data.collate import ResponseEnd
+from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import TokenRows, open_rows
 from dllm.models.adapters import attach_adapter, merge_adapter, save_adapter
 from dllm.models.load import SIDECAR, Backbone, load_backbone
@@ -133,13 +134,17 @@ def _train(
     tracker: str | None,
     quiet: bool,
 ) -> Path:
-    train_rows, test_rows = (open_rows(workdir / config.data_path, split) for split in ("train", "test"))
+    corpus = open_corpus(workdir / config.data_path)
+    test_rows = open_rows(workdir / config.data_path, "test")
+    train_rows = open_rows(workdir / config.data_path, "train") if corpus is None else test_rows  # a sample of them
     backbone = _start(config, workdir)
     _check_fit(config, backbone, train_rows)
     backbone = _adapted(config, backbone, accelerator.device)
     set_seed(config.seed)
-    plan = make_plan(config, len(train_rows), accelerator.num_processes)
+    plan = make_plan(config, corpus.rows if corpus else len(train_rows), accelerator.num_processes)
     run = _Run(config, plan, backbone, train_rows, test_rows, accelerator, state)
+    if corpus is not None:
+        run.read_from(StreamedRows(corpus, backbone.tokenizer, seed=config.seed, batch_size=config.global_batch_size))
     if tracker:
         accelerator.init_trackers("dllm", config={"run": config.name, "digest": digest(config)})
     run.fit(quiet=quiet)
@@ -187,6 +192,10 @@ class _Run:
         self.started = time.perf_counter()
         self.wall_before = 0.0
         self.interrupted = False
+
+    def read_from(self, stream: StreamedRows) -> None:
+        """Take the rows of training steps from a stream in place of files; its place becomes part of the state."""
+        self.train_source = replace(self.train_source, stream=stream)
 
     @property
     def wall_seconds(self) -> float:
@@ -322,6 +331,8 @@ class _Run:
                 self._say(f"checkpoint {path} is damaged ({fault or 'another process says so'}); trying an older one")
                 continue
             self.tokens, self.wall_before = saved["tokens"], saved["wall_seconds"]
+            if self.train_source.stream is not None:
+                self.train_source.stream.load_state(saved["stream"])
             self.started = time.perf_counter()
             if self.engine.is_main:
                 self.metrics.rewind(step)
@@ -365,6 +376,8 @@ class _Run:
         if self.engine.is_main:
             progress = {"step": step, "tokens": self.tokens, "wall_seconds": self.wall_seconds}
             progress["layout"] = self.engine.backend.layout
+            if self.train_source.stream is not None:
+                progress["stream"] = self.train_source.stream.state(step)
             (scratch / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
         self.engine.wait()  # until every process has written its share
         if self.engine.is_main:

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dllm.chat.settings import SpeedConfig
@@ -40,7 +42,10 @@ def test_questions_are_the_first_rows_with_the_answer_sought(tmp_path):
     path = tmp_path / "q.jsonl"
     rows = [{"question": f"q{i}", "answer": f"so\n#### {i}"} for i in range(5)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert read_questions(path, "#### (.*)", 2) == [Question("q0", "0"), Question("q1", "1")]
+    expected = [Question("q0", "0"), Question("q1", "1")]
+    assert read_questions(path, "#### (.*)", 2) == expected
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
+    assert read_questions(tmp_path / "q.parquet", "#### (.*)", 2) == expected
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def check_snapshot(name: str, text: str) -> None:
     assert not lines, "\n".join(lines[:40])
 
 
-@pytest.fixture(scope="module", params=["paper", "laptop"])
+@pytest.fixture(scope="module", params=["paper", "one-gpu", "laptop"])
 def plan(request, tmp_path_factory):
     """(name, planned jobs, work directory) of a shipped configuration in a fresh directory."""
     workdir = tmp_path_factory.mktemp(request.param) / "work"
@@ -71,14 +71,19 @@ def test_every_command_line_names_a_config_that_was_written(plan):
         assert yaml.safe_load((workdir / config).read_text()), shell
 
 
-def test_only_downloads_and_benchmarks_without_a_pin_may_use_the_network(plan):
+def test_only_downloads_and_runs_on_streamed_data_may_use_the_network(plan):
     name, jobs, _ = plan
     online = {
         target.split("/")[-1]
         for rule, target, shell in jobs
         if rule in ("prepare", "train", "evaluate", "sample", "speed") and "HF_HUB_OFFLINE=1" not in shell
     }
-    assert online == ({"bbh", "cmmlu"} if name == "paper" else set())
+    streamed = {
+        "paper": {"modernbert-large-openwebtext", "modernbert-large-openwebtext-published"},
+        "one-gpu": {"modernbert-base-openwebtext"},
+        "laptop": set(),
+    }
+    assert online == streamed[name]
 
 
 def test_planning_twice_writes_nothing_new(tmp_path):

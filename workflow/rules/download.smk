@@ -2,7 +2,7 @@
 #
 # reads    configs/downloads/<name>.yaml (and the synthetic world, for a model that takes its tokenizer)
 # writes   downloads/<name>/ and its record downloads/<name>.json
-# network  only here
+# network  here, and in the training of a streamed dataset
 
 
 localrules:

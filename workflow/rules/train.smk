@@ -2,6 +2,7 @@
 #
 # reads    configs/runs/<run>.yaml, the record of the prepared data, the record of `init`
 # writes   runs/<run>/ (config.yaml, metrics.jsonl, model/, provenance.json) and its record runs/<run>.json
+# network  only for a run whose data is streamed
 # resumes  from .work/<run>-<digest>/, which no rule declares and Snakemake never touches
 
 
@@ -22,9 +23,10 @@ rule train:
         disk_mb=PLAN.asks("train", "disk_mb"),
         gpu=PLAN.asks("train", "gpu"),
     params:
+        offline=lambda wildcards: PLAN.offline(wildcards.run),
         launch=lambda wildcards: launcher(PROJECT.runs[wildcards.run], FROM_WORKDIR),
     message:
         "Train {wildcards.run}."
     shell:
-        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} accelerate launch --config_file {params.launch:q} "
+        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} accelerate launch --config_file {params.launch:q} "
         "--num_cpu_threads_per_process {threads} -m dllm train --replace {input.config:q} &> {log:q}"

@@ -1,0 +1,125 @@
+"""The environments: exact versions, within the bounds of the package, complete, and the same in every file."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+ENVS = ROOT / "envs"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BASIC = ("pip", "wheel")
+"""Packages that an environment has before anything is installed into it."""
+
+
+def pins(file: str) -> dict[str, Version]:
+    """Package and version of every line of a constraints file."""
+    lines = [line.split("#")[0].strip() for line in (ENVS / file).read_text().splitlines()]
+    pairs = [line.split("==") for line in lines if line and not line.startswith("-")]
+    found = {canonicalize_name(name): Version(version) for name, version in pairs}
+    assert len(found) == len(pairs), f"{file}: a package stands twice"
+    return found
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    return [Requirement(line) for line in lines]
+
+
+@pytest.mark.parametrize("line", requirements("dev"), ids=lambda r: r.name)
+def test_every_dependency_has_both_bounds_and_a_pin_within_them(line):
+    operators = {specifier.operator for specifier in line.specifier}
+    assert operators == {">=", "<"}, f"{line}: a lower and an upper bound"
+    assert line.specifier.contains(pins("pip.txt")[canonicalize_name(line.name)])
+
+
+def test_a_pin_of_an_extra_lies_within_its_bounds():
+    pinned = pins("pip.txt")
+    for line in requirements(*PROJECT["optional-dependencies"]):
+        if canonicalize_name(line.name) in pinned:
+            assert line.specifier.contains(pinned[canonicalize_name(line.name)]), line
+
+
+def test_what_the_dependencies_need_is_pinned_too():
+    pinned, todo, seen = pins("pip.txt"), requirements("dev"), set()
+    while todo:
+        line = todo.pop()
+        name = canonicalize_name(line.name)
+        key = name, frozenset(line.extras)
+        if key in seen or (line.marker and not line.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(key)
+        assert name in pinned or name in BASIC, f"{name}: installed as a dependency, but not in envs/pip.txt"
+        for text in metadata.requires(name) or []:
+            inner = Requirement(text)
+            if inner.marker is None or any(inner.marker.evaluate({"extra": e}) for e in ("", *line.extras)):
+                inner.marker = None
+                todo.append(inner)
+
+
+def test_this_environment_has_the_pinned_versions():
+    for name, version in pins("pip.txt").items():
+        try:
+            installed = Version(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            continue
+        assert installed.public == version.public, f"{name}: {installed} is installed, {version} is pinned"
+
+
+def test_the_cuda_pins_are_added_to_the_others_and_repeat_none():
+    assert "-c pip.txt" in (ENVS / "pip-cuda.txt").read_text().splitlines()
+    both = pins("pip.txt").keys() & pins("pip-cuda.txt").keys()
+    assert not both
+    assert all(name.startswith(("nvidia-", "cuda-", "triton")) for name in pins("pip-cuda.txt"))
+
+
+def test_conda_and_container_have_one_python_and_the_same_constraints():
+    conda = yaml.safe_load((ENVS / "environment.yaml").read_text())
+    (python,) = [x.split("=")[1] for x in conda["dependencies"] if str(x).startswith("python=")]
+    container = (ENVS / "Containerfile").read_text()
+    assert f"FROM docker.io/library/python:{python}-slim" in container
+    low, high = re.findall(r"3\.\d+", PROJECT["requires-python"])
+    assert Version(low) <= Version(python) < Version(high)
+    assert all(re.fullmatch(r"[a-z]+=\d+(\.\d+)+", x) for x in conda["dependencies"] if isinstance(x, str))
+    (by_pip,) = [x["pip"] for x in conda["dependencies"] if isinstance(x, dict)]
+    assert "--constraint pip-cuda.txt" in by_pip and "--constraint envs/pip-cuda.txt" in container
+    copied = re.findall(r"^COPY (.+) \S+$", container, re.M)
+    assert all((ROOT / name).exists() for line in copied for name in line.split())
+
+
+def test_the_built_package_works_outside_the_checkout(tmp_path):
+    """Its data files are in it. The dependencies are those of this environment: CI begins with a full install."""
+    environment = os.environ | {"PYTHONPATH": "", "PIP_NO_INDEX": "1"}
+
+    def run(*command, cwd=tmp_path, **more):
+        done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=environment | more)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    source = tmp_path / "source"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.split("\0"):
+        if name.startswith("dllm/") or name in ("pyproject.toml", "README.md", "LICENSE"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = sys.executable, "-m", "pip", "--quiet"
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "wheels", source)
+    (wheel,) = (tmp_path / "wheels").glob("dllm-*.whl")
+    run(*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel)
+    there = {"PYTHONPATH": str(tmp_path / "site")}
+    said = run(sys.executable, "-c", "import dllm; print(dllm.__file__)", **there)
+    assert said.startswith(str(tmp_path / "site"))
+    assert "verbs:" in run(sys.executable, "-m", "dllm", "--help", **there)
+    shipped = {p.relative_to(tmp_path / "site").as_posix() for p in (tmp_path / "site/dllm").rglob("*") if p.is_file()}
+    for name in files.split("\0"):
+        if name.startswith("dllm/"):
+            assert name in shipped, f"{name} is not in the built package"
