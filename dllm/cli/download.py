@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 HELP = "fetch a pinned model or dataset, verified (or make the laptop's stand-in)"
 EXAMPLES = """examples:
@@ -20,10 +21,12 @@ def run(args: argparse.Namespace) -> int:
     """Download and say where it is."""
     from dllm.config import DownloadConfig, read_config
     from dllm.data.download import download
+    from dllm.provenance import alone
 
     config = read_config(args.config, DownloadConfig)
     licence = config.dataset.licence if config.dataset else None
     if licence:
         print(f"{config.name}: licence {licence}")
-    print(f"{config.name}: {download(config, args.workdir)}")
+    with alone(Path(args.workdir) / ".work" / "locks" / f"download-{config.name}"):
+        print(f"{config.name}: {download(config, args.workdir)}")
     return 0
