@@ -48,12 +48,10 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MinJobAge=300
 KillWait=10
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000 Gres=gpu:2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000 Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes=n[1-2] Default=YES PriorityTier=1 MaxTime=INFINITE State=UP
-PartitionName=urgent Nodes=n[1-2] PriorityTier=2 MaxTime=INFINITE State=UP
+PartitionName=batch Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes=n[1-2] MaxTime=INFINITE State=UP
 """
 
 
