@@ -1,6 +1,7 @@
 """Slurm for real, two virtual machines: the shipped profile runs the graph, and comes to the numbers of a local run."""
 
 import json
+import re
 import subprocess
 import threading
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def run(box, tmp_path_factory, worker_id):
     home = tmp_path_factory.mktemp("cluster")
     files = overlays(home)
     (home / "profile.yaml").write_text(SITE)
-    preempted: list[str] = []
+    preempted: list[str] = [""]
     ended = threading.Event()
     preemption = threading.Thread(target=preempt, args=(box, home / "work", "chat-large", preempted, ended))
     preemption.start()
@@ -70,9 +71,9 @@ def preempt(box: Box, workdir: Path, name: str, preempted: list[str], ended: thr
     """Requeue the job that trains a run once it has saved a checkpoint, as Slurm does for a job of higher priority."""
     while not list(workdir.glob(f".work/{name}-*/step-*")) and not ended.wait(0.05):
         pass
-    (number,) = box.say("squeue", "--noheader", "--states=running", "--format=%i").split() or [""]
+    number = re.match(r"JobId=(\d+) ", described_jobs(box)[f"train/{name}"])[1]
     box.say("scontrol", "requeue", number)
-    preempted.append(number)
+    preempted[0] = number
     # Slurm lets a requeued job rest for two minutes; this is no test of its patience
     while not ended.wait(0.2) and "Reason=BeginTime" not in box.say("scontrol", "show", "job", number):
         pass

@@ -3,10 +3,13 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import shutil
+import signal
 import subprocess
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -116,6 +119,30 @@ def test_an_attempt_that_waited_takes_the_result_of_the_one_before(workdir, monk
     first.join()
     assert "the attempt before this one has finished it" in capsys.readouterr().out
     assert (workdir / "runs/run/model/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_twenty_moments_ends_with_the_same_bits(workdir):
+    """SIGKILL while it loads, steps, evaluates, writes a checkpoint, prunes old ones, or puts the artifact in place."""
+    train(run_config("warm", steps=1), workdir, quiet=True)
+    started = time.monotonic()
+    train(run_config("whole", evaluations=6), workdir, quiet=True)
+    seconds = time.monotonic() - started
+    whole = metrics_of(workdir, "whole"), (workdir / "runs/whole/model/model.safetensors").read_bytes()
+    config, moments, kills = run_config("cut", evaluations=6), random.Random(1), 0
+    attempt = partial(multiprocessing.get_context("fork").Process, target=train, args=(config, workdir))
+    while kills < 20:
+        running = attempt(kwargs={"quiet": True, "replace": True})
+        running.start()
+        running.join(seconds * moments.uniform(0.1, 1.1))
+        if running.is_alive():
+            running.kill()
+            kills += 1
+        running.join()
+        assert running.exitcode in (0, -signal.SIGKILL)
+    train(config, workdir, quiet=True, replace=True)
+    assert (metrics_of(workdir, "cut"), (workdir / "runs/cut/model/model.safetensors").read_bytes()) == whole
+    assert not list((workdir / ".work").iterdir())
 
 
 @contextlib.contextmanager
