@@ -13,7 +13,7 @@ from tests.workflow.rehearsal import overlays, reference, results
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-SHARES = (0.05, 0.2)
+SHARES = (0.04, 0.18)
 """From a start to its kill, as shares of the time that the whole takes when nobody interrupts it."""
 
 
