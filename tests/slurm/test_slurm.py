@@ -51,7 +51,7 @@ class Run:
 @pytest.fixture(scope="module")
 def run(box, tmp_path_factory, worker_id):
     """The graph on the cluster; one training is preempted in the middle."""
-    local, _ = reference(tmp_path_factory, worker_id)
+    local = reference(tmp_path_factory, worker_id)
     home = tmp_path_factory.mktemp("cluster")
     files = overlays(home)
     (home / "profile.yaml").write_text(SITE)
