@@ -41,7 +41,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/rules
-	$(BIN)/codespell dllm workflow config docs README.md CONTRIBUTING.md CHANGELOG.md Makefile Snakefile
+	$(BIN)/codespell dllm workflow slurm config docs README.md CONTRIBUTING.md CHANGELOG.md Makefile Snakefile
 
 chat: $(INSTALLED)
 	@$(BIN)/dllm chat

@@ -5,14 +5,13 @@
 #
 # This file loads and checks the configuration and names the targets; the rules stand in workflow/rules, one verb each.
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
-from plan import launcher, make_plan
+from plan import make_plan
 
 ROOT = Path(workflow.basedir)
 OVERLAYS = [Path(path) for path in workflow.configfiles] or [
@@ -31,7 +30,6 @@ workdir: ROOT / PROJECT.workdir
 
 
 PLAN.write(ROOT / PROJECT.workdir)
-FROM_WORKDIR = os.path.relpath(ROOT, ROOT / PROJECT.workdir)
 
 
 include: "workflow/rules/download.smk"

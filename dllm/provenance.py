@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +55,60 @@ def replace_directory(new: str | Path, target: str | Path) -> None:
             os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone(path: str | Path) -> Iterator[bool]:
+    """Hold the lock file `path`, so that no two attempts at one job write to one place; one that was killed lets go.
+
+    Gives whether another attempt was there before and has been waited for. The file may be deleted with the directory
+    it stands in; whoever waited for it then makes a new one. Raises ValueError, one line, where files cannot be locked.
+    """
+    import fcntl
+
+    path = Path(path)
+    waited = False
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{path}: another attempt is at work here; waiting until it ends", flush=True)
+                waited = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as fault:
+                raise ValueError(
+                    f"{path}: this file system cannot lock files ({fault.strerror}), so two attempts could write to "
+                    "one place; put `workdir` on one that can (Lustre: mounted with flock)"
+                ) from None
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except FileNotFoundError:
+                same = False
+            if same:
+                yield waited
+                return
+
+
+def remove_directory(directory: str | Path) -> None:
+    """Delete a directory so that it goes whole: a half of it is never left under its name."""
+    directory = Path(directory)
+    if directory.exists():
+        doomed = directory.with_name(f".{directory.name}.doomed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(directory, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def settle(*paths: str | Path) -> None:
+    """Return once files and directories are on the disk, so that a crash of the machine leaves them whole."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def file_digest(path: str | Path) -> str:

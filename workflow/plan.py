@@ -6,6 +6,7 @@ setting reruns exactly what depends on it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,6 @@ from dllm.chat.settings import SampleConfig, SpeedConfig
 from dllm.config import (
     EvaluationEntry,
     Project,
-    RunEntry,
     download_configs,
     download_name,
     prepare_configs,
@@ -64,10 +64,50 @@ class Plan:
         The job is called by its wildcards, `row/benchmark` for instance; `name` stands for a rule without any.
         """
 
-        def asked(wildcards) -> int:
-            return self.costs.job(rule, "/".join(wildcards) if name is None else name).resources[resource]
+        def asked(wildcards) -> int | str | None:
+            return self.resources(rule, "/".join(wildcards) if name is None else name).get(resource)
 
         return asked
+
+    def resources(self, rule: str, name: str) -> dict[str, int | str]:
+        """Everything a job asks its executor for. On several machines: one task each, which the launcher starts.
+
+        `mpi` tells the Slurm executor to leave `srun` to the job; with it stand `tasks`, GPUs per machine (`gres`), and
+        no further tasks per GPU. A job on one machine must have none of these.
+        """
+        asked = self.costs.job(rule, name).resources
+        nodes, gpus = asked["nodes"], asked["gpu"]
+        if nodes == 1:
+            return asked
+        return (
+            asked
+            | {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
+            | ({"gres": f"gpu:{gpus // nodes}"} if gpus else {})
+        )
+
+    def launch(self, rule: str) -> Callable:
+        """How a rule starts `dllm` on what its job asked for, as a function of wildcards and resources.
+
+        What depends on resources never makes Snakemake run a job again: where it runs does not change its result.
+        """
+
+        def command(wildcards, resources) -> str:
+            asked = {name: resources.get(name) or 0 for name in ("nodes", "gpu", "cpus_per_task")}
+            nodes = asked["nodes"] or 1
+            options = {"nodes": nodes, "gpus": asked["gpu"] // nodes, "cpus": asked["cpus_per_task"]}
+            if rule == "evaluate" and nodes == 1 and options["gpus"] < 2:
+                return "dllm"
+            kind = self.project.runs[wildcards.run].launch if rule == "train" else "ddp" if options["gpus"] else "cpu"
+            said = [f"--{name} {value}" for name, value in options.items() if value > 1 or (name == "gpus" and value)]
+            script = f"python {self.up}/workflow/launch.py --with {self.up}/config/accelerate/{kind}.yaml"
+            return " ".join([script, *said, "--"])
+
+        return command
+
+    @property
+    def up(self) -> str:
+        """The way from the work directory to the repository, where jobs start."""
+        return os.path.relpath(ROOT, ROOT / self.project.workdir)
 
     def record_of(self, name: str) -> str:
         """Record of a model or run: the edge of the graph that `init` and `checkpoint` draw."""
@@ -271,8 +311,3 @@ def rows_that_differ_in_estimator(project: Project) -> list[str]:
             if same_model and like == project.scorers[candidate.scorer] and estimators == ("mc", "auto"):
                 return [other, name]
     return []
-
-
-def launcher(run: RunEntry, relative: str) -> str:
-    """Path, from the work directory, of the accelerate configuration of a run."""
-    return f"{relative}/config/accelerate/{run.launch}.yaml"

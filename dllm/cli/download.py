@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 HELP = "fetch a pinned model or dataset, verified (or make the laptop's stand-in)"
 EXAMPLES = """examples:
@@ -21,15 +22,16 @@ def run(args: argparse.Namespace) -> int:
     """Download and say where it is."""
     from dllm.config import DownloadConfig, read_config
     from dllm.data.download import download
+    from dllm.provenance import alone
 
     config = read_config(args.config, DownloadConfig)
     stated = config.dataset.licence if config.dataset else None
     if stated:
         print(f"{config.name}: licence {stated}", flush=True)
-    path = download(config, args.workdir)
-    facts = (
-        json.loads((path / "manifest.json").read_text(encoding="utf-8")) if (path / "manifest.json").exists() else {}
-    )
+    with alone(Path(args.workdir) / ".work" / "locks" / f"download-{config.name}"):
+        path = download(config, args.workdir)
+    manifest = path / "manifest.json"
+    facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     if facts.get("licence") and not stated:
         print(f"{config.name}: licence {facts['licence']}, as its card states it")
     print(f"{config.name}: {path}")

@@ -50,21 +50,25 @@ def run(args: argparse.Namespace) -> int:
     workdirs = [workdir_of(path, args.workdir) for path, _ in configs]
 
     from dllm.evaluation.evaluate import evaluate_benchmark
+    from dllm.provenance import alone
 
     shard, score, wait = _share(args)
     device = _device(args.device)
     for (_, config), workdir in zip(configs, workdirs, strict=True):
         progress = ProgressLine(f"{config.run} {config.benchmark}")
-        result = evaluate_benchmark(
-            config,
-            workdir,
-            shard=shard,
-            compute=not args.merge,
-            wait=wait,
-            score=score,
-            device=device,
-            progress=progress,
-        )
+        # one attempt at a part: an answer is asked for once, whoever waited finds it stored
+        part = f"evaluate-{config.run}-{config.benchmark}-{shard[0]}-of-{shard[1]}"
+        with alone(workdir / ".work" / "locks" / part):
+            result = evaluate_benchmark(
+                config,
+                workdir,
+                shard=shard,
+                compute=not args.merge,
+                wait=wait,
+                score=score,
+                device=device,
+                progress=progress,
+            )
         progress.close()
         if score:
             print(summary_line(result), flush=True)

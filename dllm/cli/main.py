@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -134,6 +135,9 @@ def _dispatch(words: list[str]) -> int:
 def _one_line(fault: Exception) -> str:
     if isinstance(fault, ModuleNotFoundError):
         return f"the package {fault.name!r} is not installed; install dllm with its dependencies"
+    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = fault.filename or f"at work in {os.getcwd()}"
+        return f"{where}: {fault.strerror}; make room and start the same command again"
     if isinstance(fault, OSError) and fault.strerror:
         return f"{fault.filename}: {fault.strerror}" if fault.filename else fault.strerror
     return " ".join(str(fault).split()) or type(fault).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 HELP = "tokenize, split and pack a dataset into token files"
 EXAMPLES = """examples:
@@ -22,13 +23,15 @@ def run(args: argparse.Namespace) -> int:
 
     from dllm.config import PrepareConfig, read_config
     from dllm.data.prepare import prepare
+    from dllm.provenance import alone
 
     config = read_config(args.config, PrepareConfig)
 
     def progress(rows, text):
         return tqdm(rows, desc=text, unit="row", mininterval=1.0, dynamic_ncols=True, disable=None)
 
-    manifest = prepare(config, args.workdir, progress)
+    with alone(Path(args.workdir) / ".work" / "locks" / f"prepare-{config.name}"):
+        manifest = prepare(config, args.workdir, progress)
     for split, counts in manifest["splits"].items():
         dropped = f", {counts['dropped_rows']:,} dropped" if counts["dropped_rows"] else ""
         about = "about " if counts.get("estimated") else ""

@@ -69,7 +69,10 @@ class Job:
 
     @property
     def resources(self) -> dict[str, int]:
-        """What the job asks of a cluster: a stated value, or the predicted one with a margin, rounded up."""
+        """What the job asks of a cluster: a stated value, or the predicted one with a margin, rounded up.
+
+        mem_mb and cpus_per_task are per machine, gpu is the total.
+        """
         stated = self.stated.model_copy(update=self._unplanned())
         memory = stated.memory_gib
         memory_mb = memory * 1024 if memory else _up(self.cost.host_gib * MARGIN_MEMORY * 1024, 256)
@@ -81,6 +84,8 @@ class Job:
             "runtime": minutes,
             "disk_mb": disk * 1024 if disk else _up(predicted, 64),
             "gpu": self.place.devices,
+            "nodes": self.place.nodes,
+            "cpus_per_task": stated.cpus_per_task,
         }
 
     def _unplanned(self) -> dict[str, int]:

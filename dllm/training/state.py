@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
+
+from dllm.provenance import remove_directory, settle
 
 KEEP = 2
 """Checkpoints kept: the newest, and one before it in case the newest turns out damaged."""
@@ -30,23 +31,21 @@ def check_sizes(checkpoint: Path) -> None:
 
 
 class StateDirectory:
-    """`.work/<run>-<digest>`: checkpoints `step-N`, metrics so far, and a lock held while an attempt is at it."""
+    """`.work/<run>-<digest>`: checkpoints `step-N`, metrics so far, and the lock of the attempt that is at it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = None
 
-    def lock(self) -> None:
-        """Wait until no other attempt works here (a killed one lets go at once)."""
-        self._lock = open(self.path / "lock", "w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+    @property
+    def lock(self) -> Path:
+        """The file that an attempt locks (`dllm.provenance.alone`)."""
+        return self.path / "lock"
 
-    def unlock(self) -> None:
-        """Let the next attempt in (the end of the process does so, too)."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+    def tidy(self) -> None:
+        """Delete what attempts that were killed left half written or half deleted."""
+        left = [*self.path.glob(".*"), *self.path.parent.glob(f".{self.path.name}.doomed")]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
@@ -61,12 +60,17 @@ class StateDirectory:
 
     def finish(self, step: int) -> None:
         """Make the scratch directory the checkpoint of `step` and prune old ones."""
-        scratch, target = self.path / f".step-{step}", self.path / f"step-{step}"
+        scratch = self.path / f".step-{step}"
         (scratch / SIZES).write_text(json.dumps(_sizes(scratch)), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(scratch, target)
+        settle(*scratch.rglob("*"), scratch, *self.path.glob("metrics.jsonl"))
+        remove_directory(self.checkpoint(step))
+        os.replace(scratch, self.checkpoint(step))
         for old in self.steps()[:-KEEP]:
-            shutil.rmtree(self.path / f"step-{old}", ignore_errors=True)
+            remove_directory(self.checkpoint(old))
+
+    def abandon(self, step: int) -> None:
+        """Take back what `begin` began, and the room it takes."""
+        shutil.rmtree(self.path / f".step-{step}", ignore_errors=True)
 
     def checkpoint(self, step: int) -> Path:
         """Directory of a complete checkpoint."""
@@ -74,7 +78,7 @@ class StateDirectory:
 
     def remove(self) -> None:
         """Delete everything, once the run's artifact is in place."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_directory(self.path)
 
 
 class MetricsLog:
@@ -101,5 +105,8 @@ class MetricsLog:
 
     def write(self, row: dict) -> None:
         """Append one row."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as fault:
+            raise OSError(fault.errno, fault.strerror, str(self.path)) from None  # a full disk does not name the file

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,7 +24,7 @@ import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -44,6 +45,9 @@ from dllm.training.step import StepNumbers, training_step
 
 DAMAGE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
 """What loading a torn or overwritten checkpoint file raises."""
+
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)
+"""What writing to a full disk raises; torch says RuntimeError."""
 
 LOGGED = 200
 """About how many training rows a run writes to metrics.jsonl."""
@@ -117,12 +121,16 @@ def train(
     )
     _check_world(accelerator)
     try:
-        if accelerator.is_main_process:
-            state.lock()
-        accelerator.wait_for_everyone()
-        return _train(config, workdir, state, accelerator, tracker, quiet)
+        with ExitStack() as held:
+            waited = accelerator.is_main_process and held.enter_context(provenance.alone(state.lock))
+            (finished,) = broadcast_object_list([waited and _is_finished(config, workdir)])
+            if finished:
+                accelerator.print(f"{config.name}: the attempt before this one has finished it")
+                return workdir / "runs" / config.name
+            if accelerator.is_main_process:
+                state.tidy()
+            return _train(config, workdir, state, accelerator, tracker, quiet)
     finally:
-        state.unlock()
         AcceleratorState._reset_state(reset_partial_state=False)  # a later run in this process may differ in precision
 
 
@@ -151,7 +159,10 @@ def _train(
     target = workdir / "runs" / config.name
     weights = run.engine.weights()
     if accelerator.is_main_process:
-        _finish(run, weights, target, workdir)
+        try:
+            _finish(run, weights, target, workdir)
+        except UNWRITABLE as fault:
+            raise _cannot_write(config, target, "the artifact", fault) from None
         state.remove()
     if tracker:
         accelerator.end_training()
@@ -368,6 +379,14 @@ class _Run:
         """Write the checkpoint of a step; it appears whole or not at all."""
         if step == self.plan.last_step and not self.interrupted:
             return  # the artifact follows at once
+        try:
+            self._checkpoint(step)
+        except UNWRITABLE as fault:
+            self.state.abandon(step)
+            raise _cannot_write(self.config, self.state.path, f"the checkpoint of step {step}", fault) from None
+
+    def _checkpoint(self, step: int) -> None:
+        """Write it, all processes together."""
         scratch = self.state.path / f".step-{step}"
         if self.engine.is_main:
             self.state.begin(step)
@@ -501,12 +520,34 @@ def _check_budget(config: RunConfig, algorithm: Algorithm) -> None:
 
 def _check_world(accelerator: Accelerator) -> None:
     """Raise ValueError if this process was launched as one of several and yet stands alone."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    name = "DLLM_PROCESSES" if "DLLM_PROCESSES" in os.environ else "WORLD_SIZE"  # the launcher knows best
+    launched = int(os.environ.get(name, "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"WORLD_SIZE = {launched}, but accelerate sees {accelerator.num_processes} process(es): each would train "
+            f"{name} = {launched}, but accelerate sees {accelerator.num_processes} process(es): each would train "
             "alone; on CPUs use distributed_type: MULTI_GPU with use_cpu: true in the accelerate configuration"
         )
+
+
+def _cannot_write(config: RunConfig, place: Path, what: str, fault: Exception) -> OSError:
+    """One line about what could not be written; on a full disk these faults have many names and say little."""
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 2**20
+    said = " ".join(str(fault).split()) or type(fault).__name__
+    return OSError(
+        f"{config.name}: {what} could not be written to {place}, where {free:,.0f} MiB are free ({said[:200]}); make "
+        "room and start the same command again: it goes on from the last complete checkpoint"
+    )
+
+
+def _is_finished(config: RunConfig, workdir: Path) -> bool:
+    """Whether the artifact of this very configuration, from these very inputs, is there."""
+    target = workdir / "runs" / config.name
+    record = Path(f"{target}.json")
+    if not (record.exists() and target.exists()):
+        return False
+    found = provenance.read_record(record)
+    return found["config_digest"] == digest(config) and found["inputs"] == _input_digests(config, workdir)
 
 
 def _check_free(config: RunConfig, target: Path) -> None:
@@ -527,8 +568,13 @@ def _check_free(config: RunConfig, target: Path) -> None:
 
 def _state_key(config: RunConfig, workdir: Path) -> str:
     """Digest of everything that decides the run's numbers, so that nothing resumes from foreign state."""
-    inputs = [provenance.read_record(workdir / f"{path}.json")["digest"] for path in input_paths(config)]
+    inputs = list(_input_digests(config, workdir).values())
     return digest({"config": digest(config), "inputs": inputs})[:16]
+
+
+def _input_digests(config: RunConfig, workdir: Path) -> dict[str, str]:
+    """The digest of each artifact that a run reads, by its path."""
+    return {path: provenance.read_record(workdir / f"{path}.json")["digest"] for path in input_paths(config)}
 
 
 def input_paths(config: RunConfig) -> list[str]:
@@ -572,7 +618,7 @@ def _finish(run: _Run, weights: dict[str, Tensor], target: Path, workdir: Path) 
     (scratch / "model" / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
     write_when_changed(scratch / "config.yaml", config)
     shutil.copy2(run.state.path / "metrics.jsonl", scratch / "metrics.jsonl")
-    inputs = {path: provenance.read_record(workdir / f"{path}.json")["digest"] for path in input_paths(config)}
+    inputs = _input_digests(config, workdir)
     facts = provenance.collect(
         run=config.name,
         seed=config.seed,

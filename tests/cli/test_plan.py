@@ -37,7 +37,8 @@ def test_an_overlay_and_other_hardware_change_the_plan(tmp_path, capsys):
     ]
     assert flops[0] == pytest.approx(2 * flops[1], rel=0.1)
     assert longer["hardware"]["name"] == "h200"
-    assert all(set(job["resources"]) == {"mem_mb", "runtime", "disk_mb", "gpu"} for job in longer["jobs"])
+    resources = {"mem_mb", "runtime", "disk_mb", "gpu", "nodes", "cpus_per_task"}
+    assert all(set(job["resources"]) == resources for job in longer["jobs"])
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ from pathlib import Path
 from snakemake.api import SnakemakeApi
 from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
 
+PLACES = ("nodes", "cpus_per_task", "tasks", "mpi", "gres", "tasks_per_gpu")
+
 with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
     settings = ConfigSettings(configfiles=[Path(path) for path in sys.argv[1:]])
     workflow = api.workflow(ResourceSettings(cores=1), config_settings=settings, snakefile=Path("Snakefile").resolve())
@@ -49,6 +51,7 @@ with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
     for job in workflow._workflow.dag.jobs:
         if job.log:
             asked = [f"{name}={job.resources.get(name)}" for name in ("mem_mb", "runtime", "disk_mb", "gpu")]
+            asked += [f"{name}={job.resources.get(name)}" for name in PLACES if job.resources.get(name) is not None]
             print(*str(job.log[0]).removeprefix("logs/").removesuffix(".log").split("/", 1), *asked, sep="\t")
 """
 """What Snakemake itself would ask for; a dry run does not print it for rules with a message."""

@@ -112,6 +112,12 @@ def test_a_changed_learning_rate_redoes_that_run_and_what_depends_on_it(finished
     assert {rule for rule, _ in jobs} == {"train"} | REPORT_RULES
 
 
+def test_where_a_run_is_launched_is_no_reason_to_run_it_again(finished):
+    home, overlay, _ = finished
+    elsewhere = {"launch": "ddp", "resources": {"nodes": 2, "gpus_per_node": 4, "cpus_per_task": 8}}
+    assert plan_with(home, overlay, {"alpaca-untuned": elsewhere}) == []
+
+
 def test_a_changed_start_redoes_everything_that_starts_from_it(finished):
     home, overlay, _ = finished
     jobs = plan_with(home, overlay, {"modernbert-large": {"seed": 43}})

@@ -22,14 +22,22 @@ rule evaluate:
         runtime=PLAN.asks("evaluate", "runtime"),
         disk_mb=PLAN.asks("evaluate", "disk_mb"),
         gpu=PLAN.asks("evaluate", "gpu"),
+        nodes=PLAN.asks("evaluate", "nodes"),
+        cpus_per_task=PLAN.asks("evaluate", "cpus_per_task"),
+        tasks=PLAN.asks("evaluate", "tasks"),
+        mpi=PLAN.asks("evaluate", "mpi"),
+        gres=PLAN.asks("evaluate", "gres"),
+        tasks_per_gpu=PLAN.asks("evaluate", "tasks_per_gpu"),
     params:
+        launch=PLAN.launch("evaluate"),
         offline=lambda wildcards: int(
             PROJECT.benchmarks[wildcards.benchmark].dataset is not None
         ),
     message:
         "Evaluate {wildcards.row} on {wildcards.benchmark}."
     shell:
-        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} dllm evaluate {input.config:q} &> {log:q}"
+        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} {params.launch} evaluate {input.config:q} "
+        "&> {log:q}"
 
 
 rule sample:

@@ -22,11 +22,17 @@ rule train:
         runtime=PLAN.asks("train", "runtime"),
         disk_mb=PLAN.asks("train", "disk_mb"),
         gpu=PLAN.asks("train", "gpu"),
+        nodes=PLAN.asks("train", "nodes"),
+        cpus_per_task=PLAN.asks("train", "cpus_per_task"),
+        tasks=PLAN.asks("train", "tasks"),
+        mpi=PLAN.asks("train", "mpi"),
+        gres=PLAN.asks("train", "gres"),
+        tasks_per_gpu=PLAN.asks("train", "tasks_per_gpu"),
     params:
         offline=lambda wildcards: PLAN.offline(wildcards.run),
-        launch=lambda wildcards: launcher(PROJECT.runs[wildcards.run], FROM_WORKDIR),
+        launch=PLAN.launch("train"),
     message:
         "Train {wildcards.run}."
     shell:
-        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} accelerate launch --config_file {params.launch:q} "
-        "--num_cpu_threads_per_process {threads} -m dllm train --replace {input.config:q} &> {log:q}"
+        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} {params.launch} train --replace {input.config:q} "
+        "&> {log:q}"

@@ -1,0 +1,66 @@
+"""A graph killed again and again: the same command comes to the same numbers in the end."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.conftest import BIN, ROOT, snakemake
+from tests.workflow.rehearsal import overlays, reference, results
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+SHARES = (0.8, 4.0)
+"""From a start to its kill, in times of what Snakemake takes to start; that depends on what else the machine does."""
+
+
+def test_a_graph_killed_at_twenty_moments_ends_with_the_same_numbers(tmp_path, tmp_path_factory, worker_id):
+    """SIGKILL to everything at once, as when a machine goes down; then what docs/reproduce.md says to do."""
+    whole = results(reference(tmp_path_factory, worker_id))
+    moments = random.Random(20)
+    files = overlays(tmp_path)
+    options = ["--cores", "2", "--rerun-incomplete", "--until", "evaluate"]  # the report is written in seconds
+    kills = 0
+    while kills < KILLS:
+        started = time.monotonic()
+        snakemake("--unlock", overlays=files)
+        if killed(options, files, (time.monotonic() - started) * moments.uniform(*SHARES)):
+            kills += 1
+        else:  # finished in between: the next kills hit another run
+            check(tmp_path / "work", whole)
+            shutil.rmtree(tmp_path / "work")
+    snakemake("--unlock", overlays=files)
+    snakemake(*options, overlays=files)
+    check(tmp_path / "work", whole)
+
+
+def killed(options: list[str], files: list[Path], seconds: float) -> bool:
+    """Run Snakemake and kill it and all its jobs after so many seconds; False if it finished before."""
+    command = [str(BIN / "snakemake"), *options, "--configfile", *map(str, files)]
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        said, _ = running.communicate(timeout=seconds)
+        assert running.returncode == 0, said.decode()
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+        return True
+
+
+def check(workdir: Path, whole: dict[str, object]) -> None:
+    """Raise AssertionError unless a finished work directory says what the uninterrupted run says."""
+    found = results(workdir)
+    assert len([name for name in found if name.startswith("evals/")]) == 4
+    assert found == {name: what for name, what in whole.items() if name in found}
+    left = [path.name for path in (workdir / ".work").iterdir() if path.name not in ("locks", "answers")]
+    assert not left, "resumable state goes when the artifact is there"
