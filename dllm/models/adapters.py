@@ -37,13 +37,20 @@ class NewRows(nn.Module):
 
 
 def attach_adapter(
-    backbone: Backbone, settings: AdapterSettings, *, seed: int = 0, bf16: bool = False, causal: bool = False
+    backbone: Backbone,
+    settings: AdapterSettings,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    bf16: bool = False,
+    causal: bool = False,
 ) -> Backbone:
     """The backbone with a seeded adapter that changes nothing yet; what trains is in fp32, everything else is frozen.
 
     Tokens that the model was given when it was loaded train their embeddings too. `qlora` first quantizes the layers
-    that are targets where the model stands (nf4, double quantization); bf16: its matrix products. Raises ValueError,
-    one line, for targets that the model has not, for a missing package, and if the model is not bidirectional.
+    that are targets, one by one on the device, where the model then stands (nf4, double quantization); bf16: their
+    products. Raises ValueError, one line, for targets that the model has not, for a missing package, and if the model
+    is not bidirectional.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -52,7 +59,7 @@ def attach_adapter(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if settings.kind == "qlora":
-        _quantize(model, names, torch.bfloat16 if bf16 else torch.float32)
+        _quantize(model, names, device or backbone.device, torch.bfloat16 if bf16 else torch.float32)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names, bias="none"
     )
@@ -93,8 +100,8 @@ def _end(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _quantize(model: nn.Module, names: list[str], compute: torch.dtype) -> None:
-    """Replace linear layers by ones whose weights are held in four bits, each as its device quantizes it."""
+def _quantize(model: nn.Module, names: list[str], device: torch.device, compute: torch.dtype) -> None:
+    """Replace linear layers by ones whose weights are held in four bits, as the device quantizes them."""
     try:
         import bitsandbytes
     except ImportError:
@@ -103,7 +110,6 @@ def _quantize(model: nn.Module, names: list[str], compute: torch.dtype) -> None:
         ) from None
     for name in names:
         old = model.get_submodule(name)
-        device = old.weight.device
         new = bitsandbytes.nn.Linear4bit(
             old.in_features, old.out_features, old.bias is not None, compute_dtype=compute, quant_type="nf4",
             device="meta",
@@ -115,6 +121,7 @@ def _quantize(model: nn.Module, names: list[str], compute: torch.dtype) -> None:
         # on some CPUs its first evaluation would repack the weight for a bf16 kernel without a gradient
         new.support_avx512bf16_for_cpu = False
         _replace(model, name, new.to(device))
+    model.to(device)
 
 
 def _train_rows(model: nn.Module, first: int, end: int) -> None:
@@ -128,20 +135,20 @@ def _train_rows(model: nn.Module, first: int, end: int) -> None:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> nn.Module:
-    """The stock model that computes what a model with an adapter computes, in place: plain layers, nothing frozen.
+    """The stock model that computes what a model with an adapter computes, in place and on the CPU, nothing frozen.
 
-    Four-bit weights stay the numbers they stand for.
+    Four-bit weights become the numbers they stand for.
     """
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
-            weight = _plain(layer.base_layer.weight)
+            weight = _plain(layer.base_layer.weight).cpu()  # one by one: whole, they may not fit the device
             merged = nn.Linear(*reversed(weight.shape), layer.base_layer.bias is not None, device="meta")
             delta = layer.get_delta_weight(ADAPTER).to(weight.device)
             merged.weight = nn.Parameter((weight.float() + delta.float()).to(weight.dtype))
             if merged.bias is not None:  # a four-bit layer casts it to the precision of its products
-                merged.bias = nn.Parameter(layer.base_layer.bias.to(weight.dtype))
+                merged.bias = nn.Parameter(layer.base_layer.bias.to(weight))
             _replace(model, name, merged)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
@@ -149,7 +156,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             module.weight[rows.first : rows.end] = rows.rows.to(module.weight.dtype)  # a tied head has it, too
     del model.peft_config
-    return model.requires_grad_(True)
+    return model.cpu().requires_grad_(True)
 
 
 def _plain(weight: Tensor) -> Tensor:

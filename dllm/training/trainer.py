@@ -464,12 +464,11 @@ def _adapted(config: RunConfig, backbone: Backbone, device: torch.device) -> Bac
     """The backbone with the run's adapter, if it has one."""
     if config.adapter is None:
         return backbone
-    if config.adapter.kind == "qlora":
-        backbone.model.to(device)  # quantized where it trains
     return attach_adapter(
         backbone,
         config.adapter,
         seed=config.seed,
+        device=device,
         bf16=config.recipe.autocast == "bf16",
         causal=config.algorithm == "ar",
     )
@@ -599,7 +598,7 @@ def _finish(run: _Run, weights: dict[str, Tensor], target: Path, workdir: Path) 
         # the start once more, as it was: under a back-end with shards, this process holds a part of it only
         whole = _adapted(config, _start(config, workdir), accelerator.device).model
         whole.load_state_dict(state, strict=False)
-        merge_adapter(whole).cpu().save_pretrained(scratch / "model")
+        merge_adapter(whole).save_pretrained(scratch / "model")
     run.backbone.tokenizer.save_pretrained(scratch / "model")
     entry = config.model
     sidecar = {
