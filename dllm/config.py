@@ -274,6 +274,9 @@ class ModelEntry(Settings):
     hub: str | None = option(None, "hub repository")
     revision: str | None = option(None, "40-digit commit; a branch name is refused")
     new: dict[str, Any] | None = option(None, "transformers config of a model made from a seed (model_type first)")
+    published: Literal["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"] | None = option(
+        None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
+    )
     seed: int = option(0, "seed of a new model's weights")
     tokenizer: str | None = option(None, "dataset that brings the tokenizer of a new model")
     family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
@@ -299,6 +302,8 @@ class ModelEntry(Settings):
             )
         if self.new and not self.tokenizer:
             raise ValueError("a `new` model needs `tokenizer`: the dataset that brings one")
+        if self.published and not self.new:
+            raise ValueError(f"published = {self.published!r} is for a `new` model; leave it out of a hub model")
         return self
 
 
@@ -459,6 +464,7 @@ class EvaluationEntry(Settings):
     scorer: str = option("corrected", "name of a scorer")
     benchmarks: list[str] | None = option(None, "names; none means all that are not `by_name`")
     chat_template: bool = option(True, "wrap prompts in the chat template, as in training")
+    generation: dict[str, Any] = option({}, "what it changes of the benchmarks' samplers")
     compare: str | None = option(None, "row of the reported table to compare with")
     close_to: str | None = option(None, "reported row that this model is claimed to come close to")
     control: bool = option(False, "a model that should stay at chance")
@@ -713,12 +719,14 @@ def load_project(config_directory: str | Path, *overlays: str | Path | dict) -> 
     """The merged and checked project: `config/*.yaml` with overlays on top, later ones over earlier ones.
 
     An overlay is a YAML file, or an already read mapping (called "overlay" in messages). In an overlay, null removes
-    an entry. Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
+    an entry, and `replaces` names the sections of which it keeps nothing that was there before.
+    Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
     """
     merged: dict[str, Any] = {}
     origins: dict[tuple, str] = {}
     for source in (*(Path(config_directory) / f"{stem}.yaml" for stem in CONFIG_FILES), *overlays):
         content, name = (source, "overlay") if isinstance(source, dict) else (read_yaml(source), str(source))
+        content = _emptied(merged, content, name)
         _merge(merged, content, name, origins)
 
     def origin(location: tuple) -> str:
@@ -734,6 +742,20 @@ def load_project(config_directory: str | Path, *overlays: str | Path | dict) -> 
         raise ConfigError(_describe(fault, Project, merged, origin)) from None
     _check_references(project, origin)
     return project
+
+
+def _emptied(merged: dict[str, Any], content: dict[str, Any], source: str) -> dict[str, Any]:
+    """The content of an overlay without `replaces`, a list of sections, which are emptied in `merged`."""
+    replaced = content.get("replaces", [])
+    for section in replaced if isinstance(replaced, list) else [replaced]:
+        if not isinstance(merged.get(section), dict):
+            known = [name for name, value in merged.items() if isinstance(value, dict)]
+            raise ConfigError(
+                f"{source}: replaces = {section!r} is no section of the files before it. "
+                f"{did_you_mean(section, known)} Write it as a list: replaces: [runs, evaluations]"
+            )
+        merged[section] = {}
+    return {key: value for key, value in content.items() if key != "replaces"}
 
 
 def _merge(base: dict, update: dict, source: str, origins: dict[tuple, str], path: tuple = ()) -> None:
@@ -937,7 +959,8 @@ def prepared_name(project: Project, run: str) -> str:
     """Name of the token files a run reads: dataset, tokenizer, length (and the published split, where asked for)."""
     entry = project.runs[run]
     root = project.root_model(run)
-    tokenizer = project.models[root].tokenizer or root
+    # a stand-in of a published family has that family's special tokens and template on top
+    tokenizer = root if project.models[root].published else project.models[root].tokenizer or root
     leaky = "--overlapping" if _overlapping(project, entry) else ""
     return f"{entry.data}--{tokenizer}--{entry.length}{leaky}"
 

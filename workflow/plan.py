@@ -18,6 +18,7 @@ from dllm.config import (
     RunEntry,
     download_configs,
     download_name,
+    overlaid,
     prepare_configs,
     run_configs,
     write_when_changed,
@@ -154,7 +155,7 @@ def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConf
                 further_metrics=benchmark.also,
                 chance=benchmark.chance,
                 limit=benchmark.documents,
-                generation=benchmark.generation,
+                generation=overlaid(benchmark.generation, entry.generation),
                 scorer=project.scorers[entry.scorer],
                 seed=benchmark.seed,
             )

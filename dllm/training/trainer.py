@@ -33,6 +33,7 @@ from dllm.config import RunConfig, digest, read_yaml, too_few_tokens, write_when
 from dllm.data.collate import ResponseEnd
 from dllm.data.tokens import TokenRows, open_rows
 from dllm.models.load import SIDECAR, Backbone, load_backbone
+from dllm.models.published import family_of
 from dllm.training.engine import DATA_PARALLEL, Engine, scores_for
 from dllm.training.optimizer import set_learning_rate, share_of_peak
 from dllm.training.pipeline import Ahead, Part, Source, evaluation_parts, steps_per_epoch, training_parts
@@ -137,6 +138,7 @@ def _train(
     backbone = load_backbone(
         workdir / config.init_path, dtype=dtype, entry=config.model, causal=config.algorithm == "ar"
     )
+    _check_blocks(config, workdir / config.init_path)
     _check_fit(config, backbone, train_rows)
     set_seed(config.seed)
     plan = make_plan(config, len(train_rows), accelerator.num_processes)
@@ -304,6 +306,7 @@ class _Run:
                 "loss": mean,
                 "standard_error": float(spread),
                 "targets": int(targets.sum()),
+                "rows": len(rows),
             }
         )
 
@@ -423,6 +426,17 @@ def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
         raise ValueError(
             f"{config.data_path}: holds token id {highest}, the model knows {backbone.vocab_size}; "
             "the data was prepared with another tokenizer: prepare it again"
+        )
+
+
+def _check_blocks(config: RunConfig, init: Path) -> None:
+    """Raise ValueError if a published model that attends block-causally would be trained in another way."""
+    family = family_of(init)
+    if family is not None and family.block_size is not None and config.algorithm != family.algorithm:
+        raise ValueError(
+            f"{config.name}: algorithm = {config.algorithm!r} is not for {config.init}: {family.name} attends "
+            f"block-causally; allowed: {family.algorithm}; set algorithm: {family.algorithm}, or start from another "
+            "model"
         )
 
 
