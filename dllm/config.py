@@ -516,6 +516,7 @@ class ReportEntry(Settings):
     openwebtext: list[CurveEntry] = option([], "pretraining on OpenWebText")
     ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
     chat: list[CurveEntry] = option([], "chat training")
+    systems: list[str] = option([], "evaluations whose models are compared with each other, all trained here")
 
 
 class ReportedEntry(Settings):
@@ -549,6 +550,13 @@ class Project(Settings):
     def benchmarks_of(self, entry: EvaluationEntry) -> list[str]:
         """Names of the benchmarks that a row of the results table is scored on."""
         return entry.benchmarks or [name for name, benchmark in self.benchmarks.items() if not benchmark.by_name]
+
+    def stages(self, run: str) -> list[str]:
+        """The runs that make a run, each of which starts from the one before, itself the last."""
+        chain = [run]
+        while (start := self.runs[chain[0]].init) in self.runs:
+            chain.insert(0, start)
+        return chain
 
     def root_model(self, name: str) -> str:
         """Name of the model at the root of a run's chain of `init`."""
@@ -945,6 +953,24 @@ def _check_references(project: Project, origin) -> None:
         for curve in getattr(project.report, section):
             if curve.run not in project.runs:
                 fail("report", section, "run", curve.run, "not a run", list(project.runs))
+    for name in project.report.systems:
+        if name not in project.evaluations:
+            fail("report", "systems", "0", name, "not an evaluation", list(project.evaluations))
+        if (checkpoint := project.evaluations[name].checkpoint) not in project.runs:
+            fail(
+                "evaluations",
+                name,
+                "checkpoint",
+                checkpoint,
+                "not a run, so report.systems cannot show it",
+                list(project.runs),
+            )
+    for name, entry in project.evaluations.items():
+        try:
+            overlaid(GenerateSettings(), entry.generation)
+        except ValueError as fault:
+            where = origin(("evaluations", name, "generation"))
+            raise ConfigError(f"{where}: evaluations.{name}.generation: {fault}") from None
     for name, entry in project.reported.items():
         for benchmark in entry.scores:
             if benchmark not in project.benchmarks:

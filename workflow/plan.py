@@ -219,7 +219,8 @@ def report_plan(project: Project) -> ReportPlan:
         }
         for name, entry in project.evaluations.items()
     ]
-    first = next(iter(project.samples), "")
+    # systems have a table of their own for what they say
+    first = "" if project.report.systems else next(iter(project.samples), "")
     return ReportPlan.model_validate(
         {
             "title": project.report.title,
@@ -246,8 +247,27 @@ def report_plan(project: Project) -> ReportPlan:
             "samples": first,
             "speed": next(iter(project.speed), ""),
             "estimators": estimators,
+            "systems": systems(project),
         }
     )
+
+
+def systems(project: Project) -> list[dict]:
+    """The systems that the report compares, each with the runs that made it and its sample conversations."""
+    found = []
+    for name in project.report.systems:
+        entry = project.evaluations[name]
+        samples = [sample for sample, asked in project.samples.items() if asked.checkpoint == entry.checkpoint]
+        found.append(
+            {
+                "row": name,
+                "label": entry.label,
+                "algorithm": project.runs[entry.checkpoint].algorithm,
+                "stages": project.stages(entry.checkpoint),
+                "samples": next(iter(samples), ""),
+            }
+        )
+    return found
 
 
 def row_kind(entry: EvaluationEntry) -> str:

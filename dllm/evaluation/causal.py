@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from dllm.config import GenerateSettings
 from dllm.evaluation.adapter import prompt_text
 from dllm.evaluation.store import Answer
+from dllm.models.tokenizers import encode_text
 
 
 class CausalAnswerer:
@@ -54,7 +55,9 @@ class CausalAnswerer:
                 }
                 for value, greedy in found
             ]
-        return [{"answer": answer} for answer in found]
+        # one pass per token and one for the end
+        most = self.generation.max_new_tokens
+        return [{"answer": text, "passes": min(most, len(encode_text(self.tokenizer, text)) + 1)} for text in found]
 
     def _own_length(self, request: Instance) -> Instance:
         context, kwargs = request.args[:2]
