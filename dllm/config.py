@@ -465,6 +465,7 @@ class EvaluationEntry(Settings):
     benchmarks: list[str] | None = option(None, "names; none means all that are not `by_name`")
     chat_template: bool = option(True, "wrap prompts in the chat template, as in training")
     generation: dict[str, Any] = option({}, "what it changes of the benchmarks' samplers")
+    precision: Literal["fp32", "bf16"] = option("fp32", "dtype of the weights while scoring")
     compare: str | None = option(None, "row of the reported table to compare with")
     close_to: str | None = option(None, "reported row that this model is claimed to come close to")
     control: bool = option(False, "a model that should stay at chance")
@@ -516,7 +517,7 @@ class ReportEntry(Settings):
     openwebtext: list[CurveEntry] = option([], "pretraining on OpenWebText")
     ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
     chat: list[CurveEntry] = option([], "chat training")
-    systems: list[str] = option([], "evaluations whose models are compared with each other, all trained here")
+    systems: list[str] = option([], "evaluations whose models are compared with each other")
 
 
 class ReportedEntry(Settings):
@@ -552,10 +553,11 @@ class Project(Settings):
         return entry.benchmarks or [name for name, benchmark in self.benchmarks.items() if not benchmark.by_name]
 
     def stages(self, run: str) -> list[str]:
-        """The runs that make a run, each of which starts from the one before, itself the last."""
-        chain = [run]
-        while (start := self.runs[chain[0]].init) in self.runs:
-            chain.insert(0, start)
+        """The runs that make a run, each of which starts from the one before, itself the last; none for a model."""
+        chain: list[str] = []
+        while run in self.runs:
+            chain.insert(0, run)
+            run = self.runs[run].init
         return chain
 
     def root_model(self, name: str) -> str:
@@ -956,15 +958,6 @@ def _check_references(project: Project, origin) -> None:
     for name in project.report.systems:
         if name not in project.evaluations:
             fail("report", "systems", "0", name, "not an evaluation", list(project.evaluations))
-        if (checkpoint := project.evaluations[name].checkpoint) not in project.runs:
-            fail(
-                "evaluations",
-                name,
-                "checkpoint",
-                checkpoint,
-                "not a run, so report.systems cannot show it",
-                list(project.runs),
-            )
     for name, entry in project.evaluations.items():
         try:
             overlaid(GenerateSettings(), entry.generation)

@@ -157,6 +157,7 @@ def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConf
                 limit=benchmark.documents,
                 generation=overlaid(benchmark.generation, entry.generation),
                 scorer=project.scorers[entry.scorer],
+                precision=entry.precision,
                 seed=benchmark.seed,
             )
     return configs
@@ -257,13 +258,15 @@ def systems(project: Project) -> list[dict]:
     found = []
     for name in project.report.systems:
         entry = project.evaluations[name]
+        trained = project.runs.get(entry.checkpoint)
         samples = [sample for sample, asked in project.samples.items() if asked.checkpoint == entry.checkpoint]
         found.append(
             {
                 "row": name,
                 "label": entry.label,
-                "algorithm": project.runs[entry.checkpoint].algorithm,
+                "algorithm": trained.algorithm if trained else "",
                 "stages": project.stages(entry.checkpoint),
+                "parameters": None if trained else project.models[entry.checkpoint].parameters,
                 "samples": next(iter(samples), ""),
             }
         )

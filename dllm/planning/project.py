@@ -21,6 +21,7 @@ from dllm.config import (
     Shape,
     download_configs,
     download_name,
+    overlaid,
     prepare_configs,
     prepared_name,
 )
@@ -300,17 +301,18 @@ class _Planner:
         documents = min(size.documents, benchmark.documents or size.documents)
         room = max(1, shape.positions - (size.answer_tokens if size.choices else benchmark.generation.max_new_tokens))
         size = size.model_copy(update={"prompt_tokens": min(size.prompt_tokens, room)})
+        sampler = overlaid(benchmark.generation, entry.generation)
         if size.choices:
             answers = likelihood_answers(size, documents, self.project.scorers[entry.scorer], causal=causal)
         else:
             answers = generated_answers(
                 size.prompt_tokens,
                 documents,
-                benchmark.generation,
+                sampler,
                 causal=causal,
-                hides=self._hides(entry.checkpoint, benchmark.generation.ahead),
+                hides=self._hides(entry.checkpoint, sampler.ahead),
             )
-        cost = scoring(answers, shape, place, causal=causal)
+        cost = scoring(answers, shape, place, precision=entry.precision, causal=causal)
         written = documents * (size.prompt_tokens * TEXT_BYTES + 600) / GIB
         return _with_disk(cost, written, written / 4)
 

@@ -91,11 +91,14 @@ class System(_Entry):
     """One system of the comparison: a trained model and its algorithm."""
 
     row: str
-    """Its row of `results`, and the run that is scored there is the last of `stages`."""
+    """Its row of `results`."""
     label: str
     algorithm: str
-    stages: tuple[str, ...] = Field(min_length=1)
-    """The runs that made it, each of which started from the one before."""
+    """Empty for a model that was not trained here: what it is, its label says."""
+    stages: tuple[str, ...] = ()
+    """The runs that made it, each of which started from the one before; the last is scored."""
+    parameters: int | None = None
+    """Of a model that was not trained here."""
     samples: str = ""
     """Name of its sample conversations, if there are any."""
 

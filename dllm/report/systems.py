@@ -20,6 +20,7 @@ ALGORITHMS = {
     "bd3lm": "block diffusion",
     "edit_flows": "edits",
     "mlm": "masked LM",
+    "": "as published",
 }
 """How the report calls an algorithm."""
 
@@ -35,11 +36,11 @@ def systems_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
 
 
 def seconds_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
-    """One row per system: seconds of training, and seconds of the model per document of each benchmark."""
+    """One row per system: seconds of training here, and seconds of the model per document of each benchmark."""
     rows = []
     for system in plan.systems:
-        trained = sum(read_provenance(workdir, run)["wall_seconds"] for run in system.stages)
-        row = {"row": system.row, "label": system.label, "training_seconds": trained}
+        trained = [read_provenance(workdir, run)["wall_seconds"] for run in system.stages]
+        row = {"row": system.row, "label": system.label, "training_seconds": sum(trained) if trained else float("nan")}
         for benchmark in _scored(plan, system):
             evaluation = read_evaluation(workdir, system.row, benchmark.name)
             row[benchmark.name] = evaluation["provenance"]["model_seconds"] / evaluation["n"]
@@ -67,18 +68,18 @@ def answers_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
 def _row(workdir: Path, plan: ReportPlan, system: System) -> dict:
     records = [read_provenance(workdir, run) for run in system.stages]
     metrics = [read_metrics(workdir, run) for run in system.stages]
-    nats = final_answer_nats(metrics[-1]) if system.algorithm != "edit_flows" else None
     row = {
         "row": system.row,
         "label": system.label,
         "algorithm": system.algorithm,
-        "parameters": records[-1]["parameters"],
-        "steps": sum(int(metric["step"].max()) for metric in metrics),
-        "tokens": sum(record["tokens"] for record in records),
-        "nats": nats.value if nats else float("nan"),
-        "nats_low": nats.low if nats else float("nan"),
-        "nats_high": nats.high if nats else float("nan"),
+        "parameters": records[-1]["parameters"] if records else system.parameters,
+        "steps": sum(int(metric["step"].max()) for metric in metrics) if metrics else float("nan"),
+        "tokens": sum(record["tokens"] for record in records) if records else float("nan"),
+        **dict.fromkeys(("nats", "nats_low", "nats_high"), float("nan")),
     }
+    # what edits are trained on bounds no likelihood
+    if metrics and system.algorithm != "edit_flows" and (found := final_answer_nats(metrics[-1])):
+        row |= {"nats": found.value, "nats_low": found.low, "nats_high": found.high}
     for benchmark in plan.system_benchmarks():
         keys = ("", "_low", "_high", "_chance", "_passes")
         row |= {f"{benchmark.name}{key}": float("nan") for key in keys}

@@ -200,7 +200,7 @@ def systems_table(workdir: Path, plan: ReportPlan) -> Table:
                 Cell(row["label"]),
                 Cell(ALGORITHMS.get(row["algorithm"], row["algorithm"])),
                 Cell(quantity(row["parameters"])),
-                Cell(f"{row['steps']}"),
+                Cell(fixed(row["steps"], 0)),
                 Cell(quantity(row["tokens"])),
                 Cell(interval(row["nats"], row["nats_low"], row["nats_high"], 2)),
                 *scored,
@@ -210,8 +210,9 @@ def systems_table(workdir: Path, plan: ReportPlan) -> Table:
     columns = ("System", "Algorithm", "Parameters", "Steps", "Tokens", "Bound, nats", *(b.label for b in benchmarks))
     columns += tuple(f"Passes, {b.label}" for b in benchmarks)
     note = (
-        "Steps and tokens of all stages together. Bound: on -log p of a test answer with its end, with its 95 % "
-        "interval; exact for the autoregressive model, and unknown for edits. Scores in per cent with 95 % intervals. "
+        "Steps and tokens of training here, all stages together. Bound: on -log p of a test answer with its end, with "
+        "its 95 % interval; exact for the autoregressive model, and unknown for edits. Scores in per cent with 95 % "
+        "intervals. "
         f"Passes: forward passes per question. {MARKS_NOTE}"
     )
     table = _table("systems", "Systems of one size on the same data.", columns, rows, frame, note)
