@@ -577,3 +577,11 @@ def test_noise_of_one_row_is_that_of_the_row_in_any_width():
     padded = algorithm.corrupt(wide, noise, mask_id=MASK)
     for name in ("row", "position", "targets", "weight", "share"):
         assert torch.equal(getattr(narrow, name), getattr(padded, name))
+
+
+@pytest.mark.parametrize(("option", "value"), [("reuse", "prefix"), ("ahead", "visible")])
+def test_options_that_mean_nothing_in_blocks_are_refused(option, value):
+    backbone = backbone_of(*STOCK[0])
+    with pytest.raises(ValueError, match=f"{option} = '{value}' means nothing to algorithm = 'bd3lm'") as fault:
+        sampled(BD3LM(), backbone, canvas_of(backbone), settings(**{option: value}))
+    assert "\n" not in str(fault.value)
