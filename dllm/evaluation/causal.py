@@ -66,8 +66,15 @@ class CausalAnswerer:
 
 
 def open_causal(checkpoint: str, *, precision: str, device: str, batch_size: int):
-    """lm-eval's HFLM on a local checkpoint."""
+    """lm-eval's HFLM on a local checkpoint; one that was trained here reads its prompts as in training.
+
+    lm-eval leaves it to the tokenizer what it adds to a prompt, which is right for published models, and [CLS] and
+    [SEP] for one that was made for encoders.
+    """
     from lm_eval.models.huggingface import HFLM
 
+    from dllm.models.load import read_sidecar
+
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    return HFLM(pretrained=checkpoint, dtype=dtype, device=device, batch_size=batch_size)
+    plain = {"add_bos_token": False} if read_sidecar(checkpoint) else {}
+    return HFLM(pretrained=checkpoint, dtype=dtype, device=device, batch_size=batch_size, **plain)

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from dllm.report.claims import halving_ratios
-from dllm.report.format import fixed, joined
+from dllm.report.format import fixed
 from dllm.report.load import final_losses, read_metrics, read_speed, scores
 from dllm.report.plan import RECIPES, ReportPlan
 from dllm.report.statistics import Z95
@@ -286,7 +286,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         for name, look in found.items()
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.3, label="chance"))
-    _head(figure, _best_title(frame, benchmarks), below=0.2)
+    _head(figure, _bound_title(frame), below=0.2)
     figure.legend(
         handles=handles, loc="upper left", ncols=len(handles), bbox_to_anchor=(0.0, 1 - 0.36 / figure.get_figheight())
     )
@@ -294,13 +294,13 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     return figure
 
 
-def _best_title(frame: pd.DataFrame, benchmarks) -> str:
-    """`LLaDA scores highest on HellaSwag (54.2 %), ...`."""
-    parts = []
-    for benchmark in benchmarks:
-        best = frame.loc[frame[benchmark.name].idxmax()]
-        parts.append(f"{best['label']} on {benchmark.label} ({fixed(best[benchmark.name])} %)")
-    return f"Highest scores: {joined(parts)}"
+def _bound_title(frame: pd.DataFrame) -> str:
+    """`Lowest bound of a diffusion model: LLaDA, 3.6 nats`."""
+    bounds = frame[frame["algorithm"] != "ar"].dropna(subset=["nats"])
+    if bounds.empty:
+        return "Systems side by side"
+    best = bounds.loc[bounds["nats"].idxmin()]
+    return f"Lowest bound of a diffusion model: {best['label']}, {fixed(best['nats'])} nats"
 
 
 def draw_speed(frame: pd.DataFrame, plan: ReportPlan) -> Figure:

@@ -15,9 +15,9 @@ from dllm.report.load import (
 from dllm.report.plan import ReportPlan, System
 
 ALGORITHMS = {
-    "ar": "autoregressive",
-    "mdlm": "masked diffusion",
-    "bd3lm": "block diffusion",
+    "ar": "next token",
+    "mdlm": "masks",
+    "bd3lm": "blocks",
     "edit_flows": "edits",
     "mlm": "masked LM",
     "": "as published",

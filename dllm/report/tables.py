@@ -189,7 +189,7 @@ def reported_table(workdir: Path, plan: ReportPlan) -> Table:
 
 
 def systems_table(workdir: Path, plan: ReportPlan) -> Table:
-    """One row per system: what it is made of, its bound, its scores, and its passes per answer."""
+    """One row per system: what it is made of, its bound and its scores."""
     frame = systems_frame(workdir, plan)
     benchmarks = plan.system_benchmarks()
     rows = []
@@ -204,16 +204,13 @@ def systems_table(workdir: Path, plan: ReportPlan) -> Table:
                 Cell(quantity(row["tokens"])),
                 Cell(interval(row["nats"], row["nats_low"], row["nats_high"], 2)),
                 *scored,
-                *(Cell(fixed(row[f"{b.name}_passes"])) for b in benchmarks),
             )
         )
     columns = ("System", "Algorithm", "Parameters", "Steps", "Tokens", "Bound, nats", *(b.label for b in benchmarks))
-    columns += tuple(f"Passes, {b.label}" for b in benchmarks)
     note = (
         "Steps and tokens of training here, all stages together. Bound: on -log p of a test answer with its end, with "
         "its 95 % interval; exact for the autoregressive model, and unknown for edits. Scores in per cent with 95 % "
-        "intervals. "
-        f"Passes: forward passes per question. {MARKS_NOTE}"
+        f"intervals. {MARKS_NOTE}"
     )
     table = _table("systems", "Systems of one size on the same data.", columns, rows, frame, note)
     return _left(table, 2)
