@@ -295,6 +295,9 @@ class ModelEntry(Settings):
     hub: str | None = option(None, "hub repository")
     revision: str | None = option(None, "40-digit commit; a branch name is refused")
     new: dict[str, Any] | None = option(None, "transformers config of a model made from a seed (model_type first)")
+    published: Literal["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"] | None = option(
+        None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
+    )
     seed: int = option(0, "seed of a new model's weights")
     tokenizer: str | None = option(None, "dataset that brings the tokenizer of a new model")
     family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
@@ -321,6 +324,8 @@ class ModelEntry(Settings):
             )
         if self.new and not self.tokenizer:
             raise ValueError("a `new` model needs `tokenizer`: the dataset that brings one")
+        if self.published and not self.new:
+            raise ValueError(f"published = {self.published!r} is for a `new` model; leave it out of a hub model")
         return self
 
 
@@ -524,6 +529,10 @@ class EvaluationEntry(Settings):
     scorer: str = option("corrected", "name of a scorer")
     benchmarks: list[str] | None = option(None, "names; none means all that are not `by_name`")
     chat_template: bool = option(True, "wrap prompts in the chat template, as in training")
+    generation: dict[str, Any] = option({}, "what it changes of the benchmarks' samplers")
+    precision: Literal["fp32", "mixed", "bf16"] | None = option(
+        None, "as of a scorer; none means that of this row's scorer"
+    )
     compare: str | None = option(None, "row of the reported table to compare with")
     close_to: str | None = option(None, "reported row that this model is claimed to come close to")
     control: bool = option(False, "a model that should stay at chance")
@@ -577,6 +586,7 @@ class ReportEntry(Settings):
     openwebtext: list[CurveEntry] = option([], "pretraining on OpenWebText")
     ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
     chat: list[CurveEntry] = option([], "chat training")
+    systems: list[str] = option([], "evaluations whose models are compared with each other")
 
 
 class ReportedEntry(Settings):
@@ -607,9 +617,22 @@ class Project(Settings):
     speed: dict[str, SpeedEntry] = option({}, "steps against time and quality")
     report: ReportEntry = option(..., "the report")
 
+    def scorer_of(self, entry: EvaluationEntry) -> Scorer:
+        """The rules of an evaluation, in its own precision if it states one."""
+        scorer = self.scorers[entry.scorer]
+        return scorer if entry.precision is None else scorer.model_copy(update={"precision": entry.precision})
+
     def benchmarks_of(self, entry: EvaluationEntry) -> list[str]:
         """Names of the benchmarks that a row of the results table is scored on."""
         return entry.benchmarks or [name for name, benchmark in self.benchmarks.items() if not benchmark.by_name]
+
+    def stages(self, run: str) -> list[str]:
+        """The runs that make a run, each of which starts from the one before, itself the last; none for a model."""
+        chain: list[str] = []
+        while run in self.runs:
+            chain.insert(0, run)
+            run = self.runs[run].init
+        return chain
 
     def root_model(self, name: str) -> str:
         """Name of the model at the root of a run's chain of `init`."""
@@ -798,12 +821,14 @@ def load_project(config_directory: str | Path, *overlays: str | Path | dict) -> 
     """The merged and checked project: `config/*.yaml` with overlays on top, later ones over earlier ones.
 
     An overlay is a YAML file, or an already read mapping (called "overlay" in messages). In an overlay, null removes
-    an entry. Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
+    an entry, and `replaces` names the sections of which it keeps nothing that was there before.
+    Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
     """
     merged: dict[str, Any] = {}
     origins: dict[tuple, str] = {}
     for source in (*(Path(config_directory) / f"{stem}.yaml" for stem in CONFIG_FILES), *overlays):
         content, name = (source, "overlay") if isinstance(source, dict) else (read_yaml(source), str(source))
+        content = _emptied(merged, content, name)
         _merge(merged, content, name, origins)
 
     def origin(location: tuple) -> str:
@@ -819,6 +844,20 @@ def load_project(config_directory: str | Path, *overlays: str | Path | dict) -> 
         raise ConfigError(_describe(fault, Project, merged, origin)) from None
     _check_references(project, origin)
     return project
+
+
+def _emptied(merged: dict[str, Any], content: dict[str, Any], source: str) -> dict[str, Any]:
+    """The content of an overlay without `replaces`, a list of sections, which are emptied in `merged`."""
+    replaced = content.get("replaces", [])
+    for section in replaced if isinstance(replaced, list) else [replaced]:
+        if not isinstance(merged.get(section), dict):
+            known = [name for name, value in merged.items() if isinstance(value, dict)]
+            raise ConfigError(
+                f"{source}: replaces = {section!r} is no section of the files before it. "
+                f"{did_you_mean(section, known)} Write it as a list: replaces: [runs, evaluations]"
+            )
+        merged[section] = {}
+    return {key: value for key, value in content.items() if key != "replaces"}
 
 
 def _merge(base: dict, update: dict, source: str, origins: dict[tuple, str], path: tuple = ()) -> None:
@@ -1018,6 +1057,15 @@ def _check_references(project: Project, origin) -> None:
         for curve in getattr(project.report, section):
             if curve.run not in project.runs:
                 fail("report", section, "run", curve.run, "not a run", list(project.runs))
+    for name in project.report.systems:
+        if name not in project.evaluations:
+            fail("report", "systems", "0", name, "not an evaluation", list(project.evaluations))
+    for name, entry in project.evaluations.items():
+        try:
+            overlaid(GenerateSettings(), entry.generation)
+        except ValueError as fault:
+            where = origin(("evaluations", name, "generation"))
+            raise ConfigError(f"{where}: evaluations.{name}.generation: {fault}") from None
     for name, entry in project.reported.items():
         for benchmark in entry.scores:
             if benchmark not in project.benchmarks:
@@ -1032,7 +1080,8 @@ def prepared_name(project: Project, run: str) -> str:
     """Name of the token files a run reads: dataset, tokenizer, length (and the published split, where asked for)."""
     entry = project.runs[run]
     root = project.root_model(run)
-    tokenizer = project.models[root].tokenizer or root
+    # a stand-in of a published family has that family's special tokens and template on top
+    tokenizer = root if project.models[root].published else project.models[root].tokenizer or root
     leaky = "--overlapping" if _overlapping(project, entry) else ""
     return f"{entry.data}--{tokenizer}--{entry.length}{leaky}"
 

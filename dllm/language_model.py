@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dllm.algorithms import algorithm_for
+from dllm.algorithms import ALGORITHMS, algorithm_class, algorithm_for
 from dllm.algorithms.base import Algorithm, finished_by
 from dllm.algorithms.edit_flows import EditCanvas, EditFlow, edit_canvas
 from dllm.config import GenerateSettings, LikelihoodSettings
@@ -206,6 +206,7 @@ class DiffusionLM:
         Prompt and target are tokenized each on its own, without CLS/SEP. Raises ValueError, one line, for an empty
         target or a pair longer than the model's context.
         """
+        self._check_trained()
         rows, aims = self._pairs(prompts, targets)
         return self.algorithm.nelbo(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
 
@@ -216,8 +217,19 @@ class DiffusionLM:
         settings: LikelihoodSettings | None = None,
     ) -> list[bool]:
         """Whether greedy decoding of exactly the target's length, one token per pass, gives the target."""
+        self._check_trained()
         rows, aims = self._pairs(prompts, targets)
         return self.algorithm.greedy_match(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+
+    def _check_trained(self) -> None:
+        """Raise ValueError, one line, if the checkpoint was trained with another algorithm: no score of it is meant."""
+        trained = self.backbone.sidecar.get("algorithm")
+        if trained in ALGORITHMS and not isinstance(self.algorithm, algorithm_class(trained)):
+            name = next(name for name in ALGORITHMS if isinstance(self.algorithm, algorithm_class(name)))
+            raise ValueError(
+                f"algorithm = {name!r} cannot score a checkpoint trained with {trained!r}: it would be the bound of a "
+                f"model that was never trained; leave the algorithm out, or train with {name!r}"
+            )
 
     def _pairs(self, prompts: Sequence[Prompt], targets: Sequence[str | Sequence[int]]) -> tuple[list, list]:
         _check_list(prompts, "prompts")

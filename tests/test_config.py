@@ -21,6 +21,10 @@ from dllm.config import (
 )
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "workflow"))  # as the Snakefile does
+
+from plan import make_plan  # noqa: E402
+
 CONFIG = ROOT / "config"
 OVERLAYS = ("laptop", "paper")
 
@@ -169,6 +173,37 @@ def test_a_later_overlay_wins(tmp_path):
 
 def test_null_in_an_overlay_removes_an_entry():
     assert "gpt2" not in project({"evaluations": {"gpt2": None}}).evaluations
+
+
+def test_an_overlay_may_state_whole_sections_anew():
+    run = {"init": "modernbert-base", "data": "chat", "steps": 1}
+    found = project({"replaces": ["runs", "evaluations", "samples", "speed", "report"], "runs": {"one": run}}
+                    | {"report": {"title": "one"}})  # fmt: skip
+    assert list(found.runs) == ["one"] and not found.evaluations and "modernbert-large" in found.models
+    for wrong in (["rnus"], "rnus"):
+        with pytest.raises(ConfigError, match="replaces = 'rnus' is no section .* Did you mean 'runs'") as fault:
+            project({"replaces": wrong})
+        assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("overlays", [("laptop", "systems"), ("paper", "systems-paper")])
+def test_the_systems_of_both_sizes_are_planned_whole(overlays):
+    plan = make_plan(load_project(CONFIG, *(CONFIG / f"{name}.yaml" for name in overlays)))
+    systems = {system.row: system for system in plan.report.systems}
+    assert len(systems) >= 8 and set(systems) == set(plan.project.evaluations)
+    assert set(run for system in systems.values() for run in system.stages) == set(plan.runs)
+    if "laptop" in overlays:
+        assert systems["encoder-edits"].stages == ("encoder-base", "encoder-mdlm", "encoder-edits")
+        assert {s.algorithm for s in systems.values()} == {"ar", "mdlm", "bd3lm", "edit_flows"}
+        assert plan.evaluations["encoder-edits", "facts"].generation.temperature > 0
+        assert all(c.dataset is None or c.dataset.hub is None for c in plan.downloads.values())
+    else:
+        assert {"humaneval-chat", "mbpp"} <= {benchmark for _, benchmark in plan.evaluations}
+
+
+def test_what_a_row_changes_of_a_sampler_is_checked():
+    with pytest.raises(ConfigError, match="evaluations.gpt2.generation: stpes is not a setting. Did you mean 'steps'"):
+        project({"evaluations": {"gpt2": {"generation": {"stpes": 3}}}})
 
 
 def test_reading_the_configuration_imports_no_torch():

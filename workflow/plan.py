@@ -18,6 +18,7 @@ from dllm.config import (
     Project,
     download_configs,
     download_name,
+    overlaid,
     prepare_configs,
     run_configs,
     write_when_changed,
@@ -198,8 +199,8 @@ def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConf
                 further_metrics=benchmark.also,
                 chance=benchmark.chance,
                 limit=benchmark.documents,
-                generation=benchmark.generation,
-                scorer=project.scorers[entry.scorer],
+                generation=overlaid(benchmark.generation, entry.generation),
+                scorer=project.scorer_of(entry),
                 seed=benchmark.seed,
             )
     return configs
@@ -262,7 +263,8 @@ def report_plan(project: Project) -> ReportPlan:
         }
         for name, entry in project.evaluations.items()
     ]
-    first = next(iter(project.samples), "")
+    # systems have a table of their own for what they say
+    first = "" if project.report.systems else next(iter(project.samples), "")
     return ReportPlan.model_validate(
         {
             "title": project.report.title,
@@ -289,8 +291,29 @@ def report_plan(project: Project) -> ReportPlan:
             "samples": first,
             "speed": next(iter(project.speed), ""),
             "estimators": estimators,
+            "systems": systems(project),
         }
     )
+
+
+def systems(project: Project) -> list[dict]:
+    """The systems that the report compares, each with the runs that made it and its sample conversations."""
+    found = []
+    for name in project.report.systems:
+        entry = project.evaluations[name]
+        trained = project.runs.get(entry.checkpoint)
+        samples = [sample for sample, asked in project.samples.items() if asked.checkpoint == entry.checkpoint]
+        found.append(
+            {
+                "row": name,
+                "label": entry.label,
+                "algorithm": trained.algorithm if trained else "",
+                "stages": project.stages(entry.checkpoint),
+                "parameters": None if trained else project.models[entry.checkpoint].parameters,
+                "samples": next(iter(samples), ""),
+            }
+        )
+    return found
 
 
 def row_kind(entry: EvaluationEntry) -> str:

@@ -24,8 +24,10 @@ def algorithm_for(trained: str, wanted: str | None) -> type:
     if wanted is None or wanted == trained:
         return algorithm_class(trained)
     found = algorithm_class(wanted)
-    if not {trained, wanted} <= set(MASKED):
-        allowed = ", ".join(MASKED) if trained in MASKED else trained
+    # a model that has only seen clean blocks before its own cannot fill in a text as a whole
+    allowed = {"mdlm": MASKED, "mlm": MASKED}.get(trained, (trained,))
+    if wanted not in allowed:
+        allowed = ", ".join(allowed)
         raise ValueError(
             f"algorithm = {wanted!r} cannot use a model trained with {trained!r}; allowed: {allowed}; "
             f"leave it out, or train one with algorithm: {wanted}"

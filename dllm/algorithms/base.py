@@ -132,6 +132,19 @@ class Algorithm(ABC):
         """Whether greedy decoding of exactly the target's length gives the target, for each request."""
 
 
+def refuse(algorithm: str, settings: GenerateSettings, allowed: dict[str, tuple]) -> None:
+    """Raise ValueError, one line, for a sampler's option with a value that an algorithm has no use for.
+
+    allowed: the values of each option that mean something to it.
+    """
+    for name, values in allowed.items():
+        if (value := getattr(settings, name)) not in values:
+            raise ValueError(
+                f"{name} = {value!r} means nothing to algorithm = {algorithm!r}; allowed: "
+                f"{', '.join(map(str, values))}; leave it out"
+            )
+
+
 def finished_by(ended: Callable[[list[int], int], bool]) -> Callable[[Canvas], Tensor]:
     """`ended` of `Algorithm.complete` as `finished` of `Algorithm.denoise`: rows [B] are asked when they have grown."""
     seen: dict[int, int] = {}

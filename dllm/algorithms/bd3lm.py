@@ -18,24 +18,23 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from dllm.algorithms.base import Algorithm
+from dllm.algorithms.base import Algorithm, refuse
 from dllm.algorithms.denoising import complete_masked, denoise_masked
 from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
-from dllm.core.batch import Batch, LossTerms, Noise
+from dllm.core.batch import Batch, LossTerms, Noise, weighted_terms
 from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import Canvas, Completion, Score
-from dllm.core.corrupt import apply_mask, bernoulli, block_levels, exact_count
+from dllm.core.corrupt import apply_mask, block_levels, corrupted
 from dllm.core.losses import row_shares
 from dllm.core.packing import Layout, block_layout
-from dllm.core.schedules import SCHEDULES
 
 
 @dataclass(frozen=True, eq=False)
 class BlockInputs:
     """Rows of clean tokens and then their corrupted blocks, whose cross-entropy is taken at N masked tokens.
 
-    tokens [B, L] long; layout: its rows, with `blocks`; row, place [N] long: where in the rows the clean tokens
+    tokens [B, L] long; layout: its rows, with `blocks`; row, position [N] long: where in the rows the clean tokens
     `targets` [N] are predicted, in row-major order; weight [N]: what makes nats a bound; share [N]: what a nat counts
     in the loss before the denominator.
     """
@@ -43,7 +42,7 @@ class BlockInputs:
     tokens: Tensor
     layout: Layout
     row: Tensor
-    place: Tensor
+    position: Tensor
     targets: Tensor
     weight: Tensor
     share: Tensor
@@ -57,6 +56,10 @@ class BlockInputs:
         """The same inputs in page-locked memory."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
+    def at_targets(self, values: Tensor) -> Tensor:
+        """Weights or shares, which belong to the targets already: [N]."""
+        return values
+
 
 @dataclass(frozen=True)
 class BD3LM(Algorithm):
@@ -64,7 +67,7 @@ class BD3LM(Algorithm):
 
     Blocks are those a checkpoint was trained with (its sidecar says), whatever the settings; a model that was not
     trained so is taken with `block_size` of the sampler or the recipe. cached: keep the keys and values of finished
-    blocks when sampling, which changes no result; `reuse` and `ahead` of the settings therefore change nothing either.
+    blocks when sampling, which changes no result; so there is nothing that `reuse` could approximate.
     """
 
     recipe: Recipe = Recipe()
@@ -89,7 +92,7 @@ class BD3LM(Algorithm):
             tokens=tokens,
             layout=layout,
             row=row,
-            place=position + moved[row],
+            position=position + moved[row],
             targets=batch.tokens[row, position],
             weight=weight[row, position],
             share=share[row, position],
@@ -111,29 +114,17 @@ class BD3LM(Algorithm):
         order = noise.place.gather(1, place).view(-1, size)
         levels = block_levels(noise, maskable.view(rows, count, size).any(-1))
         level = recipe.time_low + (recipe.time_high - recipe.time_low) * levels.flatten()
-        if recipe.corruption == "exact":
-            corrupted = exact_count(maskable, level, order)
-        else:
-            t = recipe.time_floor + (1 - recipe.time_floor) * level
-            corrupted = bernoulli(maskable, t, order, SCHEDULES[recipe.schedule])
+        found = corrupted(maskable, level, order, recipe)
         masked = torch.zeros(rows, length, dtype=torch.long)
-        masked.scatter_add_(1, place, corrupted.masked.view(rows, -1).long())  # places beyond the row add nothing
+        masked.scatter_add_(1, place, found.masked.view(rows, -1).long())  # places beyond the row add nothing
         number = ((torch.arange(length) - start[:, None]).clamp(min=0) // size).clamp(max=count - 1)
-        weight = corrupted.weight.view(rows, count).gather(1, number)
+        weight = found.weight.view(rows, count).gather(1, number)
         return masked > 0, weight
 
     def loss(self, model, inputs: BlockInputs, *, denominator: float) -> LossTerms:
         """Cross-entropy at masked tokens, each block with its weight, over `denominator`; see `Algorithm.loss`."""
-        nll = model(inputs.tokens, inputs.layout, inputs.row, inputs.place, inputs.targets)
-        nats = nll.detach()
-        place = inputs.row * inputs.tokens.shape[1] + inputs.place  # every place once
-        bounds = nats.new_zeros(inputs.tokens.numel()).index_copy(0, place, nats * inputs.weight)
-        return LossTerms(
-            loss=(nll * inputs.share).sum() / denominator,
-            nll=nats.sum(),
-            masked=len(nats),
-            rows=bounds.view_as(inputs.tokens).sum(-1),
-        )
+        nll = model(inputs.tokens, inputs.layout, inputs.row, inputs.position, inputs.targets)
+        return weighted_terms(nll, inputs, denominator)
 
     def denoise(
         self,
@@ -145,6 +136,7 @@ class BD3LM(Algorithm):
         finished: Callable[[Canvas], Tensor] | None = None,
     ) -> Iterator[Canvas]:
         """See `Algorithm.denoise`; given tokens right of a block do not help to fill it."""
+        refuse("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
         rule = self.rule(backbone, settings.block_size)
         how = {"rule": rule, "cached": self.cached}
         return denoise_masked(backbone, canvas, settings, row_seeds=row_seeds, finished=finished, **how)
@@ -159,6 +151,7 @@ class BD3LM(Algorithm):
         ended: Callable[[list[int], int], bool] | None = None,
     ) -> Iterator[Completion]:
         """See `Algorithm.complete`; finished rows make room for waiting ones."""
+        refuse("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
         rule = self.rule(backbone, settings.block_size)
         how = {"rule": rule, "cached": self.cached}
         return complete_masked(backbone, canvas, settings, row_seeds=row_seeds, ended=ended, **how)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dllm.algorithms.base import Algorithm, Rows, part_of_state
+from dllm.algorithms.base import Algorithm, Rows, part_of_state, refuse
 from dllm.config import EditSettings, GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, LossTerms, Noise
 from dllm.core.canvas import Canvas, infill_canvas
@@ -252,8 +252,9 @@ class EditFlow(Algorithm):
         taken out first. A row takes `settings.steps` passes (none: `max_new_tokens`), and has at most
         `max_new_tokens` tokens from `start` on, or as many as it came with. `finished` is not asked: a row ends when
         its time is up. A row's tokens do not depend on its batch-mates. Raises ValueError for a model without edit
-        heads, and for a row longer than the model's context.
+        heads, for a row longer than the model's context, and for options that concern masks.
         """
+        refuse("edit_flows", settings, {"reveal_rule": ("confidence",), "reuse": ("none",), "ahead": ("auto",)})
         return _Sampler(self, backbone, settings).canvases(canvas, row_seeds, editable)
 
     def trained_with(self, backbone: Backbone) -> EditSettings:

@@ -16,9 +16,8 @@ from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, masked_inputs, weighted_terms
 from dllm.core.canvas import Canvas, Completion, Score
-from dllm.core.corrupt import apply_mask, bernoulli, exact_count
+from dllm.core.corrupt import apply_mask, corrupted
 from dllm.core.losses import row_shares
-from dllm.core.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,10 @@ class MDLM(Algorithm):
     def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> MaskedInputs:
         """The batch with some targets masked; see `Algorithm.corrupt`."""
         targets = batch.maskable.sum(-1)
-        if self.recipe.corruption == "exact":
-            corrupted = exact_count(batch.maskable, noise.level, noise.place)
-        else:
-            t = self.recipe.time_floor + (1 - self.recipe.time_floor) * noise.level
-            corrupted = bernoulli(batch.maskable, t, noise.place, SCHEDULES[self.recipe.schedule])
-        weight = corrupted.weight if self.recipe.weight == "elbo" else (targets > 0).float()
+        found = corrupted(batch.maskable, noise.level, noise.place, self.recipe)
+        weight = found.weight if self.recipe.weight == "elbo" else (targets > 0).float()
         share = row_shares(weight, targets, self.recipe.normalisation)
-        return masked_inputs(
-            batch, apply_mask(batch.tokens, corrupted.masked, mask_id), corrupted.masked, weight, share
-        )
+        return masked_inputs(batch, apply_mask(batch.tokens, found.masked, mask_id), found.masked, weight, share)
 
     def loss(self, model, inputs: MaskedInputs, *, denominator: float) -> LossTerms:
         """Weighted cross-entropy at masked tokens over `denominator`; see `Algorithm.loss`."""

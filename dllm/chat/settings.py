@@ -98,5 +98,6 @@ def chat_generation(sidecar: dict, context: int) -> GenerateSettings:
     tokens = max(1, min(CHAT_TOKENS, context // 2))
     if sidecar.get("algorithm") == "edit_flows":  # it has no blocks, and what it draws must not be the same everywhere
         return GenerateSettings(max_new_tokens=tokens, block_size=tokens, temperature=EDIT_TEMPERATURE)
-    block = sidecar.get("block_size") if sidecar.get("response_end") == "block" else None
+    in_blocks = sidecar.get("response_end") == "block" or sidecar.get("algorithm") == "bd3lm"
+    block = sidecar.get("block_size") if in_blocks else None
     return GenerateSettings(max_new_tokens=tokens, block_size=block or GenerateSettings().block_size)

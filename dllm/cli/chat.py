@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     with _waiting(console, f"loading {checkpoint}", live):
         model = open_model(checkpoint, args.device)
     context = chat_context(model.backbone.sidecar, model.max_length)
-    settings = with_options(chat_generation(model.backbone.sidecar, context), args)
+    settings = with_options(chat_generation(model.backbone.sidecar, context), args, model.backbone.sidecar)
     session = Session(settings, context, Conversation(system=args.system))
     show = Live(console, model) if live else Plain()
     if args.once is not None:

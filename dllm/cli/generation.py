@@ -65,8 +65,11 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: an accelerator if there is one)")
 
 
-def with_options(settings: GenerateSettings, args: argparse.Namespace) -> GenerateSettings:
-    """The settings with what the command line says. Raises ValueError, one line, for a value out of range."""
+def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: dict | None = None) -> GenerateSettings:
+    """The settings with what the command line says; sidecar: what is noted of the checkpoint, where it is known.
+
+    Raises ValueError, one line, for a value out of range and for blocks that the checkpoint does not have.
+    """
     from pydantic import ValidationError
 
     from dllm.chat.session import check_steps
@@ -86,8 +89,19 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace) -> Genera
                 f"--{name.replace('_', '-')} {given[name]:g} is for --reveal-rule {rule}, not {settings.reveal_rule}; "
                 "give both or neither"
             )
+    if args.block_size is not None:
+        check_block(args.block_size, sidecar or {})
     check_steps(settings)
     return settings
+
+
+def check_block(size: int, sidecar: dict) -> None:
+    """Raise ValueError, one line, if a checkpoint has no blocks, or was trained with blocks of another size."""
+    if sidecar.get("algorithm") == "edit_flows":
+        raise ValueError(f"--block-size {size}: a model trained with edit_flows has no blocks; leave it out")
+    trained = sidecar.get("block_size")
+    if sidecar.get("algorithm") == "bd3lm" and size != trained:
+        raise ValueError(f"--block-size {size}: this model was trained in blocks of {trained}; leave it out")
 
 
 def open_model(checkpoint: str, device: str | None) -> DiffusionLM:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = open_model(find_checkpoint(args.model), args.device)
     sidecar = model.backbone.sidecar
-    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.max_length)), args)
+    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.max_length)), args, sidecar)
     if args.output:
         from dllm.chat.settings import SampleConfig
 
@@ -106,7 +106,7 @@ def _edit(args: argparse.Namespace) -> int:
 
     model = open_model(find_checkpoint(args.model), args.device)
     sidecar = model.backbone.sidecar
-    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.max_length)), args)
+    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.max_length)), args, sidecar)
     prompt = prompts[0] if prompts else None
     if prompt is not None and not args.raw:
         system = [{"role": "system", "content": args.system}] if args.system else []

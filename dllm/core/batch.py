@@ -72,6 +72,10 @@ class MaskedInputs:
         """The same inputs in page-locked memory."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
+    def at_targets(self, values: Tensor) -> Tensor:
+        """Weights or shares [B] as they count at the targets: [N]."""
+        return values.index_select(0, self.row)
+
 
 def _moved(value: Tensor | Layout, device: torch.device | str) -> Tensor | Layout:
     return value.to(device, non_blocking=True)
@@ -101,18 +105,29 @@ class LossTerms:
     rows: Tensor
 
 
-def weighted_terms(nll: Tensor, inputs: MaskedInputs, denominator: float) -> LossTerms:
-    """The terms of nats `nll` [N] at the chosen tokens: each times its row's share, summed, over `denominator`.
+class TargetInputs(Inputs, Protocol):
+    """Inputs whose loss is a weighted sum over N targets; the weights are those of rows, or of single targets."""
+
+    tokens: Tensor
+    row: Tensor
+    position: Tensor
+    weight: Tensor
+    share: Tensor
+
+    def at_targets(self, values: Tensor) -> Tensor:
+        """`weight` or `share` as it counts at the targets: [N]."""
+
+
+def weighted_terms(nll: Tensor, inputs: TargetInputs, denominator: float) -> LossTerms:
+    """The terms of nats `nll` [N] at the chosen tokens: each times its share, summed, over `denominator`.
 
     Nothing makes the host wait, and every sum has a fixed order on every device (no atomic additions).
     """
     nats = nll.detach()
     place = inputs.row * inputs.tokens.shape[1] + inputs.position  # every place once
-    bounds = nats.new_zeros(inputs.tokens.numel()).index_copy(
-        0, place, nats * inputs.weight.index_select(0, inputs.row)
-    )
+    bounds = nats.new_zeros(inputs.tokens.numel()).index_copy(0, place, nats * inputs.at_targets(inputs.weight))
     return LossTerms(
-        loss=(nll * inputs.share.index_select(0, inputs.row)).sum() / denominator,
+        loss=(nll * inputs.at_targets(inputs.share)).sum() / denominator,
         nll=nats.sum(),
         masked=len(nats),
         rows=bounds.view_as(inputs.tokens).sum(-1),

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm.config import Recipe
 from dllm.core.batch import Noise
 from dllm.core.noise import keyed_hash, keyed_uniform
-from dllm.core.schedules import Schedule
+from dllm.core.schedules import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,17 @@ class Corruption:
 
     masked: Tensor
     weight: Tensor
+
+
+def corrupted(maskable: Tensor, level: Tensor, noise: Tensor, recipe: Recipe) -> Corruption:
+    """Mask tokens as a recipe says, `exact` or `bernoulli`.
+
+    maskable [B, L] bool; level [B], which decides how many, and noise [B, L], which decides which, in [0, 1).
+    """
+    if recipe.corruption == "exact":
+        return exact_count(maskable, level, noise)
+    t = recipe.time_floor + (1 - recipe.time_floor) * level
+    return bernoulli(maskable, t, noise, SCHEDULES[recipe.schedule])
 
 
 def exact_count(maskable: Tensor, u: Tensor, noise: Tensor) -> Corruption:

@@ -50,11 +50,15 @@ def download(config: DownloadConfig, workdir: str | Path = ".") -> Path:
 
 
 def _make_model(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
-    """A stock model with seeded random weights, beside its tokenizer."""
-    from dllm.models.load import new_model
+    """A stock model with seeded random weights, beside its tokenizer; or such a model in a published layout."""
+    from dllm.models.load import new_model, save_stand_in
     from dllm.models.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(workdir / config.tokenizer_path / "tokenizer", config.model)
+    path = workdir / config.tokenizer_path / "tokenizer"
+    if config.model.published:
+        save_stand_in(config.model, load_tokenizer(path), scratch)
+        return
+    tokenizer = load_tokenizer(path, config.model)
     new_model(config.model, tokenizer).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
 

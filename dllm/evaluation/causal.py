@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from dllm.config import GenerateSettings
 from dllm.evaluation.adapter import prompt_text
 from dllm.evaluation.store import Answer
+from dllm.models.tokenizers import encode_text
 
 
 class CausalAnswerer:
@@ -54,7 +55,9 @@ class CausalAnswerer:
                 }
                 for value, greedy in found
             ]
-        return [{"answer": answer} for answer in found]
+        # one pass per token and one for the end
+        most = self.generation.max_new_tokens
+        return [{"answer": text, "passes": min(most, len(encode_text(self.tokenizer, text)) + 1)} for text in found]
 
     def _own_length(self, request: Instance) -> Instance:
         context, kwargs = request.args[:2]
@@ -63,8 +66,15 @@ class CausalAnswerer:
 
 
 def open_causal(checkpoint: str, *, precision: str, device: str, batch_size: int):
-    """lm-eval's HFLM on a local checkpoint."""
+    """lm-eval's HFLM on a local checkpoint; one that was trained here reads its prompts as in training.
+
+    lm-eval leaves it to the tokenizer what it adds to a prompt, which is right for published models, and [CLS] and
+    [SEP] for one that was made for encoders.
+    """
     from lm_eval.models.huggingface import HFLM
 
+    from dllm.models.load import read_sidecar
+
     dtype = {"fp32": "float32", "mixed": "bfloat16", "bf16": "bfloat16"}[precision]
-    return HFLM(pretrained=checkpoint, dtype=dtype, device=device, batch_size=batch_size)
+    plain = {"add_bos_token": False} if read_sidecar(checkpoint) else {}
+    return HFLM(pretrained=checkpoint, dtype=dtype, device=device, batch_size=batch_size, **plain)

@@ -146,6 +146,7 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
     from dllm.models.tokenizers import load_tokenizer
 
     checkpoint = workdir / config.checkpoint
+    check_kind(config, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     if config.chat_template and not tokenizer.chat_template:
         raise ValueError(
@@ -173,6 +174,25 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
         scorer=config.scorer,
         greedy_tasks=frozenset(name for name, task in tasks["tasks"].items() if reads_greedy(task)),
     )
+
+
+def check_kind(config: EvaluationConfig, checkpoint: Path) -> None:
+    """Raise ValueError, one line, unless the checkpoint was trained for what it is to be scored as.
+
+    A checkpoint without a note of its training is taken for what the evaluation says, if it is none of a published
+    diffusion model.
+    """
+    from dllm.models.load import read_sidecar
+    from dllm.models.published import family_of
+
+    family = family_of(checkpoint)
+    trained = read_sidecar(checkpoint).get("algorithm") or (family and family.algorithm)
+    if trained and (trained == "ar") != (config.model_kind == "hf"):
+        right = "hf" if trained == "ar" else "dllm"
+        raise ValueError(
+            f"{config.run}: kind = {config.model_kind!r} does not score a checkpoint trained with {trained!r}, such as "
+            f"{config.checkpoint}; allowed: {right}; set kind: {right} in its entry of evaluations"
+        )
 
 
 @lru_cache(maxsize=1)

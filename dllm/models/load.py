@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,16 +18,17 @@ from dllm.models.edit_heads import attach_edit_heads, load_edit_heads
 from dllm.models.forward import head_logits, hidden_states, is_bidirectional, packs
 from dllm.models.published import (
     PUBLISHED,
+    SIDECAR,
     Family,
     family_of,
     published_config,
     read_tensors,
+    save_published,
     stock_config,
     stock_tensors,
 )
-from dllm.models.tokenizers import read_tokenizer, set_up_tokenizer
+from dllm.models.tokenizers import chat_template, read_tokenizer, set_up_tokenizer
 
-SIDECAR = "dllm.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -169,16 +172,55 @@ def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
         tokens |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
     tokens["vocab_size"] = -(-len(tokenizer) // 8) * 8
     auto = AutoModelForMaskedLM if entry.family == "encoder" else AutoModelForCausalLM
-    generator_state = torch.random.get_rng_state()
     try:
-        # stock classes draw from the CPU's global generator, which is put back below; other devices' are left alone
-        torch.random.default_generator.manual_seed(entry.seed)
-        return auto.from_config(AutoConfig.for_model(kind, **settings | tokens))
+        return _drawn(entry.seed, lambda: auto.from_config(AutoConfig.for_model(kind, **settings | tokens)))
     except (ValueError, TypeError, LookupError, StrictDataclassError) as fault:
         reason = " ".join(str(fault).split())
         raise ValueError(f"new: no {kind} as {entry.family} can be made of these settings ({reason[:200]})") from None
+
+
+def _drawn(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` makes with weights drawn from a seed.
+
+    Stock classes draw from the CPU's global generator, which is put back; other devices' are left alone.
+    """
+    state = torch.random.get_rng_state()
+    try:
+        torch.random.default_generator.manual_seed(seed)
+        return make()
     finally:
-        torch.random.set_rng_state(generator_state)
+        torch.random.set_rng_state(state)
+
+
+def save_stand_in(entry: ModelEntry, tokenizer, directory: Path) -> None:
+    """Write a published checkpoint in miniature: seeded random weights in the family's names, config.json, tokenizer.
+
+    entry.published names the family and entry.new is what its config.json says, but for the tokens, which follow from
+    the tokenizer: it is given the family's special tokens, and a template that ends answers as the family does. Random
+    weights have the spread `initializer_range` (`init_std`). Raises ValueError, one line, for unusable settings.
+    """
+    from transformers import AutoModelForCausalLM
+
+    family = next(family for family in PUBLISHED if family.name == entry.published)
+    template = chat_template(family.template or "bert").replace("[/Answer]", family.end_of_turn)
+    special = [family.mask_token, family.end_token, family.end_of_turn, *re.findall(r"<\|\w+\|>", template)]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(dict.fromkeys(special))})
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token = family.end_token
+    tokenizer.mask_token, tokenizer.chat_template = family.mask_token, template
+    vocabulary = next(name for name, stock in family.settings.items() if stock == "vocab_size")
+    raw = dict(entry.new) | {
+        "architectures": [family.architectures[0]],
+        vocabulary: -(-len(tokenizer) // 8) * 8,
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = stock_config(family, raw)
+    config.initializer_range = raw.get("initializer_range") or raw.get("init_std") or config.initializer_range
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    save_published(_drawn(entry.seed, lambda: AutoModelForCausalLM.from_config(config)), directory, like=directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
 
 Names = dict[str, str | tuple[str, ...]]
 """Published tensor name -> stock name; `*` is a layer's or expert's number, several names share the rows in order."""
+
+SIDECAR = "dllm.json"
+"""What training notes beside a checkpoint."""
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A layer's or expert's number in a tensor name."""
@@ -366,6 +368,7 @@ def save_published(model: nn.Module, directory: str | Path, *, like: str | Path)
     if family is None:
         known = ", ".join(f.name for f in PUBLISHED)
         raise ValueError(f"{like}: no published checkpoint; allowed: a directory of {known}")
+    stated = (Path(like) / "config.json").read_bytes()  # `like` may be `directory`
     config = stock_config(family, published_config(like))
     for setting in ("model_type", *family.settings.values()):
         if setting not in ("rope_theta", "partial_rotary_factor") and getattr(config, setting) != getattr(
@@ -378,7 +381,7 @@ def save_published(model: nn.Module, directory: str | Path, *, like: str | Path)
     # transformers' own classes hold the experts of a layer in one tensor and save them one by one
     tensors = published_tensors(family, revert_weight_conversion(model, model.state_dict()))
     model.save_pretrained(directory, state_dict=tensors, save_original_format=False)
-    shutil.copyfile(Path(like) / "config.json", Path(directory) / "config.json")
+    (Path(directory) / "config.json").write_bytes(stated)
 
 
 def _renamed(name: str, names: Names) -> tuple[str, ...]:

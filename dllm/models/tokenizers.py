@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm.config import ModelEntry
-from dllm.models.published import family_of
+from dllm.models.published import SIDECAR, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,16 +40,31 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         # transformers would make one up from config.json, without any words
         raise ValueError(f"{path}: no tokenizer there ({TOKENIZER_FILES[0]}); fetch or train the checkpoint again")
     family = family_of(path)
+    # AutoTokenizer goes by the model's type, and would read the plain tokenizer of a Qwen2 as if it were Qwen2's own
+    kind = "PreTrainedTokenizerFast" if _is_plain(Path(path)) else family.tokenizer if family else "AutoTokenizer"
+    options = {"trust_remote_code": False} if kind == "AutoTokenizer" else {}
     try:
-        if family is None:
-            return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        tokenizer = getattr(transformers, family.tokenizer).from_pretrained(str(path))
+        tokenizer = getattr(transformers, kind).from_pretrained(str(path), **options)
     except (OSError, ValueError, LookupError, TypeError) as fault:
         first = str(fault).splitlines()[0]
         raise ValueError(f"{path}: no usable tokenizer ({first}); fetch or train the checkpoint again") from None
-    if family.template:
+    if family and family.template:
         tokenizer.chat_template = chat_template(family.template)
     return tokenizer
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a tokenizer was saved here as one of transformers' plain class, which reads tokenizer.json as it is.
+
+    Here: by training, which leaves a sidecar, or as a stand-in of a published family. What others have saved under that
+    name is left to AutoTokenizer, which knows the checkpoints that say so in error.
+    """
+    try:
+        stated = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError):
+        return False
+    plain = stated in ("PreTrainedTokenizerFast", "TokenizersBackend") and (path / "tokenizer.json").exists()
+    return plain and ((path / SIDECAR).exists() or family_of(path) is not None)
 
 
 def set_up_tokenizer(

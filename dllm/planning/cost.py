@@ -48,7 +48,7 @@ QLORA_BYTES = 0.52
 """Bytes of a weight in four bits, with its share of the doubly quantized scales (arXiv:2305.14314)."""
 
 DOUBLED = ("bd3lm",)
-"""Algorithms that forward a row twice over, clean and corrupted."""
+"""Algorithms that forward a corrupted copy of the targets behind the clean row."""
 
 HEAD_ROWS = 4096
 """Positions whose logits are held at once while scoring."""
@@ -113,18 +113,20 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
     causal = run.algorithm == "ar"
     width, doubled = min(run.length, data.train.weighted_length + end), 2 if run.algorithm in DOUBLED else 1
     forward, head = forward_flops(shape, width, causal=causal), head_flops(shape)
-    forward *= doubled
     checkpointing = run.activation_checkpointing
     times = TRAINING if run.adapter is None else TRAINING - 1
-    flops = rows * ((mean + end) * forward * (times + checkpointing) + targets * share * head * times)
+    forwarded = forwarded_tokens(run, recipe, mean + end, targets)
+    flops = rows * (forwarded * forward * (times + checkpointing) + targets * share * head * times)
     evaluated = _evaluated_rows(run, data) * run.eval_draws
     test_mean = data.test.tokens / max(1.0, data.test.rows)
     test_share = data.test.targets / max(1.0, data.test.tokens)
-    scoring = evaluated * ((test_mean + end) * forward + (test_mean * test_share + end) * share * head)
+    test_targets = test_mean * test_share + end
+    scored = forwarded_tokens(run, recipe, test_mean + end, test_targets)
+    scoring = evaluated * (scored * forward + test_targets * share * head)
     muon = steps * muon_flops(shape) if run.optimizer.name == "muon" else 0.0
     rate = place.hardware.tflops(_precision(recipe)) * 1e12 * place.hardware.training
     micro_tokens = _micro_batch_tokens(run, recipe, place, doubled * (longest + end))
-    accumulation = max(1.0, run.global_batch_size * doubled * (mean + end) / max(1, place.devices) / micro_tokens)
+    accumulation = max(1.0, run.global_batch_size * forwarded / max(1, place.devices) / micro_tokens)
     seconds = place.hardware.startup_seconds + ((flops + scoring) / place.units + muon) / rate
     seconds += steps * place.hardware.step_seconds * math.ceil(accumulation)
     weights = _bytes(recipe) * parameters(shape).total / GIB
@@ -150,6 +152,21 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
         scratch_gib=checkpoints,
         steps=steps,
     )
+
+
+def forwarded_tokens(run: RunEntry, recipe: Recipe, row: float, targets: float) -> float:
+    """Tokens that go through the layers for a row of `row` tokens, `targets` of which are targets.
+
+    Block diffusion forwards a corrupted copy of the targets too, but not of the prompt, and nothing sees the last block
+    clean (`core.blocks.BlockRows.doubled`). With blocks counted from the row's start, the first holds some prompt.
+    """
+    if run.algorithm not in DOUBLED or targets <= 0:
+        return row
+    prompt = row - targets
+    shared = min(prompt, (recipe.block_size - 1) / 2) if recipe.block_anchor == "row" else 0.0
+    blocks = math.ceil((targets + shared) / recipe.block_size)
+    last = targets + shared - (blocks - 1) * recipe.block_size
+    return row + targets + shared - last
 
 
 def _evaluated_rows(run: RunEntry, data: Prepared) -> float:

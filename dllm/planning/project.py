@@ -21,6 +21,7 @@ from dllm.config import (
     Shape,
     download_configs,
     download_name,
+    overlaid,
     prepare_configs,
     prepared_name,
 )
@@ -307,19 +308,20 @@ class _Planner:
         self.add("evaluate", f"{row}/{name}", cost, place, stated=entry.resources, after=tuple(after))
 
     def _evaluation_cost(self, entry: EvaluationEntry, benchmark: BenchmarkEntry, shape: Shape, place: Place) -> Cost:
-        size, causal, scorer = benchmark.size, entry.kind == "hf", self.project.scorers[entry.scorer]
+        size, causal, scorer = benchmark.size, entry.kind == "hf", self.project.scorer_of(entry)
         documents = min(size.documents, (benchmark.documents or size.documents) * size.tasks)
         room = max(1, shape.positions - (size.answer_tokens if size.choices else benchmark.generation.max_new_tokens))
         size = size.model_copy(update={"prompt_tokens": min(size.prompt_tokens, room)})
+        sampler = overlaid(benchmark.generation, entry.generation)
         if size.choices:
             answers = likelihood_answers(size, documents, scorer, causal=causal)
         else:
             answers = generated_answers(
                 size.prompt_tokens,
                 documents,
-                benchmark.generation,
+                sampler,
                 causal=causal,
-                hides=self._hides(entry.checkpoint, benchmark.generation.ahead),
+                hides=self._hides(entry.checkpoint, sampler.ahead),
             )
         cost = scoring(answers, shape, place, precision=scorer.precision, causal=causal)
         written = documents * (size.prompt_tokens * TEXT_BYTES + 600) / GIB

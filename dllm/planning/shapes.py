@@ -154,19 +154,19 @@ COUNTS: dict[str, Callable[[Shape], Parameters]] = {
 # From the names of transformers
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers", "n_layer", "num_layers"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "width": ("hidden_size", "n_embd", "d_model"),
-    "heads": ("num_attention_heads", "n_head"),
-    "kv_heads": ("num_key_value_heads",),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "kv_heads": ("num_key_value_heads", "n_kv_heads"),
     "head_width": ("head_dim",),
-    "intermediate": ("intermediate_size", "n_inner"),
-    "vocabulary": ("vocab_size",),
-    "positions": ("max_position_embeddings", "n_positions"),
+    "intermediate": ("intermediate_size", "n_inner", "mlp_hidden_size"),
+    "vocabulary": ("embedding_size", "vocab_size"),
+    "positions": ("max_position_embeddings", "n_positions", "max_sequence_length"),
     "token_types": ("type_vocab_size",),
     "window": ("local_attention",),
-    "tied": ("tie_word_embeddings",),
+    "tied": ("tie_word_embeddings", "weight_tying"),
 }
-"""Our name of a size: what configurations of transformers call it."""
+"""Our name of a size: what configurations of transformers, and that of LLaDA, call it."""
 
 STANDARD: dict[str, dict[str, Any]] = {
     "bert": {"layers": 12, "width": 768, "heads": 12, "intermediate": 3072, "positions": 512, "token_types": 2},

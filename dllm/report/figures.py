@@ -32,6 +32,7 @@ from dllm.report.style import (
     label_line_ends,
     looks,
 )
+from dllm.report.systems import ALGORITHMS, systems_frame
 from dllm.report.tables import TOY, as_csv
 
 SPLITS = {"train": "training loss", "eval": "evaluation loss"}
@@ -48,6 +49,7 @@ def build_figures(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...
         "ablation": (ablation_frame, draw_ablation),
         "ablation-final": (ablation_final_frame, draw_ablation_final),
         "chat": (chat_frame, draw_chat),
+        "systems": (systems_frame, draw_systems),
         "scores": (scores_frame, draw_scores),
         "speed": (speed_frame, draw_speed),
     }
@@ -251,6 +253,54 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     )
     figure.subplots_adjust(left=0.13, right=0.975, bottom=0.55 / figure.get_figheight())
     return figure
+
+
+def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
+    """One line per system: its bound on an answer, and each score with its interval against chance."""
+    benchmarks = plan.system_benchmarks()
+    found = looks(dict.fromkeys(frame["algorithm"]))
+    figure = Figure(figsize=(WIDTH, 1.5 + 0.3 * len(frame)))
+    panels = figure.subplots(1, 1 + len(benchmarks), sharey=True)
+    heights = range(len(frame) - 1, -1, -1)
+    names = [("nats", "Bound on an answer", "nats, lower is better")]
+    names += [(benchmark.name, benchmark.label, "per cent") for benchmark in benchmarks]
+    for axes, (name, title, unit) in zip(panels, names, strict=True):
+        for y, row in zip(heights, frame.to_dict("records"), strict=True):
+            look = found[row["algorithm"]]
+            if not pd.isna(row[name]):
+                axes.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color=look.color, linewidth=1.6)
+                axes.plot(row[name], y, look.marker, color=look.color, markersize=6)
+        chance = frame[f"{name}_chance"].dropna() if f"{name}_chance" in frame else []
+        if len(chance):
+            axes.axvline(chance.iloc[0], color=INK, linewidth=1.3, zorder=1)
+        axes.set_title(title, color=QUIET)
+        axes.set_xlabel(unit)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(list(heights), frame["label"])
+    panels[0].tick_params(axis="y", labelcolor=INK)
+    panels[0].set_ylim(-0.6, len(frame) - 0.4)
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, linewidth=1.6, label=ALGORITHMS.get(name, name))
+        for name, look in found.items()
+    ]
+    handles.append(Line2D([], [], color=INK, linewidth=1.3, label="chance"))
+    _head(figure, _bound_title(frame), below=0.2)
+    figure.legend(
+        handles=handles, loc="upper left", ncols=len(handles), bbox_to_anchor=(0.0, 1 - 0.36 / figure.get_figheight())
+    )
+    figure.subplots_adjust(left=0.27, right=0.975, bottom=0.62 / figure.get_figheight(), wspace=0.12)
+    return figure
+
+
+def _bound_title(frame: pd.DataFrame) -> str:
+    """`Lowest bound of a diffusion model: LLaDA, 3.6 nats`."""
+    bounds = frame[frame["algorithm"] != "ar"].dropna(subset=["nats"])
+    if bounds.empty:
+        return "Systems side by side"
+    best = bounds.loc[bounds["nats"].idxmin()]
+    return f"Lowest bound of a diffusion model: {best['label']}, {fixed(best['nats'])} nats"
 
 
 def draw_speed(frame: pd.DataFrame, plan: ReportPlan) -> Figure:

@@ -102,7 +102,7 @@ def evaluation_costs(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
             passes, seconds = evaluation.get("passes_per_document"), evaluation["provenance"].get("model_seconds")
             if passes is None or seconds is None:
                 raise ValueError(f"evals/{row.run}/{benchmark.name}.json has no costs; rule 'evaluate' makes it anew.")
-            score = _score(workdir, row.run, benchmark)
+            found = score(workdir, row.run, benchmark)
             n = evaluation["n"]
             rows.append(
                 {
@@ -111,9 +111,9 @@ def evaluation_costs(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
                     "run": row.run,
                     "estimator": evaluation["scorer"]["likelihood"]["estimator"],
                     "n": n,
-                    "value": score["value"],
-                    "low": score["low"],
-                    "high": score["high"],
+                    "value": found["value"],
+                    "low": found["low"],
+                    "high": found["high"],
                     "score_standard_error": _number(evaluation.get("standard_error_of_answers")),
                     "passes_per_document": passes,
                     "seconds_per_document": seconds / n,
@@ -132,6 +132,19 @@ def final_eval_loss(metrics: pd.DataFrame) -> Estimate:
     final = split_of(metrics, "final")
     last = (split_of(metrics, "eval") if final.empty else final).iloc[-1]
     return Estimate(float(last["loss"]), _number(last["standard_error"]))
+
+
+def final_answer_nats(metrics: pd.DataFrame) -> Estimate | None:
+    """The final evaluation as nats per row: what a whole answer takes. None where the rows were not counted.
+
+    Unlike nats per token it does not depend on how many EOS an answer is trained with, which are next to free.
+    """
+    final = split_of(metrics, "final")
+    if final.empty or "rows" not in final or pd.isna(final["rows"].iloc[-1]):
+        return None
+    per_row = final["targets"].iloc[-1] / final["rows"].iloc[-1]
+    found = final_eval_loss(metrics)
+    return Estimate(found.value * per_row, found.standard_error * per_row)
 
 
 def final_train_loss(metrics: pd.DataFrame) -> Estimate:
@@ -178,7 +191,7 @@ def scores(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     for row in plan.results:
         published = plan.reported_row(row.published_as)
         for benchmark in plan.scored(row):
-            score = _score(workdir, row.run, benchmark)
+            found = score(workdir, row.run, benchmark)
             reported = published.values.get(benchmark.name) if published else None
             rows.append(
                 {
@@ -188,18 +201,19 @@ def scores(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
                     "kind": row.kind,
                     "benchmark": benchmark.name,
                     "benchmark_label": benchmark.label,
-                    **score,
+                    **found,
                     "reported": _number(reported),
                     "reported_as": row.published_as if reported is not None else "",
-                    "difference": score["value"] - _number(reported),
-                    "difference_low": score["low"] - _number(reported),
-                    "difference_high": score["high"] - _number(reported),
+                    "difference": found["value"] - _number(reported),
+                    "difference_low": found["low"] - _number(reported),
+                    "difference_high": found["high"] - _number(reported),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _score(workdir: Path, run: str, benchmark) -> dict:
+def score(workdir: Path, run: str, benchmark) -> dict:
+    """The score of a row of the results on a benchmark, in per cent, with its interval, chance and metric."""
     evaluation = read_evaluation(workdir, run, benchmark.name)
     name = benchmark.metric or evaluation["metric"]
     metric = evaluation["metrics"].get(name)

@@ -34,6 +34,8 @@ CAPTIONS = {
     "scores": "Every score with its 95 % Wilson interval. The upright line is chance, where it is known; a hollow "
     "marker does not lie above it; a cross is the published number of the same model. With this many intervals, about "
     "one in twenty misses its true value.",
+    "systems": "The systems side by side. Left: the bound on -log p of a test answer, exact for the autoregressive "
+    "model. Then each score with its 95 % Wilson interval; the upright line is chance.",
     "speed": "Generation with fewer denoising steps. Left: seconds for all answers, and the time in proportion to "
     "the steps (dotted). Right: quality at the same steps, with 95 % intervals. These are wall times of one machine.",
 }
@@ -109,13 +111,21 @@ def stages(plan: ReportPlan) -> tuple[Stage, ...]:
     ablation = tuple(f"{entry.start}, {entry.recipe}" for entry in plan.ablation)
     scored = tuple(row.name for row in plan.results)
     weights = "stand-in encoders" if plan.toy else "public encoder weights"
+    trained = "chat models" if plan.chat else "trained models"
     found = (
         Stage("Wikitext-103 pretraining", _labels(plan.pretraining), weights),
         Stage("OpenWebText pretraining", _labels(plan.openwebtext), weights),
         Stage("Alpaca tuning", ablation, "untuned, Wikitext and OpenWebText weights"),
         Stage("Chat tuning, tulu-3 and smoltalk", _labels(plan.chat), weights),
-        Stage(f"Evaluation on {len(plan.benchmarks)} benchmarks", scored, "chat models and comparisons"),
-        Stage("Conversations and timing", _named(plan, (plan.film, plan.samples, plan.speed)), "chat models"),
+        Stage(
+            "Systems of one size", tuple(system.label for system in plan.systems), "random weights, in one stage or two"
+        ),
+        Stage(
+            f"Evaluation on {len(plan.benchmarks)} benchmarks",
+            scored,
+            f"{trained} and comparisons" if plan.chat else trained,
+        ),
+        Stage("Conversations and timing", _named(plan, (plan.film, plan.samples, plan.speed)), trained),
     )
     return tuple(stage for stage in found if stage.runs)
 
@@ -157,20 +167,21 @@ def table_markdown(table: Table) -> str:
 def _sections(plan: ReportPlan, samples: dict, film: dict | None) -> tuple[Section, ...]:
     scored = plan.results and plan.benchmarks
     found = (
-        ("answer", "The short answer", True),
-        ("claims", "The five claims", True),
+        ("answer", "The short answer", plan.reproduces or not plan.systems),
+        ("claims", "The five claims", plan.reproduces or not plan.systems),
+        ("systems", "Systems side by side", plan.systems),
         ("runs", "What was run", True),
         ("pretraining", "Six encoders on Wikitext", plan.pretraining),
         ("openwebtext", "More text: OpenWebText", plan.openwebtext),
         ("ablation", "Three starts, two recipes", plan.ablation),
         ("chat", "Training the chat models", plan.chat),
-        ("results", "Scores", scored),
+        ("results", "Scores", scored and not plan.systems),
         ("estimators", "Two estimates of one likelihood", len(plan.estimators) > 1),
         ("reported", "Published numbers", plan.reported and plan.benchmarks),
         ("speed", "Steps, time and quality", plan.speed),
         ("film", "Watching it denoise", film),
         ("conversations", "Conversations", samples.get("conversations")),
-        ("faults", "What was corrected", True),
+        ("faults", "What was corrected", plan.reproduces or not plan.systems),
         ("reading", "How to read the numbers", True),
         ("provenance", "Where each number comes from", True),
     )

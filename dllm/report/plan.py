@@ -87,6 +87,22 @@ class ReportedRow(_Entry):
     note: str = ""
 
 
+class System(_Entry):
+    """One system of the comparison: a trained model and its algorithm."""
+
+    row: str
+    """Its row of `results`."""
+    label: str
+    algorithm: str
+    """Empty for a model that was not trained here: what it is, its label says."""
+    stages: tuple[str, ...] = ()
+    """The runs that made it, each of which started from the one before; the last is scored."""
+    parameters: int | None = None
+    """Of a model that was not trained here."""
+    samples: str = ""
+    """Name of its sample conversations, if there are any."""
+
+
 class DecisionRules(_Entry):
     """The margins behind the verdicts; the report states each where it is used."""
 
@@ -125,6 +141,8 @@ class ReportPlan(_Entry):
     """Run whose time and quality are shown against the number of steps."""
     estimators: tuple[str, ...] = ()
     """Rows of `results` that score one checkpoint with different likelihood estimators, shown side by side."""
+    systems: tuple[System, ...] = ()
+    """Systems that are compared with each other."""
     rules: DecisionRules = DecisionRules()
 
     @model_validator(mode="after")
@@ -135,6 +153,8 @@ class ReportPlan(_Entry):
             _check(f"results: {row.run}.benchmarks", row.benchmarks, benchmarks)
             _check(f"results: {row.run}.published_as", [row.published_as] if row.published_as else [], reported)
             _check(f"results: {row.run}.close_to", [row.close_to] if row.close_to else [], reported)
+        _check("systems", [system.row for system in self.systems], [row.run for row in self.results])
+        _check_unique("systems", [(system.row,) for system in self.systems])
         _check("estimators", self.estimators, [row.run for row in self.results])
         for row in self.reported:
             _check(f"reported: {row.label}.values", row.values, benchmarks)
@@ -146,6 +166,21 @@ class ReportPlan(_Entry):
         _check_unique("reported", [(label,) for label in reported])
         return self
 
+    @property
+    def reproduces(self) -> bool:
+        """Whether anything of the published report is repeated, whose claims can then be judged."""
+        return bool(self.pretraining or self.openwebtext or self.ablation or self.chat)
+
+    def system_benchmarks(self) -> tuple[Benchmark, ...]:
+        """The benchmarks that any of the systems was scored on."""
+        rows = [next(row for row in self.results if row.run == system.row) for system in self.systems]
+        return tuple(b for b in self.benchmarks if any(b in self.scored(row) for row in rows))
+
+    def sample_names(self) -> tuple[str, ...]:
+        """Every file of sample conversations that is shown, once."""
+        names = (self.film, self.samples, *(system.samples for system in self.systems))
+        return tuple(dict.fromkeys(name for name in names if name))
+
     def scored(self, row: ResultRow) -> tuple[Benchmark, ...]:
         """The benchmarks a row was scored on, in the order of the plan."""
         return tuple(b for b in self.benchmarks if not row.benchmarks or b.name in row.benchmarks)
@@ -155,9 +190,10 @@ class ReportPlan(_Entry):
         return next((row for row in self.reported if row.label == label), None)
 
     def trained_runs(self) -> tuple[str, ...]:
-        """Every run with a training curve in the report, once, in the order of the report."""
+        """Every run that the report shows, once, in the order of the report."""
         sections = (self.pretraining, self.openwebtext, self.ablation, self.chat)
-        return tuple(dict.fromkeys(entry.run for section in sections for entry in section))
+        curves = [entry.run for section in sections for entry in section]
+        return tuple(dict.fromkeys([*curves, *(run for system in self.systems for run in system.stages)]))
 
     def table_names(self) -> tuple[str, ...]:
         """Names of the tables that this plan fills; each becomes csv, md and tex."""
@@ -169,7 +205,9 @@ class ReportPlan(_Entry):
             "ablation": self.ablation,
             "chat": self.chat,
             "reported": self.reported and self.benchmarks,
-            "claims": True,
+            "systems": self.systems,
+            "answers": any(system.samples for system in self.systems),
+            "claims": self.reproduces or not self.systems,
         }
         return tuple(name for name, content in filled.items() if content)
 
@@ -181,7 +219,8 @@ class ReportPlan(_Entry):
             "ablation": self.ablation,
             "ablation-final": self.ablation,
             "chat": self.chat,
-            "scores": self.results and self.benchmarks,
+            "systems": self.systems,
+            "scores": self.results and self.benchmarks and not self.systems,
             "speed": self.speed,
         }
         return tuple(name for name, content in filled.items() if content)
@@ -191,7 +230,7 @@ class ReportPlan(_Entry):
         files = [f"runs/{run}/metrics.jsonl" for run in self.trained_runs()]
         files += [f"runs/{run}/provenance.json" for run in self.trained_runs()]
         files += [f"evals/{row.run}/{b.name}.json" for row in self.results for b in self.scored(row)]
-        files += [f"samples/{run}.json" for run in dict.fromkeys((self.film, self.samples)) if run]
+        files += [f"samples/{name}.json" for name in self.sample_names()]
         files += [f"speed/{self.speed}.json"] if self.speed else []
         return tuple(files)
 

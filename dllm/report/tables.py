@@ -13,6 +13,8 @@ from dllm.report.claims import judge
 from dllm.report.format import ABSENT, fixed, interval, quantity, signed_interval
 from dllm.report.load import final_losses, scores
 from dllm.report.plan import ReportPlan
+from dllm.report.statistics import against_chance
+from dllm.report.systems import ALGORITHMS, answers_frame, systems_frame
 
 TOY = "Toy data and models."
 MARKS = {"above": "▲", "below": "▼", "near": "", "": ""}
@@ -72,6 +74,8 @@ def make_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
         "ablation": ablation_table,
         "chat": chat_table,
         "reported": reported_table,
+        "systems": systems_table,
+        "answers": answers_table,
         "claims": claims_table,
     }
     tables = {name: makers[name](workdir, plan) for name in plan.table_names()}
@@ -184,6 +188,51 @@ def reported_table(workdir: Path, plan: ReportPlan) -> Table:
     return _table("reported", "Published numbers in per cent, as printed.", columns, rows, frame, " ".join(notes))
 
 
+def systems_table(workdir: Path, plan: ReportPlan) -> Table:
+    """One row per system: what it is made of, its bound and its scores."""
+    frame = systems_frame(workdir, plan)
+    benchmarks = plan.system_benchmarks()
+    rows = []
+    for row in frame.to_dict("records"):
+        scored = [_against(*(row[f"{b.name}{end}"] for end in ("", "_low", "_high", "_chance"))) for b in benchmarks]
+        rows.append(
+            (
+                Cell(row["label"]),
+                Cell(ALGORITHMS.get(row["algorithm"], row["algorithm"])),
+                Cell(quantity(row["parameters"])),
+                Cell(fixed(row["steps"], 0)),
+                Cell(quantity(row["tokens"])),
+                Cell(interval(row["nats"], row["nats_low"], row["nats_high"], 2)),
+                *scored,
+            )
+        )
+    columns = ("System", "Algorithm", "Parameters", "Steps", "Tokens", "Bound, nats", *(b.label for b in benchmarks))
+    note = (
+        "Steps and tokens of training here, all stages together. Bound: on -log p of a test answer with its end, with "
+        "its 95 % interval; exact for the autoregressive model, and unknown for edits. Scores in per cent with 95 % "
+        f"intervals. {MARKS_NOTE}"
+    )
+    table = _table("systems", "Systems of one size on the same data.", columns, rows, frame, note)
+    return _left(table, 2)
+
+
+def answers_table(workdir: Path, plan: ReportPlan) -> Table:
+    """Questions across, systems down: what each answers."""
+    frame = answers_frame(workdir, plan)
+    questions = list(dict.fromkeys(frame["question"]))
+    said = {(row.row, row.question): row.answer for row in frame.itertuples()}
+    names = dict(zip(frame["row"], frame["label"], strict=True))
+    rows = [
+        (Cell(label), *(Cell(said.get((name, question), ABSENT) or ABSENT) for question in questions))
+        for name, label in names.items()
+    ]
+    columns = ("System", *questions)
+    table = _table(
+        "answers", "The same questions to each system, answers neither chosen nor edited.", columns, rows, frame
+    )
+    return _left(table, len(columns))
+
+
 def claims_table(workdir: Path, plan: ReportPlan) -> Table:
     """One row per finding. Verdicts that rest on wall times stay out: claims.json has them."""
     rows, tidy = [], []
@@ -282,6 +331,12 @@ def _loss_table(name: str, caption: str, subject: str, workdir: Path, plan: Repo
 def _score_cell(row) -> Cell:
     mark = MARKS[row.against_chance]
     return Cell(interval(row.value, row.low, row.high), mark, row.against_chance == "above")
+
+
+def _against(value: float, low: float, high: float, chance: float) -> Cell:
+    """The cell of a score in per cent, marked where its interval lies above or below chance."""
+    where = "" if pd.isna(value) else against_chance(low / 100, high / 100, None if pd.isna(chance) else chance / 100)
+    return Cell(interval(value, low, high), MARKS[where], where == "above")
 
 
 def _markdown_row(cells: list[str]) -> str:

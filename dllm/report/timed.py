@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from dllm.report.format import ABSENT, fixed, interval
+from dllm.report.format import ABSENT, duration, fixed, interval
 from dllm.report.load import evaluation_costs, read_decoding_options
 from dllm.report.plan import ReportPlan
+from dllm.report.systems import seconds_frame, systems_frame
 from dllm.report.tables import TOY, Cell, Table
 
 WALL_TIMES = "Seconds are wall times of one machine."
@@ -17,6 +18,8 @@ def timed_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
     tables = {}
     if len(plan.estimators) > 1:
         tables["estimators"] = estimators_table(workdir, plan)
+    if plan.systems:
+        tables["systems-seconds"] = seconds_table(workdir, plan)
     if plan.speed and (table := decoding_table(workdir, plan)):
         tables["decoding"] = table
     return tables
@@ -47,6 +50,30 @@ def estimators_table(workdir: Path, plan: ReportPlan) -> Table:
     return Table(
         "estimators", caption, columns, (False, False, True, True, True, True), tuple(rows), frame, note, "report"
     )
+
+
+def seconds_table(workdir: Path, plan: ReportPlan) -> Table:
+    """Seconds of training, and passes and seconds per question, system by system."""
+    frame, benchmarks = seconds_frame(workdir, plan), plan.system_benchmarks()
+    passes = systems_frame(workdir, plan).set_index("row")
+    rows = [
+        (
+            Cell(row["label"]),
+            Cell(duration(row["training_seconds"])),
+            *(Cell(fixed(passes.loc[row["row"], f"{benchmark.name}_passes"])) for benchmark in benchmarks),
+            *(Cell(fixed(1000 * row[benchmark.name], 0)) for benchmark in benchmarks),
+        )
+        for row in frame.to_dict("records")
+    ]
+    columns = ("System", "Training", *(f"{benchmark.label}, passes" for benchmark in benchmarks))
+    columns += tuple(f"{benchmark.label}, ms" for benchmark in benchmarks)
+    note = (
+        "Training: of all stages. Passes: forward passes per question. Milliseconds of forward computation per "
+        f"question, many questions side by side. {WALL_TIMES}"
+    )
+    caption = _caption("What the systems take.", plan)
+    numeric = (False, *[True] * (len(columns) - 1))
+    return Table("systems-seconds", caption, columns, numeric, tuple(rows), frame, note, "report")
 
 
 def decoding_table(workdir: Path, plan: ReportPlan) -> Table | None:

@@ -22,7 +22,7 @@ def trace(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
             found.setdefault("seed", (evaluation.get("scorer") or {}).get("seed"))
             found.setdefault("data_digest", (evaluation.get("inputs") or {}).get("data"))
             rows.append(_row("evaluation", row.run, benchmark.name, found))
-    for run in dict.fromkeys(run for run in (plan.film, plan.samples) if run):
+    for run in plan.sample_names():
         rows.append(_row("samples", run, "", read_samples(workdir, run).get("provenance") or {}))
     if plan.speed:
         found = read_json(workdir, f"speed/{plan.speed}.json", "speed").get("provenance") or {}

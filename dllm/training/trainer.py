@@ -37,6 +37,7 @@ from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import TokenRows, open_rows
 from dllm.models.adapters import attach_adapter, merge_adapter, save_adapter
 from dllm.models.load import SIDECAR, Backbone, load_backbone
+from dllm.models.published import family_of
 from dllm.training.engine import DATA_PARALLEL, Engine, scores_for
 from dllm.training.optimizer import set_learning_rate, share_of_peak
 from dllm.training.pipeline import Ahead, Part, Source, evaluation_parts, steps_per_epoch, training_parts
@@ -146,6 +147,7 @@ def _train(
     test_rows = open_rows(workdir / config.data_path, "test")
     train_rows = open_rows(workdir / config.data_path, "train") if corpus is None else test_rows  # a sample of them
     backbone = _start(config, workdir)
+    _check_blocks(config, workdir / config.init_path)
     _check_fit(config, backbone, train_rows)
     backbone = _adapted(config, backbone, accelerator.device)
     set_seed(config.seed)
@@ -327,6 +329,7 @@ class _Run:
                 "loss": mean,
                 "standard_error": float(spread),
                 "targets": int(targets.sum()),
+                "rows": len(rows),
             }
         )
 
@@ -503,6 +506,17 @@ def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
         raise ValueError(
             f"{config.data_path}: holds token id {highest}, the model knows {backbone.vocab_size}; "
             "the data was prepared with another tokenizer: prepare it again"
+        )
+
+
+def _check_blocks(config: RunConfig, init: Path) -> None:
+    """Raise ValueError if a published model that attends block-causally would be trained in another way."""
+    family = family_of(init)
+    if family is not None and family.block_size is not None and config.algorithm != family.algorithm:
+        raise ValueError(
+            f"{config.name}: algorithm = {config.algorithm!r} is not for {config.init}: {family.name} attends "
+            f"block-causally; allowed: {family.algorithm}; set algorithm: {family.algorithm}, or start from another "
+            "model"
         )
 
 

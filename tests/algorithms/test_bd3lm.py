@@ -127,7 +127,7 @@ def test_blocks_of_one_token_are_next_token_prediction_with_a_mask_as_query():
     batch = batch_of((0, 3), (9, 8))
     # every token is masked whatever the noise, as a block of one has no other count
     terms = inputs_of(batch, block_size=1, block_anchor="row")
-    nll = Scores(model)(terms.tokens, terms.layout, terms.row, terms.place, terms.targets)
+    nll = Scores(model)(terms.tokens, terms.layout, terms.row, terms.position, terms.targets)
     assert torch.equal(terms.weight, torch.ones(9 + 5)) and len(nll) == 9 + 5
     expected = []
     for row, place in batch.maskable.nonzero().tolist():
@@ -319,7 +319,7 @@ def test_a_clipped_range_bounds_the_share_of_masks_of_every_block(corruption):
     batch = batch_of((0,) * 40, (64,) * 40)
     recipe = {"block_size": 16, "corruption": corruption, "time_low": 0.45, "time_high": 0.55, "time_floor": 1e-9}
     inputs = inputs_of(batch, **recipe)
-    block = inputs.layout.blocks.sight.span[inputs.layout.index(inputs.row, inputs.place)]
+    block = inputs.layout.blocks.sight.span[inputs.layout.index(inputs.row, inputs.position)]
     masks = torch.bincount(torch.from_numpy(block), minlength=160).float()
     if corruption == "exact":  # floor(16 t) + 1
         assert masks.min() == 8 and masks.max() == 9 and torch.isin(inputs.weight, torch.tensor([16 / 8, 16 / 9])).all()
@@ -359,7 +359,7 @@ OPTIONS = [
     *(settings(reveal_rule=rule, temperature=0.8, threshold=0.2, entropy_bound=3.0) for rule in REVEAL_RULES),
     settings(early_stop=True, temperature=1.0),
     settings(steps=5),
-    settings(reuse="dual", ahead="visible"),  # which change nothing here
+    settings(ahead="hidden"),
 ]
 
 
@@ -575,5 +575,13 @@ def test_noise_of_one_row_is_that_of_the_row_in_any_width():
     algorithm = BD3LM(Recipe(block_size=4))
     narrow = algorithm.corrupt(batch, Noise(noise.level, noise.place[:, :17]), mask_id=MASK)
     padded = algorithm.corrupt(wide, noise, mask_id=MASK)
-    for name in ("row", "place", "targets", "weight", "share"):
+    for name in ("row", "position", "targets", "weight", "share"):
         assert torch.equal(getattr(narrow, name), getattr(padded, name))
+
+
+@pytest.mark.parametrize(("option", "value"), [("reuse", "prefix"), ("ahead", "visible")])
+def test_options_that_mean_nothing_in_blocks_are_refused(option, value):
+    backbone = backbone_of(*STOCK[0])
+    with pytest.raises(ValueError, match=f"{option} = '{value}' means nothing to algorithm = 'bd3lm'") as fault:
+        sampled(BD3LM(), backbone, canvas_of(backbone), settings(**{option: value}))
+    assert "\n" not in str(fault.value)

@@ -83,6 +83,9 @@ def test_the_same_command_gives_the_same_edits_and_another_seed_others(here, cap
         (["chat-edits", "--edit", " "], "--edit needs a text to begin with"),
         (["chat-edits", "--edit", "a", "--output", "x.json"], "--output holds conversations and --edit has none"),
         (["chat-edits", "--edit", "Hello " * 96], "prompt and draft have 97 tokens; the model's context is 95"),
+        (["chat-edits", "Who?", "--reveal-rule", "threshold"], "reveal_rule = 'threshold' means nothing to algorithm"),
+        (["chat-edits", "Who?", "--reuse", "dual"], "reuse = 'dual' means nothing to algorithm = 'edit_flows'"),
+        (["chat-edits", "Who?", "--block-size", "4"], "--block-size 4: a model trained with edit_flows has no blocks"),
         (["--edit", "a"], "needs a MODEL"),
         (["--config", "c.yaml", "--edit", "a"], "leave out --edit"),
     ],
@@ -97,6 +100,16 @@ def test_a_model_of_another_algorithm_cannot_edit(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     assert main(["sample", "chat-toy", "--edit", "I am a toy", *FAST]) == 2
     assert "a model trained with edit_flows only; this one was trained with mdlm" in capsys.readouterr().err
+
+
+def test_a_block_size_that_a_model_does_not_have_is_refused():
+    from dllm.cli.generation import check_block
+
+    sidecar = {"algorithm": "bd3lm", "block_size": 16}
+    check_block(16, sidecar)
+    check_block(4, {"algorithm": "mdlm", "block_size": 16})
+    with pytest.raises(ValueError, match="--block-size 4: this model was trained in blocks of 16"):
+        check_block(4, sidecar)
 
 
 def test_from_nothing_it_draws_unless_told_otherwise(here, capsys):

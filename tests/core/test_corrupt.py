@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from dllm.config import Recipe
 from dllm.core.batch import evaluation_noise, row_noise
-from dllm.core.corrupt import apply_mask, bernoulli, exact_count
+from dllm.core.corrupt import apply_mask, bernoulli, corrupted, exact_count
 from dllm.core.schedules import SCHEDULES
 
 LARGEST = 1 - 2**-24
@@ -106,3 +107,16 @@ def test_the_levels_of_test_rows_are_spread_evenly(first):
     level = evaluation_noise(0, 0, torch.arange(first, first + 1000), 1).level.sort().values
     assert (level - (torch.arange(1000) + 0.5) / 1000).abs().max() < 0.003
     assert level.min() >= 0 and level.max() < 1
+
+
+def test_a_recipe_chooses_the_corruption():
+    maskable, level = torch.ones(3, 8, dtype=torch.bool), torch.tensor([0.1, 0.5, 0.9])
+    noise = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    found = corrupted(maskable, level, noise, Recipe())
+    assert torch.equal(found.masked, exact_count(maskable, level, noise).masked)
+    recipe = Recipe(corruption="bernoulli", schedule="cosine", time_floor=0.2)
+    found, expected = (
+        corrupted(maskable, level, noise, recipe),
+        bernoulli(maskable, 0.2 + 0.8 * level, noise, SCHEDULES["cosine"]),
+    )
+    assert torch.equal(found.masked, expected.masked) and torch.equal(found.weight, expected.weight)

@@ -224,3 +224,12 @@ def test_a_wrong_metric_is_found_before_the_model_is_asked(workdir, echo):
 def test_the_echo_model_is_not_asked_about_greedy_where_it_is_not_read(workdir, echo, monkeypatch):
     monkeypatch.setattr(EchoModel, "greedy_match", lambda *_: pytest.fail("asked"))
     evaluate_benchmark(evaluation("choices"), workdir)
+
+
+@pytest.mark.parametrize(("trained", "kind", "right"), [("mdlm", "hf", "dllm"), ("ar", "dllm", "hf")])
+def test_a_checkpoint_is_scored_as_what_it_was_trained_for(workdir, trained, kind, right):
+    note = {"algorithm": trained, "special_tokens": {"mask": "m", "eos": "e"}}
+    (workdir / "runs/echo/model/dllm.json").write_text(json.dumps(note))
+    with pytest.raises(ValueError, match=f"trained with '{trained}', .*; set kind: {right}") as fault:
+        evaluate_benchmark(evaluation("choices", model_kind=kind), workdir)
+    assert "\n" not in str(fault.value)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from dllm.evaluation.evaluate import evaluate_benchmark
 
@@ -116,3 +117,26 @@ def test_a_rolling_likelihood_takes_the_blocks_of_its_settings(models):
     config = evaluation("rolling", metric="word_perplexity", scorer={"likelihood": likelihood}, **settings("diffusion"))
     result = evaluate_benchmark(config, models)
     assert set(result["estimators"]) == {"exact"} and result["standard_error_of_answers"] == 0
+
+
+def test_an_autoregressive_model_trained_here_reads_its_prompts_as_in_training(models):
+    """A tokenizer made for encoders puts [CLS] and [SEP] around a text, which no prompt of training had."""
+    from dllm.evaluation.causal import open_causal
+    from dllm.models.tokenizers import encode_text
+
+    directory = models / "runs/causal/model"
+    model_of = {"precision": "fp32", "device": "cpu", "batch_size": 1}
+    note = {"algorithm": "ar", "special_tokens": {"mask": "[MASK]", "eos": "[PAD]"}}
+    tokenizer = words_tokenizer()
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "[PAD]"})
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("[CLS]", "[SEP]")}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=list(ids.items())
+    )
+    tokenizer.save_pretrained(directory)
+    published = open_causal(str(directory), **model_of)
+    assert published.tok_encode("w1 w2") == [ids["[CLS]"], *encode_text(tokenizer, "w1 w2"), ids["[SEP]"]]
+    (directory / "dllm.json").write_text(json.dumps(note))
+    ours = open_causal(str(directory), **model_of)
+    assert ours.tok_encode("w1 w2") == encode_text(tokenizer, "w1 w2")
+    assert ours.tok_batch_encode(["w1 w2"])[0][0].tolist() == encode_text(tokenizer, "w1 w2")

@@ -17,9 +17,11 @@ from dllm.config import (
     Scorer,
     Shape,
 )
+from dllm.core.blocks import BlockRows, BlockRule
 from dllm.planning.cost import (
     GIB,
     Place,
+    forwarded_tokens,
     generated_answers,
     likelihood_answers,
     scoring,
@@ -52,6 +54,27 @@ def test_training_is_six_n_per_token_and_twelve_l_d_n_and_the_head_at_masked_pos
     expected = tokens * (6 * layers + 12 * 4 * 256 * 256 + 0.5 * 6 * head)
     assert cost().flops == pytest.approx(expected, rel=1e-12)
     assert cost().tokens == tokens and cost().steps == 10
+
+
+@pytest.mark.parametrize("anchor", ["response", "row"])
+@pytest.mark.parametrize(("length", "prompt"), [(96, 64), (96, 0), (90, 64), (64, 60)])
+def test_block_diffusion_forwards_its_targets_twice_and_its_prompt_once(anchor, length, prompt):
+    rule = BlockRule(16, anchor)
+    counted = BlockRows.doubled(rule, numpy.array([prompt]), numpy.array([length])).lengths[0]
+    recipe = Recipe(block_size=16, block_anchor=anchor)
+    found = forwarded_tokens(a_run(algorithm="bd3lm"), recipe, length, length - prompt)
+    # where in a block a prompt ends is not known, only that it is anywhere
+    assert found == pytest.approx(counted, abs=0 if anchor == "response" or not prompt else 16)
+    assert forwarded_tokens(a_run(), recipe, length, length - prompt) == length
+
+
+def test_chat_tuning_in_blocks_costs_less_than_twice_as_much_without():
+    data = Prepared(Split(1000, 90_000, 30_000, 90, 180), Split(), True, 90_000, 2)
+    recipe = Recipe(block_size=16, response_end="one")
+    plain, blocks = (
+        training(a_run(algorithm=name, steps=1000), recipe, SHAPE, data, ONE_GPU).flops for name in ("mdlm", "bd3lm")
+    )
+    assert 1.15 < blocks / plain < 1.4  # a third of the tokens are targets
 
 
 def test_twice_the_steps_are_twice_the_flops_and_devices_share_the_time():

@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 
 from dllm.algorithms.bd3lm import BD3LM
 from dllm.algorithms.mdlm import MDLM
-from dllm.config import GenerateSettings, LikelihoodSettings, OptimizerSettings, Recipe
+from dllm.config import GenerateSettings, LikelihoodSettings, ModelEntry, OptimizerSettings, Recipe
 from dllm.data.collate import ResponseEnd
 from dllm.data.tokens import open_rows
 from dllm.language_model import load
+from dllm.models.load import save_stand_in
+from dllm.models.tokenizers import load_tokenizer
+from dllm.provenance import write_record
 from dllm.training.pipeline import Source, training_parts
 from dllm.training.trainer import train
 from tests.training.conftest import entry_for, make_model, metrics_of, run_config
@@ -95,6 +98,41 @@ def test_another_algorithm_has_to_be_asked_for_and_must_make_sense(workdir):
         assert "\n" not in str(fault.value)
     with pytest.raises(ValueError, match="algorithm = 'bd4lm'; allowed: mdlm, bd3lm"):
         load(path, device="cpu", algorithm="bd4lm")
+
+
+def test_a_checkpoint_is_scored_by_the_algorithm_it_was_trained_with(workdir):
+    train(run_config("masked", steps=1), workdir, quiet=True)
+    train(bd3lm("blocks", steps=1), workdir, quiet=True)
+    asked = load(workdir / "runs/masked/model", device="cpu", algorithm="bd3lm")
+    for ask in (asked.nelbo, asked.greedy_match):
+        with pytest.raises(ValueError, match="'bd3lm' cannot score a checkpoint trained with 'mdlm'") as fault:
+            ask([[6]], [[7]])
+        assert "\n" not in str(fault.value)
+    # it has never seen masks beyond its own block
+    with pytest.raises(ValueError, match="algorithm = 'mdlm' cannot use a model trained with 'bd3lm'"):
+        load(workdir / "runs/blocks/model", device="cpu", algorithm="mdlm")
+
+
+def test_llada2_is_trained_in_blocks_or_not_at_all(workdir):
+    sizes = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48, "moe_intermediate_size": 16}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 1, "num_shared_experts": 1, "n_group": 2, "topk_group": 1}
+    rest = {"max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    new = sizes | counts | experts | rest | {"routed_scaling_factor": 2.5}
+    entry = ModelEntry(
+        new=new, published="LLaDA2", tokenizer="toy", family="decoder", mask_token="<|mask|>",
+        end_token="<|endoftext|>", end_of_turn="<|role_end|>", chat_template="own",
+    )  # fmt: skip
+    target = workdir / "downloads/llada2"
+    save_stand_in(entry, load_tokenizer(workdir / "downloads/toy-model"), target)
+    write_record(target, kind="model", name="llada2", config_digest="", inputs={})
+    start = {"init": "llada2", "init_path": "downloads/llada2", "model": entry, "steps": 2}
+    for algorithm in ("mdlm", "ar"):
+        with pytest.raises(ValueError, match="LLaDA2 attends block-causally; allowed: bd3lm") as fault:
+            train(run_config(algorithm=algorithm, **start), workdir, quiet=True)
+        assert "\n" not in str(fault.value)
+    train(bd3lm("blocks", **start), workdir, quiet=True)
+    assert isinstance(load(workdir / "runs/blocks/model", device="cpu").algorithm, BD3LM)
 
 
 def test_a_token_budget_counts_both_halves(workdir):

@@ -1,0 +1,101 @@
+"""Systems side by side: what each was made of, what it scores, and what an answer takes."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from dllm.report.load import (
+    final_answer_nats,
+    read_evaluation,
+    read_metrics,
+    read_provenance,
+    read_samples,
+    score,
+)
+from dllm.report.plan import ReportPlan, System
+
+ALGORITHMS = {
+    "ar": "next token",
+    "mdlm": "masks",
+    "bd3lm": "blocks",
+    "edit_flows": "edits",
+    "mlm": "masked LM",
+    "": "as published",
+}
+"""How the report calls an algorithm."""
+
+
+def systems_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+    """One row per system: parameters, steps and tokens of all its stages, and the bound on an answer in nats.
+
+    `nats` with `nats_low` and `nats_high` is the mean bound on -log p of a test answer with its end; exact for an
+    autoregressive model, missing where the algorithm has none. For each benchmark b, `b`, `b_low`, `b_high` (per cent),
+    `b_chance` and `b_passes` (forward passes per document; missing where nothing counts them).
+    """
+    return pd.DataFrame([_row(workdir, plan, system) for system in plan.systems])
+
+
+def seconds_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+    """One row per system: seconds of training here, and seconds of the model per document of each benchmark."""
+    rows = []
+    for system in plan.systems:
+        trained = [read_provenance(workdir, run)["wall_seconds"] for run in system.stages]
+        row = {"row": system.row, "label": system.label, "training_seconds": sum(trained) if trained else float("nan")}
+        for benchmark in _scored(plan, system):
+            evaluation = read_evaluation(workdir, system.row, benchmark.name)
+            row[benchmark.name] = evaluation["provenance"]["model_seconds"] / evaluation["n"]
+        rows.append(row)
+    return pd.DataFrame(rows).reindex(columns=["row", "label", "training_seconds", *_names(plan)])
+
+
+def answers_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+    """One row per system with samples and question: the first answer of each of its conversations."""
+    rows = []
+    for system in plan.systems:
+        found = read_samples(workdir, system.samples)["conversations"] if system.samples else []
+        for question, answer, *_ in found:
+            rows.append(
+                {
+                    "row": system.row,
+                    "label": system.label,
+                    "question": question["content"].strip(),
+                    "answer": answer["content"].strip(),
+                }
+            )
+    return pd.DataFrame(rows, columns=["row", "label", "question", "answer"])
+
+
+def _row(workdir: Path, plan: ReportPlan, system: System) -> dict:
+    records = [read_provenance(workdir, run) for run in system.stages]
+    metrics = [read_metrics(workdir, run) for run in system.stages]
+    row = {
+        "row": system.row,
+        "label": system.label,
+        "algorithm": system.algorithm,
+        "parameters": records[-1]["parameters"] if records else system.parameters,
+        "steps": sum(int(metric["step"].max()) for metric in metrics) if metrics else float("nan"),
+        "tokens": sum(record["tokens"] for record in records) if records else float("nan"),
+        **dict.fromkeys(("nats", "nats_low", "nats_high"), float("nan")),
+    }
+    # what edits are trained on bounds no likelihood
+    if metrics and system.algorithm != "edit_flows" and (found := final_answer_nats(metrics[-1])):
+        row |= {"nats": found.value, "nats_low": found.low, "nats_high": found.high}
+    for benchmark in plan.system_benchmarks():
+        keys = ("", "_low", "_high", "_chance", "_passes")
+        row |= {f"{benchmark.name}{key}": float("nan") for key in keys}
+        if benchmark in _scored(plan, system):
+            found = score(workdir, system.row, benchmark)
+            values = (found["value"], found["low"], found["high"], found["chance"])
+            row |= {f"{benchmark.name}{key}": value for key, value in zip(keys, values, strict=False)}
+            passes = read_evaluation(workdir, system.row, benchmark.name).get("passes_per_document")
+            row[f"{benchmark.name}_passes"] = passes or float("nan")
+    return row
+
+
+def _scored(plan: ReportPlan, system: System):
+    row = next(row for row in plan.results if row.run == system.row)
+    return plan.scored(row)
+
+
+def _names(plan: ReportPlan) -> list[str]:
+    return [benchmark.name for benchmark in plan.system_benchmarks()]
