@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
+from cache import Cache, record_of
 from plan import launcher, make_plan
 
 ROOT = Path(workflow.basedir)
@@ -32,6 +33,9 @@ workdir: ROOT / PROJECT.workdir
 
 PLAN.write(ROOT / PROJECT.workdir)
 FROM_WORKDIR = os.path.relpath(ROOT, ROOT / PROJECT.workdir)
+CACHE = Cache(
+    PROJECT.cache, ROOT / PROJECT.workdir, f"{FROM_WORKDIR}/workflow/cache.py"
+)
 
 
 include: "workflow/rules/download.smk"
@@ -39,6 +43,7 @@ include: "workflow/rules/prepare.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/track.smk"
 
 
 rule all:
@@ -50,3 +55,4 @@ rule all:
         rules.figures.output,
         rules.claims.output,
         rules.page.output,
+        CACHE.pointers(PLAN.artifacts()),

@@ -58,7 +58,8 @@ def test_every_figure_has_its_csv_and_every_table_its_three_forms(built, plan):
     figures = {path.name for path in (built / "figures").iterdir()}
     assert figures == {f"{name}.{suffix}" for name in plan.figure_names() for suffix in ("svg", "png", "csv")}
     tables = {path.name for path in (built / "tables").iterdir()}
-    assert tables == {f"{name}.{suffix}" for name in plan.table_names() for suffix in ("csv", "md", "tex")}
+    files = {f"{name}.{suffix}" for name in plan.table_names() for suffix in ("csv", "md", "tex")}
+    assert tables == files | {"metrics.json"}
 
 
 def test_the_plan_names_every_file_that_is_read(workdir, plan):

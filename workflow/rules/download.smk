@@ -12,7 +12,7 @@ localrules:
 def download_inputs(wildcards):
     """Record of the download that brings a new model's tokenizer."""
     path = PLAN.downloads[wildcards.name].tokenizer_path
-    return [f"{path}.json"] if path else []
+    return CACHE.edges([f"{path}.json"] if path else [])
 
 
 rule download:
@@ -27,7 +27,9 @@ rule download:
         mem_mb=PLAN.asks("download", "mem_mb"),
         runtime=PLAN.asks("download", "runtime"),
         disk_mb=PLAN.asks("download", "disk_mb"),
+    params:
+        fetch=CACHE.fetch,
     message:
         "Fetch {wildcards.name}."
     shell:
-        "dllm download {input.config:q} &> {log:q}"
+        "{params.fetch}dllm download {input.config:q} &> {log:q}"

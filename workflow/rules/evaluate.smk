@@ -7,7 +7,9 @@
 
 rule evaluate:
     input:
-        lambda wildcards: PLAN.evaluation_inputs(wildcards.row, wildcards.benchmark),
+        lambda wildcards: CACHE.edges(
+            PLAN.evaluation_inputs(wildcards.row, wildcards.benchmark)
+        ),
         config="configs/evals/{row}/{benchmark}.yaml",
     output:
         scores="evals/{row}/{benchmark}.json",
@@ -23,18 +25,21 @@ rule evaluate:
         disk_mb=PLAN.asks("evaluate", "disk_mb"),
         gpu=PLAN.asks("evaluate", "gpu"),
     params:
+        fetch=CACHE.fetch,
         offline=lambda wildcards: int(
             PROJECT.benchmarks[wildcards.benchmark].dataset is not None
         ),
     message:
         "Evaluate {wildcards.row} on {wildcards.benchmark}."
     shell:
-        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} dllm evaluate {input.config:q} &> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} dllm evaluate {input.config:q} &> {log:q}"
 
 
 rule sample:
     input:
-        lambda wildcards: PLAN.record_of(PROJECT.samples[wildcards.name].checkpoint),
+        lambda wildcards: CACHE.edges(
+            [PLAN.record_of(PROJECT.samples[wildcards.name].checkpoint)]
+        ),
         config="configs/samples/{name}.yaml",
     output:
         "samples/{name}.json",
@@ -46,15 +51,17 @@ rule sample:
         runtime=PLAN.asks("sample", "runtime"),
         disk_mb=PLAN.asks("sample", "disk_mb"),
         gpu=PLAN.asks("sample", "gpu"),
+    params:
+        fetch=CACHE.fetch,
     message:
         "Sample conversations of {wildcards.name}."
     shell:
-        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm sample --config {input.config:q} --output {output:q} &> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm sample --config {input.config:q} --output {output:q} &> {log:q}"
 
 
 rule speed:
     input:
-        lambda wildcards: PLAN.speed_inputs(wildcards.name),
+        lambda wildcards: CACHE.edges(PLAN.speed_inputs(wildcards.name)),
         config="configs/speed/{name}.yaml",
     output:
         "speed/{name}.json",
@@ -66,7 +73,9 @@ rule speed:
         runtime=PLAN.asks("speed", "runtime"),
         disk_mb=PLAN.asks("speed", "disk_mb"),
         gpu=PLAN.asks("speed", "gpu"),
+    params:
+        fetch=CACHE.fetch,
     message:
         "Measure steps against time and quality of {wildcards.name}."
     shell:
-        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm speed {input.config:q} --output {output:q} &> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm speed {input.config:q} --output {output:q} &> {log:q}"

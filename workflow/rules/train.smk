@@ -7,7 +7,7 @@
 
 rule train:
     input:
-        lambda wildcards: PLAN.train_inputs(wildcards.run),
+        lambda wildcards: CACHE.edges(PLAN.train_inputs(wildcards.run)),
         config="configs/runs/{run}.yaml",
     output:
         "runs/{run}.json",
@@ -22,9 +22,10 @@ rule train:
         disk_mb=PLAN.asks("train", "disk_mb"),
         gpu=PLAN.asks("train", "gpu"),
     params:
+        fetch=CACHE.fetch,
         launch=lambda wildcards: launcher(PROJECT.runs[wildcards.run], FROM_WORKDIR),
     message:
         "Train {wildcards.run}."
     shell:
-        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} accelerate launch --config_file {params.launch:q} "
+        "{params.fetch}HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} accelerate launch --config_file {params.launch:q} "
         "--num_cpu_threads_per_process {threads} -m dllm train --replace {input.config:q} &> {log:q}"
