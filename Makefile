@@ -1,6 +1,7 @@
 # make report   the laptop report, from nothing          make test   every test
 # make lint     formatters and linters                   make chat   talk to the laptop's chat model
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
+# make dvc      DVC, in an environment of its own
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report test bench lint chat plan clean install
+.PHONY: report test bench lint chat plan clean install dvc
 
 install: $(INSTALLED)
 
@@ -22,6 +23,14 @@ $(INSTALLED): pyproject.toml envs/pip.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/pip.txt --editable '.[dev]'
+	@touch $@
+
+dvc: .venv-dvc/.installed
+
+.venv-dvc/.installed: envs/dvc.txt
+	@echo "Installing DVC into .venv-dvc: about half a minute."
+	@$(PYTHON) -m venv .venv-dvc
+	@.venv-dvc/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement envs/dvc.txt
 	@touch $@
 
 report: $(INSTALLED)

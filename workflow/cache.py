@@ -202,8 +202,8 @@ def cannot_be_had(said: str) -> bool:
 def unmounted() -> bool:
     """Whether the default remote is a directory that is not there: a disk to be mounted, rather than lost content."""
     for line in dvc("remote", "list").stdout.splitlines():
-        url = line.split("\t")[-1].removesuffix("(default)").strip()
-        if line.endswith("(default)") and "://" not in url:
+        _, url, *marks = line.split()
+        if marks == ["(default)"] and "://" not in url:
             return not (ROOT / ".dvc" / url).is_dir()
     return False
 
