@@ -30,7 +30,8 @@ dvc: .venv-dvc/.installed
 .venv-dvc/.installed: envs/dvc.txt
 	@echo "Installing DVC into .venv-dvc: about half a minute."
 	@$(PYTHON) -m venv .venv-dvc
-	@.venv-dvc/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement envs/dvc.txt
+	@.venv-dvc/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	  --requirement envs/dvc.txt
 	@touch $@
 
 report: $(INSTALLED)
@@ -38,7 +39,7 @@ report: $(INSTALLED)
 	  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show
 	@echo "The report: $(abspath results/laptop/report/index.html)"
 
-test: $(INSTALLED)
+test: $(INSTALLED) dvc
 	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)

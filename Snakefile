@@ -33,9 +33,7 @@ workdir: ROOT / PROJECT.workdir
 
 PLAN.write(ROOT / PROJECT.workdir)
 FROM_WORKDIR = os.path.relpath(ROOT, ROOT / PROJECT.workdir)
-CACHE = Cache(
-    PROJECT.cache, ROOT / PROJECT.workdir, f"{FROM_WORKDIR}/workflow/cache.py"
-)
+CACHE = Cache(PROJECT.cache, f"{FROM_WORKDIR}/workflow/cache.py")
 
 
 include: "workflow/rules/download.smk"

@@ -42,22 +42,8 @@ class Cache:
     """The cache of one work directory, as the rules see it."""
 
     kind: str
-    workdir: Path
     script: str
     """Path of this file from the work directory."""
-
-    def edges(self, records: Iterable[str]) -> list[str]:
-        """The records as inputs of a rule.
-
-        A record that was set aside does not ask for everything that depends on it: its artifact is made again for the
-        job that misses it, and a later call redoes what the new content really changes.
-        """
-        from snakemake.io import ancient
-
-        def lost(record: str) -> bool:
-            return (self.workdir / LOST / record).exists() and not (self.workdir / record).exists()
-
-        return [ancient(record) if lost(record) else record for record in records]
 
     def fetch(self, wildcards, input) -> str:
         """Beginning of a shell command that brings here what its input records describe; empty without DVC."""
@@ -68,13 +54,18 @@ class Cache:
 
     def pointers(self, records: Iterable[str]) -> list[str]:
         """The pointers that stand for some records; none without DVC."""
-        return [] if self.kind == "none" else [f"{artifact_of(record)}.dvc" for record in records]
+        return [] if self.kind == "none" else [str(pointer_of(record)) for record in records]
 
 
 def artifact_of(record: str) -> str:
     """What DVC keeps of a recorded artifact: of a run its weights, for git holds its small files."""
     name = record.removesuffix(".json")
     return f"{name}/model" if name.startswith("runs/") else name
+
+
+def pointer_of(record: str) -> Path:
+    """The pointer of a recorded artifact."""
+    return Path(f"{artifact_of(record)}.dvc")
 
 
 def record_of(artifact: str) -> str:
@@ -87,7 +78,17 @@ def record_of(artifact: str) -> str:
 
 
 class Lost(ValueError):
-    """An artifact is neither here, nor in the cache, nor in the remote."""
+    """An artifact is neither here, nor in the cache, nor in the remote; records: what is to be made again."""
+
+    def __init__(self, records: list[str]):
+        again = " ".join(records)
+        artifacts = ", ".join(map(artifact_of, records))
+        super().__init__(
+            f"{artifacts}: neither here nor in DVC's cache or remote, so {again} set aside in {LOST}. To make them "
+            f"again, and nothing that only depends on them: snakemake (same options) -- {again}. Then start again. "
+            "To take it back: git checkout the records and pointers, and give DVC a remote that has them"
+        )
+        self.records = records
 
 
 def fetch(record: str) -> None:
@@ -96,45 +97,37 @@ def fetch(record: str) -> None:
     Raises Lost if it cannot be had, with the record set aside so that the workflow makes it again, and ValueError if
     the remote cannot be asked or the place is taken by something else; then nothing has changed.
     """
-    if not Path(record).exists() and (LOST / record).exists():
-        raise Lost(lost_line(record, "is set aside already"))
-    artifact = artifact_of(record)
-    pointer = Path(f"{artifact}.dvc")
+    if not Path(record).exists() and (LOST / record).exists():  # by another job, a moment ago
+        raise Lost([record])
+    artifact, pointer = artifact_of(record), pointer_of(record)
     if not pointer.exists() or pointed_record(pointer) != state_of(record):
         if Path(artifact).exists():  # just made, and not tracked yet
             return
-        set_aside(record, "no pointer of this record says where it is")
+        set_aside(record)
     elif dvc("checkout", pointer).returncode:
         pulled = dvc("pull", pointer)
         if pulled.returncode and cannot_be_had(pulled.stderr):
-            set_aside(record, "it is neither in the cache nor in the remote")
+            set_aside(record)
         elif pulled.returncode:
             raise ValueError(f"{artifact}: cannot be fetched; nothing has changed. DVC says: {last_error(pulled)}")
         else:
             print(f"{artifact}: fetched from the remote", file=sys.stderr)
 
 
-def set_aside(record: str, why: str) -> None:
-    """Move a record to .work/lost, see that what it is made from is here, and raise Lost."""
-    inputs = read_record(record).get("inputs", {})
+def set_aside(record: str) -> None:
+    """Move a record to .work/lost and remove its pointer, see that what it is made from is here, and raise Lost."""
+    inputs = [f"{name}.json" for name in read_record(record).get("inputs", {})]
     (LOST / record).parent.mkdir(parents=True, exist_ok=True)
     os.replace(record, LOST / record)
-    lines = [lost_line(record, why)]
+    pointer_of(record).unlink(missing_ok=True)
+    records = [record]
     for name in inputs:
         try:
-            if Path(f"{name}.json").exists():
-                fetch(f"{name}.json")
+            if Path(name).exists():
+                fetch(name)
         except Lost as fault:
-            lines.append(str(fault))
-    raise Lost("\n".join(lines))
-
-
-def lost_line(record: str, why: str) -> str:
-    """One line: what is missing, why, and what to do."""
-    return (
-        f"{artifact_of(record)}: {why}, so {record} is set aside: the same snakemake command now makes it again "
-        f"(or: git checkout {record}, and give DVC a remote that has it)"
-    )
+            records += fault.records
+    raise Lost(records)
 
 
 def track(record: str, artifact: str) -> None:
@@ -155,7 +148,7 @@ def verify() -> list[Path]:
     """
     cache = Path(dvc("cache", "dir").stdout.strip())
     damaged = []
-    for path in sorted(cache.glob("files/md5/??/*")):
+    for path in sorted(cache.glob("files/md5/??/[0-9a-f]*")):
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "md5").hexdigest()
         if found != path.parent.name + path.name.removesuffix(".dir"):

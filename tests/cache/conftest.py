@@ -1,6 +1,7 @@
 """A small project whose results are tracked: run once, committed and pushed; every test works in a clone of it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,6 @@ class Checkout:
 
     def planned(self) -> list[tuple[str, str]]:
         """(rule, target) of every job that a dry run plans, without the report's."""
-        import re
-
         text = self.run("snakemake -n -p -c1 --configfile config/paper.yaml").stdout
         found = re.findall(r"&> logs/([a-z]+)/?(.*)\.log$", text, re.M)
         assert found or "Nothing to be done" in text, text
@@ -112,38 +111,44 @@ def overlaid(base: dict, update: dict) -> dict:
     return base | update | both
 
 
-@pytest.fixture(scope="session")
-def published(tmp_path_factory) -> Checkout:
-    """The small project, finished, committed, and its data pushed to the remote `storage`, a directory."""
-    home = tmp_path_factory.mktemp("cache")
-    project = Checkout(home / "dllm")
-    if os.environ.get("DEVKEEP"):
-        subprocess.run(f"cp -a {os.environ['DEVKEEP']}/. {home}/", shell=True, check=True)
-        subprocess.run(f"cp {ROOT}/workflow/cache.py {home}/dllm/workflow/", shell=True, check=True)
-        return project
+def copy_sources(path: Path) -> Checkout:
+    """A git repository at `path` with the files of this one as they stand, results left out, and its remote `storage`.
+
+    The remote is the directory `storage` beside it, and compares what arrives with its hash.
+    """
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True)
     for name in files.stdout.decode().rstrip("\0").split("\0"):
         if (ROOT / name).is_file() and not name.startswith("results/"):
-            (project.path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, project.path / name)
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, path / name)
+    (path.parent / "storage").mkdir()
+    checkout = Checkout(path)
+    checkout.run("git init -q -b main && dvc remote add -d storage ../storage")
+    checkout.run("dvc remote modify storage verify true")
+    return checkout
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> Checkout:
+    """The small project, finished, committed, and its data pushed to the directory `storage` beside it."""
+    home = tmp_path_factory.mktemp("cache")
+    project = copy_sources(home / "dllm")
+    project.run(f"dvc remote modify storage url {home / 'storage'}")
     (project.path / "config/paper.yaml").write_text(yaml.safe_dump(small_paper(), sort_keys=False))
-    project.run(f"mkdir {home}/storage; dvc config --local core.analytics false; git init -q -b main")
     project.run("git add -A && git commit -qm code")
     project.run("snakemake -c2 --configfile config/paper.yaml")
+    project.run("dvc push && git add -A && git commit -qm results")
     return project
 
 
 @pytest.fixture(scope="session")
 def storage(published) -> Path:
-    """The remote of the published project, with everything in it."""
-    path = published.path.parent / "storage"
-    published.run(f"dvc remote add -d storage {path} && dvc remote modify storage verify true && dvc push")
-    published.run("git add -A && git commit -qm results")
-    return path
+    """The remote of the published project."""
+    return published.path.parent / "storage"
 
 
 @pytest.fixture
-def clone(published, storage, tmp_path) -> Checkout:
+def clone(published, tmp_path) -> Checkout:
     """A fresh clone, with nothing pulled."""
     subprocess.run(["git", "clone", "-q", str(published.path), str(tmp_path / "clone")], check=True)
     return Checkout(tmp_path / "clone")

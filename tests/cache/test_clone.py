@@ -96,22 +96,30 @@ def test_one_changed_hyper_parameter_redoes_its_run_and_what_depends_on_it(clone
 def test_what_the_remote_has_lost_is_made_again_and_nothing_else(clone, storage, tmp_path):
     shutil.copytree(storage, tmp_path / "storage")
     clone.run(f"dvc remote modify --local storage url {tmp_path / 'storage'}")
-    (lost,) = re.findall(r"md5: (\w+)", (clone.path / f"{WORK}/runs/modernbert-large/model.dvc").read_text())
-    (tmp_path / "storage/files/md5" / lost[:2] / f"{lost[2:]}.dir").unlink()
+    (lost,) = re.findall(r"md5: (\w+)", (clone.path / f"{CHAT}.dvc").read_text())
+    held = tmp_path / "storage/files/md5" / lost[:2] / f"{lost[2:]}.dir"
+    held.unlink()
     before = records(clone)
-    clone.set_run("chat-large", seed=43)  # so that its start is asked for
+    (clone.work / "evals/chat-large/gsm8k.json").unlink()
     first = clone.run(SNAKEMAKE, check=False)
     assert first.returncode != 0
     (line,) = {line for line in first.stdout.splitlines() if line.startswith("error: ")}
-    assert line.startswith("error: runs/modernbert-large/model: it is neither in the cache nor in the remote, so")
-    assert ("train", "modernbert-large") in clone.planned()
-    clone.run("git checkout config/paper.yaml")  # nothing asks for the start now, but the run that is to be made again
-    assert clone.planned() == [("track", "runs/modernbert-large/model"), ("train", "modernbert-large")]
-    clone.run(SNAKEMAKE)
+    assert line.startswith("error: runs/chat-large/model: neither here nor in DVC's cache or remote")
+    assert "snakemake (same options) -- runs/chat-large.json. Then start again." in line
+    again = clone.run(
+        shell_block("docs/reproduce.md", "snakemake -c1 --configfile config/paper.yaml -- runs/chat-large.json")
+    )
+    assert re.findall(r"^Job \d+: (.*)\.$", again.stdout, re.M) == ["Train chat-large"]
     assert records(clone) == before
+    assert clone.planned() == [  # and not the other evaluation
+        ("evaluate", "chat-large/gsm8k"),
+        ("track", "evals/chat-large/gsm8k.samples.jsonl"),
+        ("track", "runs/chat-large/model"),
+    ]
+    clone.run(SNAKEMAKE)
     assert clone.planned() == []
     clone.run("dvc push")
-    assert (tmp_path / "storage/files/md5" / lost[:2] / f"{lost[2:]}.dir").exists()
+    assert held.exists()
 
 
 def test_what_a_lost_artifact_is_made_from_is_looked_for_at_once(clone, tmp_path):
@@ -124,7 +132,7 @@ def test_what_a_lost_artifact_is_made_from_is_looked_for_at_once(clone, tmp_path
         "runs/modernbert-large.json", "data/corpus--world--64.json", "downloads/pocket-world.json",
         "downloads/modernbert-large-untrained.json",
     }  # fmt: skip
-    assert len(re.findall(r"so .* is set aside: the same snakemake command now makes it again", done.stdout)) == 4
+    assert re.search("-- runs/modernbert-large.json( [a-z]+/[a-z0-9-]+.json){3}. Then start again", done.stdout)
 
 
 @pytest.mark.parametrize("remote", ["a directory that is not there", "a server that does not answer"])
@@ -158,19 +166,27 @@ def test_another_commit_and_back(clone):
     clone.run(f"dvc pull {CHAT}.dvc")
     old = directory_digest(clone.path / CHAT)
     clone.set_run("chat-large", seed=43)
-    clone.run(f"{SNAKEMAKE} && git add -A && git commit -qm other")
-    new = directory_digest(clone.path / CHAT)
-    assert new != old and clone.planned() == []
-    for commit, digest in (("HEAD~1", old), ("main", new)):
+    clone.run(f"{SNAKEMAKE} -- runs/chat-large/model.dvc && git add -A && git commit -qm other")
+    new, planned = directory_digest(clone.path / CHAT), clone.planned()
+    assert new != old
+    assert {rule for rule, _ in planned} == {"evaluate", "track"}  # not asked for above
+    for commit, digest, jobs in (("HEAD~1", old, []), ("main", new, planned)):
         clone.run(f"git checkout -q {commit} && dvc checkout {CHAT}.dvc")
         assert directory_digest(clone.path / CHAT) == digest
-        assert clone.planned() == []
-    settings = clone.run("dvc params diff HEAD~1 --json")
-    assert '"runs.chat-large.seed": {"old": 42, "new": 43' in settings.stdout
-    numbers = json.loads(clone.run("dvc metrics diff HEAD~1 --json").stdout)["diff"][
-        "results/paper/tables/metrics.json"
-    ]
-    assert numbers["loss.chat-large"]["diff"] != 0 and "loss.modernbert-large" not in numbers
+        assert clone.planned() == jobs
+
+
+def test_settings_and_scores_of_two_commits_are_compared(clone):
+    clone.set_run("chat-large", seed=43)
+    metrics = clone.work / "tables/metrics.json"
+    numbers = json.loads(metrics.read_text())
+    numbers["scores"]["chat-large"]["mmlu"] += 50
+    metrics.write_text(json.dumps(numbers))
+    clone.run("git commit -qam other")
+    settings = json.loads(clone.run("dvc params diff --json HEAD~1").stdout)
+    assert settings == {"config/paper.yaml": {"runs.chat-large.seed": {"old": None, "new": 43}}}
+    changed = json.loads(clone.run("dvc metrics diff --json HEAD~1").stdout)[f"{WORK}/tables/metrics.json"]
+    assert {name: round(value["diff"]) for name, value in changed.items()} == {"scores.chat-large.mmlu": 50}
 
 
 def test_artifacts_and_plots_can_be_had_from_outside(published, storage, tmp_path):

@@ -12,7 +12,7 @@ localrules:
 def download_inputs(wildcards):
     """Record of the download that brings a new model's tokenizer."""
     path = PLAN.downloads[wildcards.name].tokenizer_path
-    return CACHE.edges([f"{path}.json"] if path else [])
+    return [f"{path}.json"] if path else []
 
 
 rule download:

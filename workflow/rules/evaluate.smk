@@ -7,9 +7,7 @@
 
 rule evaluate:
     input:
-        lambda wildcards: CACHE.edges(
-            PLAN.evaluation_inputs(wildcards.row, wildcards.benchmark)
-        ),
+        lambda wildcards: PLAN.evaluation_inputs(wildcards.row, wildcards.benchmark),
         config="configs/evals/{row}/{benchmark}.yaml",
     output:
         scores="evals/{row}/{benchmark}.json",
@@ -37,9 +35,7 @@ rule evaluate:
 
 rule sample:
     input:
-        lambda wildcards: CACHE.edges(
-            [PLAN.record_of(PROJECT.samples[wildcards.name].checkpoint)]
-        ),
+        lambda wildcards: PLAN.record_of(PROJECT.samples[wildcards.name].checkpoint),
         config="configs/samples/{name}.yaml",
     output:
         "samples/{name}.json",
@@ -61,7 +57,7 @@ rule sample:
 
 rule speed:
     input:
-        lambda wildcards: CACHE.edges(PLAN.speed_inputs(wildcards.name)),
+        lambda wildcards: PLAN.speed_inputs(wildcards.name),
         config="configs/speed/{name}.yaml",
     output:
         "speed/{name}.json",

@@ -6,7 +6,7 @@
 
 rule prepare:
     input:
-        lambda wildcards: CACHE.edges(PLAN.data_records(PLAN.data[wildcards.name])),
+        lambda wildcards: PLAN.data_records(PLAN.data[wildcards.name]),
         config="configs/data/{name}.yaml",
     output:
         "data/{name}.json",

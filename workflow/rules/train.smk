@@ -7,7 +7,7 @@
 
 rule train:
     input:
-        lambda wildcards: CACHE.edges(PLAN.train_inputs(wildcards.run)),
+        lambda wildcards: PLAN.train_inputs(wildcards.run),
         config="configs/runs/{run}.yaml",
     output:
         "runs/{run}.json",
