@@ -54,6 +54,8 @@ def test_a_fresh_clone_plans_nothing_whatever_the_times_of_its_files(clone):
     assert "Nothing to be done" in clone.run(SNAKEMAKE).stdout
     assert not (clone.path / CHAT).exists()
     assert clone.run("git status --short").stdout == ""
+    (clone.path / "none.yaml").write_text("cache: none\n")
+    assert "Nothing to be done" in clone.run(f"{SNAKEMAKE} none.yaml -n").stdout
 
 
 def test_the_documented_clone_and_pull_bring_every_artifact_and_leave_nothing_to_do(published, storage, tmp_path):
