@@ -1,5 +1,6 @@
-"""Push, pull and their interruption, damage, an S3 server, and many jobs at once; artifacts made up, no workflow."""
+"""Push, pull and their interruption, damage, an S3 server, and a job that waits; artifacts made up, no workflow."""
 
+import fcntl
 import json
 import os
 import random
@@ -7,8 +8,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -111,24 +114,19 @@ def test_damage_in_the_remote_is_not_taken_for_data(project):
     assert not (project.work / "data/a").exists() or not (project.work / "data/a/1.bin").exists()
 
 
-def test_many_jobs_track_and_fetch_at_once(project):
-    names = [f"set-{number}" for number in range(4)]
-    for name in names:
-        make_dataset(project, name)
-    before = {name: content(project, name) for name in names}
-    project.run(
-        f"cd {WORK}; "
-        + " ".join(f"{CACHE} track data/{n}.json data/{n} &" for n in names)
-        + " wait -n; wait -n; wait -n; wait -n"
-    )
-    project.run("dvc push -q")
-    forget(project)
-    project.run(
-        f"cd {WORK}; "
-        + " ".join(f"{CACHE} fetch data/{n}.json &" for n in names)
-        + " wait -n; wait -n; wait -n; wait -n"
-    )
-    assert {name: content(project, name) for name in names} == before
+def test_a_job_waits_for_another_that_holds_the_lock(project):
+    make_dataset(project, "a")
+    (project.path / ".dvc/tmp").mkdir(exist_ok=True)
+    with open(project.path / ".dvc/tmp/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "../../workflow/cache.py", "track", "data/a.json", "data/a"]
+        tools = {"PATH": f"{Path(dvc_command()).parent}:{os.environ['PATH']}", "PYTHONPATH": str(project.path)}
+        waiting = subprocess.Popen(command, cwd=project.work, env=os.environ | tools)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(12)  # without waiting, DVC gives up after three seconds
+        assert not (project.work / "data/a.dvc").exists()
+    assert waiting.wait() == 0
+    assert (project.work / "data/a.dvc").exists()
 
 
 def test_tracking_again_gives_the_same_pointer(project):
