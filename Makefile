@@ -2,6 +2,7 @@
 # make lint     formatters and linters                   make chat   talk to the laptop's chat model
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
+# make dvc      DVC, in an environment of its own
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report test bench lint chat plan one-gpu clean install
+.PHONY: report test bench lint chat plan one-gpu clean install dvc
 
 install: $(INSTALLED)
 
@@ -25,12 +26,21 @@ $(INSTALLED): pyproject.toml envs/pip.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/pip.txt --editable '.[dev]'
 	@touch $@
 
+dvc: .venv-dvc/.installed
+
+.venv-dvc/.installed: envs/dvc.txt
+	@echo "Installing DVC into .venv-dvc: about half a minute."
+	@$(PYTHON) -m venv .venv-dvc
+	@.venv-dvc/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	  --requirement envs/dvc.txt
+	@touch $@
+
 report: $(INSTALLED)
 	@if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
 	  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show
 	@echo "The report: $(abspath results/laptop/report/index.html)"
 
-test: $(INSTALLED)
+test: $(INSTALLED) dvc
 	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)

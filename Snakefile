@@ -5,12 +5,14 @@
 #
 # This file loads and checks the configuration and names the targets; the rules stand in workflow/rules, one verb each.
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
+from cache import Cache, record_of
 from plan import make_plan
 
 ROOT = Path(workflow.basedir)
@@ -30,6 +32,7 @@ workdir: ROOT / PROJECT.workdir
 
 
 PLAN.write(ROOT / PROJECT.workdir)
+CACHE = Cache(PROJECT.cache, f"{PLAN.up}/workflow/cache.py")
 
 
 include: "workflow/rules/download.smk"
@@ -37,6 +40,7 @@ include: "workflow/rules/prepare.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/track.smk"
 
 
 rule all:
@@ -48,3 +52,4 @@ rule all:
         rules.figures.output,
         rules.claims.output,
         rules.page.output,
+        CACHE.pointers(PLAN.artifacts()),

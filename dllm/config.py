@@ -602,6 +602,7 @@ class Project(Settings):
     """Everything one work directory holds: entries by name."""
 
     workdir: str = option(..., "where everything of this configuration is written")
+    cache: Literal["none", "dvc"] = option("none", "who keeps data and weights: DVC, or nobody but the work directory")
     world_seed: int = option(0, "seed of the synthetic world")
     hardware: Literal[HARDWARE] = option("cpu", "what the plan assumes of a GPU job (`cpu`: of every job)")
     utilisation: float | None = option(None, "share of the hardware's peak that training reaches", gt=0, le=1)

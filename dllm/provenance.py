@@ -165,7 +165,7 @@ def read_record(path: str | Path) -> dict:
 
 @cache
 def commit() -> dict[str, Any]:
-    """commit of the source tree and whether it has uncommitted changes; unknown outside a checkout."""
+    """commit of the source tree and whether it has changes besides results; unknown outside a checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -176,7 +176,10 @@ def commit() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     head = git("rev-parse", "HEAD")
-    return {"commit": head or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return {
+        "commit": head or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),
+    }
 
 
 @cache

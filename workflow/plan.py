@@ -145,6 +145,12 @@ class Plan:
             f"downloads/{download_name(self.project, dataset)}.json",
         ]
 
+    def artifacts(self) -> list[str]:
+        """Records of everything large, and the answers of the evaluations."""
+        kinds = {"downloads": self.downloads, "data": self.data, "runs": self.runs}
+        records = [f"{kind}/{name}.json" for kind, names in kinds.items() for name in names]
+        return [*records, *(f"evals/{row}/{benchmark}.samples.jsonl" for row, benchmark in self.evaluations)]
+
     def report_inputs(self) -> list[str]:
         """Everything a report reads: evaluations, records of runs, samples, speed."""
         runs = [f"runs/{run}.json" for run in self.project.runs]

@@ -3,6 +3,8 @@
 No wall time and no provenance appears here, so that two full runs write the same bytes.
 """
 
+import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,7 +54,7 @@ class Table:
 
 
 def build_tables(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
-    """Writes every table of the plan to the folder `out`, as csv, md and tex. Returns the paths written."""
+    """Writes every table of the plan to the folder `out`, as csv, md and tex, and metrics.json. Returns the paths."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -61,7 +63,24 @@ def build_tables(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]
             path = out / f"{table.name}.{suffix}"
             path.write_text(text, encoding="utf-8")
             paths.append(path)
-    return tuple(paths)
+    metrics = out / "metrics.json"
+    metrics.write_text(json.dumps(make_metrics(workdir, plan), indent=1) + "\n", encoding="utf-8")
+    return (*paths, metrics)
+
+
+def make_metrics(workdir: Path, plan: ReportPlan) -> dict[str, dict]:
+    """The numbers worth a comparison between two states of the repository, by what they are of.
+
+    scores: per cent, by row and benchmark; loss: final loss on the test split, nats per target token, by run.
+    """
+    found: dict[str, dict] = {"scores": {}, "loss": {}}
+    for row in scores(workdir, plan).itertuples() if plan.results and plan.benchmarks else ():
+        found["scores"].setdefault(row.run, {})[row.benchmark] = float(f"{row.value:.6g}")
+    for section in (plan.pretraining, plan.openwebtext, plan.ablation, plan.chat):
+        for row in final_losses(workdir, section).itertuples() if section else ():
+            if not math.isnan(row.eval_loss):
+                found["loss"][row.run] = float(f"{row.eval_loss:.6g}")
+    return found
 
 
 def make_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:

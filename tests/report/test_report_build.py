@@ -58,7 +58,17 @@ def test_every_figure_has_its_csv_and_every_table_its_three_forms(built, plan):
     figures = {path.name for path in (built / "figures").iterdir()}
     assert figures == {f"{name}.{suffix}" for name in plan.figure_names() for suffix in ("svg", "png", "csv")}
     tables = {path.name for path in (built / "tables").iterdir()}
-    assert tables == {f"{name}.{suffix}" for name in plan.table_names() for suffix in ("csv", "md", "tex")}
+    files = {f"{name}.{suffix}" for name in plan.table_names() for suffix in ("csv", "md", "tex")}
+    assert tables == files | {"metrics.json"}
+
+
+def test_the_metrics_are_the_numbers_of_the_tables(built, plan):
+    metrics = json.loads((built / "tables/metrics.json").read_text())
+    table = pd.read_csv(built / "tables/results.csv")
+    assert metrics["scores"] == {
+        run: dict(zip(rows["benchmark"], rows["value"], strict=True)) for run, rows in table.groupby("run")
+    }
+    assert set(metrics["loss"]) == set(plan.trained_runs())
 
 
 def test_the_plan_names_every_file_that_is_read(workdir, plan):

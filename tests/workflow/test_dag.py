@@ -66,7 +66,7 @@ def test_every_resolved_config_is_as_in_the_snapshot(plan):
 
 def test_every_command_line_names_a_config_that_was_written(plan):
     _, jobs, workdir = plan
-    for _, _, shell in jobs:
+    for _, _, shell in (job for job in jobs if job[0] != "track"):
         (config,) = [word for word in shell.split() if word.startswith("configs/")]
         assert yaml.safe_load((workdir / config).read_text()), shell
 

@@ -27,7 +27,9 @@ rule download:
         mem_mb=PLAN.asks("download", "mem_mb"),
         runtime=PLAN.asks("download", "runtime"),
         disk_mb=PLAN.asks("download", "disk_mb"),
+    params:
+        fetch=CACHE.fetch,
     message:
         "Fetch {wildcards.name}."
     shell:
-        "dllm download {input.config:q} &> {log:q}"
+        "{params.fetch}dllm download {input.config:q} &> {log:q}"

@@ -29,6 +29,7 @@ rule evaluate:
         gres=PLAN.asks("evaluate", "gres"),
         tasks_per_gpu=PLAN.asks("evaluate", "tasks_per_gpu"),
     params:
+        fetch=CACHE.fetch,
         launch=PLAN.launch("evaluate"),
         offline=lambda wildcards: int(
             PROJECT.benchmarks[wildcards.benchmark].dataset is not None
@@ -36,8 +37,8 @@ rule evaluate:
     message:
         "Evaluate {wildcards.row} on {wildcards.benchmark}."
     shell:
-        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} {params.launch} evaluate {input.config:q} "
-        "&> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} {params.launch} evaluate "
+        "{input.config:q} &> {log:q}"
 
 
 rule sample:
@@ -54,10 +55,12 @@ rule sample:
         runtime=PLAN.asks("sample", "runtime"),
         disk_mb=PLAN.asks("sample", "disk_mb"),
         gpu=PLAN.asks("sample", "gpu"),
+    params:
+        fetch=CACHE.fetch,
     message:
         "Sample conversations of {wildcards.name}."
     shell:
-        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm sample --config {input.config:q} --output {output:q} &> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm sample --config {input.config:q} --output {output:q} &> {log:q}"
 
 
 rule speed:
@@ -74,7 +77,9 @@ rule speed:
         runtime=PLAN.asks("speed", "runtime"),
         disk_mb=PLAN.asks("speed", "disk_mb"),
         gpu=PLAN.asks("speed", "gpu"),
+    params:
+        fetch=CACHE.fetch,
     message:
         "Measure steps against time and quality of {wildcards.name}."
     shell:
-        "HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm speed {input.config:q} --output {output:q} &> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE=1 OMP_NUM_THREADS={threads} dllm speed {input.config:q} --output {output:q} &> {log:q}"

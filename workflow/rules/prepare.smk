@@ -18,7 +18,9 @@ rule prepare:
         mem_mb=PLAN.asks("prepare", "mem_mb"),
         runtime=PLAN.asks("prepare", "runtime"),
         disk_mb=PLAN.asks("prepare", "disk_mb"),
+    params:
+        fetch=CACHE.fetch,
     message:
         "Prepare {wildcards.name}."
     shell:
-        "HF_HUB_OFFLINE=1 dllm prepare {input.config:q} &> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE=1 dllm prepare {input.config:q} &> {log:q}"

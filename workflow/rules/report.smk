@@ -12,7 +12,7 @@ localrules:
 
 
 REPORT_CODE = sorted(
-    str(path)
+    os.path.relpath(path, ROOT / PROJECT.workdir)
     for path in (ROOT / "dllm" / "report").rglob("*")
     if path.suffix in (".py", ".css", ".html", ".md", ".jinja")
 )
@@ -29,6 +29,7 @@ rule tables:
             name=PLAN.report.table_names(),
             suffix=["csv", "md", "tex"],
         ),
+        "tables/metrics.json",
     log:
         "logs/tables.log",
     resources:

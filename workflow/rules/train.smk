@@ -29,10 +29,11 @@ rule train:
         gres=PLAN.asks("train", "gres"),
         tasks_per_gpu=PLAN.asks("train", "tasks_per_gpu"),
     params:
+        fetch=CACHE.fetch,
         offline=lambda wildcards: PLAN.offline(wildcards.run),
         launch=PLAN.launch("train"),
     message:
         "Train {wildcards.run}."
     shell:
-        "HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} {params.launch} train --replace {input.config:q} "
-        "&> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE={params.offline} OMP_NUM_THREADS={threads} {params.launch} train --replace "
+        "{input.config:q} &> {log:q}"
