@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dllm.config import GenerateSettings, did_you_mean
 
@@ -38,6 +38,8 @@ class Session:
     context: int
     conversation: Conversation = Conversation()
     ended: bool = False
+    sidecar: dict = field(default_factory=dict)
+    """What is noted of the model's training."""
 
 
 def fit_context(session: Session, question: str, count: Callable[[list[Message]], int]) -> tuple[Session, int]:
@@ -92,7 +94,9 @@ def _steps(session: Session, argument: str) -> tuple[Session, str]:
 
 
 def _block(session: Session, argument: str) -> tuple[Session, str]:
-    return _with_settings(session, block_size=_whole("block", argument, "a number of at least 1"))
+    size = _whole("block", argument, "a number of at least 1")
+    check_block(size, session.sidecar, f"/block {size}")
+    return _with_settings(session, block_size=size)
 
 
 def _temperature(session: Session, argument: str) -> tuple[Session, str]:
@@ -167,3 +171,15 @@ def _whole(command: str, argument: str, allowed: str) -> int:
     if not argument.isdecimal() or int(argument) < 1:
         raise ValueError(f"/{command} takes {allowed}; got {argument!r}")
     return int(argument)
+
+
+def check_block(size: int, sidecar: dict, said: str) -> None:
+    """Raise ValueError, one line that begins with what was said, if a model has no such blocks.
+
+    sidecar: what is noted of the model's training.
+    """
+    if sidecar.get("algorithm") == "edit_flows":
+        raise ValueError(f"{said}: a model trained with edit_flows has no blocks; leave it out")
+    trained = sidecar.get("block_size")
+    if sidecar.get("algorithm") == "bd3lm" and size != trained:
+        raise ValueError(f"{said}: this model was trained in blocks of {trained}; leave it out")

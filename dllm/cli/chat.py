@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         model = open_model(checkpoint, args.device)
     context = chat_context(model.backbone.sidecar, model.max_length)
     settings = with_options(chat_generation(model.backbone.sidecar, context), args, model.backbone.sidecar)
-    session = Session(settings, context, Conversation(system=args.system))
+    session = Session(settings, context, Conversation(system=args.system), sidecar=model.backbone.sidecar)
     show = Live(console, model) if live else Plain()
     if args.once is not None:
         return Chat(model, session, replace(show, bare=True)).once(args.once)

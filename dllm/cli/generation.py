@@ -72,7 +72,7 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: 
     """
     from pydantic import ValidationError
 
-    from dllm.chat.session import check_steps
+    from dllm.chat.session import check_block, check_steps
 
     given = {field: getattr(args, name) for name, field in OPTIONS.items() if getattr(args, name) is not None}
     try:
@@ -90,18 +90,9 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: 
                 "give both or neither"
             )
     if args.block_size is not None:
-        check_block(args.block_size, sidecar or {})
+        check_block(args.block_size, sidecar or {}, f"--block-size {args.block_size}")
     check_steps(settings)
     return settings
-
-
-def check_block(size: int, sidecar: dict) -> None:
-    """Raise ValueError, one line, if a checkpoint has no blocks, or was trained with blocks of another size."""
-    if sidecar.get("algorithm") == "edit_flows":
-        raise ValueError(f"--block-size {size}: a model trained with edit_flows has no blocks; leave it out")
-    trained = sidecar.get("block_size")
-    if sidecar.get("algorithm") == "bd3lm" and size != trained:
-        raise ValueError(f"--block-size {size}: this model was trained in blocks of {trained}; leave it out")
 
 
 def open_model(checkpoint: str, device: str | None) -> DiffusionLM:

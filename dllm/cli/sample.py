@@ -23,9 +23,9 @@ EXAMPLES = """examples:
       reveal all tokens that are 80 % sure in a pass, and so take fewer passes
   dllm sample chat-large --reuse dual --refresh 8 "What is the capital of France?"
       compute what stands outside the active block in every eighth pass only (an approximation)
-  dllm sample edits --edit "Gorby is known is for for" "What is Gorby known for?"
+  dllm sample encoder-edits --edit "Gorby is known is for for" "What is Gorby known for?"
       a faulty answer is edited into a better one, pass by pass (a model trained with edit_flows)
-  dllm sample edits --edit "The zanu walks legs." --steps 8
+  dllm sample encoder-edits --edit "The zanu walks legs." --steps 8
       the same for a text that answers nothing, in eight passes
   dllm sample --config configs/samples/chat-large.yaml --output samples/chat-large.json
       what the report shows; paths in the config are below --workdir
@@ -106,7 +106,9 @@ def _edit(args: argparse.Namespace) -> int:
 
     model = open_model(find_checkpoint(args.model), args.device)
     sidecar = model.backbone.sidecar
-    settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.max_length)), args, sidecar)
+    # a text is mended with the most probable tokens; it is only from nothing that these would all be the same
+    usual = chat_generation(sidecar, chat_context(sidecar, model.max_length)).model_copy(update={"temperature": 0.0})
+    settings = with_options(usual, args, sidecar)
     prompt = prompts[0] if prompts else None
     if prompt is not None and not args.raw:
         system = [{"role": "system", "content": args.system}] if args.system else []

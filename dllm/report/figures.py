@@ -262,7 +262,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.5 + 0.3 * len(frame)))
     panels = figure.subplots(1, 1 + len(benchmarks), sharey=True)
     heights = range(len(frame) - 1, -1, -1)
-    names = [("nats", "Bound on an answer", "nats, lower is better")]
+    names = [("nats", "Bound", "nats per answer")]
     names += [(benchmark.name, benchmark.label, "per cent") for benchmark in benchmarks]
     for axes, (name, title, unit) in zip(panels, names, strict=True):
         for y, row in zip(heights, frame.to_dict("records"), strict=True):

@@ -34,8 +34,8 @@ CAPTIONS = {
     "scores": "Every score with its 95 % Wilson interval. The upright line is chance, where it is known; a hollow "
     "marker does not lie above it; a cross is the published number of the same model. With this many intervals, about "
     "one in twenty misses its true value.",
-    "systems": "The systems side by side. Left: the bound on -log p of a test answer, exact for the autoregressive "
-    "model. Then each score with its 95 % Wilson interval; the upright line is chance.",
+    "systems": "The systems side by side. Left: the bound on -log p of a test answer (lower is better), exact for the "
+    "autoregressive model. Then each score with its 95 % Wilson interval; the upright line is chance.",
     "speed": "Generation with fewer denoising steps. Left: seconds for all answers, and the time in proportion to "
     "the steps (dotted). Right: quality at the same steps, with 95 % intervals. These are wall times of one machine.",
 }

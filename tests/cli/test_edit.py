@@ -103,13 +103,14 @@ def test_a_model_of_another_algorithm_cannot_edit(project, monkeypatch, capsys):
 
 
 def test_a_block_size_that_a_model_does_not_have_is_refused():
-    from dllm.cli.generation import check_block
+    from dllm.chat.session import Session, check_block, obey
+    from dllm.config import GenerateSettings
 
     sidecar = {"algorithm": "bd3lm", "block_size": 16}
-    check_block(16, sidecar)
-    check_block(4, {"algorithm": "mdlm", "block_size": 16})
-    with pytest.raises(ValueError, match="--block-size 4: this model was trained in blocks of 16"):
-        check_block(4, sidecar)
+    check_block(16, sidecar, "")
+    check_block(4, {"algorithm": "mdlm", "block_size": 16}, "")
+    with pytest.raises(ValueError, match="/block 4: this model was trained in blocks of 16"):
+        obey(Session(GenerateSettings(), 64, sidecar=sidecar), "/block 4")
 
 
 def test_from_nothing_it_draws_unless_told_otherwise(here, capsys):
