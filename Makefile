@@ -2,7 +2,7 @@
 # make lint     formatters and linters                   make chat   talk to the laptop's chat model
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
-# make dvc      DVC, in an environment of its own
+# make systems  every kind of diffusion model, at toy size   make dvc   DVC, in an environment of its own
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report test bench lint chat plan one-gpu clean install dvc
+.PHONY: report systems test bench lint chat plan one-gpu clean install dvc
 
 install: $(INSTALLED)
 
@@ -39,6 +39,11 @@ report: $(INSTALLED)
 	@if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
 	  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show
 	@echo "The report: $(abspath results/laptop/report/index.html)"
+
+systems: $(INSTALLED)
+	@if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
+	  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show --configfile config/laptop.yaml config/systems.yaml
+	@echo "The comparison: $(abspath results/systems/report/index.html)"
 
 test: $(INSTALLED) dvc
 	$(BIN)/python -m pytest
