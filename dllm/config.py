@@ -544,7 +544,9 @@ class SpeedEntry(Settings):
 
     checkpoint: str = option(..., "run")
     questions: str = option(
-        ..., "jsonl or parquet file under a download: `<dataset>/<file>`, rows with question and answer"
+        ...,
+        "jsonl or parquet file under a download: `<dataset>/<file>`, rows with question and answer, or with choices; "
+        "`*` stands for several files",
     )
     prompt: str = option("{question}", "how a question is put; {question} stands for it")
     answer: str = option(r"(.*)", "regular expression whose first group, in a reference answer, is the answer sought")

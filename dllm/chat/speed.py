@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import re
@@ -60,19 +61,22 @@ class Comparison:
 
 
 def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]:
-    """The first questions of a jsonl or parquet file of {"question", "answer"} rows; the answer is `pattern`'s group.
+    """The first questions of jsonl or parquet files of {"question", "answer"} rows; the answer is `pattern`'s group.
 
+    path: may hold `*`, for several files. Of rows with "choices", the answer is the number of one of them.
     Raises ValueError, one line, for a missing file, a row without them, or an answer that `pattern` does not match.
     """
     path, expression = Path(path), _expression(pattern)
-    if not path.is_file():
+    files = sorted(Path(name) for name in glob.glob(str(path))) if "*" in str(path) else [path]
+    if not files or not all(file.is_file() for file in files):
         raise ValueError(f"{path}: no such file of questions; fetch or make its dataset first")
     found = []
-    for number, line in enumerate(_lines(path), 1):
+    rows = ((source, number, line) for source in files for number, line in enumerate(_lines(source), 1))
+    for file, number, line in rows:
         if len(found) == limit:
             break
         if line.strip():
-            found.append(_question(line, expression, f"{path}:{number}"))
+            found.append(_question(line, expression, f"{file}:{number}"))
     if not found:
         raise ValueError(f"{path}: no questions in it")
     return found
@@ -194,7 +198,9 @@ def _question(line: str, expression: re.Pattern, where: str) -> Question:
     try:
         row = json.loads(line)
         question, reference = row["question"], row["answer"]
-    except (ValueError, KeyError, TypeError):
+        if "choices" in row:
+            reference = row["choices"][reference]
+    except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f"{where}: not a row with question and answer; is this the right file?") from None
     match = expression.search(reference)
     if match is None:

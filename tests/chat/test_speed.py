@@ -66,6 +66,17 @@ def test_wrong_questions_are_one_clear_line(tmp_path, content, pattern, words):
     assert words in str(fault.value) and "\n" not in str(fault.value)
 
 
+def test_rows_with_choices_are_asked_openly_from_several_files(tmp_path):
+    for name, answer in (("b", 1), ("a", 0)):
+        row = {"question": f"{name}?", "choices": ["left", "right"], "answer": answer}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    found = read_questions(tmp_path / "*.jsonl", r"(\w+)$", 5)
+    assert [(question.text, question.answer) for question in found] == [("a?", "left"), ("b?", "right")]
+    assert read_questions(tmp_path / "*.jsonl", r"(\w+)$", 1) == found[:1]
+    with pytest.raises(ValueError, match="no such file of questions"):
+        read_questions(tmp_path / "*.parquet", r"(.*)", 5)
+
+
 def test_missing_questions_name_the_next_step(tmp_path):
     with pytest.raises(ValueError, match="no such file of questions"):
         read_questions(tmp_path / "q.jsonl", "(.*)", 4)
