@@ -342,6 +342,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "paper jobs": ("docs/reproduce.md", paper_jobs),
     "paper plan": ("docs/reproduce.md", paper_plan),
     "cluster needs": ("docs/reproduce.md", cluster_needs),
+    "needs": ("README.md", cluster_needs),
     "one-gpu plan": ("docs/reproduce.md", one_gpu_plan),
     "recipes": ("docs/recipes.md", recipes),
     "estimator policy": ("docs/algorithms.md", policy),
