@@ -23,7 +23,7 @@ SAME = "same trained weights, fp32, threads, prompts and targets; the mask token
 LEAST_LENGTH, MOST_LENGTH = 5, 40
 EFFORTS = [
     LikelihoodSettings(estimator=estimator, effort=effort, budget=128)
-    for effort in (0.9, 1.2, 1.6, 2.2, 3.0, 4.5)
+    for effort in (0.9, 1.0, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0)
     for estimator in ("lattice", "auto")
 ]
 """What is tried for equal standard error, from few passes to many."""
