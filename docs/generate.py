@@ -3,6 +3,7 @@
     python docs/generate.py           write docs/configuration.md, config/schema.json and the marked parts of pages
     python docs/generate.py --check   exit 1, with one line, if one of them is not what the code says
     python docs/generate.py --results results/laptop   put the scores of a finished run into the README
+    python docs/generate.py --benchmark                and the ratios of the benchmark
 
 A marked part stands between `<!-- generated: NAME -->` and `<!-- /generated -->`.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
+BENCHMARK = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
 
 from pydantic.fields import FieldInfo  # noqa: E402
@@ -259,6 +261,20 @@ def cluster_needs() -> str:
     return "\n".join(lines)
 
 
+def benchmark() -> str:
+    """The targets of the benchmark and what its committed results say of them."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(BENCHMARK.glob("*.json"))]
+    rows = [row for case in found for row in case["rows"] if row["target"] is not None]
+    lines = ["| work | against | ratio | asked for |", "|---|---|---:|---:|"]
+    for row in rows:
+        unit = "" if row["unit"] == "s" else f", {row['unit']}"
+        asked = f"{row['target']:g} ×" + ("" if row["ratio"] >= row["target"] else ", missed")
+        lines.append(f"| {row['name']}{unit} | {row['against']} | **{row['ratio']:.3g} ×** | {asked} |")
+    machines = sorted({f"{row['hardware']}, {row['threads']} threads" for row in rows})
+    commits = sorted({row["commit"][:8] for row in rows})
+    return "\n".join([*lines, "", f"From `make bench` on {'; '.join(machines)}, commits {', '.join(commits)}."])
+
+
 def recipes() -> str:
     """Every switch of the recipes and scorers, as `published` and `corrected` set it."""
     project = _paper()
@@ -409,8 +425,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Write what is stale, or with `--check` only say so."""
     parser = argparse.ArgumentParser(description="Write docs/configuration.md, config/schema.json and parts of pages.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
+    parser.add_argument("--benchmark", action="store_true", help="put the results of `make bench` into the README")
     parser.add_argument("--results", type=Path, metavar="WORKDIR", help="put a finished run's scores into the README")
     args = parser.parse_args(arguments)
+    if args.benchmark:
+        readme = ROOT / "README.md"
+        text = with_part(readme.read_text(encoding="utf-8"), "benchmark", benchmark())
+        readme.write_text(text, encoding="utf-8")
     if args.results:
         readme = ROOT / "README.md"
         readme.write_text(with_results(readme.read_text(encoding="utf-8"), args.results), encoding="utf-8")
