@@ -123,3 +123,26 @@ def test_the_built_package_works_outside_the_checkout(tmp_path):
     for name in files.split("\0"):
         if name.startswith("dllm/"):
             assert name in shipped, f"{name} is not in the built package"
+
+
+@pytest.mark.slow
+def test_the_constraints_install_into_a_clean_environment(tmp_path):
+    """As a user of the package would: not editable, without the extras of developers, away from the checkout."""
+    clean = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", clean], check=True)
+    python = clean / "bin" / "python"
+    options = ["--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", ENVS / "pip.txt"]
+    installed = subprocess.run([python, "-m", "pip", "install", *options, ROOT], capture_output=True, text=True)
+    if any(words in installed.stderr for words in ("NewConnectionError", "Temporary failure in name resolution")):
+        pytest.skip("no package index can be reached")
+    assert installed.returncode == 0, installed.stderr
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
+    assert "dllm" in subprocess.run([clean / "bin" / "dllm", "--help"], **run).stdout
+    frozen = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], **run).stdout.splitlines()
+    found = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in frozen)}
+    pinned = pins("pip.txt")
+    unpinned = set(found) - set(pinned) - {"dllm", "pip", "setuptools"}
+    assert not {name for name in unpinned if not name.startswith(("nvidia-", "cuda-", "triton"))}
+    for name in set(found) & set(pinned):
+        assert Version(found[name].split("+")[0]) == Version(str(pinned[name]).split("+")[0]), name
