@@ -96,6 +96,18 @@ def test_conda_and_container_have_one_python_and_the_same_constraints():
     assert all((ROOT / name).exists() for line in copied for name in line.split())
 
 
+def source_in(directory: Path) -> tuple[Path, list[str]]:
+    """The package's own files, copied there so that nothing is built in the checkout, and what git tracks."""
+    source = directory / "source"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = listed.split("\0")
+    for name in files:
+        if name.startswith("dllm/") or name in ("pyproject.toml", "README.md", "LICENSE"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    return source, files
+
+
 def test_the_built_package_works_outside_the_checkout(tmp_path):
     """Its data files are in it. The dependencies are those of this environment: CI begins with a full install."""
     environment = os.environ | {"PYTHONPATH": "", "PIP_NO_INDEX": "1"}
@@ -105,12 +117,7 @@ def test_the_built_package_works_outside_the_checkout(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
-    source = tmp_path / "source"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in files.split("\0"):
-        if name.startswith("dllm/") or name in ("pyproject.toml", "README.md", "LICENSE"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    source, files = source_in(tmp_path)
     pip = sys.executable, "-m", "pip", "--quiet"
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "wheels", source)
     (wheel,) = (tmp_path / "wheels").glob("dllm-*.whl")
@@ -120,7 +127,7 @@ def test_the_built_package_works_outside_the_checkout(tmp_path):
     assert said.startswith(str(tmp_path / "site"))
     assert "verbs:" in run(sys.executable, "-m", "dllm", "--help", **there)
     shipped = {p.relative_to(tmp_path / "site").as_posix() for p in (tmp_path / "site/dllm").rglob("*") if p.is_file()}
-    for name in files.split("\0"):
+    for name in files:
         if name.startswith("dllm/"):
             assert name in shipped, f"{name} is not in the built package"
 
@@ -132,7 +139,8 @@ def test_the_constraints_install_into_a_clean_environment(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", clean], check=True)
     python = clean / "bin" / "python"
     options = ["--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", ENVS / "pip.txt"]
-    installed = subprocess.run([python, "-m", "pip", "install", *options, ROOT], capture_output=True, text=True)
+    source, _ = source_in(tmp_path)
+    installed = subprocess.run([python, "-m", "pip", "install", *options, source], capture_output=True, text=True)
     if any(words in installed.stderr for words in ("NewConnectionError", "Temporary failure in name resolution")):
         pytest.skip("no package index can be reached")
     assert installed.returncode == 0, installed.stderr

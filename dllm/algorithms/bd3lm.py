@@ -11,7 +11,7 @@ Source: Arriola et al. 2025 (arXiv:2503.09573).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -22,39 +22,20 @@ from dllm.algorithms.base import Algorithm, refuse
 from dllm.algorithms.denoising import complete_masked, denoise_masked
 from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
-from dllm.core.batch import Batch, LossTerms, Noise, weighted_terms
+from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, weighted_terms
 from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import Canvas, Completion, Score
 from dllm.core.corrupt import apply_mask, block_levels, corrupted
 from dllm.core.losses import row_shares
-from dllm.core.packing import Layout, block_layout
+from dllm.core.packing import block_layout
 
 
-@dataclass(frozen=True, eq=False)
-class BlockInputs:
+class BlockInputs(MaskedInputs):
     """Rows of clean tokens and then their corrupted blocks, whose cross-entropy is taken at N masked tokens.
 
-    tokens [B, L] long; layout: its rows, with `blocks`; row, position [N] long: where in the rows the clean tokens
-    `targets` [N] are predicted, in row-major order; weight [N]: what makes nats a bound; share [N]: what a nat counts
-    in the loss before the denominator.
+    As `MaskedInputs`, but for: layout, with `blocks`; row, position [N]: where in these longer rows the clean tokens
+    are predicted; weight [N]: what makes nats a bound; share [N]: what a nat counts in the loss before the denominator.
     """
-
-    tokens: Tensor
-    layout: Layout
-    row: Tensor
-    position: Tensor
-    targets: Tensor
-    weight: Tensor
-    share: Tensor
-
-    def to(self, device: torch.device | str) -> BlockInputs:
-        """The same inputs on a device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
-
-    def pin_memory(self) -> BlockInputs:
-        """The same inputs in page-locked memory."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
     def at_targets(self, values: Tensor) -> Tensor:
         """Weights or shares, which belong to the targets already: [N]."""

@@ -7,8 +7,8 @@ every backbone, the logits returned for position i score token i.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -356,6 +356,18 @@ def packs(model: nn.Module) -> bool:
     return _packs[inner]
 
 
+@contextmanager
+def _evaluating(inner: nn.Module) -> Iterator[None]:
+    """In evaluation mode; every module is then as it was."""
+    training = [module for module in inner.modules() if module.training]
+    inner.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def _packed_equals_padded(inner: nn.Module) -> bool:
     embedding, parameter = inner.get_input_embeddings(), next(inner.parameters())
@@ -371,17 +383,12 @@ def _packed_equals_padded(inner: nn.Module) -> bool:
     attention = (
         torch.arange(layout.width, device=parameter.device) < torch.tensor(lengths).to(parameter.device)[:, None]
     )
-    training = [module for module in inner.modules() if module.training]
-    inner.eval()
     try:
-        with torch.autocast(parameter.device.type, enabled=False):
+        with _evaluating(inner), torch.autocast(parameter.device.type, enabled=False):
             padded = layout.pack(_padded_forward(inner, attention, inputs_embeds=embedded)).float()
             packed = _packed_forward(inner, Rows(layout, layout), inputs_embeds=layout.pack(embedded)[None]).float()
     except (TypeError, ValueError, IndexError, RuntimeError):
         return False  # it does not take the arguments of a packed forward, or their shapes
-    finally:
-        for module in training:
-            module.training = True
     tolerance = 5e-3 if parameter.dtype == torch.float32 else 5e-2  # TF32 and half precision differ by shapes
     return packed.shape == padded.shape and bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
 
@@ -419,15 +426,18 @@ def _narrowed_forward(inner: nn.Module, layout: Layout, part: Layout, **inputs: 
     planned for whole rows.
     """
     (given,) = inputs.values()
-    row = torch.div(part.flat, part.width, rounding_mode="floor")
-    places = layout.index(row, part.positions)
-    last = None
+    places, last = _places(layout, part), None
     plain = given.device.type == "cpu" and not torch.is_grad_enabled()
     if plain and layout.blocks is None and min(part.lengths) > 0:
         last = _last_layer(inner)
     if last is None:
         return _packed_forward(inner, Rows(layout, layout), **inputs).index_select(0, places)
     return _cut_short(inner, last, Rows(layout, layout), Rows(layout, part), places, inputs)
+
+
+def _places(layout: Layout, part: Layout) -> Tensor:
+    """[N] long: where the part's positions stand in the packed order of the layout."""
+    return layout.index(torch.div(part.flat, part.width, rounding_mode="floor"), part.positions)
 
 
 def _cut_short(
@@ -478,19 +488,14 @@ def _short_equals_whole(inner: nn.Module) -> bool:
     part = part_of(layout, (1, 2, 0), (3, lengths[1] - 2, 5))
     generator = torch.Generator().manual_seed(0)
     embedded = torch.randn(1, layout.tokens, embedding.embedding_dim, generator=generator).to(parameter.dtype)
-    places = layout.index(torch.div(part.flat, part.width, rounding_mode="floor"), part.positions)
-    training = [module for module in inner.modules() if module.training]
-    inner.eval()
+    places = _places(layout, part)
     try:
-        with torch.autocast("cpu", enabled=False):
+        with _evaluating(inner), torch.autocast("cpu", enabled=False):
             rows, given = Rows(layout, layout), {"inputs_embeds": embedded}
             short = _cut_short(inner, _last[inner], rows, Rows(layout, part), places, given)
             whole = _packed_forward(inner, Rows(layout, layout), **given).index_select(0, places)
     except (TypeError, ValueError, IndexError, KeyError, RuntimeError):
         return False  # its layers are called in a way of their own
-    finally:
-        for module in training:
-            module.training = True
     tolerance = 1e-4 if parameter.dtype == torch.float32 else 5e-2
     return short.shape == whole.shape and bool((short - whole).abs().max() <= tolerance * whole.abs().max())
 
