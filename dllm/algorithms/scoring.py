@@ -8,7 +8,7 @@ other requests, up to float rounding. The designs are in `core.likelihood`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -27,6 +27,7 @@ from dllm.core.likelihood import (
     Design,
     budget_for,
     estimate,
+    estimator_for,
     everything_masked,
     likelihood_design,
 )
@@ -185,11 +186,12 @@ def _parts(prompts: Rows, targets: Rows, settings: LikelihoodSettings, rule: Blo
 
 @dataclass(frozen=True)
 class _Group:
-    """G parts of one length L, their designs, and the inputs they need, each once.
+    """G parts with their designs, padded to the longest target L, and the inputs they need, each once.
 
-    members and owner [G]: the number and the request of each; targets [G, L]; design with leading dimension G; asked
-    [G, S, L] bool: what it scores and is not known, known [G, S, L] the nll of the rest; inputs: U different masked
-    targets [U, L], of contexts [U]; row [G, S]: which input each pass is; passes [G]: inputs that no earlier part has.
+    members, owner, length [G]: the number, the request and the target length of each; targets [G, L]; design with
+    leading dimension G; asked [G, S, L] bool: what it scores and is not known, known [G, S, L] the nll of the rest;
+    inputs: U different masked targets [U, L], their lengths `size` [U] and contexts [U]; row [G, S]: which input each
+    pass is; passes [G]: inputs that no earlier part has.
     """
 
     members: numpy.ndarray
@@ -199,6 +201,7 @@ class _Group:
     asked: Tensor
     known: Tensor
     inputs: Tensor
+    size: Tensor
     context: Tensor
     row: Tensor
     passes: numpy.ndarray
@@ -213,7 +216,7 @@ def _everything_masked(
         for group, nll in zip(groups, _forward(backbone, parts, groups, settings.batch_tokens, rule), strict=True):
             numpy.add.at(passes, group.owner, group.passes)
             for part, values in zip(group.members.tolist(), nll[:, 0], strict=True):
-                found[part] = values
+                found[part] = values[: len(parts.targets[part])]
     return found
 
 
@@ -224,58 +227,79 @@ def _groups(
     first: list[Tensor] | None,
     mask_id: int,
 ) -> Iterator[_Group]:
-    """The parts by target length and budget [N], those with the same context together, short contexts first.
+    """The parts by estimator, budget [N] and target length, those with the same context together, short contexts first.
 
-    Without a budget only the pass with everything masked; `first` is what such a pass gave.
+    Designs that are made for many lengths at once share a group. Without a budget only the pass with everything masked;
+    `first` is what such a pass gave.
     """
     size = numpy.array([len(target) for target in parts.targets])
     most_passes = numpy.ones_like(size) if budget is None else budget
-    order = numpy.lexsort((parts.context, parts.lengths.numpy()[parts.context], most_passes, size))
-    for (length, passes), same in groupby(order.tolist(), key=lambda part: (int(size[part]), int(most_passes[part]))):
-        members = list(same)
-        design = partial(everything_masked, length)
-        if budget is not None:
-            own = settings.model_copy(update={"budget": passes})
-            design = partial(likelihood_design, length, settings=own)
-        most = max(1, _CHUNK_ROWS // design(torch.tensor(0)).masked.shape[0])
-        context = parts.context[members]
-        low = 0
+    order = numpy.lexsort((parts.context, parts.lengths.numpy()[parts.context], size, most_passes))
+    kind = partial(_kind, settings) if budget is not None else lambda length, passes: (None, 0)
+    known = {(length, passes): kind(length, passes) for length, passes in set(zip(size.tolist(), most_passes.tolist()))}
+    for (own, _), same in groupby(order.tolist(), key=lambda part: known[int(size[part]), int(most_passes[part])]):
+        members = numpy.array(list(same))
+        context, low = parts.context[members], 0
+        most = max(1, _CHUNK_ROWS // _rows(int(size[members].max()), own))
         while low < len(members):
             high = min(low + most, len(members))
             while high < len(members) and context[high] == context[high - 1]:
                 high += 1
-            yield _group(parts, numpy.array(members[low:high]), design, first, mask_id)
+            yield _group(parts, members[low:high], own, first, mask_id)
             low = high
+
+
+def _kind(settings: LikelihoodSettings, length: int, passes: int) -> tuple[LikelihoodSettings, int]:
+    """How a part is estimated, and its length, 0 where any lengths go together: what the parts of a group share."""
+    own = settings.model_copy(update={"budget": passes})
+    name = estimator_for(length, own)
+    return own.model_copy(update={"estimator": name}), 0 if name == "lattice" and length > 1 else length
+
+
+def _rows(length: int, settings: LikelihoodSettings | None) -> int:
+    """Passes of a design; without settings, that of everything masked."""
+    return 1 if settings is None else likelihood_design(length, torch.tensor(0), settings).masked.shape[0]
+
+
+def _design(length: Tensor, key: Tensor, settings: LikelihoodSettings | None) -> Design:
+    """The designs of targets of these lengths [G] under these keys [G]; equal ones are made once."""
+    if settings is None:
+        return everything_masked(length)
+    pairs, number = torch.stack([key, length], 1).unique(dim=0, return_inverse=True)
+    key, length = pairs.unbind(1)
+    one_length = settings.estimator != "lattice" or int(length.max()) == 1
+    return likelihood_design(int(length[0]) if one_length else length, key, settings).of(number)
 
 
 def _group(
     parts: _Parts,
     members: numpy.ndarray,
-    design_of: Callable[[Tensor], Design],
+    settings: LikelihoodSettings | None,
     first: list[Tensor] | None,
     mask_id: int,
 ) -> _Group:
-    targets = torch.tensor([list(parts.targets[part]) for part in members.tolist()], dtype=torch.long)
-    key, of_key = parts.key[members].unique(return_inverse=True)
-    design = design_of(key).of(of_key)
+    targets = pad_sequence([torch.tensor(parts.targets[part]) for part in members.tolist()], batch_first=True)
+    length = torch.tensor([len(parts.targets[part]) for part in members.tolist()])
+    design = _design(length, parts.key[members], settings)
     asked, known = design.scored, torch.zeros((), dtype=torch.float64).expand(design.scored.shape)
     if first is not None:
-        whole = design.masked.all(-1, keepdim=True) & design.scored
-        known = whole * torch.stack([first[part] for part in members.tolist()])[:, None]
+        whole = (design.masked.sum(-1) == length[:, None])[..., None] & design.scored
+        known = whole * pad_sequence([first[part] for part in members.tolist()], batch_first=True)[:, None]
         asked = asked & ~whole
     inputs = torch.where(design.masked, mask_id, targets[:, None])
     part, step = asked.any(-1).nonzero(as_tuple=True)  # an arrangement may end in empty passes
     inputs = inputs[part, step]
-    context = torch.from_numpy(parts.context[members])[part]
+    context, size = torch.from_numpy(parts.context[members])[part], length[part]
     # equal inputs by a hash of 64 bits: of 16384 rows, two different ones share it with probability 1e-11
-    same = keyed_hash(context, token_hash(inputs)).numpy()
+    inside = torch.arange(inputs.shape[1]) < size[:, None]
+    same = keyed_hash(context, size, token_hash(inputs, inside)).numpy()
     _, place, inverse = numpy.unique(same, return_index=True, return_inverse=True)
     row = torch.zeros(design.scored.shape[:2], dtype=torch.long)
     row[part, step] = torch.from_numpy(inverse.reshape(-1))
     place = torch.from_numpy(place)
     passes = torch.bincount(part[place], minlength=len(members)).numpy()
-    owner, inputs, context = parts.owner[members], inputs[place], context[place]
-    return _Group(members, owner, targets, design, asked, known, inputs, context, row, passes)
+    owner, inputs, size, context = parts.owner[members], inputs[place], size[place], context[place]
+    return _Group(members, owner, targets, design, asked, known, inputs, size, context, row, passes)
 
 
 def _chunks(groups: Iterator[_Group]) -> Iterator[list[_Group]]:
@@ -300,7 +324,7 @@ def _forward(
         return
     most = max(group.targets.shape[1] for group in groups)
     inputs = torch.cat([torch.nn.functional.pad(group.inputs, (0, most - group.inputs.shape[1])) for group in groups])
-    size = torch.cat([torch.full((len(group.inputs),), group.targets.shape[1]) for group in groups])
+    size = torch.cat([group.size for group in groups])
     context = torch.cat([group.context for group in groups])
     start = parts.lengths[context]
     order = (start + size).argsort(stable=True)

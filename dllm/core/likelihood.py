@@ -73,14 +73,17 @@ class Design:
         return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast, blend)
 
 
-def likelihood_design(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
+def likelihood_design(length: int | Tensor, key: int | Tensor, settings: LikelihoodSettings) -> Design:
     """The design of `settings.estimator` for a target of `length` tokens; a pure function of its arguments.
+
+    `lattice` also takes long [N], the lengths of targets of several tokens, one for each key [N].
 
     key: an integer, or long [...], one design each. Requests with the same key share their random numbers, position by
     position, also if their lengths differ (common random numbers), so that their differences are less noisy than their
     values. Raises ValueError for an empty target, or one the estimator does not take within `settings.budget`.
     """
-    return ESTIMATORS[estimator_for(length, settings)](length, torch.as_tensor(key), settings)
+    name = settings.estimator if isinstance(length, Tensor) else estimator_for(length, settings)
+    return ESTIMATORS[name](length, torch.as_tensor(key), settings)
 
 
 def estimator_for(length: int, settings: LikelihoodSettings) -> str:
@@ -129,9 +132,9 @@ def budget_for(nats: numpy.ndarray, settings: LikelihoodSettings) -> numpy.ndarr
     return numpy.minimum(numpy.maximum(wanted, LEAST_LATTICE), settings.budget)
 
 
-def everything_masked(length: int, key: Tensor) -> Design:
-    """The pass with everything masked, alone."""
-    masked = torch.ones(*key.shape, 1, length, dtype=torch.bool)
+def everything_masked(length: Tensor) -> Design:
+    """The pass with everything masked, alone, for targets of these lengths [N], padded to the longest."""
+    masked = (torch.arange(int(length.max())) < length[:, None])[:, None]
     return Design(masked, masked, masked.double(), torch.zeros(1, dtype=torch.long))
 
 
@@ -142,9 +145,9 @@ def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
     """
     if design.blend is not None:
         nll = torch.where(design.scored, nll.double(), 0.0)
-        nats = (design.weight * nll).sum((-1, -2))
+        nats = _sum((design.weight * nll).flatten(-2), -1)
         full, second = nll[..., :1, :], nll[..., 1:LATTICE, :].sum(-2, keepdim=True)
-        window = (design.weight * (nll - second - design.blend * (full - second)))[..., LATTICE:, :].sum(-1)
+        window = _sum((design.weight * (nll - second - design.blend * (full - second)))[..., LATTICE:, :], -1)
         spread = ((window - window.mean(-1, keepdim=True)) ** 2).sum(-1)
         return nats, (spread * window.shape[-1] / (window.shape[-1] - 1)).sqrt()
     if design.contrast is not None:
@@ -230,7 +233,7 @@ def cover(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     return Design(masked, masked, weight / units, unit, contrast if units == 1 else None)
 
 
-def lattice(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
+def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> Design:
     """Random windows, each corrected by what two fixed versions of the target say about it.
 
     The fixed versions are everything masked, nll b_i, and every second token masked, both ways, nll a_i: 3 passes.
@@ -242,62 +245,101 @@ def lattice(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     the golden ratio of it apart. The total weight of a window
     follows from its size, its spread over the window's tokens from kernel quadrature, as in `cover`. The standard error
     is that of the windows' corrections.
+
+    length: or long [N], of several tokens each, one for each key [N]; designs are then padded to the longest.
     """
-    count = settings.budget - LATTICE
-    positions = torch.arange(length)
-    if length == 1:
-        return enumerate_masks(length, key, settings)
-    offset = keyed_uniform(key[..., None], torch.tensor(0), -1).double()
-    number = torch.arange(count)
-    power = _SIZE_POWER
-    k = ((length * ((number + offset) / count) ** power).floor().long() + 1).clamp(max=length)
-    size = torch.arange(length + 1, dtype=torch.float64)
-    expected = count * ((size / length) ** (1 / power)).diff()  # windows of each size 1..L
+    if not isinstance(length, Tensor):
+        if length == 1:
+            return enumerate_masks(length, key, settings)
+        one = lattice(torch.full((key.numel(),), length), key.reshape(-1), settings)
+        parts = (x.view(*key.shape, *x.shape[1:]) for x in (one.masked, one.weight, one.blend))
+        masked, weight, blend = parts
+        return Design(masked, masked, weight, one.unit, blend=blend)
+    count, most = settings.budget - LATTICE, int(length.max())
+    positions, number = torch.arange(most), torch.arange(count)
+    inside = positions < length[:, None]
+    offset = keyed_uniform(key[:, None], torch.tensor(0), -1).double()
+    power, long = _SIZE_POWER, length[:, None].double()
+    k = ((long * ((number + offset) / count) ** power).floor().long() + 1).minimum(length[:, None])
+    expected = count * ((k / long) ** (1 / power) - ((k - 1) / long) ** (1 / power))  # windows of a size
     circles = -(-count // _WINDOWS_PER_CIRCLE)
-    start = ((number // circles) * (length / _GOLDEN)).floor().long() % length
-    rank = _ranks(key, circles, length)[..., number % circles, :]
-    window = (rank - start[:, None]) % length < k[..., None]
-    each = _window_weights(window.reshape(-1, count, length), (1 / expected[k - 1]).reshape(-1, count))
-    each = each.view(window.shape)
+    start = ((number // circles) * (long / _GOLDEN)).floor().long() % length[:, None]
+    rank = _ranks(key, circles, length)[:, number % circles]
+    window = ((rank - start[..., None]) % length[:, None, None] < k[..., None]) & inside[:, None]
+    each = _window_weights(window, 1 / expected, length)
 
-    share = (k - 1).double() / (length - 1)
+    share = (k - 1).double() / (long - 1)
     side = torch.nn.functional.pad(window.double(), (1, 1))
-    beside = torch.nn.functional.pad(torch.ones(length, dtype=torch.float64), (1, 1))
-    near = (side[..., :-2] + side[..., 2:]) / (beside[:-2] + beside[2:])
+    beside = torch.nn.functional.pad(inside.double(), (1, 1))
+    near = (side[..., :-2] + side[..., 2:]) / (beside[:, :-2] + beside[:, 2:]).clamp(min=1)[:, None]
     blend = share[..., None] ** _BLEND_POWER * near
-    mean = (((size[1:] - 1) / (length - 1)) ** (_BLEND_POWER + 1)).mean()
-    of_full = mean - (each * blend).sum(-2)
-    of_second = 1 - mean - (each * (1 - blend)).sum(-2)
+    mean = _mean_blends(length)[:, None]
+    of_full = mean - _sum(each * blend, 1)
+    of_second = 1 - mean - _sum(each * (1 - blend), 1)
 
-    fixed = torch.stack([positions >= 0, positions % 2 == 0, positions % 2 == 1])
-    masked = torch.cat([fixed.expand(*key.shape, -1, -1), window], -2)
-    weight = torch.cat([torch.stack([of_full, of_second, of_second], -2) * fixed, each], -2)
+    fixed = torch.stack([positions >= 0, positions % 2 == 0, positions % 2 == 1]) & inside[:, None]
+    masked = torch.cat([fixed, window], 1)
+    weight = torch.cat([torch.stack([of_full, of_second, of_second], 1) * fixed, each], 1)
     blend = torch.nn.functional.pad(blend, (0, 0, LATTICE, 0))
     return Design(masked, masked, weight, torch.arange(LATTICE + count), blend=blend)
 
 
-def _window_weights(windows: Tensor, totals: Tensor) -> Tensor:
+def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
     """Weights [K, S, L] of windows [K, S, L], those of a window adding up to its total [K, S].
 
     Kernel quadrature as in `_interpolation_weights`, of covariance 1 + exp(-d / 8), for what the fixed passes leave.
     """
-    count, length = windows.shape[1:]
-    mean = 1 + _mean_covariance(length, torch.arange(length).double(), _SURPRISE_SCALE)
-    height = max(1, 2**22 // (length * count**2))
-    found = []
-    for some, total in zip(windows.split(height), totals.split(height), strict=True):
-        revealed = (~some).double()
+    count, most = windows.shape[1:]
+    # with empty windows up to a multiple of four, every matrix begins at a multiple of 64 bytes: where it stands in
+    # memory, and so its batch, does not change its rounding
+    more = -count % 4
+    windows, totals = torch.nn.functional.pad(windows, (0, 0, 0, more)), torch.nn.functional.pad(totals, (0, more))
+    found = torch.zeros(windows.shape, dtype=torch.float64)
+    mean = _padded([_window_means(length) for length in lengths.tolist()])
+    identity = torch.eye(count + more, dtype=torch.float64)
+    height = max(1, 2**22 // (most * len(identity) ** 2))
+    for low in range(0, len(windows), height):
+        here = slice(low, low + height)
+        some, inside = windows[here], torch.arange(most) < lengths[here, None]
+        revealed = (~some & inside[:, None]).double()
         number = revealed.sum(-1)
         distance = number[..., None] + number[..., None, :] - 2 * revealed @ revealed.mT
-        covariance = 1 + torch.exp(-distance / _SURPRISE_SCALE) + 1e-3 * torch.eye(count, dtype=torch.float64)
-        target = mean[number.long()]
-        member = some.mT.double()
-        both = member[..., None] * member[..., None, :]  # [K, L, S, S]
-        inverses = torch.linalg.inv(both * covariance[:, None] + torch.diag_embed(1 - member)) * both
-        left = total - (inverses @ target[:, None, :, None])[..., 0].sum(1)
-        multiplier = torch.linalg.solve(inverses.sum(1), left)
-        found.append((inverses @ (target + multiplier)[:, None, :, None])[..., 0].mT)
-    return torch.cat(found)
+        covariance = 1 + torch.exp(-distance / _SURPRISE_SCALE) + 1e-3 * identity
+        target = mean[here].gather(1, number.long().clamp(max=most - 1))
+        row, position = inside.nonzero(as_tuple=True)
+        member = some.mT[row, position].double()
+        both = member[:, :, None] * member[:, None]  # [P, S, S]: of every position the windows it is in
+        inverses = torch.linalg.inv(both * covariance[row] + torch.diag_embed(1 - member)) * both
+        together = torch.zeros_like(covariance).index_add_(0, row, inverses) + torch.diag_embed(~some.any(-1) * 1.0)
+        left = totals[here].index_add(0, row, (inverses * target[row, None]).sum(-1), alpha=-1)
+        multiplier = (torch.linalg.inv(together) * left[:, None]).sum(-1)
+        found[here].mT[row, position] = (inverses * (target + multiplier)[row, None]).sum(-1)
+    return found[:, :count]
+
+
+@lru_cache(maxsize=4096)
+def _window_means(length: int) -> Tensor:
+    """[L]: by how many others are revealed, the mean covariance of a window; see `_mean_covariance`."""
+    return 1 + _mean_covariance(length, torch.arange(length).double(), _SURPRISE_SCALE)
+
+
+def _mean_blends(lengths: Tensor) -> Tensor:
+    """[N]: E f of `lattice` over all sizes."""
+
+    def mean(length: int) -> Tensor:
+        return ((torch.arange(length).double() / (length - 1)) ** (_BLEND_POWER + 1)).mean()
+
+    each, number = lengths.unique(return_inverse=True)
+    return torch.stack([mean(length) for length in each.tolist()])[number]
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _sum(values: Tensor, dim: int) -> Tensor:
+    """The sum over a dimension, its terms added one after another: zeros behind them do not change its rounding."""
+    return values.cumsum(dim).select(dim, -1)
 
 
 _SURPRISE_SCALE = 8.0
@@ -339,9 +381,15 @@ ESTIMATORS: dict[str, Callable[[int, Tensor, LikelihoodSettings], Design]] = {
 }
 
 
-def _ranks(key: Tensor, count: int, length: int) -> Tensor:
-    """`count` random ranks of the positions, [..., count, L] long; those of a prefix are in the same order."""
-    noise = keyed_uniform(key[..., None, None], torch.arange(count)[:, None], torch.arange(length))
+def _ranks(key: Tensor, count: int, length: int | Tensor) -> Tensor:
+    """`count` random ranks of the positions, [..., count, L] long; those of a prefix are in the same order.
+
+    length: or one [N] for each key [N]; what is behind it then has the last ranks.
+    """
+    positions = torch.arange(int(length.max()) if isinstance(length, Tensor) else length)
+    noise = keyed_uniform(key[..., None, None], torch.arange(count)[:, None], positions)
+    if isinstance(length, Tensor):
+        noise = noise.masked_fill((positions >= length[:, None])[:, None], 2.0)
     return noise.argsort(-1).argsort(-1)
 
 
