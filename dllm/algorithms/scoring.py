@@ -258,7 +258,11 @@ def _kind(settings: LikelihoodSettings, length: int, passes: int) -> tuple[Likel
 
 def _rows(length: int, settings: LikelihoodSettings | None) -> int:
     """Passes of a design; without settings, that of everything masked."""
-    return 1 if settings is None else likelihood_design(length, torch.tensor(0), settings).masked.shape[0]
+    if settings is None:
+        return 1
+    known = {"exact": 1, "lattice": settings.budget if length > 1 else 1, "mc": settings.mc_draws}
+    rows = known.get(settings.estimator)
+    return rows or likelihood_design(length, torch.tensor(0), settings).masked.shape[0]
 
 
 def _design(length: Tensor, key: Tensor, settings: LikelihoodSettings | None) -> Design:

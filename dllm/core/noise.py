@@ -7,7 +7,11 @@ do not change an experiment. Source: the SplitMix64 finaliser, Steele et al. 201
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 _GAMMA = 0x9E3779B97F4A7C15
@@ -28,10 +32,18 @@ def keyed_hash(key: int | Tensor, *counters: int | Tensor) -> Tensor:
 
     h = mix(key + gamma), then h = mix(gamma h + mix(counter + gamma)) for each counter, modulo 2^64.
     """
-    gamma = _signed(_GAMMA)
-    h = _mix(_long(key) + gamma)
-    for counter in counters:
-        h = _mix(h * gamma + _mix(_long(counter) + gamma))
+    given = (key, *counters)
+    if not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in given):
+        with numpy.errstate(over="ignore"):
+            h = _hash([_unsigned(value) for value in given], numpy.uint64(_GAMMA), _mix_unsigned)
+        return torch.from_numpy(numpy.asarray(h).view(numpy.int64))
+    return _hash([_long(value) for value in given], _signed(_GAMMA), _mix)
+
+
+def _hash(values: list, gamma: int | numpy.uint64, mix: Callable):
+    h = mix(values[0] + gamma)
+    for counter in values[1:]:
+        h = mix(h * gamma + mix(counter + gamma))
     return h
 
 
@@ -42,6 +54,19 @@ def token_hash(tokens: Tensor, where: Tensor | None = None) -> Tensor:
     """
     each = keyed_hash(torch.arange(tokens.shape[-1], device=tokens.device), tokens)
     return keyed_hash((each if where is None else each * where).sum(-1))
+
+
+def _mix_unsigned(z: ndarray) -> ndarray:
+    """As `_mix`, on the host, where numpy has the right type and is several times as fast."""
+    z = (z ^ (z >> numpy.uint64(30))) * numpy.uint64(_MULTIPLIER_1)
+    z = (z ^ (z >> numpy.uint64(27))) * numpy.uint64(_MULTIPLIER_2)
+    return z ^ (z >> numpy.uint64(31))
+
+
+def _unsigned(value: int | Tensor) -> ndarray:
+    if isinstance(value, Tensor):
+        return value.long().numpy().view(numpy.uint64)
+    return numpy.array(value % 2**64, dtype=numpy.uint64)
 
 
 def _mix(z: Tensor) -> Tensor:

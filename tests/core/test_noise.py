@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
+from dllm.core.noise import _GAMMA, _hash, _long, _mix, _signed, keyed_hash, keyed_uniform, token_hash
 
 
 @pytest.mark.parametrize("counters", [(torch.arange(20_000),), (3, torch.arange(20_000)), (torch.arange(20_000), 5)])
@@ -31,6 +31,13 @@ def test_noise_does_not_depend_on_the_shape_it_stands_in():
     for row, key in enumerate(keys.tolist()):
         for position in (0, 3, 10):
             assert keyed_uniform(key, position, 4) == table[row, position]
+
+
+def test_numbers_made_on_the_host_are_those_of_torch():
+    keys, counter = torch.tensor([[3], [-8], [2**62], [-(2**63)]]), torch.tensor([0, -1, 7, 2**40])
+    for key, given in ((keys, counter), (-5, counter), (2**63 - 1, 4), (keys, -1)):
+        plain = _hash([_long(key), _long(given)], _signed(_GAMMA), _mix)
+        assert torch.equal(keyed_hash(key, given), plain)
 
 
 def test_the_order_of_key_and_counters_matters():
