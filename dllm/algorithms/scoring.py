@@ -41,6 +41,9 @@ Rows = Sequence[Sequence[int]]
 _CHUNK_ROWS = 16384
 """Rows laid out at a time, so that memory does not grow with the number of requests."""
 
+_HOST_TOKENS = 4096
+"""Most tokens of a forward batch on a CPU, whatever the budget: with more, activations fall out of its cache."""
+
 _HEAD_LOGITS = 2**25
 """Most logits held at once (128 MiB)."""
 
@@ -356,6 +359,8 @@ def _forward(
     place, of_place = torch.cat(place).unique(return_inverse=True)
     token, by_place = torch.cat(token), of_place.argsort(stable=True)
 
+    if backbone.device.type == "cpu":
+        batch_tokens = min(batch_tokens, _HOST_TOKENS)
     found = []
     for low, high in _batches(cost.numpy(), batch_tokens):
         here = slice(low, high)
