@@ -85,7 +85,7 @@ def _stand_in() -> Laptop:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", mask_token="[MASK]")
     backbone = replace(encoder(len(tokens), layers=2, width=64, context=160), tokenizer=fast)
-    lengths = numpy.array([52 + number % 13 for number in range(64)])
+    lengths = numpy.array([40 + number % 9 for number in range(64)])
     rows = rows_of_lengths(lengths, len(tokens), prompt_share=0.2)
     questions = [[Request(rows.row(n)[:20].tolist(), [letter]) for letter in (5, 6, 7, 8)] for n in range(8)]
     return Laptop(DiffusionLM(backbone, MDLM()), rows, questions)
@@ -107,6 +107,25 @@ def endings(laptop: Laptop, lengths: list[int]) -> list[Request]:
     if len(found) < len(lengths):
         raise ValueError(f"{len(found)} held-out texts are long enough, {len(lengths)} are needed; ask for fewer")
     return found
+
+
+def answers(laptop: Laptop, each: int = 2) -> tuple[list[Request], list[Request]]:
+    """Held-out answers of 5 to 40 tokens behind their own prompts, `each` of every length, and behind other prompts.
+
+    Behind the same prompts, the second ones are answers to another, about as long: what a question's wrong choices are.
+    """
+    rows, by_length = laptop.rows, {}
+    for number in range(len(rows)):
+        prompt, length = int(rows.prompts[number]), int(rows.lengths[number] - rows.prompts[number])
+        if 5 <= length <= 40 and len(by_length.setdefault(length, {})) < each:
+            row = rows.row(number).tolist()
+            by_length[length].setdefault(tuple(row[:prompt]), row[prompt:])
+    own = [Request(list(p), a) for _, found in sorted(by_length.items()) for p, a in found.items()]
+    different = [
+        next((r.target for r in own[n + 1 :] + own[:n][::-1] if r.target != own[n].target), None)
+        for n in range(len(own))
+    ]
+    return own, [Request(r.prompt, target) for r, target in zip(own, different, strict=True) if target]
 
 
 def chat_prompts(laptop: Laptop, count: int, longest: int) -> list[list[int]]:

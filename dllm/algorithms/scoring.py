@@ -239,7 +239,10 @@ def _groups(
     most_passes = numpy.ones_like(size) if budget is None else budget
     order = numpy.lexsort((parts.context, parts.lengths.numpy()[parts.context], size, most_passes))
     kind = partial(_kind, settings) if budget is not None else lambda length, passes: (None, 0)
-    known = {(length, passes): kind(length, passes) for length, passes in set(zip(size.tolist(), most_passes.tolist()))}
+    known = {
+        (length, passes): kind(length, passes)
+        for length, passes in set(zip(size.tolist(), most_passes.tolist(), strict=True))
+    }
     for (own, _), same in groupby(order.tolist(), key=lambda part: known[int(size[part]), int(most_passes[part])]):
         members = numpy.array(list(same))
         context, low = parts.context[members], 0
