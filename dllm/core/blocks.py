@@ -256,7 +256,12 @@ class TokenSight:
 
     def mask(self, queries: slice | ndarray, keys: slice | ndarray) -> ndarray:
         """[queries, keys] bool: whether one token sees another."""
-        return sees(*((x[queries][:, None], x[keys][None]) for x in (self.row, self.position, self.limit, self.span)))
+        every = numpy.arange(len(self.row))
+        return self.seen(every[queries][:, None], every[keys][None])
+
+    def seen(self, query: ndarray, key: ndarray) -> ndarray:
+        """Whether tokens see others, both given by their places among the T; bool, broadcast."""
+        return sees(*((x[query], x[key]) for x in (self.row, self.position, self.limit, self.span)))
 
 
 def sees(row, position, limit, span):

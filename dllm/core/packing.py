@@ -101,8 +101,8 @@ def block_layout(blocks: BlockRows, width: int | None = None, device: torch.devi
     if len(blocks.first):
         sight = blocks.sight
         place = numpy.arange(len(sight.row))
-        opens = (sight.span >= 0) & (sight.position == sight.limit)  # the first token of a span
-        before = numpy.where(opens, place - sight.slot + sight.limit - 1, place - 1)
+        follows = (numpy.diff(sight.span, prepend=-1) == 0) & (numpy.diff(sight.position, prepend=-1) == 1)
+        before = numpy.where(follows, place - 1, place - sight.slot + sight.position - 1)  # in its span, or clean
         before = numpy.where(sight.position == 0, place, before)
         positions, before = torch.from_numpy(sight.position), torch.from_numpy(before)
         layout = replace(layout, positions=positions, before=before)

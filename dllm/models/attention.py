@@ -419,9 +419,10 @@ def _mask(queries: int, keys: int, ahead: int, reach: Reach, masks: dict) -> Ten
 def block_seen(layout: Layout, query: Tensor, key: Tensor, reach: Reach) -> Tensor:
     """Whether queries [B, Q] see keys [B, K], given by their places in the packed order: [B, Q, K] bool (host)."""
     sight = layout.blocks.sight
-    about = [torch.from_numpy(x) for x in (sight.row, sight.position, sight.limit, sight.span)]
-    pairs = [(x[query.clamp(max=len(x) - 1)][:, :, None], x[key.clamp(max=len(x) - 1)][:, None]) for x in about]
-    return sees(*pairs) & _seen(*pairs[1], reach)
+    last = len(sight.row) - 1
+    places = query.clamp(max=last)[:, :, None].numpy(), key.clamp(max=last)[:, None].numpy()
+    near = _seen(*(torch.from_numpy(sight.position[place]) for place in places), reach)
+    return torch.from_numpy(sight.seen(*places)) & near
 
 
 def _seen(query: Tensor, key: Tensor, reach: Reach) -> Tensor:
