@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dllm.config import LikelihoodSettings
-from dllm.core.noise import keyed_uniform
+from dllm.core.noise import keyed_hash, keyed_uniform
 
 ENUMERATION_LIMIT = 12
 """Longest target whose 2^L - 1 masks are enumerated."""
@@ -58,6 +58,9 @@ class Design:
     |sum of contrast x nll|, contrast [..., S, L] (None: the estimate has no error). With blend [..., S, L] the first
     passes are those of `lattice`, and the error comes from how far the others are from blend x the nll with everything
     masked + (1 - blend) x that with every second token masked.
+
+    Of two levels (`multilevel`), the first `cheap` passes are a design of their own, whose nll come from spans behind
+    the clean row (`core.spans`); the others are versions forwarded exactly, and then the same versions, cheap again.
     """
 
     masked: Tensor
@@ -66,11 +69,26 @@ class Design:
     unit: Tensor
     contrast: Tensor | None = None
     blend: Tensor | None = None
+    cheap: int = 0
+
+    @property
+    def partial(self) -> Tensor:
+        """[S] bool: passes whose nll come from spans behind the clean row."""
+        passes = torch.arange(len(self.unit))
+        exact = (len(passes) - self.cheap) // 2
+        return (passes < self.cheap) | (passes >= self.cheap + exact) & (self.cheap > 0)
 
     def of(self, keys: Tensor) -> Design:
         """The designs of some of the keys, whose dimension is the first."""
         contrast, blend = (None if x is None else x[keys] for x in (self.contrast, self.blend))
-        return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast, blend)
+        return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast, blend, self.cheap)
+
+    def levels(self) -> tuple[Design, Design]:
+        """The cheap design of two levels, and the differences between exact and cheap."""
+        count = self.cheap
+        parts = (self.masked, self.scored, self.weight)
+        first = Design(*(x[..., :count, :] for x in parts), self.unit[:count], None, self.blend)
+        return first, Design(*(x[..., count:, :] for x in parts), self.unit[count:])
 
 
 def likelihood_design(length: int, key: int | Tensor, settings: LikelihoodSettings) -> Design:
@@ -103,7 +121,7 @@ def estimator_for(length: int, settings: LikelihoodSettings) -> str:
             name = "chain" if length <= CHAIN_LIMIT and 2 * length - 1 <= budget < 4 * length else "cover"
             if LEAST_LATTICE <= budget <= LATTICE_SHARE * length:
                 name = "lattice"
-    windows = {"cover": LEAST_COVER, "lattice": LEAST_LATTICE} if length > 1 else {}
+    windows = {"cover": LEAST_COVER, "lattice": LEAST_LATTICE, "multilevel": LEAST_LATTICE} if length > 1 else {}
     least = ({"chain": 2 * length - 1} | windows).get(name, 1)
     if budget < least:
         instead = "" if name == "cover" else f", or take cover, which needs {LEAST_COVER}"
@@ -114,7 +132,7 @@ def estimator_for(length: int, settings: LikelihoodSettings) -> str:
     return name
 
 
-WITH_EFFORT = ("auto", "cover", "lattice")
+WITH_EFFORT = ("auto", "cover", "lattice", "multilevel")
 """Estimators whose passes `settings.effort` governs; the others say themselves how many they need."""
 
 
@@ -138,8 +156,13 @@ def everything_masked(length: int, key: Tensor) -> Design:
 def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
     """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at scored positions only).
 
-    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`.
+    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`. The variances of
+    two levels, which are independent, add up.
     """
+    if design.cheap:
+        parts = nll[..., : design.cheap, :], nll[..., design.cheap :, :]
+        (first, of_first), (rest, of_rest) = map(estimate, design.levels(), parts)
+        return first + rest, torch.hypot(of_first, of_rest)
     if design.blend is not None:
         nll = torch.where(design.scored, nll.double(), 0.0)
         nats = (design.weight * nll).sum((-1, -2))
@@ -276,6 +299,61 @@ def lattice(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     return Design(masked, masked, weight, torch.arange(LATTICE + count), blend=blend)
 
 
+def multilevel(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
+    """Many cheap versions of the target, and a few windows that correct what is wrong about them.
+
+    The nll e_i(S) of a version takes a forward of context and target. Its stand-in c_i(S) takes one of the masked
+    tokens alone, which attend to each other and to the row forwarded once with nothing masked, less the positions
+    masked in S (`core.spans`). The bound of c comes from `lattice` with `budget` versions, or from all of them if they
+    fit (also up to `ENUMERATED` tokens); that of e - c, which varies a tenth as much, from n windows, n = max(2,
+    `EXACT_SHARE` x (budget - 3)). For every model, the sum has the expectation of e alone.
+
+    The windows' sizes are systematic, |S| = 1 + floor(L x^0.9), and each begins on one random circle where the one
+    before it ends; the tokens of a window weigh the same. Their random numbers are not those of the first level, so
+    that the levels' variances add up. Up to two tokens all versions are forwarded exactly: they are as few.
+
+    Of costs C and variances V per pass, the best ratio of the passes of two levels is root (V_1 C_0 / V_0 C_1) (Giles
+    2015, doi:10.1017/S096249291500001X): here C_0 is about 0.4 L tokens and C_1 the P + L of context and target. It
+    changes with the root of 1 + P / L only, by less than the rounding of n; the share is that of P = 2 L or so, and the
+    more a context is longer, the more is saved.
+    """
+    if length <= 2:
+        return enumerate_masks(length, key, settings)
+    few = 2**length - 1 <= settings.budget if length <= ENUMERATION_LIMIT else False
+    first = (enumerate_masks if few or length <= ENUMERATED else lattice)(length, key, settings)
+    count = max(2, round(EXACT_SHARE * (settings.budget - LATTICE)))
+    own = keyed_hash(key, _SECOND_LEVEL)
+    window, total = _windows_in_turn(length, count, own)
+    weight = window * (total / window.sum(-1))[..., None]
+    masked = torch.cat([first.masked, window, window], -2)
+    weight = torch.cat([first.weight, weight, -weight], -2)
+    scored = torch.cat([first.scored, window, window], -2)
+    unit = torch.cat([first.unit, torch.arange(count), torch.arange(count)])
+    return Design(masked, scored, weight, unit, blend=first.blend, cheap=len(first.unit))
+
+
+def _windows_in_turn(length: int, count: int, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows [..., S, L] of systematic sizes, in random order one after another on a circle, and their totals."""
+    offset = keyed_uniform(key[..., None], torch.tensor(0), -1).double()
+    order = keyed_uniform(key[..., None], torch.arange(count), -2).argsort(-1)
+    k = ((length * ((order + offset) / count) ** _EXACT_POWER).floor().long() + 1).clamp(max=length)
+    size = torch.arange(length + 1, dtype=torch.float64)
+    expected = count * ((size / length) ** (1 / _EXACT_POWER)).diff()  # windows of each size 1..L
+    start = k.cumsum(-1) - k
+    window = (_ranks(key, 1, length) - start[..., None]) % length < k[..., None]
+    return window, 1 / expected[k - 1]
+
+
+ENUMERATED = 5
+"""Longest target of which `multilevel` computes all versions cheaply, whatever the budget: 80 tokens for 5."""
+
+EXACT_SHARE = 0.18
+"""Exact windows of `multilevel` for each version of its first level beyond three."""
+
+_EXACT_POWER = 0.9
+_SECOND_LEVEL = 2
+
+
 def _window_weights(windows: Tensor, totals: Tensor) -> Tensor:
     """Weights [K, S, L] of windows [K, S, L], those of a window adding up to its total [K, S].
 
@@ -335,6 +413,7 @@ ESTIMATORS: dict[str, Callable[[int, Tensor, LikelihoodSettings], Design]] = {
     "chain": chain,
     "cover": cover,
     "lattice": lattice,
+    "multilevel": multilevel,
     "mc": mc,
 }
 

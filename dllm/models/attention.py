@@ -370,9 +370,16 @@ def _block_causal(
         if reach.right is not None:
             stop = min(stop, int(position[low:high].max()) + reach.right + 1)
         start = 0 if reach.left is None else min(stop, max(0, int(position[low:high].min()) - reach.left))
-        keys = slice(start, stop) if low < clean else (slice(start, stop), slice(low, high))
-        about = (x[low:high].tobytes() for x in (position - start, limit - start, span - span[low]))
-        about = ("sight", high - low, stop - start, low < clean, *about)  # what the mask depends on
+        keys, own = slice(start, stop), slice(low, high)
+        if low >= clean:  # whole spans, also where only some of their tokens are among the queries
+            ends = (
+                numpy.searchsorted(span[clean:], span[low]),
+                numpy.searchsorted(span[clean:], span[high - 1], "right"),
+            )
+            own = slice(*(clean + int(end) for end in ends))
+            keys = (keys, own)
+        about = (x[own].tobytes() for x in (position - start, limit - start, span - span[low]))
+        about = ("sight", low - own.start, high - low, stop - start, low < clean, *about)  # what the mask depends on
         if about not in masks:
             masks[about] = _sight_mask(sight, base, slice(low, high), keys, reach)
         found.append(
