@@ -410,8 +410,16 @@ def _sight_mask(
     parts = keys if isinstance(keys, tuple) else (keys,)
     at_k = base + numpy.concatenate([numpy.arange(part.start, part.stop) for part in parts])
     at_q = slice(base + queries.start, base + queries.stop)
-    near = _seen(*(torch.from_numpy(x) for x in (sight.position[at_q][:, None], sight.position[at_k][None])), reach)
-    seen = torch.from_numpy(sight.mask(at_q, at_k)) & near
+    if sight.hidden is None:
+        seen = torch.from_numpy(sight.mask(at_q, at_k))
+    else:  # the same, in fewer steps, of spans and their clean tokens
+        span, clean, own = sight.span[at_q], *parts
+        here = sight.span[base + own.start : base + own.stop]
+        seen = numpy.concatenate([~sight.hidden[span, clean], span[:, None] == here], 1)
+        seen = torch.from_numpy(seen)
+    if reach != Reach(None, None):
+        position = (torch.from_numpy(x) for x in (sight.position[at_q][:, None], sight.position[at_k][None]))
+        seen &= _seen(*position, reach)
     return None if seen.all() else seen
 
 
