@@ -308,20 +308,21 @@ def multilevel(length: int, key: Tensor, settings: LikelihoodSettings) -> Design
     fit (also up to `ENUMERATED` tokens); that of e - c, which varies a tenth as much, from n windows, n = max(2,
     `EXACT_SHARE` x (budget - 3)). For every model, the sum has the expectation of e alone.
 
-    The windows' sizes are systematic, |S| = 1 + floor(L x^0.9), and each begins on one random circle where the one
-    before it ends; the tokens of a window weigh the same. Their random numbers are not those of the first level, so
-    that the levels' variances add up. Up to two tokens all versions are forwarded exactly: they are as few.
+    The windows' sizes are systematic, |S| = 1 + floor(L x^0.9), and each begins on a random circle where the one before
+    it ends, 8 on a circle; the tokens of a window weigh the same. Their random numbers are not those of the first
+    level, so that the levels' variances add up. Where n exact passes, or three, hold all versions, it is `enumerate`.
 
     Of costs C and variances V per pass, the best ratio of the passes of two levels is root (V_1 C_0 / V_0 C_1) (Giles
     2015, doi:10.1017/S096249291500001X): here C_0 is about 0.4 L tokens and C_1 the P + L of context and target. It
     changes with the root of 1 + P / L only, by less than the rounding of n; the share is that of P = 2 L or so, and the
     more a context is longer, the more is saved.
     """
-    if length <= 2:
-        return enumerate_masks(length, key, settings)
-    few = 2**length - 1 <= settings.budget if length <= ENUMERATION_LIMIT else False
-    first = (enumerate_masks if few or length <= ENUMERATED else lattice)(length, key, settings)
     count = max(2, round(EXACT_SHARE * (settings.budget - LATTICE)))
+    versions = 2**length - 1 if length <= ENUMERATION_LIMIT else math.inf
+    if versions <= max(count, 3):
+        return enumerate_masks(length, key, settings)
+    first = enumerate_masks if length <= ENUMERATED or versions <= settings.budget else lattice
+    first = first(length, key, settings)
     own = keyed_hash(key, _SECOND_LEVEL)
     window, total = _windows_in_turn(length, count, own)
     weight = window * (total / window.sum(-1))[..., None]
@@ -333,14 +334,16 @@ def multilevel(length: int, key: Tensor, settings: LikelihoodSettings) -> Design
 
 
 def _windows_in_turn(length: int, count: int, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows [..., S, L] of systematic sizes, in random order one after another on a circle, and their totals."""
+    """Windows [..., S, L] of systematic sizes, in random order one after another on circles, and their totals."""
     offset = keyed_uniform(key[..., None], torch.tensor(0), -1).double()
     order = keyed_uniform(key[..., None], torch.arange(count), -2).argsort(-1)
     k = ((length * ((order + offset) / count) ** _EXACT_POWER).floor().long() + 1).clamp(max=length)
     size = torch.arange(length + 1, dtype=torch.float64)
     expected = count * ((size / length) ** (1 / _EXACT_POWER)).diff()  # windows of each size 1..L
     start = k.cumsum(-1) - k
-    window = (_ranks(key, 1, length) - start[..., None]) % length < k[..., None]
+    circle = torch.arange(count) // _WINDOWS_PER_CIRCLE
+    rank = _ranks(key, int(circle[-1]) + 1, length)[..., circle, :]
+    window = (rank - start[..., None]) % length < k[..., None]
     return window, 1 / expected[k - 1]
 
 
