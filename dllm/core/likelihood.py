@@ -157,12 +157,16 @@ def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
     """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at scored positions only).
 
     With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`. The variances of
-    two levels, which are independent, add up.
+    two levels, which are independent, add up; that of the second is n / (2n - 2) sum (c_u - c_u-1)^2, as its units are
+    a systematic sample in the order of their sizes.
     """
     if design.cheap:
-        parts = nll[..., : design.cheap, :], nll[..., design.cheap :, :]
-        (first, of_first), (rest, of_rest) = map(estimate, design.levels(), parts)
-        return first + rest, torch.hypot(of_first, of_rest)
+        first, rest = design.levels()
+        nats, error = estimate(first, nll[..., : design.cheap, :])
+        window = (rest.weight * nll[..., design.cheap :, :].double()).sum(-1).unflatten(-1, (2, -1)).sum(-2)
+        count = window.shape[-1]
+        of_rest = (window.diff(dim=-1) ** 2).sum(-1) * count / (2 * (count - 1))
+        return nats + window.sum(-1), (error**2 + of_rest).sqrt()
     if design.blend is not None:
         nll = torch.where(design.scored, nll.double(), 0.0)
         nats = (design.weight * nll).sum((-1, -2))
@@ -334,15 +338,17 @@ def multilevel(length: int, key: Tensor, settings: LikelihoodSettings) -> Design
 
 
 def _windows_in_turn(length: int, count: int, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows [..., S, L] of systematic sizes, in random order one after another on circles, and their totals."""
+    """Windows [..., S, L] of systematic, ascending sizes and their totals; on the circles they are in random order."""
     offset = keyed_uniform(key[..., None], torch.tensor(0), -1).double()
-    order = keyed_uniform(key[..., None], torch.arange(count), -2).argsort(-1)
-    k = ((length * ((order + offset) / count) ** _EXACT_POWER).floor().long() + 1).clamp(max=length)
+    number = torch.arange(count)
+    k = ((length * ((number + offset) / count) ** _EXACT_POWER).floor().long() + 1).clamp(max=length)
     size = torch.arange(length + 1, dtype=torch.float64)
     expected = count * ((size / length) ** (1 / _EXACT_POWER)).diff()  # windows of each size 1..L
-    start = k.cumsum(-1) - k
-    circle = torch.arange(count) // _WINDOWS_PER_CIRCLE
-    rank = _ranks(key, int(circle[-1]) + 1, length)[..., circle, :]
+    order = keyed_uniform(key[..., None], number, -2).argsort(-1)
+    in_order, turn = k.gather(-1, order), order.argsort(-1)
+    start, circle = (in_order.cumsum(-1) - in_order).gather(-1, turn), turn // _WINDOWS_PER_CIRCLE
+    rank = _ranks(key, -(-count // _WINDOWS_PER_CIRCLE), length)
+    rank = rank.gather(-2, circle[..., None].expand(*circle.shape, length))
     window = (rank - start[..., None]) % length < k[..., None]
     return window, 1 / expected[k - 1]
 

@@ -64,10 +64,7 @@ def textbook(backbone, prompt, target, settings):
 
 @pytest.mark.parametrize(
     ("case", "budget"),
-    [
-        *((case, {}) for case in ("bert", "roberta", "llama")),
-        *(("modernbert", {"budget": n}) for n in (6, 14, 40, 300)),
-    ],
+    [("bert", 14), ("roberta", 14), ("llama", 14), ("modernbert", 6), ("modernbert", 40), ("modernbert", 300)],
 )
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
 def test_a_score_is_that_of_its_passes_made_one_by_one(case, prediction, budget):
@@ -83,7 +80,7 @@ def enumerated(backbone, prompt, target):
     return nelbo_masked(backbone, [prompt], [target], settings)[0].nats
 
 
-@pytest.mark.parametrize("options", [{}, {"budget": 64}, {"budget": 64, "effort": 0.7}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"budget": 20}, {"budget": 64, "effort": 0.7}], ids=str)
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
 def test_scores_over_seeds_average_to_the_bound_and_state_their_error(prediction, options):
     """Of a random stock model, whose cheap passes know nothing of its exact ones."""
@@ -96,7 +93,7 @@ def test_scores_over_seeds_average_to_the_bound_and_state_their_error(prediction
     truth = torch.tensor([enumerated(backbone, p, t) for p, t in zip(prompts, targets, strict=True)])
     assert ((nats.mean(0) - truth).abs() < 4 * nats.std(0) / len(nats) ** 0.5).all()
     ratio = (errors**2).mean(0).sqrt() / nats.std(0)
-    assert ((ratio > 0.75) & (ratio < 2.5)).all()  # windows of systematic sizes are less noisy than independent ones
+    assert ((ratio > 0.75) & (ratio < 3.5)).all()  # cautious, as that of `lattice` with more windows than tokens
 
 
 @pytest.mark.parametrize("options", [{}, {"effort": 0.8, "budget": 64}, {"block_size": 3}], ids=str)
