@@ -135,16 +135,22 @@ def checked_options(options: dict[str, dict[str, Any]], generation: GenerateSett
 class LikelihoodSettings(Settings):
     """How the negative log-likelihood bound of a target is estimated (every estimator has the same expectation)."""
 
-    estimator: Literal["auto", "exact", "enumerate", "chain", "cover", "lattice", "mc"] = option(
-        "auto", "`mc` is the published one; `auto` picks the exact or least noisy one for the target's length"
+    estimator: Literal["auto", "exact", "enumerate", "chain", "cover", "lattice", "multilevel", "mc"] = option(
+        "auto",
+        "`mc` is the published one; `auto` picks the exact or least noisy one for the target's length; `multilevel` "
+        "computes less behind long contexts",
     )
     budget: int = option(
-        64, "most forward passes per target (or block of it) of `auto`, `chain`, `cover` and `lattice`", gt=0
+        64,
+        "most forward passes per target (or block of it) of `auto`, `chain`, `cover` and `lattice`; of `multilevel`, "
+        "cheap versions, beside fewer exact ones",
+        gt=0,
     )
     effort: float | None = option(
         None,
         "spend passes where the noise is: 3, and so many for each root of a nat of the target's nll with everything "
-        "masked, up to `budget` (auto, cover, lattice); about 1.2 for endings; none: always the budget",
+        "masked, up to `budget` (auto, cover, lattice, multilevel); about 1.2 for endings (multilevel: 1.7); none: "
+        "always the budget",
         gt=0,
     )
     block_size: int | None = option(

@@ -197,6 +197,10 @@ class BlockRows:
         ends = numpy.concatenate([[0], self.count.cumsum()])[self.spans.cumsum()]
         return self.clean + numpy.diff(ends, prepend=0)
 
+    def shape_of(self, row: int) -> tuple:
+        """Equal for rows whose tokens see the same, if they are as many."""
+        return int(self.start[row]), int(self.clean[row]), *(x.tobytes() for x in self.spans_of(row))
+
     def spans_of(self, row: int) -> tuple[ndarray, ndarray]:
         """`first` and `count` of a row's spans."""
         end = int(self.spans[: row + 1].sum())
@@ -245,7 +249,8 @@ class BlockRows:
 class TokenSight:
     """What T tokens see, all [T] int64: the clean tokens of their row before `limit`, and the tokens of their `span`.
 
-    row; slot: place in the row; position: in the text; span: -1 for clean tokens.
+    row; slot: place in the row; position: in the text; span: -1 for clean tokens. hidden [M + 1, P] bool: clean
+    positions that a span, or with the last line a clean token, does not see although they are before the limit.
     """
 
     row: ndarray
@@ -253,10 +258,19 @@ class TokenSight:
     position: ndarray
     limit: ndarray
     span: ndarray
+    hidden: ndarray | None = None
 
     def mask(self, queries: slice | ndarray, keys: slice | ndarray) -> ndarray:
         """[queries, keys] bool: whether one token sees another."""
-        return sees(*((x[queries][:, None], x[keys][None]) for x in (self.row, self.position, self.limit, self.span)))
+        every = numpy.arange(len(self.row))
+        return self.seen(every[queries][:, None], every[keys][None])
+
+    def seen(self, query: ndarray, key: ndarray) -> ndarray:
+        """Whether tokens see others, both given by their places among the T; bool, broadcast."""
+        seen = sees(*((x[query], x[key]) for x in (self.row, self.position, self.limit, self.span)))
+        if self.hidden is None:
+            return seen
+        return seen & ~(self.hidden[self.span[query], self.position[key]] & (self.span[key] < 0))
 
 
 def sees(row, position, limit, span):

@@ -70,6 +70,8 @@ class Completion:
 class Score:
     """A bound on -log p(target | prompt): nats (lower is better), its standard error, forward rows spent on it.
 
+    Parts of rows (`multilevel`) count by their tokens, rounded up for each request.
+
     The standard error is 0 where the estimator is exact. A row shared by several requests is counted in one of them,
     so that the passes of a batch of requests add up to its forward rows.
     """

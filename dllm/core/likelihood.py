@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dllm.config import LikelihoodSettings
-from dllm.core.noise import keyed_uniform
+from dllm.core.noise import keyed_hash, keyed_uniform
 
 ENUMERATION_LIMIT = 12
 """Longest target whose 2^L - 1 masks are enumerated."""
@@ -58,6 +58,9 @@ class Design:
     |sum of contrast x nll|, contrast [..., S, L] (None: the estimate has no error). With blend [..., S, L] the first
     passes are those of `lattice`, and the error comes from how far the others are from blend x the nll with everything
     masked + (1 - blend) x that with every second token masked.
+
+    Of two levels (`multilevel`), the first `cheap` passes are a design of their own, whose nll come from spans behind
+    the clean row (`core.spans`); the others are versions forwarded exactly, and then the same versions, cheap again.
     """
 
     masked: Tensor
@@ -66,11 +69,26 @@ class Design:
     unit: Tensor
     contrast: Tensor | None = None
     blend: Tensor | None = None
+    cheap: int = 0
+
+    @property
+    def partial(self) -> Tensor:
+        """[S] bool: passes whose nll come from spans behind the clean row."""
+        passes = torch.arange(len(self.unit))
+        exact = (len(passes) - self.cheap) // 2
+        return (passes < self.cheap) | (passes >= self.cheap + exact) & (self.cheap > 0)
 
     def of(self, keys: Tensor) -> Design:
         """The designs of some of the keys, whose dimension is the first."""
         contrast, blend = (None if x is None else x[keys] for x in (self.contrast, self.blend))
-        return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast, blend)
+        return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast, blend, self.cheap)
+
+    def levels(self) -> tuple[Design, Design]:
+        """The cheap design of two levels, and the differences between exact and cheap."""
+        count = self.cheap
+        parts = (self.masked, self.scored, self.weight)
+        first = Design(*(x[..., :count, :] for x in parts), self.unit[:count], None, self.blend)
+        return first, Design(*(x[..., count:, :] for x in parts), self.unit[count:])
 
 
 def likelihood_design(length: int | Tensor, key: int | Tensor, settings: LikelihoodSettings) -> Design:
@@ -106,7 +124,7 @@ def estimator_for(length: int, settings: LikelihoodSettings) -> str:
             name = "chain" if length <= CHAIN_LIMIT and 2 * length - 1 <= budget < 4 * length else "cover"
             if LEAST_LATTICE <= budget <= LATTICE_SHARE * length:
                 name = "lattice"
-    windows = {"cover": LEAST_COVER, "lattice": LEAST_LATTICE} if length > 1 else {}
+    windows = {"cover": LEAST_COVER, "lattice": LEAST_LATTICE, "multilevel": LEAST_LATTICE} if length > 1 else {}
     least = ({"chain": 2 * length - 1} | windows).get(name, 1)
     if budget < least:
         instead = "" if name == "cover" else f", or take cover, which needs {LEAST_COVER}"
@@ -117,7 +135,7 @@ def estimator_for(length: int, settings: LikelihoodSettings) -> str:
     return name
 
 
-WITH_EFFORT = ("auto", "cover", "lattice")
+WITH_EFFORT = ("auto", "cover", "lattice", "multilevel")
 """Estimators whose passes `settings.effort` governs; the others say themselves how many they need."""
 
 
@@ -141,8 +159,17 @@ def everything_masked(length: Tensor) -> Design:
 def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
     """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at scored positions only).
 
-    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`.
+    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`. The variances of
+    two levels, which are independent, add up; that of the second is n / (2n - 2) sum (c_u - c_u-1)^2, as its units are
+    a systematic sample in the order of their sizes.
     """
+    if design.cheap:
+        first, rest = design.levels()
+        nats, error = estimate(first, nll[..., : design.cheap, :])
+        window = (rest.weight * nll[..., design.cheap :, :].double()).sum(-1).unflatten(-1, (2, -1)).sum(-2)
+        count = window.shape[-1]
+        of_rest = (window.diff(dim=-1) ** 2).sum(-1) * count / (2 * (count - 1))
+        return nats + window.sum(-1), (error**2 + of_rest).sqrt()
     if design.blend is not None:
         nll = torch.where(design.scored, nll.double(), 0.0)
         nats = _sum((design.weight * nll).flatten(-2), -1)
@@ -284,6 +311,66 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
     return Design(masked, masked, weight, torch.arange(LATTICE + count), blend=blend)
 
 
+def multilevel(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
+    """Many cheap versions of the target, and a few windows that correct what is wrong about them.
+
+    The nll e_i(S) of a version takes a forward of context and target. Its stand-in c_i(S) takes one of the masked
+    tokens alone, which attend to each other and to the row forwarded once with nothing masked, less the positions
+    masked in S (`core.spans`). The bound of c comes from `lattice` with `budget` versions, or from all of them if they
+    fit (also up to `ENUMERATED` tokens); that of e - c, which varies a tenth as much, from n windows, n = max(2,
+    `EXACT_SHARE` x (budget - 3)). For every model, the sum has the expectation of e alone.
+
+    The windows' sizes are systematic, |S| = 1 + floor(L x^0.9), and each begins on a random circle where the one before
+    it ends, 8 on a circle; the tokens of a window weigh the same. Their random numbers are not those of the first
+    level, so that the levels' variances add up. Where n exact passes, or three, hold all versions, it is `enumerate`.
+
+    Of costs C and variances V per pass, the best ratio of the passes of two levels is root (V_1 C_0 / V_0 C_1) (Giles
+    2015, doi:10.1017/S096249291500001X): here C_0 is about 0.4 L tokens and C_1 the P + L of context and target. It
+    changes with the root of 1 + P / L only, by less than the rounding of n; the share is that of P = 2 L or so, and the
+    more a context is longer, the more is saved.
+    """
+    count = max(2, round(EXACT_SHARE * (settings.budget - LATTICE)))
+    versions = 2**length - 1 if length <= ENUMERATION_LIMIT else math.inf
+    if versions <= max(count, 3):
+        return enumerate_masks(length, key, settings)
+    first = enumerate_masks if length <= ENUMERATED or versions <= settings.budget else lattice
+    first = first(length, key, settings)
+    own = keyed_hash(key, _SECOND_LEVEL)
+    window, total = _windows_in_turn(length, count, own)
+    weight = window * (total / window.sum(-1))[..., None]
+    masked = torch.cat([first.masked, window, window], -2)
+    weight = torch.cat([first.weight, weight, -weight], -2)
+    scored = torch.cat([first.scored, window, window], -2)
+    unit = torch.cat([first.unit, torch.arange(count), torch.arange(count)])
+    return Design(masked, scored, weight, unit, blend=first.blend, cheap=len(first.unit))
+
+
+def _windows_in_turn(length: int, count: int, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows [..., S, L] of systematic, ascending sizes and their totals; on the circles they are in random order."""
+    offset = keyed_uniform(key[..., None], torch.tensor(0), -1).double()
+    number = torch.arange(count)
+    k = ((length * ((number + offset) / count) ** _EXACT_POWER).floor().long() + 1).clamp(max=length)
+    size = torch.arange(length + 1, dtype=torch.float64)
+    expected = count * ((size / length) ** (1 / _EXACT_POWER)).diff()  # windows of each size 1..L
+    order = keyed_uniform(key[..., None], number, -2).argsort(-1)
+    in_order, turn = k.gather(-1, order), order.argsort(-1)
+    start, circle = (in_order.cumsum(-1) - in_order).gather(-1, turn), turn // _WINDOWS_PER_CIRCLE
+    rank = _ranks(key, -(-count // _WINDOWS_PER_CIRCLE), length)
+    rank = rank.gather(-2, circle[..., None].expand(*circle.shape, length))
+    window = (rank - start[..., None]) % length < k[..., None]
+    return window, 1 / expected[k - 1]
+
+
+ENUMERATED = 5
+"""Longest target of which `multilevel` computes all versions cheaply, whatever the budget: 80 tokens for 5."""
+
+EXACT_SHARE = 0.18
+"""Exact windows of `multilevel` for each version of its first level beyond three."""
+
+_EXACT_POWER = 0.9
+_SECOND_LEVEL = 2
+
+
 def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
     """Weights [K, S, L] of windows [K, S, L], those of a window adding up to its total [K, S].
 
@@ -377,6 +464,7 @@ ESTIMATORS: dict[str, Callable[[int, Tensor, LikelihoodSettings], Design]] = {
     "chain": chain,
     "cover": cover,
     "lattice": lattice,
+    "multilevel": multilevel,
     "mc": mc,
 }
 

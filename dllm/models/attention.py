@@ -14,7 +14,8 @@ Three kernels give the same numbers:
 
 Rows whose layout has `blocks` attend block-causally instead, whatever the stock class says of order; its windows stay.
 The first and the last kernel know how; on CUDA in half precision FlexAttention does it, in tiles that hold something
-to see, and FlashAttention where a row is only a few blocks.
+to see, and FlashAttention where a row is only a few blocks. Spans at any positions (`core.spans`) take the first or the
+last kernel.
 
 `KeyValues` holds keys and values between passes, so that a pass can compute a part of each row and attend to the rest
 as it was stored.
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as once
 from functools import partial
 
@@ -35,6 +36,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dllm.core.blocks import TokenSight, sees
 from dllm.core.packing import Layout
+from dllm.core.spans import SpanRows
 
 NAME = "dllm"
 SHORTEST_BLOCK = 64
@@ -233,7 +235,7 @@ def _kernel(q: Tensor, dropout: float, reach: Reach, cached: bool) -> Callable[.
 def _block_kernel(rows: Rows, q: Tensor, dropout: float, reach: Reach, cached: bool) -> Callable[..., Tensor]:
     if q.device.type == "cpu":
         return _by_row
-    if not _fast(q):
+    if not _fast(q) or isinstance(rows.layout.blocks, SpanRows):
         return _padded
     if reach.left is None and not len(rows.layout.blocks.first) and _varlen(dropout > 0) is not None:
         return _flash_blocks
@@ -314,7 +316,7 @@ def _runs(layout: Layout, part: Layout, reach: Reach) -> list[Run]:
             if shape not in known:
                 known[shape] = _blocks(first, count, length, reach, known)
         else:
-            shape = (first, count, length, *_row_shape(layout, row))
+            shape = (first, count, length, *layout.blocks.shape_of(row))
             if shape not in known:
                 known[shape] = _block_causal(layout, row, first, count, sight, reach, known)
         last = runs[-1] if runs else None
@@ -347,13 +349,6 @@ def _blocks(first: int, count: int, length: int, reach: Reach, masks: dict) -> t
     return tuple(blocks)
 
 
-def _row_shape(layout: Layout, row: int) -> tuple:
-    """Equal for rows of the same length that are cut into the same blocks."""
-    blocks = layout.blocks
-    spans = tuple(x.tobytes() for x in blocks.spans_of(row))
-    return int(blocks.start[row]), int(blocks.clean[row]), *spans
-
-
 def _block_causal(
     layout: Layout, row: int, first: int, count: int, sight: TokenSight, reach: Reach, masks: dict
 ) -> tuple[Block, ...]:
@@ -362,13 +357,29 @@ def _block_causal(
     here = slice(base, base + layout.lengths[row])
     position, limit, span = (x[here] for x in (sight.position, sight.limit, sight.span))
     clean, found, low, end = int(layout.blocks.clean[row]), [], first, first + count
+    if sight.hidden is not None and low < clean:  # spans at any positions: clean tokens attend as in any row
+        high = min(end, clean)
+        for block in _blocks(low, high - low, clean, reach, masks):
+            queries = block.queries or (None if high == end else slice(0, high - low))
+            keys = block.keys or (None if clean == len(position) else slice(0, clean))
+            found.append(replace(block, queries=queries, keys=keys))
+        low = high
     while low < end:
         high = _next_cut(low, end, clean, limit, span)
         stop = int(limit[low:high].max())
+        if reach.right is not None:
+            stop = min(stop, int(position[low:high].max()) + reach.right + 1)
         start = 0 if reach.left is None else min(stop, max(0, int(position[low:high].min()) - reach.left))
-        keys = slice(start, stop) if low < clean else (slice(start, stop), slice(low, high))
-        about = (x[low:high].tobytes() for x in (position - start, limit - start, span - span[low]))
-        about = ("sight", high - low, stop - start, low < clean, *about)  # what the mask depends on
+        keys, own = slice(start, stop), slice(low, high)
+        if low >= clean:  # whole spans, also where only some of their tokens are among the queries
+            ends = (
+                numpy.searchsorted(span[clean:], span[low]),
+                numpy.searchsorted(span[clean:], span[high - 1], "right"),
+            )
+            own = slice(*(clean + int(end) for end in ends))
+            keys = (keys, own)
+        about = (x[own].tobytes() for x in (position - start, limit - start, span - span[low]))
+        about = ("sight", low - own.start, high - low, stop - start, low < clean, *about)  # what the mask depends on
         if about not in masks:
             masks[about] = _sight_mask(sight, base, slice(low, high), keys, reach)
         found.append(
@@ -399,8 +410,16 @@ def _sight_mask(
     parts = keys if isinstance(keys, tuple) else (keys,)
     at_k = base + numpy.concatenate([numpy.arange(part.start, part.stop) for part in parts])
     at_q = slice(base + queries.start, base + queries.stop)
-    near = _seen(*(torch.from_numpy(x) for x in (sight.position[at_q][:, None], sight.position[at_k][None])), reach)
-    seen = torch.from_numpy(sight.mask(at_q, at_k)) & near
+    if sight.hidden is None:
+        seen = torch.from_numpy(sight.mask(at_q, at_k))
+    else:  # the same, in fewer steps, of spans and their clean tokens
+        span, clean, own = sight.span[at_q], *parts
+        here = sight.span[base + own.start : base + own.stop]
+        seen = numpy.concatenate([~sight.hidden[span, clean], span[:, None] == here], 1)
+        seen = torch.from_numpy(seen)
+    if reach != Reach(None, None):
+        position = (torch.from_numpy(x) for x in (sight.position[at_q][:, None], sight.position[at_k][None]))
+        seen &= _seen(*position, reach)
     return None if seen.all() else seen
 
 
@@ -419,9 +438,10 @@ def _mask(queries: int, keys: int, ahead: int, reach: Reach, masks: dict) -> Ten
 def block_seen(layout: Layout, query: Tensor, key: Tensor, reach: Reach) -> Tensor:
     """Whether queries [B, Q] see keys [B, K], given by their places in the packed order: [B, Q, K] bool (host)."""
     sight = layout.blocks.sight
-    about = [torch.from_numpy(x) for x in (sight.row, sight.position, sight.limit, sight.span)]
-    pairs = [(x[query.clamp(max=len(x) - 1)][:, :, None], x[key.clamp(max=len(x) - 1)][:, None]) for x in about]
-    return sees(*pairs) & _seen(*pairs[1], reach)
+    last = len(sight.row) - 1
+    places = query.clamp(max=last)[:, :, None].numpy(), key.clamp(max=last)[:, None].numpy()
+    near = _seen(*(torch.from_numpy(sight.position[place]) for place in places), reach)
+    return torch.from_numpy(sight.seen(*places)) & near
 
 
 def _seen(query: Tensor, key: Tensor, reach: Reach) -> Tensor:

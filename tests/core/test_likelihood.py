@@ -10,6 +10,7 @@ from dllm.core.likelihood import (
     ESTIMATORS,
     LATTICE,
     _arrangements,
+    _windows_in_turn,
     budget_for,
     estimate,
     estimator_for,
@@ -33,7 +34,12 @@ def random_table(length, seed=0):
 
 
 def nll_of(design, table):
-    return table[(design.masked.long() << torch.arange(design.masked.shape[-1])).sum(-1)]
+    """Cheap passes have another model's nll, only a little like those of the exact ones."""
+    found = (design.masked.long() << torch.arange(design.masked.shape[-1])).sum(-1)
+    if not design.cheap:
+        return table[found]
+    cheap = table / 2 + random_table(table.shape[1], seed=99)[0]
+    return torch.where(design.partial[:, None], cheap[found], table[found])
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
@@ -64,6 +70,11 @@ CASES = [
     ("lattice", 6, {"budget": 14}),
     ("lattice", 9, {"budget": 9}),
     ("lattice", 9, {"budget": 64}),
+    ("multilevel", 3, {"budget": 5}),
+    ("multilevel", 5, {"budget": 9}),
+    ("multilevel", 6, {"budget": 14}),
+    ("multilevel", 7, {"budget": 300}),
+    ("multilevel", 9, {"budget": 30}),
     ("mc", 4, {"mc_draws": 4, "mc_batch": 4}),
     ("mc", 5, {"mc_draws": 8, "mc_batch": 1}),
 ]
@@ -81,7 +92,7 @@ def test_every_estimator_is_unbiased_and_its_error_is_not_too_small(name, length
         assert (
             0.6 < ratio < 1.6
         )  # what it assumes about the model, that its nll are smooth, is wrong for a random table
-    elif name == "lattice":
+    elif name in ("lattice", "multilevel"):
         assert 0.9 < ratio < 2  # its windows are drawn systematically: less noisy than if they were independent
     elif name == "chain" and options["budget"] < 2 * (2 * length - 1):
         assert 0.9 < ratio < 4  # of a single pair of orders it is cautious
@@ -121,7 +132,15 @@ def test_the_windows_of_a_cover_weigh_every_size_equally(length, budget):
 
 def test_many_keys_at_once_give_the_designs_of_each():
     keys = torch.tensor([[3, -8], [2**62, 0]])
-    for name, length in (("enumerate", 4), ("chain", 6), ("cover", 9), ("cover", 40), ("lattice", 40), ("mc", 5)):
+    for name, length in (
+        ("enumerate", 4),
+        ("chain", 6),
+        ("cover", 9),
+        ("cover", 40),
+        ("lattice", 40),
+        ("multilevel", 40),
+        ("mc", 5),
+    ):
         settings = LikelihoodSettings(estimator=name)
         together = likelihood_design(length, keys, settings)
         for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -202,6 +221,35 @@ def test_a_lattice_has_no_noise_where_its_model_of_the_nll_is_right():
     sizes = torch.arange(length).double() / (length - 1)
     assert nats == pytest.approx((second + (full - second) * (sizes**2.5).mean()).sum().item(), abs=1e-9)
     assert error.max() < 1e-9
+
+
+def test_two_levels_are_a_cheap_design_and_exact_windows_that_are_cheap_too():
+    design = likelihood_design(20, torch.arange(3), LikelihoodSettings(estimator="multilevel", budget=20))
+    first, rest = design.levels()
+    same = likelihood_design(20, torch.arange(3), LikelihoodSettings(estimator="lattice", budget=20))
+    assert torch.equal(first.masked, same.masked) and torch.equal(first.weight, same.weight)
+    assert design.partial.tolist() == [True] * 20 + [False] * 3 + [True] * 3
+    assert torch.equal(rest.masked[:, :3], rest.masked[:, 3:])
+    assert torch.equal(rest.weight[:, :3], -rest.weight[:, 3:])
+    cheap = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0)).double()
+    wrong = torch.cat([cheap, rest.masked.double()], -2)
+    assert estimate(design, wrong)[0] == pytest.approx(estimate(same, cheap)[0])  # where cheap is exact
+
+
+def test_two_levels_forward_few_versions_exactly():
+    cases = {(1, 5): 0, (2, 64): 0, (3, 45): 0, (3, 30): 7, (5, 9): 31, (6, 64): 63, (6, 62): 62, (12, 64): 64}
+    for (length, budget), cheap in cases.items():
+        assert likelihood_design(length, 0, LikelihoodSettings(estimator="multilevel", budget=budget)).cheap == cheap
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 20])
+@pytest.mark.parametrize("length", [3, 7, 20])
+def test_exact_windows_weigh_every_size_equally_on_average(length, count):
+    masked, total = _windows_in_turn(length, count, torch.arange(4000))
+    sizes = torch.zeros(length, dtype=torch.float64).index_add_(0, (masked.sum(-1) - 1).flatten(), total.flatten())
+    squares = torch.zeros(length, dtype=torch.float64)
+    squares.index_add_(0, (masked.sum(-1) - 1).flatten(), total.flatten() ** 2 * count)  # windows of a key are few
+    assert ((sizes / 4000 - 1).abs() < 4 * squares.sqrt() / 4000).all()
 
 
 def test_effort_gives_passes_to_targets_that_surprise():

@@ -41,6 +41,23 @@ def test_every_estimator_takes_the_passes_of_its_design(length, name):
     assert likelihood_passes(length, settings) == pytest.approx(forwarded(length, settings), rel=0.17)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("budget", [9, 24, 100])
+@pytest.mark.parametrize("context", [0, 30])
+def test_two_levels_take_the_tokens_of_their_design(length, budget, context):
+    settings, keys = LikelihoodSettings(estimator="multilevel", budget=budget), 12
+    tokens = 0
+    for key in range(keys):
+        design = likelihood_design(length, key, settings)
+        exact, cheap = (design.masked[which].unique(dim=0) for which in (~design.partial, design.partial))
+        tokens += (len(exact) + (len(cheap) > 0)) * (context + length) + cheap.sum().item()
+    expected = tokens / keys / (context + length)
+    assert likelihood_passes(length, settings, context) == pytest.approx(expected, rel=0.17)
+    with_effort = settings.model_copy(update={"effort": 1.0, "budget": 9})
+    least = likelihood_passes(length, with_effort.model_copy(update={"effort": None, "budget": 5}), context)
+    assert least <= likelihood_passes(length, with_effort, context) < 1.2 * least + 9
+
+
 def test_answers_of_one_prompt_share_the_input_with_everything_masked():
     settings = LikelihoodSettings()
     assert question_passes(4, 1, True, settings) == 1
