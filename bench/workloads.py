@@ -109,23 +109,20 @@ def endings(laptop: Laptop, lengths: list[int]) -> list[Request]:
     return found
 
 
-def answers(laptop: Laptop, each: int = 2) -> tuple[list[Request], list[Request]]:
-    """Held-out answers of 5 to 40 tokens behind their own prompts, `each` of every length, and behind other prompts.
+def answers(laptop: Laptop) -> tuple[list[Request], list[Request]]:
+    """Held-out answers of 5 to 40 tokens, one of each length there is: behind their own prompts, and behind other ones.
 
-    Behind the same prompts, the second ones are answers to another, about as long: what a question's wrong choices are.
+    The second are what wrong choices are to a question: answers to another, about as long.
     """
-    rows, by_length = laptop.rows, {}
+    rows, of_length = laptop.rows, {}
     for number in range(len(rows)):
-        prompt, length = int(rows.prompts[number]), int(rows.lengths[number] - rows.prompts[number])
-        if 5 <= length <= 40 and len(by_length.setdefault(length, {})) < each:
-            row = rows.row(number).tolist()
-            by_length[length].setdefault(tuple(row[:prompt]), row[prompt:])
-    own = [Request(list(p), a) for _, found in sorted(by_length.items()) for p, a in found.items()]
-    different = [
-        next((r.target for r in own[n + 1 :] + own[:n][::-1] if r.target != own[n].target), None)
-        for n in range(len(own))
-    ]
-    return own, [Request(r.prompt, target) for r, target in zip(own, different, strict=True) if target]
+        prompt = int(rows.prompts[number])
+        row = rows.row(number).tolist()
+        if 5 <= len(row) - prompt <= 40:
+            of_length.setdefault(len(row) - prompt, Request(row[:prompt], row[prompt:]))
+    own = [request for _, request in sorted(of_length.items())]
+    turned = [*own[1:], *own[-2:-1]]
+    return own, [Request(mine.prompt, next_one.target) for mine, next_one in zip(own, turned, strict=True)]
 
 
 def chat_prompts(laptop: Laptop, count: int, longest: int) -> list[list[int]]:
