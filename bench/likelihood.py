@@ -65,13 +65,13 @@ def letters(options: Options) -> Result:
         compare(times["ours"], times["plain"], name=name, against="plain: one exact forward per choice", **facts),
     ]
     points = {}
-    for count in (1, 2) if options.quick else (1, 4, 16, 48):
+    for count in (1, 2) if options.quick else (1, 4, 12, 32):
         some = [r for question in letter_questions(trained, count)[:count] for r in question]
         sides = {
             "ours": lambda some=some: scores(model, some),
             f"Monte Carlo {draws}": lambda some=some: common(model, some, draws),
         }
-        points[count] = interleaved(sides, options.repeats(3 if count < 16 else 2), warmup=int(count < 16), at_most=10)
+        points[count] = interleaved(sides, options.repeats(3 if count < 12 else 2), warmup=int(count < 12), at_most=10)
     line = growth(
         points, name="letters-requests", title="One-letter answers", x_label="questions of 4 choices", y_label="seconds"
     )
@@ -135,7 +135,9 @@ def endings_at_equal_error(options: Options) -> Result:
         ),
     ]
     for some, kind in zip(answers(trained), ("their own", "other"), strict=True):
-        rows.append(_answers(model, some[:2] if options.quick else some, kind, draws, seeds, options))
+        rows.append(
+            _answers(model, some[:2] if options.quick else some, kind, draws, 3 if options.quick else 5, options)
+        )
     points = {}
     for length in (5,) if options.quick else (5, 10, 20, 40):
         some = endings(trained, [length] * (2 if options.quick else 6))
