@@ -80,6 +80,8 @@ def nelbo_masked(
         _check_spans(backbone, rule)
     if not len(prompts):
         return []
+    if backbone.device.type == "cpu":
+        settings = settings.model_copy(update={"batch_tokens": min(settings.batch_tokens, _HOST_TOKENS)})
     parts = _parts(prompts, targets, settings, rule)
     nats, variance = numpy.zeros(len(prompts)), numpy.zeros(len(prompts))
     passes = numpy.zeros(len(prompts), dtype=numpy.int64)
@@ -204,10 +206,10 @@ def _parts(prompts: Rows, targets: Rows, settings: LikelihoodSettings, rule: Blo
 class _Group:
     """G parts with their designs, padded to the longest target L, and the inputs they need, each once.
 
-    members, owner, length [G]: the number, the request and the target length of each; targets [G, L]; design with
-    leading dimension G; asked [G, S, L] bool: what it scores and is not known, known [G, S, L] the nll of the rest;
-    inputs: U different masked targets [U, L], their lengths `size` [U] and contexts [U]; row [G, S]: which input each
-    pass is; passes [G]: inputs that no earlier part has.
+    members and owner [G]: the number and the request of each; targets [G, L]; design with leading dimension G; asked
+    [G, S, L] bool: what it scores and is not known, known [G, S, L] the nll of the rest; inputs: U different masked
+    targets [U, L], their lengths `size` [U] and contexts [U]; row [G, S]: which input each pass is; passes [G]: inputs
+    that no earlier part has.
     """
 
     members: numpy.ndarray
@@ -287,8 +289,8 @@ def _design(length: Tensor, key: Tensor, settings: LikelihoodSettings | None) ->
         return everything_masked(length)
     pairs, number = torch.stack([key, length], 1).unique(dim=0, return_inverse=True)
     key, length = pairs.unbind(1)
-    one_length = settings.estimator != "lattice" or int(length.max()) == 1
-    return likelihood_design(int(length[0]) if one_length else length, key, settings).of(number)
+    of_all = int(length[0]) if bool((length == length[0]).all()) else length
+    return likelihood_design(of_all, key, settings).of(number)
 
 
 def _group(
@@ -313,11 +315,8 @@ def _group(
     context, size = torch.from_numpy(parts.context[members])[part], length[part]
     # equal inputs by a hash of 64 bits: of 16384 rows, two different ones share it with probability 1e-11
     inside = torch.arange(inputs.shape[1]) < size[:, None]
-    same = keyed_hash(context, size, token_hash(inputs, inside)).numpy()
-    _, place, inverse = numpy.unique(same, return_index=True, return_inverse=True)
     row = torch.zeros(design.scored.shape[:2], dtype=torch.long)
-    row[part, step] = torch.from_numpy(inverse.reshape(-1))
-    place = torch.from_numpy(place)
+    place, row[part, step] = _different(keyed_hash(context, size, token_hash(inputs, inside)))
     passes = torch.bincount(part[place], minlength=len(members)).numpy()
     owner, inputs, size, context = parts.owner[members], inputs[place], size[place], context[place]
     return _Group(members, owner, targets, design, asked, known, inputs, size, context, row, passes)
@@ -373,8 +372,6 @@ def _forward(
     place, of_place = torch.cat(place).unique(return_inverse=True)
     token, by_place = torch.cat(token), of_place.argsort(stable=True)
 
-    if backbone.device.type == "cpu":
-        batch_tokens = min(batch_tokens, _HOST_TOKENS)
     found = []
     for low, high in _batches(cost.numpy(), batch_tokens):
         here = slice(low, high)
@@ -497,9 +494,9 @@ def _spans(parts: _Parts, group: _Group, mask_id: int, prediction: str) -> _Span
     context = torch.from_numpy(parts.context[group.members])
     masked, asked = (x[:, design.partial] for x in (design.masked, design.scored))
     of_row = keyed_hash(context, token_hash(group.targets))
-    _, opens, row = _different(of_row)
+    opens, row = _different(of_row)
     version = keyed_hash(row[:, None], token_hash(masked.long()))
-    _, place, of_version = _different(version.flatten())
+    place, of_version = _different(version.flatten())
     part, step = place // masked.shape[1], place % masked.shape[1]
     by_row = row[part].argsort(stable=True)
     of_version = by_row.argsort()[of_version].view(version.shape)
@@ -544,11 +541,17 @@ def _spans(parts: _Parts, group: _Group, mask_id: int, prediction: str) -> _Span
     )
 
 
-def _different(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The different values, where each is first, and which one each is; see `numpy.unique`."""
-    found = numpy.unique(values.numpy(), return_index=True, return_inverse=True)
-    different, first, inverse = (torch.from_numpy(x.reshape(-1)) for x in found)
-    return different, first, inverse
+def _different(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each different value is first, in ascending order of the values, and which of them each value is."""
+    _, first, inverse = numpy.unique(values.numpy(), return_index=True, return_inverse=True)
+    return torch.from_numpy(first), torch.from_numpy(inverse.reshape(-1))
+
+
+def _inverse(order: numpy.ndarray) -> numpy.ndarray:
+    """Where each element went in this order."""
+    place = numpy.empty_like(order)
+    place[order] = numpy.arange(len(order))
+    return place
 
 
 @torch.no_grad()
@@ -595,20 +598,15 @@ def _span_nll(backbone: Backbone, every: list[_Spans], batch_tokens: int) -> tup
     of_line = row[opens]
     size = numpy.bincount(line, weights=count).astype(numpy.int64)
     order = numpy.lexsort((size, length[of_line] + size))
-    rank = numpy.empty_like(order)
-    rank[order] = numpy.arange(len(order))
+    rank = _inverse(order)
     of_line, size, cost = of_line[order], size[order], (length[of_line] + size)[order]
     by_line = numpy.argsort(rank[line], kind="stable")
     spans_in = numpy.bincount(rank[line], minlength=len(order))
     count_by_line = count[by_line]
     number = numpy.repeat(numpy.arange(len(count)), count)  # the span of each token
-    back = numpy.empty_like(by_line)
-    back[by_line] = numpy.arange(len(by_line))
-    tokens_by_line = numpy.argsort(back[number], kind="stable")
-    place = numpy.empty_like(tokens_by_line)
-    place[tokens_by_line] = numpy.arange(len(place))
+    tokens_by_line = numpy.argsort(_inverse(by_line)[number], kind="stable")
     position, token = position[tokens_by_line], token[tokens_by_line]
-    read = torch.from_numpy(place)[read]
+    read = torch.from_numpy(_inverse(tokens_by_line))[read]
     by_read = read.argsort(stable=True)
     read, target = read[by_read], target[by_read]
     ends, span_ends = size.cumsum(), spans_in.cumsum()

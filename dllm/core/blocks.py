@@ -210,15 +210,11 @@ class BlockRows:
     @cached_property
     def sight(self) -> TokenSight:
         """What each of the rows' T tokens sees."""
-        lengths = self.lengths
-        row = numpy.repeat(numpy.arange(len(lengths)), lengths)
-        slot = numpy.arange(len(row)) - (lengths.cumsum() - lengths)[row]
-        spanned = slot >= self.clean[row]
-        number = numpy.repeat(numpy.arange(len(self.count)), self.count)
-        position, limit, span = slot.copy(), self.rule.end(slot, self.start[row]), numpy.full_like(slot, -1)
-        position[spanned] = self.first[number] + _counting(self.count)
-        limit[spanned] = self.first[number]
-        span[spanned] = number
+        row, slot, span = span_tokens(self.clean, self.lengths, self.count)
+        spanned = span >= 0
+        first = self.first[span[spanned]]
+        position, limit = slot.copy(), self.rule.end(slot, self.start[row])
+        position[spanned], limit[spanned] = first + _counting(self.count), first
         return TokenSight(row, slot, position, numpy.minimum(limit, self.clean[row]), span)
 
     @staticmethod
@@ -271,6 +267,14 @@ class TokenSight:
         if self.hidden is None:
             return seen
         return seen & ~(self.hidden[self.span[query], self.position[key]] & (self.span[key] < 0))
+
+
+def span_tokens(clean: ndarray, lengths: ndarray, count: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+    """Of the tokens of rows with `clean` of `lengths` [B] clean ones and then spans of `count` [M]: row, slot, span."""
+    row, slot = numpy.repeat(numpy.arange(len(lengths)), lengths), _counting(lengths)
+    span = numpy.full_like(slot, -1)
+    span[slot >= clean[row]] = numpy.repeat(numpy.arange(len(count)), count)
+    return row, slot, span
 
 
 def sees(row, position, limit, span):

@@ -279,21 +279,18 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
         if length == 1:
             return enumerate_masks(length, key, settings)
         one = lattice(torch.full((key.numel(),), length), key.reshape(-1), settings)
-        parts = (x.view(*key.shape, *x.shape[1:]) for x in (one.masked, one.weight, one.blend))
-        masked, weight, blend = parts
+        masked, weight, blend = (x.view(*key.shape, *x.shape[1:]) for x in (one.masked, one.weight, one.blend))
         return Design(masked, masked, weight, one.unit, blend=blend)
     count, most = settings.budget - LATTICE, int(length.max())
     positions, number = torch.arange(most), torch.arange(count)
     inside = positions < length[:, None]
-    offset = keyed_uniform(key[:, None], torch.tensor(0), -1).double()
-    power, long = _SIZE_POWER, length[:, None].double()
-    k = ((long * ((number + offset) / count) ** power).floor().long() + 1).minimum(length[:, None])
-    expected = count * ((k / long) ** (1 / power) - ((k - 1) / long) ** (1 / power))  # windows of a size
+    k, total = _systematic_sizes(length[:, None], count, key, _SIZE_POWER)
+    long = length[:, None].double()
     circles = -(-count // _WINDOWS_PER_CIRCLE)
     start = ((number // circles) * (long / _GOLDEN)).floor().long() % length[:, None]
     rank = _ranks(key, circles, length)[:, number % circles]
     window = ((rank - start[..., None]) % length[:, None, None] < k[..., None]) & inside[:, None]
-    each = _window_weights(window, 1 / expected, length)
+    each = _window_weights(window, total, length)
 
     share = (k - 1).double() / (long - 1)
     side = torch.nn.functional.pad(window.double(), (1, 1))
@@ -347,18 +344,24 @@ def multilevel(length: int, key: Tensor, settings: LikelihoodSettings) -> Design
 
 def _windows_in_turn(length: int, count: int, key: Tensor) -> tuple[Tensor, Tensor]:
     """Windows [..., S, L] of systematic, ascending sizes and their totals; on the circles they are in random order."""
-    offset = keyed_uniform(key[..., None], torch.tensor(0), -1).double()
-    number = torch.arange(count)
-    k = ((length * ((number + offset) / count) ** _EXACT_POWER).floor().long() + 1).clamp(max=length)
-    size = torch.arange(length + 1, dtype=torch.float64)
-    expected = count * ((size / length) ** (1 / _EXACT_POWER)).diff()  # windows of each size 1..L
-    order = keyed_uniform(key[..., None], number, -2).argsort(-1)
+    k, total = _systematic_sizes(torch.tensor(length), count, key, _EXACT_POWER)
+    order = keyed_uniform(key[..., None], torch.arange(count), -2).argsort(-1)
     in_order, turn = k.gather(-1, order), order.argsort(-1)
     start, circle = (in_order.cumsum(-1) - in_order).gather(-1, turn), turn // _WINDOWS_PER_CIRCLE
     rank = _ranks(key, -(-count // _WINDOWS_PER_CIRCLE), length)
     rank = rank.gather(-2, circle[..., None].expand(*circle.shape, length))
     window = (rank - start[..., None]) % length < k[..., None]
-    return window, 1 / expected[k - 1]
+    return window, total
+
+
+def _systematic_sizes(length: Tensor, count: int, key: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """Ascending sizes k [..., S] with k / L = x^power, x evenly spaced behind a random offset, and their total weights.
+
+    A total is 1 / the expected number of windows of that size. length broadcasts with [..., S].
+    """
+    offset, long = keyed_uniform(key[..., None], torch.tensor(0), -1).double(), length.double()
+    k = ((long * ((torch.arange(count) + offset) / count) ** power).floor().long() + 1).minimum(length)
+    return k, 1 / (count * ((k / long) ** (1 / power) - ((k - 1) / long) ** (1 / power)))
 
 
 ENUMERATED = 5

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy
 from numpy import ndarray
 
-from dllm.core.blocks import TokenSight
+from dllm.core.blocks import TokenSight, span_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +46,11 @@ class SpanRows:
     @cached_property
     def sight(self) -> TokenSight:
         """What each of the rows' T tokens sees."""
-        lengths = self.lengths
-        row = numpy.repeat(numpy.arange(len(lengths)), lengths)
-        slot = numpy.arange(len(row)) - (lengths.cumsum() - lengths)[row]
-        spanned = slot >= self.clean[row]
-        number = numpy.repeat(numpy.arange(len(self.count)), self.count)
-        position, span = slot.copy(), numpy.full_like(slot, -1)
-        position[spanned], span[spanned] = self.position, number
+        row, slot, span = span_tokens(self.clean, self.lengths, self.count)
+        spanned, position = span >= 0, slot.copy()
+        position[spanned] = self.position
         hidden = numpy.zeros((len(self.count) + 1, int(self.clean.max())), dtype=bool)
-        hidden[number, self.position] = True  # the last line is that of the clean tokens
+        hidden[span[spanned], self.position] = True  # the last line is that of the clean tokens
         return TokenSight(row, slot, position, self.clean[row], span, hidden)
 
     @cached_property

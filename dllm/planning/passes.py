@@ -79,9 +79,7 @@ def _masks(name: str, length: int, settings: LikelihoodSettings) -> dict[int, fl
     if name == "chain":
         return dict.fromkeys(range(1, length + 1), 2 * max(1, settings.budget // max(1, 2 * length - 1)))
     if name == "lattice":
-        count = settings.budget - 3
-        shares = [(k / length) ** (2 / 3) for k in range(length + 1)]
-        drawn = {k: count * (shares[k] - shares[k - 1]) for k in range(1, length)}
+        drawn = _window_sizes(length, settings.budget - 3, 1.5)
         half = drawn.get(length // 2, 0.0) + 2  # every second token, both ways
         return drawn | {length // 2: half, length: 1.0} if length > 1 else {1: 1.0}
     return _cover_masks(length, settings.budget)
@@ -93,8 +91,7 @@ def _two_levels(length: int, context: float, settings: LikelihoodSettings, first
     versions = 2**length - 1 if length <= ENUMERATION_LIMIT else math.inf
     if versions <= max(count, 3):
         return float(versions)
-    shares = [(k / length) ** (1 / 0.9) for k in range(length + 1)]
-    windows = {k: count * (shares[k] - shares[k - 1]) for k in range(1, length + 1)}
+    windows = _window_sizes(length, count, 0.9)
     if length <= ENUMERATED or versions <= settings.budget:
         spans = length * 2 ** (length - 1)
     else:
@@ -105,6 +102,12 @@ def _two_levels(length: int, context: float, settings: LikelihoodSettings, first
         windows[length] = 1.0  # which is this window, too
     exact = sum(min(draws, _different(length, k, draws, math.ceil(length / k))) for k, draws in windows.items())
     return exact + 1 + spans / (context + length)
+
+
+def _window_sizes(length: int, count: int, power: float) -> dict[int, float]:
+    """How many of `count` windows have each size k, k / L = x^power, x even."""
+    shares = [(k / length) ** (1 / power) for k in range(length + 1)]
+    return {k: count * (shares[k] - shares[k - 1]) for k in range(1, length + 1)}
 
 
 def _cover_masks(length: int, budget: int) -> dict[int, float]:
