@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dllm.config import OptimizerSettings, launch_fault
+from dllm.core.precision import WidenedWeights, has_fast_bf16
 from dllm.training.optimizer import build_optimizers
 
 BUCKET = 50_000_000
@@ -86,7 +87,9 @@ class Replicated(Backend):
 
     def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings):
         self.accelerator, self.scores, self.clip = accelerator, scores, settings.clip
-        self.model = accelerator.prepare(scores)
+        half = any(p.dtype == torch.bfloat16 for p in scores.parameters())
+        slow = half and not has_fast_bf16(accelerator.device)
+        self.model = accelerator.prepare(WidenedWeights(scores) if slow else scores)
         self.optimizers = [accelerator.prepare(o) for o in build_optimizers(scores, settings)]
         if any(not p.requires_grad for p in scores.parameters()):
             accelerator.register_save_state_pre_hook(_drop_frozen)

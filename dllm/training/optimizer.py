@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dllm.config import OptimizerSettings
+from dllm.core.precision import has_fast_bf16
 
 
 def share_of_peak(step: int, total: int, warmup_share: float) -> float:
@@ -16,6 +17,44 @@ def share_of_peak(step: int, total: int, warmup_share: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon`, whose matrix products run in fp32 on hardware without fast bf16.
+
+    There, torch's Newton-Schulz iteration in bf16 takes most of the time of a training step. The iteration only makes
+    an update's singular values roughly equal, to within half their size, so the rounding of its products has no effect
+    on training. Same options and state. Source: Jordan et al. 2024; Liu et al. 2025 (arXiv:2502.16982).
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One optimisation step."""
+        if has_fast_bf16(self.param_groups[0]["params"][0].device):
+            return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            parameters, gradients, momenta = [], [], []
+            self._init_group(group, parameters, gradients, momenta)
+            for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                update = orthogonalized(update.float(), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                scale = 0.2 * math.sqrt(max(parameter.shape))  # match_rms_adamw: the size of AdamW's steps
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+        return loss
+
+
+def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
+    """The matrix [M, N] with all singular values near 1, by Newton-Schulz iteration in the matrix's own dtype."""
+    a, b, c = coefficients
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=epsilon)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
 def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
@@ -45,9 +84,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torc
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         rate = settings.matrix_learning_rate or settings.learning_rate
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(Muon(matrices, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

@@ -31,7 +31,8 @@ from torch import Tensor
 from dllm import provenance
 from dllm.algorithms import algorithm_class
 from dllm.algorithms.base import Algorithm, part_of_state
-from dllm.config import Recipe, RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
+from dllm.config import RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
+from dllm.core.precision import has_fast_bf16
 from dllm.data.collate import ResponseEnd
 from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import TokenRows, open_rows
@@ -112,7 +113,8 @@ def train(
     workdir = Path(workdir)
     if not replace:
         _check_free(config, workdir / "runs" / config.name)
-    state = StateDirectory(workdir / ".work" / f"{config.name}-{_state_key(config, workdir)}")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    state = StateDirectory(workdir / ".work" / f"{config.name}-{_state_key(config, workdir, device)}")
     accelerator = Accelerator(
         mixed_precision="no",  # the engine's autocast is the same under every back-end
         log_with=tracker,
@@ -198,7 +200,11 @@ class _Run:
         prediction = "next" if config.algorithm == "ar" else backbone.prediction
         scores = scores_for(config, backbone.model, prediction, self.algorithm.scores)
         self.parameters = sum(p.numel() for p in scores.parameters())
-        self.engine = Engine(accelerator, scores, config.optimizer, bf16=_autocasts(config.recipe))
+        products = product_dtype(config, accelerator.device)
+        bf16 = products == "bf16" and config.recipe.parameters == "fp32"  # bf16 parameters need no autocast
+        self.engine = Engine(accelerator, scores, config.optimizer, bf16=bf16)
+        if products != asked_dtype(config):
+            self._say(f"{config.name}: no fast bf16 on this device, so matrix products are computed in fp32")
         self.metrics = MetricsLog(state.path / "metrics.jsonl")
         self.parts: Iterator[Part] = iter(())
         self.tokens = 0
@@ -472,7 +478,7 @@ def _adapted(config: RunConfig, backbone: Backbone, device: torch.device) -> Bac
         config.adapter,
         seed=config.seed,
         device=device,
-        bf16=config.recipe.autocast == "bf16",
+        bf16=config.recipe.autocast == "bf16" and has_fast_bf16(device),
         causal=config.algorithm == "ar",
     )
 
@@ -488,9 +494,14 @@ def _response_end(config: RunConfig, rows: TokenRows, backbone: Backbone) -> Res
     )
 
 
-def _autocasts(recipe: Recipe) -> bool:
-    """Whether matrix products are autocast to bf16; bf16 parameters need no autocast."""
-    return recipe.autocast == "bf16" and recipe.parameters == "fp32"
+def asked_dtype(config: RunConfig) -> str:
+    """`bf16` or `fp32`: in what a run's recipe wants matrix products computed."""
+    return "bf16" if "bf16" in (config.recipe.autocast, config.recipe.parameters) else "fp32"
+
+
+def product_dtype(config: RunConfig, device: torch.device) -> str:
+    """`bf16` or `fp32`: in what they are computed on a device; bf16 only where it is fast."""
+    return asked_dtype(config) if has_fast_bf16(device) else "fp32"
 
 
 def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
@@ -579,10 +590,13 @@ def _check_free(config: RunConfig, target: Path) -> None:
     raise ValueError(f"{target}: this run is finished already; pass --replace to train it again")
 
 
-def _state_key(config: RunConfig, workdir: Path) -> str:
+def _state_key(config: RunConfig, workdir: Path, device: torch.device) -> str:
     """Digest of everything that decides the run's numbers, so that nothing resumes from foreign state."""
     inputs = list(_input_digests(config, workdir).values())
-    return digest({"config": digest(config), "inputs": inputs})[:16]
+    key = {"config": digest(config), "inputs": inputs}
+    if product_dtype(config, device) != asked_dtype(config):
+        key["products"] = product_dtype(config, device)
+    return digest(key)[:16]
 
 
 def _input_digests(config: RunConfig, workdir: Path) -> dict[str, str]:
@@ -624,6 +638,7 @@ def _finish(run: _Run, weights: dict[str, Tensor], target: Path, workdir: Path) 
         "block_size": config.recipe.block_size,
         "block_anchor": config.recipe.block_anchor,
         "length": config.length,
+        "products": product_dtype(config, accelerator.device),
         "special_tokens": {"mask": entry.mask_token, "eos": entry.end_token, "end_of_turn": entry.end_of_turn},
         "chat_template": entry.chat_template,
         **run.algorithm.save(run.engine.backend.scores, weights, scratch / "model"),
@@ -638,6 +653,7 @@ def _finish(run: _Run, weights: dict[str, Tensor], target: Path, workdir: Path) 
         config_digest=digest(config),
         data_digest=inputs[config.data_path],
         device=str(accelerator.device),
+        products=product_dtype(config, accelerator.device),
         hardware=_hardware(accelerator),
         processes=accelerator.num_processes,
         wall_seconds=round(run.wall_seconds, 1),

@@ -1,0 +1,39 @@
+"""Where bf16 is fast, and how to compute in fp32 with bf16 weights where it is not."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 matrix products; elsewhere they are emulated, many times slower.
+
+    Read from the hardware's own description and never timed, so that the same machine always computes the same bytes.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "mps"  # the first Apple chips emulate it, and PyTorch does not say which chip it is
+
+
+class WidenedWeights(nn.Module):
+    """A module whose bf16 weights are read as fp32 in its forward pass; their gradients come back in bf16.
+
+    Everything between the weights is computed in fp32. The weights themselves stay in bf16, so training rounds every
+    update to bf16, as it does without this wrapper.
+    """
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs, **named) -> Tensor:
+        wide = {name: p.float() if p.dtype == torch.bfloat16 else p for name, p in self.inner.named_parameters()}
+        return functional_call(self.inner, wide, inputs, named)
