@@ -165,7 +165,11 @@ def read_record(path: str | Path) -> dict:
 
 @cache
 def commit() -> dict[str, Any]:
-    """commit of the source tree and whether it has changes besides results; unknown outside a checkout."""
+    """commit of the source tree and whether it has changes besides results.
+
+    Both are unknown (`unknown` and None) without git, and for a source tree that is not the top of its checkout: an
+    unpacked release may lie inside another repository, whose commit says nothing about it.
+    """
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -175,11 +179,11 @@ def commit() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head = git("rev-parse", "HEAD")
-    return {
-        "commit": head or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")),
-    }
+    top, head = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+    if top is None or head is None or Path(top).resolve() != root:
+        return {"commit": "unknown", "dirty": None}
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return {"commit": head, "dirty": None if changes is None else bool(changes)}
 
 
 @cache

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import subprocess
 import time
 
 import pytest
@@ -138,6 +139,23 @@ def test_outside_a_checkout_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nothing"))
     provenance.commit.cache_clear()
     try:
-        assert provenance.commit() == {"commit": "unknown", "dirty": False}
+        assert provenance.commit() == {"commit": "unknown", "dirty": None}
+    finally:
+        provenance.commit.cache_clear()
+
+
+@pytest.mark.parametrize("below", [".", "unpacked"])
+def test_a_release_unpacked_inside_another_repository_does_not_take_its_commit(monkeypatch, tmp_path, below):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    author = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    subprocess.run(["git", "-C", tmp_path, *author, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
+    place = tmp_path / below / "dllm" / "provenance.py"
+    place.parent.mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(place))
+    provenance.commit.cache_clear()
+    try:
+        found = provenance.commit()
+        assert (found == {"commit": "unknown", "dirty": None}) == (below == "unpacked")
+        assert below == "unpacked" or (len(found["commit"]) == 40 and found["dirty"] is False)
     finally:
         provenance.commit.cache_clear()
