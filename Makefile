@@ -3,6 +3,7 @@
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
 # make systems  every kind of diffusion model, at toy size   make dvc   DVC, in an environment of its own
+# make unlock   after a run that was cut off: let the next one begin
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -10,10 +11,22 @@ VENV ?= .venv
 CORES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# scripts of a virtual environment hold its absolute path: in a clone that was moved it is made again
+$(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
+  $(if $(filter-out $(abspath $(dir $(stamp))),$(shell cat $(stamp) 2>/dev/null)),$(shell rm -f $(stamp))))
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report systems test bench lint chat plan one-gpu clean install dvc
+.PHONY: report systems test bench lint chat plan one-gpu clean install dvc unlock
+
+# $(call run,NAME,CONFIGS): the whole graph below results/NAME
+define run
+if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
+  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show $(2) || { status=$$?; \
+  [ -z "$$(ls results/$(1)/.snakemake/locks 2>/dev/null)" ] || \
+    echo "make: results/$(1) is locked by a run that was cut off, unless one is at work: make unlock" >&2; \
+  exit $$status; }
+endef
 
 install: $(INSTALLED)
 
@@ -21,28 +34,26 @@ $(INSTALLED): pyproject.toml envs/pip.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 	  { echo "$(PYTHON) is $$($(PYTHON) -V); Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "Installing into $(VENV): about a minute, and some gigabytes where PyTorch brings CUDA."
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/pip.txt --editable '.[dev]'
-	@touch $@
+	@printf %s "$(abspath $(VENV))" > $@
 
 dvc: .venv-dvc/.installed
 
 .venv-dvc/.installed: envs/dvc.txt
 	@echo "Installing DVC into .venv-dvc: about half a minute."
-	@$(PYTHON) -m venv .venv-dvc
+	@$(PYTHON) -m venv --clear .venv-dvc
 	@.venv-dvc/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 	  --requirement envs/dvc.txt
-	@touch $@
+	@printf %s "$(abspath .venv-dvc)" > $@
 
 report: $(INSTALLED)
-	@if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
-	  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show
+	@$(call run,laptop)
 	@echo "The report: $(abspath results/laptop/report/index.html)"
 
 systems: $(INSTALLED)
-	@if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
-	  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show --configfile config/laptop.yaml config/systems.yaml
+	@$(call run,systems,--configfile config/laptop.yaml config/systems.yaml)
 	@echo "The comparison: $(abspath results/systems/report/index.html)"
 
 test: $(INSTALLED) dvc
@@ -74,6 +85,10 @@ one-gpu: $(INSTALLED)
 	  read -r -p "Start this? [y/N] " answer; [ "$$answer" = y ] || exit 2; fi
 	@$(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete --configfile config/one-gpu.yaml
 	@echo "The report: $(abspath results/one-gpu/report/index.html)"
+
+unlock: $(INSTALLED)
+	@for configs in laptop.yaml "laptop.yaml config/systems.yaml" one-gpu.yaml; do \
+	  $(BIN)/snakemake --unlock --quiet all --configfile config/$$configs; done
 
 clean:
 	rm -rf results/laptop
