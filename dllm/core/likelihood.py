@@ -19,18 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy
 import torch
 from torch import Tensor
 
 from dllm.config import LikelihoodSettings
-from dllm.core.noise import keyed_hash, keyed_uniform
+from dllm.core.noise import keyed_uniform
 
 ENUMERATION_LIMIT = 12
 """Longest target whose 2^L - 1 masks are enumerated."""
-
-CHAIN_LIMIT = 12
-"""Longest target for which `auto` takes `chain`."""
 
 LEAST_COVER = 3
 """Passes of the smallest `cover`: everything masked, and two windows, whose difference is its error."""
@@ -50,45 +46,26 @@ LEAST_LATTICE = LATTICE + 2
 
 @dataclass(frozen=True)
 class Design:
-    """S masked versions of a target of L tokens; the estimate is the sum of weight x nll over scored positions.
+    """S masked versions of a target of L tokens; the estimate is the sum of weight x nll over masked positions.
 
-    masked and scored [..., S, L] bool (scored within masked; a pass without a scored position is not needed); weight
-    [..., S, L] float64, 0 where not scored; leading dimensions are those of the keys. For the standard error, passes of
+    masked [..., S, L] bool (a version without a mask is no pass); weight [..., S, L] float64, 0 where not
+    masked; leading dimensions are those of the keys. For the standard error, passes of
     one unit [S] are added up, and units are independent estimates of the same quantity; of a single unit, it is
     |sum of contrast x nll|, contrast [..., S, L] (None: the estimate has no error). With blend [..., S, L] the first
     passes are those of `lattice`, and the error comes from how far the others are from blend x the nll with everything
     masked + (1 - blend) x that with every second token masked.
-
-    Of two levels (`multilevel`), the first `cheap` passes are a design of their own, whose nll come from spans behind
-    the clean row (`core.spans`); the others are versions forwarded exactly, and then the same versions, cheap again.
     """
 
     masked: Tensor
-    scored: Tensor
     weight: Tensor
     unit: Tensor
     contrast: Tensor | None = None
     blend: Tensor | None = None
-    cheap: int = 0
-
-    @property
-    def partial(self) -> Tensor:
-        """[S] bool: passes whose nll come from spans behind the clean row."""
-        passes = torch.arange(len(self.unit))
-        exact = (len(passes) - self.cheap) // 2
-        return (passes < self.cheap) | (passes >= self.cheap + exact) & (self.cheap > 0)
 
     def of(self, keys: Tensor) -> Design:
         """The designs of some of the keys, whose dimension is the first."""
         contrast, blend = (None if x is None else x[keys] for x in (self.contrast, self.blend))
-        return Design(self.masked[keys], self.scored[keys], self.weight[keys], self.unit, contrast, blend, self.cheap)
-
-    def levels(self) -> tuple[Design, Design]:
-        """The cheap design of two levels, and the differences between exact and cheap."""
-        count = self.cheap
-        parts = (self.masked, self.scored, self.weight)
-        first = Design(*(x[..., :count, :] for x in parts), self.unit[:count], None, self.blend)
-        return first, Design(*(x[..., count:, :] for x in parts), self.unit[count:])
+        return Design(self.masked[keys], self.weight[keys], self.unit, contrast, blend)
 
 
 def likelihood_design(length: int | Tensor, key: int | Tensor, settings: LikelihoodSettings) -> Design:
@@ -107,25 +84,18 @@ def likelihood_design(length: int | Tensor, key: int | Tensor, settings: Likelih
 def estimator_for(length: int, settings: LikelihoodSettings) -> str:
     """The name of the estimator of a target; under `auto`, the exact or least noisy one within the budget of passes.
 
-    All masks, if they fit: `exact` for one token, `enumerate` for more. Else `chain` for up to 12 tokens where an order
-    and its mirror fit (2L - 1 passes) but not 4L passes; `lattice` where the budget is at most 3/4 L; and `cover`
-    otherwise (docs/lab-log.md has the measurements).
+    All masks, `enumerate`, if they fit. Else `lattice` where the budget is at most 3/4 L, and `cover` otherwise
+    (docs/lab-log.md has the measurements).
     Raises ValueError, one line, for an empty target and for a budget too small.
     """
     if length < 1:
         raise ValueError("a likelihood needs at least one target token, got none")
     name, budget = settings.estimator, settings.budget
     if name == "auto":
-        if length == 1:
-            name = "exact"
-        elif length <= ENUMERATION_LIMIT and 2**length - 1 <= budget:
+        name = "lattice" if LEAST_LATTICE <= budget <= LATTICE_SHARE * length else "cover"
+        if length <= ENUMERATION_LIMIT and 2**length - 1 <= budget:
             name = "enumerate"
-        else:
-            name = "chain" if length <= CHAIN_LIMIT and 2 * length - 1 <= budget < 4 * length else "cover"
-            if LEAST_LATTICE <= budget <= LATTICE_SHARE * length:
-                name = "lattice"
-    windows = {"cover": LEAST_COVER, "lattice": LEAST_LATTICE, "multilevel": LEAST_LATTICE} if length > 1 else {}
-    least = ({"chain": 2 * length - 1} | windows).get(name, 1)
+    least = {"cover": LEAST_COVER, "lattice": LEAST_LATTICE}.get(name, 1) if length > 1 else 1
     if budget < least:
         instead = "" if name == "cover" else f", or take cover, which needs {LEAST_COVER}"
         raise ValueError(
@@ -135,43 +105,13 @@ def estimator_for(length: int, settings: LikelihoodSettings) -> str:
     return name
 
 
-WITH_EFFORT = ("auto", "cover", "lattice", "multilevel")
-"""Estimators whose passes `settings.effort` governs; the others say themselves how many they need."""
-
-
-def budget_for(nats: numpy.ndarray, settings: LikelihoodSettings) -> numpy.ndarray:
-    """Passes [N] for targets by their nll with everything masked [N], nats: 3 + effort x its root, up to the budget.
-
-    On trained models the standard deviation s of an estimate grows with that nll B as B^0.65 or so, and its variance
-    falls with the passes n as n^-1.6: least summed variance for the summed passes then asks for n ~ s^(2 / 2.6), about
-    B^0.5. B is known before anything is drawn, so that the estimates stay unbiased.
-    """
-    wanted = numpy.ceil(LATTICE + settings.effort * numpy.sqrt(numpy.maximum(nats, 0))).astype(numpy.int64)
-    return numpy.minimum(numpy.maximum(wanted, LEAST_LATTICE), settings.budget)
-
-
-def everything_masked(length: Tensor) -> Design:
-    """The pass with everything masked, alone, for targets of these lengths [N], padded to the longest."""
-    masked = (torch.arange(int(length.max())) < length[:, None])[:, None]
-    return Design(masked, masked, masked.double(), torch.zeros(1, dtype=torch.long))
-
-
 def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
-    """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at scored positions only).
+    """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at masked positions only).
 
-    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`. The variances of
-    two levels, which are independent, add up; that of the second is n / (2n - 2) sum (c_u - c_u-1)^2, as its units are
-    a systematic sample in the order of their sizes.
+    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`.
     """
-    if design.cheap:
-        first, rest = design.levels()
-        nats, error = estimate(first, nll[..., : design.cheap, :])
-        window = (rest.weight * nll[..., design.cheap :, :].double()).sum(-1).unflatten(-1, (2, -1)).sum(-2)
-        count = window.shape[-1]
-        of_rest = (window.diff(dim=-1) ** 2).sum(-1) * count / (2 * (count - 1))
-        return nats + window.sum(-1), (error**2 + of_rest).sqrt()
     if design.blend is not None:
-        nll = torch.where(design.scored, nll.double(), 0.0)
+        nll = torch.where(design.masked, nll.double(), 0.0)
         nats = _sum((design.weight * nll).flatten(-2), -1)
         full, second = nll[..., :1, :], nll[..., 1:LATTICE, :].sum(-2, keepdim=True)
         window = _sum((design.weight * (nll - second - design.blend * (full - second)))[..., LATTICE:, :], -1)
@@ -180,21 +120,11 @@ def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
     if design.contrast is not None:
         nats, error = ((weight * nll.double()).sum((-1, -2)) for weight in (design.weight, design.contrast))
         return nats, error.abs()
-    rows = torch.where(design.scored, design.weight * nll.double(), 0.0).sum(-1)
+    rows = torch.where(design.masked, design.weight * nll.double(), 0.0).sum(-1)
     units = int(design.unit.max()) + 1
     unit = rows.new_zeros(*rows.shape[:-1], units).index_add(-1, design.unit, rows)
     spread = ((unit - unit.mean(-1, keepdim=True)) ** 2).sum(-1)
     return unit.sum(-1), (spread * units / max(1, units - 1)).sqrt()
-
-
-def exact(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
-    """One token, one pass: NELBO = nll. Raises ValueError for longer targets."""
-    if length > 1:
-        raise ValueError(
-            f"estimator = 'exact' takes targets of one token, got {length} tokens; "
-            f"use enumerate (up to {ENUMERATION_LIMIT} tokens), chain, cover or auto"
-        )
-    return enumerate_masks(length, key, settings)
 
 
 def enumerate_masks(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
@@ -205,34 +135,13 @@ def enumerate_masks(length: int, key: Tensor, settings: LikelihoodSettings) -> D
     if length > ENUMERATION_LIMIT:
         raise ValueError(
             f"estimator = 'enumerate' takes targets of at most {ENUMERATION_LIMIT} tokens, got {length} "
-            f"(2^{length} - 1 passes); use chain, cover or auto"
+            f"(2^{length} - 1 passes); use cover or auto"
         )
     masked = (torch.arange(1, 2**length)[:, None] >> torch.arange(length)) & 1 == 1
     per_token = torch.tensor([0.0] + [1 / (k * math.comb(length, k)) for k in range(1, length + 1)]).double()
     weight = per_token[masked.sum(1)][:, None] * masked
     masked, weight = (x.expand(*key.shape, *x.shape) for x in (masked, weight))
-    return Design(masked, masked, weight, torch.zeros(2**length - 1, dtype=torch.long))
-
-
-def chain(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
-    """Any-order chain rule along random orders, each with its mirror: 2L - 1 passes a pair, one scored token each.
-
-    For an order o: sum over j of nll_{o_j}({o_j, ..., o_L}). With k tokens left the masked set is uniform among those
-    of size k and o_j uniform in it, so the expectation is the sum of g_k. The mirror balances what is revealed early
-    and late: effects of single revealed tokens cancel. Every position is scored once in an order, so that a control
-    variate per position (its nll with everything masked) would change nothing. A self-consistent model gives every
-    order the same value: no variance at all. As many pairs as the budget holds, at least one. The standard error comes
-    from the pairs, or for a single pair is half the difference of its two orders, which is cautious where the two are
-    negatively correlated.
-    """
-    pairs = max(1, settings.budget // max(1, 2 * length - 1))
-    positions = torch.arange(length)
-    rank = _ranks(key, pairs, length)
-    rank = torch.stack([rank, length - 1 - rank], -2).flatten(-3, -2)[..., None, :]
-    masked = (rank >= positions[:, None]).flatten(-3, -2)
-    scored = (rank == positions[:, None]).flatten(-3, -2)
-    order = torch.arange(2 * pairs).repeat_interleave(length)
-    return Design(masked, scored, scored.double() / (2 * pairs), order if pairs == 1 else order // 2)
+    return Design(masked, weight, torch.zeros(2**length - 1, dtype=torch.long))
 
 
 def cover(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
@@ -257,7 +166,7 @@ def cover(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
         part[number, rows, rank].flatten(-3, -2) for part in (table.masked, table.weight, table.contrast)
     )
     unit = torch.arange(units).repeat_interleave(passes)
-    return Design(masked, masked, weight / units, unit, contrast if units == 1 else None)
+    return Design(masked, weight / units, unit, contrast if units == 1 else None)
 
 
 def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> Design:
@@ -280,7 +189,7 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
             return enumerate_masks(length, key, settings)
         one = lattice(torch.full((key.numel(),), length), key.reshape(-1), settings)
         masked, weight, blend = (x.view(*key.shape, *x.shape[1:]) for x in (one.masked, one.weight, one.blend))
-        return Design(masked, masked, weight, one.unit, blend=blend)
+        return Design(masked, weight, one.unit, blend=blend)
     count, most = settings.budget - LATTICE, int(length.max())
     positions, number = torch.arange(most), torch.arange(count)
     inside = positions < length[:, None]
@@ -305,53 +214,7 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
     masked = torch.cat([fixed, window], 1)
     weight = torch.cat([torch.stack([of_full, of_second, of_second], 1) * fixed, each], 1)
     blend = torch.nn.functional.pad(blend, (0, 0, LATTICE, 0))
-    return Design(masked, masked, weight, torch.arange(LATTICE + count), blend=blend)
-
-
-def multilevel(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
-    """Many cheap versions of the target, and a few windows that correct what is wrong about them.
-
-    The nll e_i(S) of a version takes a forward of context and target. Its stand-in c_i(S) takes one of the masked
-    tokens alone, which attend to each other and to the row forwarded once with nothing masked, less the positions
-    masked in S (`core.spans`). The bound of c comes from `lattice` with `budget` versions, or from all of them if they
-    fit (also up to `ENUMERATED` tokens); that of e - c, which varies a tenth as much, from n windows, n = max(2,
-    `EXACT_SHARE` x (budget - 3)). For every model, the sum has the expectation of e alone.
-
-    The windows' sizes are systematic, |S| = 1 + floor(L x^0.9), and each begins on a random circle where the one before
-    it ends, 8 on a circle; the tokens of a window weigh the same. Their random numbers are not those of the first
-    level, so that the levels' variances add up. Where n exact passes, or three, hold all versions, it is `enumerate`.
-
-    Of costs C and variances V per pass, the best ratio of the passes of two levels is root (V_1 C_0 / V_0 C_1) (Giles
-    2015, doi:10.1017/S096249291500001X): here C_0 is about 0.4 L tokens and C_1 the P + L of context and target. It
-    changes with the root of 1 + P / L only, by less than the rounding of n; the share is that of P = 2 L or so, and the
-    more a context is longer, the more is saved.
-    """
-    count = max(2, round(EXACT_SHARE * (settings.budget - LATTICE)))
-    versions = 2**length - 1 if length <= ENUMERATION_LIMIT else math.inf
-    if versions <= max(count, 3):
-        return enumerate_masks(length, key, settings)
-    first = enumerate_masks if length <= ENUMERATED or versions <= settings.budget else lattice
-    first = first(length, key, settings)
-    own = keyed_hash(key, _SECOND_LEVEL)
-    window, total = _windows_in_turn(length, count, own)
-    weight = window * (total / window.sum(-1))[..., None]
-    masked = torch.cat([first.masked, window, window], -2)
-    weight = torch.cat([first.weight, weight, -weight], -2)
-    scored = torch.cat([first.scored, window, window], -2)
-    unit = torch.cat([first.unit, torch.arange(count), torch.arange(count)])
-    return Design(masked, scored, weight, unit, blend=first.blend, cheap=len(first.unit))
-
-
-def _windows_in_turn(length: int, count: int, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows [..., S, L] of systematic, ascending sizes and their totals; on the circles they are in random order."""
-    k, total = _systematic_sizes(torch.tensor(length), count, key, _EXACT_POWER)
-    order = keyed_uniform(key[..., None], torch.arange(count), -2).argsort(-1)
-    in_order, turn = k.gather(-1, order), order.argsort(-1)
-    start, circle = (in_order.cumsum(-1) - in_order).gather(-1, turn), turn // _WINDOWS_PER_CIRCLE
-    rank = _ranks(key, -(-count // _WINDOWS_PER_CIRCLE), length)
-    rank = rank.gather(-2, circle[..., None].expand(*circle.shape, length))
-    window = (rank - start[..., None]) % length < k[..., None]
-    return window, total
+    return Design(masked, weight, torch.arange(LATTICE + count), blend=blend)
 
 
 def _systematic_sizes(length: Tensor, count: int, key: Tensor, power: float) -> tuple[Tensor, Tensor]:
@@ -362,16 +225,6 @@ def _systematic_sizes(length: Tensor, count: int, key: Tensor, power: float) -> 
     offset, long = keyed_uniform(key[..., None], torch.tensor(0), -1).double(), length.double()
     k = ((long * ((torch.arange(count) + offset) / count) ** power).floor().long() + 1).minimum(length)
     return k, 1 / (count * ((k / long) ** (1 / power) - ((k - 1) / long) ** (1 / power)))
-
-
-ENUMERATED = 5
-"""Longest target of which `multilevel` computes all versions cheaply, whatever the budget: 80 tokens for 5."""
-
-EXACT_SHARE = 0.18
-"""Exact windows of `multilevel` for each version of its first level beyond three."""
-
-_EXACT_POWER = 0.9
-_SECOND_LEVEL = 2
 
 
 def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
@@ -458,16 +311,13 @@ def mc(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     k = ((k - 1) % length + 1)[..., None]
     masked = _ranks(key, draws, length) < k
     unit = batch if draws > size else torch.arange(draws)
-    return Design(masked, masked, masked * (length / k.double() / draws), unit)
+    return Design(masked, masked * (length / k.double() / draws), unit)
 
 
 ESTIMATORS: dict[str, Callable[[int, Tensor, LikelihoodSettings], Design]] = {
-    "exact": exact,
     "enumerate": enumerate_masks,
-    "chain": chain,
     "cover": cover,
     "lattice": lattice,
-    "multilevel": multilevel,
     "mc": mc,
 }
 

@@ -1,6 +1,5 @@
 """Likelihood designs: every estimator has the same expectation."""
 
-import numpy
 import pytest
 import torch
 
@@ -10,8 +9,6 @@ from dllm.core.likelihood import (
     ESTIMATORS,
     LATTICE,
     _arrangements,
-    _windows_in_turn,
-    budget_for,
     estimate,
     estimator_for,
     likelihood_design,
@@ -34,12 +31,7 @@ def random_table(length, seed=0):
 
 
 def nll_of(design, table):
-    """Cheap passes have another model's nll, only a little like those of the exact ones."""
-    found = (design.masked.long() << torch.arange(design.masked.shape[-1])).sum(-1)
-    if not design.cheap:
-        return table[found]
-    cheap = table / 2 + random_table(table.shape[1], seed=99)[0]
-    return torch.where(design.partial[:, None], cheap[found], table[found])
+    return table[(design.masked.long() << torch.arange(design.masked.shape[-1])).sum(-1)]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
@@ -52,9 +44,6 @@ def test_enumeration_is_the_definition(length):
 
 
 CASES = [
-    ("chain", 3, {"budget": 5}),
-    ("chain", 5, {"budget": 9}),
-    ("chain", 6, {"budget": 64}),
     ("cover", 3, {"budget": 6}),
     ("cover", 4, {"budget": 64}),
     ("cover", 5, {"budget": 13}),
@@ -70,11 +59,6 @@ CASES = [
     ("lattice", 6, {"budget": 14}),
     ("lattice", 9, {"budget": 9}),
     ("lattice", 9, {"budget": 64}),
-    ("multilevel", 3, {"budget": 5}),
-    ("multilevel", 5, {"budget": 9}),
-    ("multilevel", 6, {"budget": 14}),
-    ("multilevel", 7, {"budget": 300}),
-    ("multilevel", 9, {"budget": 30}),
     ("mc", 4, {"mc_draws": 4, "mc_batch": 4}),
     ("mc", 5, {"mc_draws": 8, "mc_batch": 1}),
 ]
@@ -92,10 +76,8 @@ def test_every_estimator_is_unbiased_and_its_error_is_not_too_small(name, length
         assert (
             0.6 < ratio < 1.6
         )  # what it assumes about the model, that its nll are smooth, is wrong for a random table
-    elif name in ("lattice", "multilevel"):
+    elif name == "lattice":
         assert 0.9 < ratio < 2  # its windows are drawn systematically: less noisy than if they were independent
-    elif name == "chain" and options["budget"] < 2 * (2 * length - 1):
-        assert 0.9 < ratio < 4  # of a single pair of orders it is cautious
     else:
         assert 0.9 < ratio < 1.12  # of independent units it is right, up to the noise of 4000 draws
 
@@ -104,12 +86,12 @@ def test_every_estimator_is_unbiased_and_its_error_is_not_too_small(name, length
 @pytest.mark.parametrize("length", [1, 2, 7, 33, 100])
 def test_the_weights_of_a_design_add_up_to_the_length(name, length):
     """A model with the same nll everywhere has the bound L x nll, whatever is masked."""
-    if (name, length) in {("enumerate", 33), ("enumerate", 100)} or (name == "exact" and length > 1):
-        with pytest.raises(ValueError, match="use .*chain, cover or auto"):
+    if (name, length) in {("enumerate", 33), ("enumerate", 100)}:
+        with pytest.raises(ValueError, match="use cover or auto"):
             likelihood_design(length, 0, LikelihoodSettings(estimator=name))
         return
     design = likelihood_design(length, 5, LikelihoodSettings(estimator=name, budget=200))
-    assert not (design.scored & ~design.masked).any() and not design.weight[~design.scored].any()
+    assert not design.weight[~design.masked].any()
     if name != "mc":  # whose batches are spread over the sizes only on average
         assert design.weight.sum().item() == pytest.approx(length)
     if name == "mc":
@@ -134,18 +116,16 @@ def test_many_keys_at_once_give_the_designs_of_each():
     keys = torch.tensor([[3, -8], [2**62, 0]])
     for name, length in (
         ("enumerate", 4),
-        ("chain", 6),
         ("cover", 9),
         ("cover", 40),
         ("lattice", 40),
-        ("multilevel", 40),
         ("mc", 5),
     ):
         settings = LikelihoodSettings(estimator=name)
         together = likelihood_design(length, keys, settings)
         for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
             alone = likelihood_design(length, int(keys[place]), settings)
-            for field in ("masked", "scored", "weight", "blend"):
+            for field in ("masked", "weight", "blend"):
                 if getattr(together, field) is None:
                     continue
                 assert torch.equal(getattr(together, field)[place], getattr(alone, field))
@@ -155,49 +135,29 @@ def test_many_keys_at_once_give_the_designs_of_each():
 @pytest.mark.parametrize("length", [4, 20, 32, 33, 64, 300])
 def test_auto_keeps_its_budget(length, budget):
     design = likelihood_design(length, 3, LikelihoodSettings(budget=budget))
-    assert len(design.masked[design.scored.any(-1)].unique(dim=0)) <= budget
+    assert len(design.masked[design.masked.any(-1)].unique(dim=0)) <= budget
 
 
 def test_the_policy_takes_exact_estimators_where_they_are_affordable():
     def names(budget, *lengths):
         return [estimator_for(length, LikelihoodSettings(budget=budget)) for length in lengths]
 
-    assert names(64, 1, 2, 3, 6, 7, 32, 33) == ["exact", *["enumerate"] * 3, "cover", "cover", "cover"]
-    assert names(16, 1, 4, 5, 8, 9) == ["exact", "enumerate", "chain", "chain", "cover"]
-    assert names(1, 1) == ["exact"]
+    assert names(64, 1, 2, 3, 6, 7, 32, 33) == [*["enumerate"] * 4, "cover", "cover", "cover"]
+    assert names(16, 1, 4, 5, 8, 9) == ["enumerate", "enumerate", "cover", "cover", "cover"]
+    assert names(1, 1) == ["enumerate"]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"budget": 2}, "budget = 2 is too small: cover of a target of 5 tokens needs at least 3 passes; raise it$"),
-        ({"budget": 8, "estimator": "chain"}, "chain of a target of 5 tokens needs at least 9 passes; .* take cover"),
+        ({"budget": 4, "estimator": "lattice"}, "lattice of a target of 5 tokens needs at least 5 passes; .* take cover"),
     ],
 )
 def test_a_budget_too_small_says_what_is_the_least(settings, message):
     with pytest.raises(ValueError, match=message):
         likelihood_design(5, 0, LikelihoodSettings(**settings))
     likelihood_design(5, 0, LikelihoodSettings(**settings | {"budget": settings["budget"] + 1}))
-
-
-def test_targets_of_different_lengths_share_their_orders():
-    """The same key reveals the positions that both have in the same order."""
-    settings = LikelihoodSettings(estimator="chain", budget=200)
-    longer, shorter = (likelihood_design(length, 7, settings) for length in (9, 6))
-    orders = [design.scored[:length].long().argmax(1) for design, length in ((longer, 9), (shorter, 6))]
-    assert orders[0][orders[0] < 6].tolist() == orders[1].tolist()
-
-
-def test_a_chain_masks_what_it_has_not_revealed_and_scores_one_token():
-    design = likelihood_design(6, 1, LikelihoodSettings(estimator="chain", budget=11))
-    assert design.scored.sum(-1).eq(1).all() and len(design.masked.unique(dim=0)) == 11
-    assert design.masked.sum(-1).tolist() == [6, 5, 4, 3, 2, 1] * 2
-
-
-def test_designs_are_a_function_of_key_and_length():
-    settings = LikelihoodSettings(estimator="chain")
-    one, same, other = (likelihood_design(9, key, settings).masked for key in (4, 4, 5))
-    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_an_empty_target_is_an_error():
@@ -221,41 +181,6 @@ def test_a_lattice_has_no_noise_where_its_model_of_the_nll_is_right():
     sizes = torch.arange(length).double() / (length - 1)
     assert nats == pytest.approx((second + (full - second) * (sizes**2.5).mean()).sum().item(), abs=1e-9)
     assert error.max() < 1e-9
-
-
-def test_two_levels_are_a_cheap_design_and_exact_windows_that_are_cheap_too():
-    design = likelihood_design(20, torch.arange(3), LikelihoodSettings(estimator="multilevel", budget=20))
-    first, rest = design.levels()
-    same = likelihood_design(20, torch.arange(3), LikelihoodSettings(estimator="lattice", budget=20))
-    assert torch.equal(first.masked, same.masked) and torch.equal(first.weight, same.weight)
-    assert design.partial.tolist() == [True] * 20 + [False] * 3 + [True] * 3
-    assert torch.equal(rest.masked[:, :3], rest.masked[:, 3:])
-    assert torch.equal(rest.weight[:, :3], -rest.weight[:, 3:])
-    cheap = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0)).double()
-    wrong = torch.cat([cheap, rest.masked.double()], -2)
-    assert estimate(design, wrong)[0] == pytest.approx(estimate(same, cheap)[0])  # where cheap is exact
-
-
-def test_two_levels_forward_few_versions_exactly():
-    cases = {(1, 5): 0, (2, 64): 0, (3, 45): 0, (3, 30): 7, (5, 9): 31, (6, 64): 63, (6, 62): 62, (12, 64): 64}
-    for (length, budget), cheap in cases.items():
-        assert likelihood_design(length, 0, LikelihoodSettings(estimator="multilevel", budget=budget)).cheap == cheap
-
-
-@pytest.mark.parametrize("count", [2, 3, 7, 20])
-@pytest.mark.parametrize("length", [3, 7, 20])
-def test_exact_windows_weigh_every_size_equally_on_average(length, count):
-    masked, total = _windows_in_turn(length, count, torch.arange(4000))
-    sizes = torch.zeros(length, dtype=torch.float64).index_add_(0, (masked.sum(-1) - 1).flatten(), total.flatten())
-    squares = torch.zeros(length, dtype=torch.float64)
-    squares.index_add_(0, (masked.sum(-1) - 1).flatten(), total.flatten() ** 2 * count)  # windows of a key are few
-    assert ((sizes / 4000 - 1).abs() < 4 * squares.sqrt() / 4000).all()
-
-
-def test_effort_gives_passes_to_targets_that_surprise():
-    nats = numpy.array([0.0, 4.0, 100.0, 400.0, 1e6])
-    assert budget_for(nats, LikelihoodSettings(effort=1.5)).tolist() == [5, 6, 18, 33, 64]
-    assert budget_for(nats, LikelihoodSettings(effort=1.5, budget=4)).tolist() == [4] * 5
 
 
 def test_a_lattice_too_small_is_an_error():
