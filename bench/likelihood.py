@@ -15,7 +15,7 @@ from bench.options import Options
 from bench.workloads import Request, answers, endings, laptop, letter_questions
 from dllm.config import LikelihoodSettings
 from dllm.core.canvas import Score
-from dllm.core.likelihood import ESTIMATORS, estimate, likelihood_design
+from dllm.likelihood.designs import ESTIMATORS, estimate, likelihood_design
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.language_model import DiffusionLM
 

@@ -18,6 +18,7 @@ ARRANGEMENT_LIMIT = 256
 LEAST_LATTICE = 5
 """Passes of the smallest `lattice`, of which 3 are fixed."""
 
+
 def estimator(length: int, settings: LikelihoodSettings) -> str:
     """The estimator of a target, as `core.likelihood.estimator_for` names it; never an error."""
     if settings.estimator != "auto":

@@ -5,7 +5,8 @@ import pytest
 
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.blocks import block_passes
-from dllm.core.likelihood import estimator_for, likelihood_design
+from dllm.likelihood.designs import likelihood_design
+from dllm.likelihood.policy import estimator_for
 from dllm.planning.passes import estimator, generation_passes, likelihood_passes, question_passes
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 30, 48)

@@ -4,15 +4,13 @@ import pytest
 import torch
 
 from dllm.config import LikelihoodSettings
-from dllm.core.likelihood import (
-    ARRANGEMENT_LIMIT,
+from dllm.likelihood.designs import (
     ESTIMATORS,
-    LATTICE,
     _arrangements,
     estimate,
-    estimator_for,
     likelihood_design,
 )
+from dllm.likelihood.policy import ARRANGEMENT_LIMIT, LATTICE, estimator_for
 from tests.oracles import enumerated_nelbo, tabular_backbone
 
 
@@ -151,7 +149,10 @@ def test_the_policy_takes_exact_estimators_where_they_are_affordable():
     ("settings", "message"),
     [
         ({"budget": 2}, "budget = 2 is too small: cover of a target of 5 tokens needs at least 3 passes; raise it$"),
-        ({"budget": 4, "estimator": "lattice"}, "lattice of a target of 5 tokens needs at least 5 passes; .* take cover"),
+        (
+            {"budget": 4, "estimator": "lattice"},
+            "lattice of a target of 5 tokens needs at least 5 passes",
+        ),
     ],
 )
 def test_a_budget_too_small_says_what_is_the_least(settings, message):

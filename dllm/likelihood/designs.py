@@ -24,24 +24,7 @@ from torch import Tensor
 
 from dllm.config import LikelihoodSettings
 from dllm.core.noise import keyed_uniform
-
-ENUMERATION_LIMIT = 12
-"""Longest target whose 2^L - 1 masks are enumerated."""
-
-LEAST_COVER = 3
-"""Passes of the smallest `cover`: everything masked, and two windows, whose difference is its error."""
-
-ARRANGEMENT_LIMIT = 256
-"""Most passes of one arrangement of `cover`."""
-
-LATTICE = 3
-"""Passes of `lattice` that are the same for every key: everything masked, and every second token, both ways."""
-
-LATTICE_SHARE = 0.75
-"""`auto` takes `lattice` for budgets up to so many passes per token; with more, `cover` is less noisy."""
-
-LEAST_LATTICE = LATTICE + 2
-"""Passes of the smallest `lattice`: its error comes from two windows."""
+from dllm.likelihood.policy import ARRANGEMENT_LIMIT, LATTICE, SIZE_POWER, estimator_for
 
 
 @dataclass(frozen=True)
@@ -81,30 +64,6 @@ def likelihood_design(length: int | Tensor, key: int | Tensor, settings: Likelih
     return ESTIMATORS[name](length, torch.as_tensor(key), settings)
 
 
-def estimator_for(length: int, settings: LikelihoodSettings) -> str:
-    """The name of the estimator of a target; under `auto`, the exact or least noisy one within the budget of passes.
-
-    All masks, `enumerate`, if they fit. Else `lattice` where the budget is at most 3/4 L, and `cover` otherwise
-    (docs/lab-log.md has the measurements).
-    Raises ValueError, one line, for an empty target and for a budget too small.
-    """
-    if length < 1:
-        raise ValueError("a likelihood needs at least one target token, got none")
-    name, budget = settings.estimator, settings.budget
-    if name == "auto":
-        name = "lattice" if LEAST_LATTICE <= budget <= LATTICE_SHARE * length else "cover"
-        if length <= ENUMERATION_LIMIT and 2**length - 1 <= budget:
-            name = "enumerate"
-    least = {"cover": LEAST_COVER, "lattice": LEAST_LATTICE}.get(name, 1) if length > 1 else 1
-    if budget < least:
-        instead = "" if name == "cover" else f", or take cover, which needs {LEAST_COVER}"
-        raise ValueError(
-            f"budget = {budget} is too small: {name} of a target of {length} tokens needs at least {least} passes; "
-            f"raise it{instead}"
-        )
-    return name
-
-
 def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
     """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at masked positions only).
 
@@ -128,15 +87,7 @@ def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def enumerate_masks(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
-    """All 2^L - 1 masks, without noise: weight 1 / (k C(L, k)) for each token of a mask of size k.
-
-    Raises ValueError beyond `ENUMERATION_LIMIT` tokens.
-    """
-    if length > ENUMERATION_LIMIT:
-        raise ValueError(
-            f"estimator = 'enumerate' takes targets of at most {ENUMERATION_LIMIT} tokens, got {length} "
-            f"(2^{length} - 1 passes); use cover or auto"
-        )
+    """All 2^L - 1 masks, without noise: weight 1 / (k C(L, k)) for each token of a mask of size k."""
     masked = (torch.arange(1, 2**length)[:, None] >> torch.arange(length)) & 1 == 1
     per_token = torch.tensor([0.0] + [1 / (k * math.comb(length, k)) for k in range(1, length + 1)]).double()
     weight = per_token[masked.sum(1)][:, None] * masked
@@ -193,7 +144,7 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
     count, most = settings.budget - LATTICE, int(length.max())
     positions, number = torch.arange(most), torch.arange(count)
     inside = positions < length[:, None]
-    k, total = _systematic_sizes(length[:, None], count, key, _SIZE_POWER)
+    k, total = _systematic_sizes(length[:, None], count, key, SIZE_POWER)
     long = length[:, None].double()
     circles = -(-count // _WINDOWS_PER_CIRCLE)
     start = ((number // circles) * (long / _GOLDEN)).floor().long() % length[:, None]
@@ -286,7 +237,6 @@ def _sum(values: Tensor, dim: int) -> Tensor:
 
 
 _SURPRISE_SCALE = 8.0
-_SIZE_POWER = 1.5
 _BLEND_POWER = 1.5
 _GOLDEN = (1 + 5**0.5) / 2
 _WINDOWS_PER_CIRCLE = 8
