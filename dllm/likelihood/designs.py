@@ -4,10 +4,11 @@ The bound of masked diffusion with the time integrated out is, for a target of L
 
     NELBO = sum over k = 1..L of g_k,    g_k = E over |S| = k of [ (1/k) sum over i in S of nll_i(S) ],
 
-nll_i(S) = -log p(x_i | the target with the set S masked). Every design below is linear in the nll and has exactly this
-expectation; they differ in variance and passes. A fixed arrangement of masks and weights whose positions are permuted
-at random is unbiased if, for each size k, the weights on masks of that size add up to 1 (or do so on average over
-random sizes): that leaves the masks and the single weights free to be chosen for a small variance.
+nll_i(S) = -log p(x_i | the target with the set S masked). Every design below is linear in the nll and, but for the
+published one (`mc`), has exactly this expectation; they differ in variance and passes. A fixed arrangement of masks and
+weights whose positions are permuted at random is unbiased if, for each size k, the weights on masks of that size add up
+to 1 (or do so on average over random sizes): that leaves the masks and the single weights free to be chosen for a small
+variance.
 Sources: Sahoo et al. 2024 (arXiv:2406.07524), eq. 10; Ou et al. 2024 (arXiv:2406.03736), the any-order form; Nie et al.
 2025 (arXiv:2502.09992), algorithm 3, for `mc`.
 """
@@ -24,31 +25,28 @@ from torch import Tensor
 
 from dllm.config import LikelihoodSettings
 from dllm.core.noise import keyed_uniform
-from dllm.likelihood.policy import ARRANGEMENT_LIMIT, LATTICE, SIZE_POWER, estimator_for
+from dllm.likelihood.policy import LATTICE, SIZE_POWER, estimator_for
 
 
 @dataclass(frozen=True)
 class Design:
     """S masked versions of a target of L tokens; the estimate is the sum of weight x nll over masked positions.
 
-    masked [..., S, L] bool (a version without a mask is no pass); weight [..., S, L] float64, 0 where not
-    masked; leading dimensions are those of the keys. For the standard error, passes of
-    one unit [S] are added up, and units are independent estimates of the same quantity; of a single unit, it is
-    |sum of contrast x nll|, contrast [..., S, L] (None: the estimate has no error). With blend [..., S, L] the first
-    passes are those of `lattice`, and the error comes from how far the others are from blend x the nll with everything
-    masked + (1 - blend) x that with every second token masked.
+    masked [..., S, L] bool; weight [..., S, L] float64, 0 where not masked; leading dimensions are those of the keys.
+    For the standard error, passes of one unit [S] are added up, and units are independent estimates of one quantity.
+    With blend [..., S, L] the first passes are those of `lattice`, and the error comes from how far the others are from
+    blend x the nll with everything masked + (1 - blend) x that with every second token masked.
     """
 
     masked: Tensor
     weight: Tensor
     unit: Tensor
-    contrast: Tensor | None = None
     blend: Tensor | None = None
 
     def of(self, keys: Tensor) -> Design:
         """The designs of some of the keys, whose dimension is the first."""
-        contrast, blend = (None if x is None else x[keys] for x in (self.contrast, self.blend))
-        return Design(self.masked[keys], self.weight[keys], self.unit, contrast, blend)
+        blend = None if self.blend is None else self.blend[keys]
+        return Design(self.masked[keys], self.weight[keys], self.unit, blend)
 
 
 def likelihood_design(length: int | Tensor, key: int | Tensor, settings: LikelihoodSettings) -> Design:
@@ -67,7 +65,7 @@ def likelihood_design(length: int | Tensor, key: int | Tensor, settings: Likelih
 def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
     """The bound in nats and its standard error [...], float64, from nll [..., S, L] (read at masked positions only).
 
-    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2; of a single one, see `Design`.
+    With n units u: variance = n / (n - 1) sum over u (c_u - mean)^2.
     """
     if design.blend is not None:
         nll = torch.where(design.masked, nll.double(), 0.0)
@@ -76,9 +74,6 @@ def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
         window = _sum((design.weight * (nll - second - design.blend * (full - second)))[..., LATTICE:, :], -1)
         spread = ((window - window.mean(-1, keepdim=True)) ** 2).sum(-1)
         return nats, (spread * window.shape[-1] / (window.shape[-1] - 1)).sqrt()
-    if design.contrast is not None:
-        nats, error = ((weight * nll.double()).sum((-1, -2)) for weight in (design.weight, design.contrast))
-        return nats, error.abs()
     rows = torch.where(design.masked, design.weight * nll.double(), 0.0).sum(-1)
     units = int(design.unit.max()) + 1
     unit = rows.new_zeros(*rows.shape[:-1], units).index_add(-1, design.unit, rows)
@@ -95,31 +90,6 @@ def enumerate_masks(length: int, key: Tensor, settings: LikelihoodSettings) -> D
     return Design(masked, weight, torch.zeros(2**length - 1, dtype=torch.long))
 
 
-def cover(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
-    """Windows on random circles, weighted to interpolate between them.
-
-    There are windows of every size k, as many as the budget holds (ceil(L / k) cover the target), or of stratified
-    sizes with a random offset; and the pass with everything masked, which serves as a control variate. The single
-    weights are those of least squared error, summed to be unbiased, under the prior that the nll of a position changes
-    smoothly with what is revealed: covariance 10^4 + exp(-d / 4), d the number of tokens revealed in one version and
-    not in the other. The positions of this arrangement are permuted at random. The standard error is the difference of
-    the same interpolation from every other window, scaled by what the prior says that all together are better: right
-    to about a factor of 1.5. Beyond `ARRANGEMENT_LIMIT` passes there are several arrangements, and it comes from them.
-    """
-    units = math.ceil(settings.budget / ARRANGEMENT_LIMIT)
-    table = _arrangements(length, max(1, (settings.budget - 1) // units))
-    rank = _ranks(key, units, length)[..., None, :]
-    drawn = keyed_uniform(key[..., None], torch.arange(units), -1).double()
-    number = torch.searchsorted(table.below, drawn, right=True)[..., None, None]
-    passes = table.masked.shape[1]
-    rows = torch.arange(passes)[:, None]
-    masked, weight, contrast = (
-        part[number, rows, rank].flatten(-3, -2) for part in (table.masked, table.weight, table.contrast)
-    )
-    unit = torch.arange(units).repeat_interleave(passes)
-    return Design(masked, weight / units, unit, contrast if units == 1 else None)
-
-
 def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> Design:
     """Random windows, each corrected by what two fixed versions of the target say about it.
 
@@ -130,7 +100,7 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
     where m is good. The other passes draw their sizes systematically, small ones more often (|S| / L = x^1.5, x evenly
     spaced behind a random offset), because few tokens are scored there; 8 windows at a time lie on one random circle,
     the golden ratio of it apart. The total weight of a window
-    follows from its size, its spread over the window's tokens from kernel quadrature, as in `cover`. The standard error
+    follows from its size, its spread over the window's tokens from kernel quadrature. The standard error
     is that of the windows' corrections.
 
     length: or long [N], of several tokens each, one for each key [N]; designs are then padded to the longest.
@@ -181,7 +151,11 @@ def _systematic_sizes(length: Tensor, count: int, key: Tensor, power: float) -> 
 def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
     """Weights [K, S, L] of windows [K, S, L], those of a window adding up to its total [K, S].
 
-    Kernel quadrature as in `_interpolation_weights`, of covariance 1 + exp(-d / 8), for what the fixed passes leave.
+    Kernel quadrature, position by position, for what the fixed passes leave. The prior is that the nll of a position
+    changes smoothly with what is revealed: covariance 1 + exp(-d / 8), d the number of tokens revealed in one window
+    and not in the other. With K the covariance of the windows that mask a position, and z their covariance with the
+    mean over all sizes and sets, the weights of least variance are K^-1 (z + lambda), lambda such that the totals come
+    out. The prior touches the noise only, not the expectation.
     """
     count, most = windows.shape[1:]
     # with empty windows up to a multiple of four, every matrix begins at a multiple of 64 bytes: where it stands in
@@ -198,7 +172,7 @@ def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
         revealed = (~some & inside[:, None]).double()
         number = revealed.sum(-1)
         distance = number[..., None] + number[..., None, :] - 2 * revealed @ revealed.mT
-        covariance = 1 + torch.exp(-distance / _SURPRISE_SCALE) + 1e-3 * identity
+        covariance = 1 + torch.exp(-distance / _SCALE) + 1e-3 * identity
         target = mean[here].gather(1, number.long().clamp(max=most - 1))
         row, position = inside.nonzero(as_tuple=True)
         member = some.mT[row, position].double()
@@ -213,8 +187,18 @@ def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _window_means(length: int) -> Tensor:
-    """[L]: by how many others are revealed, the mean covariance of a window; see `_mean_covariance`."""
-    return 1 + _mean_covariance(length, torch.arange(length).double(), _SURPRISE_SCALE)
+    """[L]: by how many others are revealed, r, the mean covariance of a window with a version drawn as in the bound.
+
+    That one has each of the L - 1 others revealed with probability u, u uniform in (0, 1): the mean of exp(-d / 8) is
+    the integral over u of (c + (1 - c) u)^r (1 - (1 - c) u)^(L - 1 - r), c = exp(-1 / 8): a polynomial, integrated
+    exactly by Gauss and Legendre's rule.
+    """
+    matrix = torch.arange(1, length // 2 + 2, dtype=torch.float64)
+    beside = matrix / (4 * matrix**2 - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    u, share = (nodes + 1) / 2, vectors[0] ** 2
+    c, r = math.exp(-1 / _SCALE), torch.arange(length).double()[:, None]
+    return 1 + ((c + (1 - c) * u) ** r * (1 - (1 - c) * u) ** (length - 1 - r)) @ share
 
 
 def _mean_blends(lengths: Tensor) -> Tensor:
@@ -236,7 +220,7 @@ def _sum(values: Tensor, dim: int) -> Tensor:
     return values.cumsum(dim).select(dim, -1)
 
 
-_SURPRISE_SCALE = 8.0
+_SCALE = 8.0
 _BLEND_POWER = 1.5
 _GOLDEN = (1 + 5**0.5) / 2
 _WINDOWS_PER_CIRCLE = 8
@@ -245,10 +229,12 @@ _WINDOWS_PER_CIRCLE = 8
 def mc(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     """The published estimator: draws of a uniform mask of size k, weight L / k, k spread over a batch of b draws.
 
-    k_j = round(k_0 + j L / b), wrapped to 1..L, k_0 uniform. Rounding to even makes k slightly non-uniform where L / b
-    has half-integer multiples, as published. The standard error comes from the batches, or, for a single one, from its
-    draws. Source: Nie et al. 2025, algorithm 3 and the authors' evaluation code. Raises ValueError unless mc_batch
-    divides mc_draws.
+    k_j = round(k_0 + j L / b), wrapped to 1..L, k_0 uniform. As published, halves are rounded to the even number: where
+    L / b has half-integer multiples, even k are drawn more often than odd ones, and the bound comes out too high (1.3
+    to 2.4 % for targets of 4 to 8 tokens with b = 32). The standard error, which does not know of that, comes from the
+    batches, or of a single one from its draws.
+    Source: Nie et al. 2025, algorithm 3 and the authors' evaluation code. Raises ValueError unless mc_batch divides
+    mc_draws.
     """
     draws, size = settings.mc_draws, settings.mc_batch
     if draws % size:
@@ -266,7 +252,6 @@ def mc(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
 
 ESTIMATORS: dict[str, Callable[[int, Tensor, LikelihoodSettings], Design]] = {
     "enumerate": enumerate_masks,
-    "cover": cover,
     "lattice": lattice,
     "mc": mc,
 }
@@ -282,125 +267,3 @@ def _ranks(key: Tensor, count: int, length: int | Tensor) -> Tensor:
     if isinstance(length, Tensor):
         noise = noise.masked_fill((positions >= length[:, None])[:, None], 2.0)
     return noise.argsort(-1).argsort(-1)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The arrangements of `cover`
-
-_SCALE = 4.0
-"""How many revealed tokens more or less make the nll of a position another: e^-1 of its covariance."""
-
-
-@dataclass(frozen=True)
-class _Arrangements:
-    """masked [A, S, L] bool, weight and contrast [A, S, L]; below [A]: one is taken up to this uniform number.
-
-    The first pass masks everything.
-    """
-
-    masked: Tensor
-    weight: Tensor
-    contrast: Tensor
-    below: Tensor
-
-
-@lru_cache(maxsize=256)
-def _arrangements(length: int, passes: int) -> _Arrangements:
-    """The arrangements with at most `passes` windows beside the pass with everything masked.
-
-    Of every size, if they fit, all sizes as many, up to what there is or is worth having (8 covers of the target). Else
-    one window for each of as many strata of sizes: an arrangement has a size of each, which counts for its stratum.
-    """
-    if passes >= length - 1:
-        strata, counts = [(k, k + 1) for k in range(1, length + 1)], [0] * length
-        most = [min(math.comb(length, k), 8 * math.ceil(length / k)) for k in range(1, length)]
-        left = min(passes, sum(most))
-        while left:
-            for k in range(1, length):
-                if left and counts[k - 1] < most[k - 1]:
-                    counts[k - 1], left = counts[k - 1] + 1, left - 1
-    else:
-        ends = [length * j // passes + 1 for j in range(passes + 1)]
-        strata, counts = list(zip(ends, ends[1:], strict=False)), [1] * passes
-    steps = sorted({j / (high - low) for low, high in strata for j in range(1, high - low + 1)})
-    found = []
-    for number, (begin, end) in enumerate(zip([0.0, *steps], steps, strict=False)):
-        sizes = [low + int((begin + end) / 2 * (high - low)) for low, high in strata]
-        masked, stratum = _windows(length, sizes, counts, number)
-        weights = _interpolation_weights(masked, stratum, [high - low for low, high in strata])
-        # a window of a stratum's largest size may be everything masked, and then is no further pass
-        short = 1 + sum(counts) - len(masked)
-        found.append([torch.nn.functional.pad(part, (0, 0, 0, short)) for part in (masked, *weights)])
-    masked, weight, contrast = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return _Arrangements(masked, weight, contrast, torch.tensor(steps, dtype=torch.float64))
-
-
-def _windows(length: int, sizes: list[int], counts: list[int], number: int) -> tuple[Tensor, Tensor]:
-    """masked [S, L], the one with everything masked first, and the stratum [S] of each; of the first, -1 if none."""
-    masks, stratum = [torch.ones(length, dtype=torch.bool)], [-1]
-    for j, (k, count) in enumerate(zip(sizes, counts, strict=True)):
-        if k == length:
-            stratum[0] = j
-            continue
-        around = math.ceil(length / k)
-        for window in range(count):
-            circle = keyed_uniform(length, number, j, window // around, torch.arange(length)).argsort()
-            if k == 1:
-                circle = torch.arange(length)
-            places = (torch.arange(k) + window % around * length // around) % length
-            masks.append(torch.zeros(length, dtype=torch.bool).index_fill(0, circle[places], True))
-            stratum.append(j)
-    return torch.stack(masks), torch.tensor(stratum)
-
-
-def _interpolation_weights(masked: Tensor, stratum: Tensor, widths: list[int]) -> tuple[Tensor, Tensor]:
-    """weight and contrast [S, L] float64 of an arrangement.
-
-    Kernel quadrature, position by position: with K the covariance of the passes that mask position i, z their
-    covariance with the integral over all sizes and sets, and c the variance of that integral, the weights w_i leave
-    the variance c - 2 w_i z + w_i K w_i. The least is at K^-1 z, and at w_i = K^-1 (z + C' lambda) if the sum of all
-    weights on a stratum has to be its width. The contrast is half the difference of K^-1 z for the even and for the
-    odd windows, times the standard deviation of the estimate over that of this half difference, both by the prior.
-    """
-    passes, length = masked.shape
-    revealed = (~masked).double()
-    number = revealed.sum(1)
-    distance = number[:, None] + number - 2 * revealed @ revealed.T
-    covariance = 1e4 + torch.exp(-distance / _SCALE) + 1e-3 * torch.eye(passes, dtype=torch.float64)
-    target = 1e4 + _mean_covariance(length, number)
-    own = 1e4 + _mean_covariance(length, torch.arange(length).double()).mean()
-
-    def inverse(used: Tensor) -> Tensor:
-        member = (masked & used[:, None]).T.double()
-        both = member[:, :, None] * member[:, None, :]  # [L, S, S]
-        return torch.linalg.inv(both * covariance + torch.diag_embed(1 - member)) * both
-
-    place = torch.arange(passes)
-    first, second = (inverse((place == 0) | (place % 2 == half)) @ target for half in range(2))
-    contrast = (first - second) / 2
-
-    inverses = inverse(place >= 0)
-    sums = stratum == torch.arange(-1, len(widths))[:, None]
-    wanted = torch.tensor([0, *widths], dtype=torch.float64)
-    # a pass that masks everything but stands for no size is a control: its weights add up to 0
-    sums, wanted = sums[sums.any(1)].double(), wanted[sums.any(1)]
-    multiplier = torch.linalg.solve(sums @ inverses.sum(0) @ sums.T, wanted - sums @ (inverses @ target).sum(0))
-    weight = inverses @ (target + sums.T @ multiplier)
-    left = ((weight @ covariance - 2 * target) * weight).sum() + length * own
-    apart = ((contrast @ covariance) * contrast).sum().clamp(min=1e-12)
-    return weight.T.contiguous(), (contrast * (left.clamp(min=0) / apart).sqrt()).T.contiguous()
-
-
-def _mean_covariance(length: int, number: Tensor, scale: float = _SCALE) -> Tensor:
-    """E of exp(-d / scale) [S] between a version with `number` [S] others revealed and one drawn as in the bound.
-
-    That one has each of the L - 1 others revealed with probability u, u uniform in (0, 1), so that the expectation is
-    the integral over u of (c + (1 - c) u)^r (1 - (1 - c) u)^(L - 1 - r), c = exp(-1 / scale): a polynomial, integrated
-    exactly by Gauss and Legendre's rule.
-    """
-    matrix = torch.arange(1, length // 2 + 2, dtype=torch.float64)
-    beside = matrix / (4 * matrix**2 - 1).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
-    u, share = (nodes + 1) / 2, vectors[0] ** 2
-    c, r = math.exp(-1 / scale), number[:, None]
-    return ((c + (1 - c) * u) ** r * (1 - (1 - c) * u) ** (length - 1 - r)) @ share

@@ -14,7 +14,7 @@ from dllm.likelihood.scorer import MaskedScorer
 from tests.oracles import enumerated_nelbo, markov_backbone, tabular_backbone
 
 nelbo, greedy_match = MaskedScorer().nelbo, MaskedScorer().greedy_match
-ESTIMATORS = ["enumerate", "cover", "lattice", "mc"]
+ESTIMATORS = ["enumerate", "lattice", "mc"]
 PROMPTS = [[0, 1], [0, 1], [], [3, 2, 1, 0, 3], [0, 1], [2]]
 TARGETS = [[1, 2, 3], [1, 2, 0], [0, 3, 3, 1, 2, 2], [1], [2, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
 
@@ -28,7 +28,7 @@ def test_short_targets_are_scored_exactly(options):
         assert score.standard_error == 0
 
 
-@pytest.mark.parametrize("estimator", ["cover", "lattice", "mc"])
+@pytest.mark.parametrize("estimator", ["lattice", "mc"])
 def test_scores_over_seeds_average_to_the_bound(estimator):
     backbone, prompt, target = tabular_backbone(seed=1), [0, 1], [1, 2, 3, 0, 2]
     # as many draws in a batch as tokens: the published rounding has no halves to round to even
@@ -67,8 +67,9 @@ def test_four_choices_of_one_token_take_one_forward_row():
 
 def test_choices_of_equal_length_share_the_row_with_everything_masked():
     backbone = tabular_backbone()
-    scores = nelbo(backbone, [[1]] * 2, [[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]], LikelihoodSettings(budget=11))
-    assert [s.passes for s in scores] == [11, 10] and backbone.model.forwarded == 21
+    first, second = nelbo(backbone, [[1]] * 2, [[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]], LikelihoodSettings(budget=11))
+    assert 9 <= first.passes <= 11 and second.passes == first.passes - 1
+    assert backbone.model.forwarded == first.passes + second.passes
 
 
 def test_published_draws_of_a_single_token_take_one_forward_row():
@@ -93,20 +94,19 @@ def test_a_score_depends_neither_on_the_batch_nor_on_other_requests(estimator, m
         assert (alone.nats, alone.standard_error) == (together[row].nats, together[row].standard_error)
 
 
-@pytest.mark.parametrize("estimator", ["cover", "lattice"])
-def test_choices_of_a_question_share_their_noise_even_if_their_lengths_differ(estimator):
+def test_choices_of_a_question_share_their_noise_even_if_their_lengths_differ():
     """Choices that differ in their last words: scored with the same key, their difference varies less."""
     backbone, first = tabular_backbone(seed=4), [0, 3, 3, 1, 2, 2, 0]
     backbone.model.dllm_hidden = smooth_model(backbone)
     pairs = {"equal": [*first[:-1], 1], "shorter": first[:-1]}
-    settings = [LikelihoodSettings(estimator=estimator, budget=13, seed=seed) for seed in range(150)]
+    settings = [LikelihoodSettings(budget=13, seed=seed) for seed in range(150)]
     nats = {name: [] for name in ("first", "equal", "shorter")}
     for setting in settings:
         found = nelbo(backbone, [[1]] * 3, [first, *pairs.values()], setting)
         for name, score in zip(nats, found, strict=True):
             nats[name].append(score.nats)
     nats = {name: torch.tensor(values) for name, values in nats.items()}
-    shares = {"equal": 0.3} if estimator == "cover" else {"equal": 0.3, "shorter": 0.8}  # its windows fit one length
+    shares = {"equal": 0.3, "shorter": 0.8}
     for name, share in shares.items():
         together = (nats["first"] - nats[name]).var()
         apart = (nats["first"] - nats[name].roll(1)).var()  # the other choice at another key
@@ -127,7 +127,7 @@ def smooth_model(backbone):
     return hidden
 
 
-@pytest.mark.parametrize("estimator", ["auto", "cover", "lattice", "mc"])
+@pytest.mark.parametrize("estimator", ["auto", "lattice", "mc"])
 def test_a_score_in_blocks_is_the_sum_of_the_scores_of_its_blocks(estimator):
     backbone = tabular_backbone(seed=4)
     plain = LikelihoodSettings(estimator=estimator, budget=9, mc_draws=32)
@@ -161,7 +161,7 @@ def test_choices_that_begin_alike_share_the_passes_of_their_first_block():
     assert [s.passes for s in scores] == [6, 2]  # of its last block only what is not everything masked
 
 
-@pytest.mark.parametrize("name", ["auto", "cover", "lattice"])
+@pytest.mark.parametrize("name", ["auto", "lattice"])
 def test_a_budget_too_small_is_one_line(name):
     with pytest.raises(ValueError, match="budget = 1 is too small: .* needs at least") as fault:
         nelbo(tabular_backbone(), [[1]], [[0, 1, 2, 3]], LikelihoodSettings(estimator=name, budget=1))

@@ -1,45 +1,11 @@
-"""The restated policies give the passes of the designs themselves."""
+"""Passes of questions and of generated answers."""
 
 import numpy
 import pytest
 
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.blocks import block_passes
-from dllm.likelihood.designs import likelihood_design
-from dllm.likelihood.policy import estimator_for
-from dllm.planning.passes import estimator, generation_passes, likelihood_passes, question_passes
-
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 30, 48)
-
-
-def forwarded(length: int, settings: LikelihoodSettings, keys: int = 8) -> float:
-    """Mean number of different inputs of a design; a pass without a mask is not made."""
-    designs = [likelihood_design(length, key, settings) for key in range(keys)]
-    return sum(len(d.masked[d.masked.any(-1)].unique(dim=0)) for d in designs) / keys
-
-
-@pytest.mark.parametrize("budget", [3, 8, 16, 64, 200])
-def test_the_policy_is_that_of_the_designs(budget):
-    settings = LikelihoodSettings(budget=budget)
-    assert [estimator(n, settings) for n in range(1, 200)] == [estimator_for(n, settings) for n in range(1, 200)]
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("budget", [16, 64])
-def test_auto_takes_the_passes_of_its_design(length, budget):
-    settings = LikelihoodSettings(budget=budget)
-    exact = estimator(length, settings) == "enumerate"
-    # masks drawn at random coincide by chance: exact where none are drawn, within a sixth otherwise
-    assert likelihood_passes(length, settings) == pytest.approx(
-        forwarded(length, settings), rel=1e-9 if exact else 0.17
-    )
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", ["cover", "lattice", "mc"])
-def test_every_estimator_takes_the_passes_of_its_design(length, name):
-    settings = LikelihoodSettings(estimator=name, budget=100)
-    assert likelihood_passes(length, settings) == pytest.approx(forwarded(length, settings), rel=0.17)
+from dllm.planning.passes import generation_passes, question_passes
 
 
 def test_answers_of_one_prompt_share_the_input_with_everything_masked():
@@ -47,7 +13,6 @@ def test_answers_of_one_prompt_share_the_input_with_everything_masked():
     assert question_passes(4, 1, True, settings) == 1
     assert question_passes(4, 1, False, settings) == 4
     assert question_passes(4, 3, True, settings) == 4 * 7 - 3
-    assert likelihood_passes(0, settings) == 0
 
 
 @pytest.mark.parametrize("steps", [None, 2, 5, 7, 40])
