@@ -323,8 +323,8 @@ def spread() -> str:
 
     kinds = {
         "`mc`, 128 draws": LikelihoodSettings(estimator="mc"),
-        "`chain`, budget 64": LikelihoodSettings(estimator="chain"),
-        "`cover`, budget 64": LikelihoodSettings(estimator="cover"),
+        "`lattice`, budget 16": LikelihoodSettings(estimator="lattice", budget=16),
+        "`lattice`, budget 64": LikelihoodSettings(estimator="lattice"),
     }
     models = {"random table": tabular_backbone(3), "Markov chain": markov_backbone(3)}
     lines = [f"| model | target tokens | {' | '.join(kinds)} |", "|" + "---|" * (2 + len(kinds))]

@@ -83,7 +83,7 @@ def test_numbers_do_not_move_with_the_token_budget_of_a_batch(models):
     path = models / "evals/diffusion/both.samples.jsonl"
     found = []
     for batch_tokens in (1, 100, 16384):
-        likelihood = {"batch_tokens": batch_tokens, "estimator": "cover", "budget": 5}
+        likelihood = {"batch_tokens": batch_tokens, "estimator": "lattice", "budget": 5}
         result = evaluate_benchmark(
             evaluation("both", scorer={"likelihood": likelihood}, **settings("diffusion")), models
         )

@@ -118,9 +118,7 @@ def test_the_policy_takes_exact_estimators_where_they_are_affordable():
 
 @pytest.mark.parametrize("estimator", ["auto", "lattice"])
 def test_a_budget_too_small_says_what_is_the_least(estimator):
-    with pytest.raises(
-        ValueError, match="budget = 4 is too small: lattice of a target of 9 tokens needs at least 5"
-    ):
+    with pytest.raises(ValueError, match="budget = 4 is too small: lattice of a target of 9 tokens needs at least 5"):
         likelihood_design(9, 0, LikelihoodSettings(estimator=estimator, budget=4))
     likelihood_design(9, 0, LikelihoodSettings(estimator=estimator, budget=5))
 
