@@ -12,19 +12,17 @@ from torch import nn
 from bench.alternatives import monte_carlo
 from bench.measure import Growth, Result, Row, compare, growth, interleaved, require
 from bench.options import Options
-from bench.workloads import Request, answers, endings, laptop, letter_questions
-from dllm.config import LikelihoodSettings
+from bench.workloads import ROOT, Request, answers, endings, laptop, letter_questions
+from dllm.config import LikelihoodSettings, load_project
 from dllm.core.canvas import Score
-from dllm.core.likelihood import ESTIMATORS, estimate, likelihood_design
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.language_model import DiffusionLM
+from dllm.likelihood.designs import ESTIMATORS, estimate, likelihood_design
 
 SAME = "same trained weights, fp32, threads, prompts and targets; the mask token is ruled out on both sides"
 LEAST_LENGTH, MOST_LENGTH = 5, 40
-EFFORTS = (0.9, 1.0, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0)
-"""What is tried for equal standard error, from few passes to many."""
-EFFORTS_FOR_ANSWERS = (1.4, 2.5, 4.0, 7.0, 12.0, 20.0, 30.0)
-"""The model expects an answer: Monte Carlo's error is small, and passes as its own are needed for it."""
+DRAWS = (8, 16, 32, 64, 96, 128, 192, 256)
+"""Monte Carlo draws that are tried for equal standard error."""
 
 
 def letters(options: Options) -> Result:
@@ -79,65 +77,51 @@ def letters(options: Options) -> Result:
 
 
 def endings_at_equal_error(options: Options) -> Result:
-    """Endings of 5 to 40 tokens: our estimate gets the fewest passes that make it as precise as Monte Carlo's."""
+    """Endings of 5 to 40 tokens as `scorers.corrected` scores them, and Monte Carlo with draws that are no better."""
     trained = laptop(options)
     model = trained.model
     requests = endings(trained, [5, 12] if options.quick else list(range(LEAST_LENGTH, MOST_LENGTH + 1)))
-    draws, seeds = (8, 3) if options.quick else (128, 8)
-    ours, spread, settings = _as_precise(model, requests, draws, seeds, EFFORTS, options)
+    seeds, settings = 3 if options.quick else 8, corrected()
+    ours, spread, draws = _as_precise(model, requests, settings, seeds, options)
     correct = _same_bound(ours, spread, options)
-    fixed = settings.model_copy(update={"effort": None, "budget": max(5, round(ours.passes))})
-    once = [score.nats for score in scores(model, requests, fixed)]
-    alone = [plain_passes(model, request, fixed) for request in requests]
+    once = [score.nats for score in scores(model, requests, settings)]
+    alone = [plain_passes(model, request, settings) for request in requests]
     agree = all(abs(a - b) < 1e-3 * max(1, abs(b)) for a, b in zip(once, alone, strict=True))
     same = require(agree, "every bound is that of its passes made one by one, to 0.1 %")
 
     jobs = {
         "ours": lambda: scores(model, requests, settings),
         "mc": lambda: common(model, requests, draws),
-        "mc32": lambda: common(model, requests, min(32, draws)),
-        "ours, fixed": lambda: scores(model, requests, fixed),
-        "plain": lambda: [plain_passes(model, request, fixed) for request in requests],
+        "plain": lambda: [plain_passes(model, request, settings) for request in requests],
     }
     times = interleaved(jobs, options.repeats(5), at_most=45)
     pairs = zip(ours.by_length(requests)[:3], spread.by_length(requests)[:3], strict=True)
     thirds = ", ".join(f"{a:.2f} against {b:.2f}" for a, b in pairs)
-    note = (
-        f"Root mean square standard error {ours.error:.2f} nats at {ours.passes:.0f} passes a request ("
-        f"{_label(settings)}), Monte Carlo {spread.error:.2f} at {draws}. By thirds of the target lengths: {thirds}."
-    )
+    note = f"{_errors(ours, spread, settings, draws)} By thirds of the target lengths: {thirds}."
     held = f"{SAME}; the standard error, measured over {2 * seeds} seeds, is at most Monte Carlo's"
-    facts = {"held_equal": held, "correct": correct, "note": note}
-    name = f"endings of {LEAST_LENGTH} to {MOST_LENGTH} tokens at equal standard error"
-    quarter = "Monte Carlo 32, one request at a time"
+    name = f"endings of {LEAST_LENGTH} to {MOST_LENGTH} tokens"
     rows = [
         compare(
             times["ours"],
             times["mc"],
-            name=name,
+            name=f"{name} at equal standard error",
             against=f"Monte Carlo {draws}, one request at a time",
+            held_equal=held,
+            correct=correct,
+            note=note,
             target=options.target(15),
-            **facts,
-        ),
-        compare(
-            times["ours, fixed"],
-            times["plain"],
-            name=f"the same endings, {fixed.budget} passes each",
-            against="plain: one forward per pass, logits everywhere",
-            **facts | {"held_equal": f"{SAME}; the same masks and weights", "correct": same, "note": ""},
         ),
         compare(
             times["ours"],
-            times["mc32"],
-            name="the same, though Monte Carlo 32 has twice the error",
-            against=quarter,
-            **facts | {"held_equal": SAME, "note": "Not at equal error: shown because 32 draws are common, too."},
+            times["plain"],
+            name=f"{name}, {settings.budget} passes each",
+            against="plain: one forward per pass, logits everywhere",
+            held_equal=f"{SAME}; the same masks and weights",
+            correct=same,
         ),
     ]
     for some, kind in zip(answers(trained), ("their own", "other"), strict=True):
-        rows.append(
-            _answers(model, some[:2] if options.quick else some, kind, draws, 3 if options.quick else 5, options)
-        )
+        rows.append(_answers(model, some[:2] if options.quick else some, kind, 3 if options.quick else 5, options))
     points = {}
     for length in (5,) if options.quick else (5, 10, 20, 40):
         some = endings(trained, [length] * (2 if options.quick else 6))
@@ -164,28 +148,30 @@ def endings_at_equal_error(options: Options) -> Result:
     return Result(rows, [line], setup)
 
 
+def corrected() -> LikelihoodSettings:
+    """What `scorers.corrected` of the laptop configuration says: the settings that a user of that model has."""
+    return load_project(ROOT / "config", ROOT / "config" / "laptop.yaml").scorers["corrected"].likelihood
+
+
 def _as_precise(
-    model: DiffusionLM, requests: list[Request], draws: int, seeds: int, efforts: Sequence[float], options: Options
-) -> tuple[Spread, Spread, LikelihoodSettings]:
-    """Our spread with the fewest passes that are as precise as Monte Carlo's, Monte Carlo's, and our settings then.
-
-    If none are, those with the most passes.
-    """
+    model: DiffusionLM, requests: list[Request], settings: LikelihoodSettings, seeds: int, options: Options
+) -> tuple[Spread, Spread, int]:
+    """Our spread; that of Monte Carlo with the most draws that are not more precise, or the fewest; and how many."""
+    ours = spread_of(model, requests, settings, 2 * seeds)
+    draws = DRAWS[0]
     theirs = common_spread(model, requests, draws, seeds)
-    for effort in (None,) if options.quick else efforts:
-        settings = LikelihoodSettings(effort=effort, budget=64 if effort is None else 128)
-        ours = spread_of(model, requests, settings, seeds)
-        if ours.error <= theirs.error or options.quick:
-            # seen again on seeds that had no part in the choice
-            ours = spread_of(model, requests, settings, 2 * seeds, first=1000)
-            if ours.error <= theirs.error:
-                break
-    return ours, theirs, settings
+    for more in DRAWS[1:2] if options.quick else DRAWS[1:]:
+        other = common_spread(model, requests, more, seeds)
+        if other.error < ours.error:
+            break
+        theirs, draws = other, more
+    return ours, theirs, draws
 
 
-def _answers(model: DiffusionLM, requests: list[Request], kind: str, draws: int, seeds: int, options: Options) -> Row:
+def _answers(model: DiffusionLM, requests: list[Request], kind: str, seeds: int, options: Options) -> Row:
     """Whole answers: the model expects those behind their own prompts, and is surprised by those behind others."""
-    ours, spread, settings = _as_precise(model, requests, draws, seeds, EFFORTS_FOR_ANSWERS, options)
+    settings = corrected()
+    ours, spread, draws = _as_precise(model, requests, settings, seeds, options)
     jobs = {"ours": lambda: scores(model, requests, settings), "mc": lambda: common(model, requests, draws)}
     times = interleaved(jobs, options.repeats(3), at_most=10)
     correct = _same_bound(ours, spread, options)
@@ -197,8 +183,14 @@ def _answers(model: DiffusionLM, requests: list[Request], kind: str, draws: int,
         against=f"Monte Carlo {draws}, one request at a time",
         held_equal=f"{SAME}; the standard error, over {2 * seeds} seeds, as far as the note says",
         correct=correct,
-        note=f"Standard error {ours.error:.2f} nats at {ours.passes:.0f} passes a request ({_label(settings)}), "
-        f"Monte Carlo {spread.error:.2f} at {draws}; {spread.total / len(requests):.1f} nats an answer.",
+        note=f"{_errors(ours, spread, settings, draws)} {spread.total / len(requests):.1f} nats an answer.",
+    )
+
+
+def _errors(ours: Spread, theirs: Spread, settings: LikelihoodSettings, draws: int) -> str:
+    return (
+        f"Root mean square standard error {ours.error:.2f} nats at {ours.passes:.0f} passes a request "
+        f"({_label(settings)}), Monte Carlo {theirs.error:.2f} at {draws} draws."
     )
 
 
@@ -216,7 +208,7 @@ def estimators(options: Options) -> Result:
     seeds = 3 if options.quick else 6
     budgets = (8,) if options.quick else (12, 24, 48)
     found: dict[str, list[tuple[float, float]]] = {}
-    for name in [name for name in ESTIMATORS if name not in ("exact", "enumerate")]:
+    for name in [name for name in ESTIMATORS if name != "enumerate"]:
         for budget in budgets:
             settings = LikelihoodSettings(estimator=name, budget=budget, mc_draws=budget, mc_batch=min(32, budget))
             try:
@@ -346,8 +338,7 @@ def plain_passes(model: DiffusionLM, request: Request, settings: LikelihoodSetti
 
 
 def _label(settings: LikelihoodSettings) -> str:
-    effort = "" if settings.effort is None else f"effort {settings.effort:g}, "
-    return f"{settings.estimator}, {effort}budget {settings.budget}"
+    return f"{settings.estimator}, budget {settings.budget}"
 
 
 def _logits(model: nn.Module, tokens: torch.Tensor, mask_id: int) -> torch.Tensor:

@@ -296,7 +296,8 @@ def recipes() -> str:
 def policy() -> str:
     """What `auto` takes for targets of several lengths, and how many different inputs it forwards."""
     from dllm.config import LikelihoodSettings
-    from dllm.core.likelihood import estimator_for, likelihood_design
+    from dllm.likelihood.designs import likelihood_design
+    from dllm.likelihood.policy import estimator_for
 
     lines = [
         "| target tokens | `auto` takes | passes, budget 64 | budget 16 | `mc`, 128 draws |",
@@ -317,13 +318,13 @@ def spread() -> str:
     import torch
 
     from dllm.config import LikelihoodSettings
-    from dllm.core.likelihood import estimate, likelihood_design
+    from dllm.likelihood.designs import estimate, likelihood_design
     from tests.oracles import markov_backbone, tabular_backbone
 
     kinds = {
         "`mc`, 128 draws": LikelihoodSettings(estimator="mc"),
-        "`chain`, budget 64": LikelihoodSettings(estimator="chain"),
-        "`cover`, budget 64": LikelihoodSettings(estimator="cover"),
+        "`lattice`, budget 16": LikelihoodSettings(estimator="lattice", budget=16),
+        "`lattice`, budget 64": LikelihoodSettings(estimator="lattice"),
     }
     models = {"random table": tabular_backbone(3), "Markov chain": markov_backbone(3)}
     lines = [f"| model | target tokens | {' | '.join(kinds)} |", "|" + "---|" * (2 + len(kinds))]

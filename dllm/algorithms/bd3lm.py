@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dllm.algorithms.base import Algorithm, refuse
 from dllm.algorithms.denoising import complete_masked, denoise_masked
-from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, weighted_terms
 from dllm.core.blocks import BlockRows, BlockRule
@@ -28,6 +27,7 @@ from dllm.core.canvas import Canvas, Completion, Score
 from dllm.core.corrupt import apply_mask, block_levels, corrupted
 from dllm.core.losses import row_shares
 from dllm.core.packing import block_layout
+from dllm.likelihood.scorer import MaskedScorer
 
 
 class BlockInputs(MaskedInputs):
@@ -139,12 +139,11 @@ class BD3LM(Algorithm):
 
     def nelbo(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[Score]:
         """The sum over a target's blocks of their bounds, each given the prompt and the clean blocks before it."""
-        return nelbo_masked(backbone, prompts, targets, settings, rule=self.rule(backbone, settings.block_size))
+        return MaskedScorer(self.rule).nelbo(backbone, prompts, targets, settings)
 
     def greedy_match(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[bool]:
         """Whether decoding block after block, one token per pass by confidence, gives the target."""
-        rule = self.rule(backbone, settings.block_size)
-        return greedy_match_masked(backbone, prompts, targets, settings, rule=rule)
+        return MaskedScorer(self.rule).greedy_match(backbone, prompts, targets, settings)
 
     def rule(self, backbone, block_size: int | None = None) -> BlockRule:
         """How a backbone's rows are cut into blocks; block_size counts where it was not trained in blocks."""

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dllm.algorithms.base import Algorithm
 from dllm.algorithms.denoising import complete_masked, denoise_masked
-from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, masked_inputs, weighted_terms
 from dllm.core.canvas import Canvas, Completion, Score
 from dllm.core.corrupt import apply_mask, corrupted
 from dllm.core.losses import row_shares
+from dllm.likelihood.scorer import MaskedScorer
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class MDLM(Algorithm):
 
     def nelbo(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[Score]:
         """See `Algorithm.nelbo`."""
-        return nelbo_masked(backbone, prompts, targets, settings)
+        return MaskedScorer().nelbo(backbone, prompts, targets, settings)
 
     def greedy_match(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[bool]:
         """Whether decoding a canvas of the target's length, one token per pass by confidence, gives the target."""
-        return greedy_match_masked(backbone, prompts, targets, settings)
+        return MaskedScorer().greedy_match(backbone, prompts, targets, settings)
 
 
 def masked_loss(model, inputs: MaskedInputs, *, denominator: float) -> LossTerms:

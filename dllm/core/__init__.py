@@ -1,1 +1,1 @@
-"""Pure tensors: schedules, corruption, losses, canvases, reveal rules, likelihood designs. No model, no file."""
+"""Pure tensors: schedules, corruption, losses, canvases, reveal rules. No model, no file."""

@@ -245,8 +245,7 @@ class BlockRows:
 class TokenSight:
     """What T tokens see, all [T] int64: the clean tokens of their row before `limit`, and the tokens of their `span`.
 
-    row; slot: place in the row; position: in the text; span: -1 for clean tokens. hidden [M + 1, P] bool: clean
-    positions that a span, or with the last line a clean token, does not see although they are before the limit.
+    row; slot: place in the row; position: in the text; span: -1 for clean tokens.
     """
 
     row: ndarray
@@ -254,7 +253,6 @@ class TokenSight:
     position: ndarray
     limit: ndarray
     span: ndarray
-    hidden: ndarray | None = None
 
     def mask(self, queries: slice | ndarray, keys: slice | ndarray) -> ndarray:
         """[queries, keys] bool: whether one token sees another."""
@@ -263,10 +261,7 @@ class TokenSight:
 
     def seen(self, query: ndarray, key: ndarray) -> ndarray:
         """Whether tokens see others, both given by their places among the T; bool, broadcast."""
-        seen = sees(*((x[query], x[key]) for x in (self.row, self.position, self.limit, self.span)))
-        if self.hidden is None:
-            return seen
-        return seen & ~(self.hidden[self.span[query], self.position[key]] & (self.span[key] < 0))
+        return sees(*((x[query], x[key]) for x in (self.row, self.position, self.limit, self.span)))
 
 
 def span_tokens(clean: ndarray, lengths: ndarray, count: ndarray) -> tuple[ndarray, ndarray, ndarray]:

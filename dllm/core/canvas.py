@@ -70,8 +70,6 @@ class Completion:
 class Score:
     """A bound on -log p(target | prompt): nats (lower is better), its standard error, forward rows spent on it.
 
-    Parts of rows (`multilevel`) count by their tokens, rounded up for each request.
-
     The standard error is 0 where the estimator is exact. A row shared by several requests is counted in one of them,
     so that the passes of a batch of requests add up to its forward rows.
     """
@@ -79,11 +77,6 @@ class Score:
     nats: float
     standard_error: float
     passes: int
-
-    @property
-    def log_likelihood(self) -> float:
-        """-nats, a lower bound on log p(target | prompt)."""
-        return -self.nats
 
 
 def canvas_for(

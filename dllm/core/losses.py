@@ -6,14 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 Normalisation = Literal["token", "sequence", "batch"]
-
-
-def nll_at(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, fp32, of tokens [N] under logits [N, V]. Returns [N]."""
-    return functional.cross_entropy(logits.float(), tokens, reduction="none")
 
 
 def row_shares(weight: Tensor, targets: Tensor, normalisation: Normalisation) -> Tensor:

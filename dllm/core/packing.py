@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dllm.core.blocks import BlockRows
-from dllm.core.spans import SpanRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +37,8 @@ class Layout:
     """[B] long: place of a row's position 0 in the packed order, had it one: offsets - begins."""
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What attention has worked out for this layout on this device; made once, shared by all layers."""
-    blocks: BlockRows | SpanRows | None = None
-    """Rows that attend block-causally, or with spans at any positions; None: as their model says."""
+    blocks: BlockRows | None = None
+    """Rows that attend block-causally; None: as their model says."""
     before: Tensor | None = None
     """[T] long: place in the packed order of the token before each (the first token: itself), where `blocks` has spans
     and it is not simply the one to the left. `positions` are then those in the text, several tokens at each."""
@@ -93,7 +92,7 @@ def layout_of(lengths: Sequence[int], width: int | None = None, device: torch.de
     return _layout([0] * len(lengths), lengths, width, device)
 
 
-def block_layout(blocks: BlockRows | SpanRows, width: int | None = None, device: torch.device | str = "cpu") -> Layout:
+def block_layout(blocks: BlockRows, width: int | None = None, device: torch.device | str = "cpu") -> Layout:
     """The layout of rows with spans: clean tokens first and then, row by row, the spans; see `layout_of`.
 
     Rows [B, L], `index` and `unpack` count places within such a row, whatever the positions in the text.

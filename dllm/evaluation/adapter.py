@@ -26,8 +26,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from dllm.config import GenerateSettings, LikelihoodSettings, Scorer
-from dllm.core.likelihood import estimator_for
 from dllm.evaluation.store import Answer
+from dllm.likelihood.policy import estimator_for
 from dllm.models.tokenizers import chat_text
 
 SpecialTokens = Literal["exact", "reference-v0", "reference-v0.1"]

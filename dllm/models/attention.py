@@ -14,8 +14,7 @@ Three kernels give the same numbers:
 
 Rows whose layout has `blocks` attend block-causally instead, whatever the stock class says of order; its windows stay.
 The first and the last kernel know how; on CUDA in half precision FlexAttention does it, in tiles that hold something
-to see, and FlashAttention where a row is only a few blocks. Spans at any positions (`core.spans`) take the first or the
-last kernel.
+to see, and FlashAttention where a row is only a few blocks.
 
 `KeyValues` holds keys and values between passes, so that a pass can compute a part of each row and attend to the rest
 as it was stored.
@@ -25,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
 
@@ -36,7 +35,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dllm.core.blocks import TokenSight, sees
 from dllm.core.packing import Layout
-from dllm.core.spans import SpanRows
 
 NAME = "dllm"
 SHORTEST_BLOCK = 64
@@ -235,7 +233,7 @@ def _kernel(q: Tensor, dropout: float, reach: Reach, cached: bool) -> Callable[.
 def _block_kernel(rows: Rows, q: Tensor, dropout: float, reach: Reach, cached: bool) -> Callable[..., Tensor]:
     if q.device.type == "cpu":
         return _by_row
-    if not _fast(q) or isinstance(rows.layout.blocks, SpanRows):
+    if not _fast(q):
         return _padded
     if reach.left is None and not len(rows.layout.blocks.first) and _varlen(dropout > 0) is not None:
         return _flash_blocks
@@ -357,13 +355,6 @@ def _block_causal(
     here = slice(base, base + layout.lengths[row])
     position, limit, span = (x[here] for x in (sight.position, sight.limit, sight.span))
     clean, found, low, end = int(layout.blocks.clean[row]), [], first, first + count
-    if sight.hidden is not None and low < clean:  # spans at any positions: clean tokens attend as in any row
-        high = min(end, clean)
-        for block in _blocks(low, high - low, clean, reach, masks):
-            queries = block.queries or (None if high == end else slice(0, high - low))
-            keys = block.keys or (None if clean == len(position) else slice(0, clean))
-            found.append(replace(block, queries=queries, keys=keys))
-        low = high
     while low < end:
         high = _next_cut(low, end, clean, limit, span)
         stop = int(limit[low:high].max())
@@ -410,13 +401,7 @@ def _sight_mask(
     parts = keys if isinstance(keys, tuple) else (keys,)
     at_k = base + numpy.concatenate([numpy.arange(part.start, part.stop) for part in parts])
     at_q = slice(base + queries.start, base + queries.stop)
-    if sight.hidden is None:
-        seen = torch.from_numpy(sight.mask(at_q, at_k))
-    else:  # the same, in fewer steps, of spans and their clean tokens
-        span, clean, own = sight.span[at_q], *parts
-        here = sight.span[base + own.start : base + own.stop]
-        seen = numpy.concatenate([~sight.hidden[span, clean], span[:, None] == here], 1)
-        seen = torch.from_numpy(seen)
+    seen = torch.from_numpy(sight.mask(at_q, at_k))
     if reach != Reach(None, None):
         position = (torch.from_numpy(x) for x in (sight.position[at_q][:, None], sight.position[at_k][None]))
         seen &= _seen(*position, reach)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, gelu, linear
 
-from dllm.core.blocks import BlockRows
 from dllm.core.packing import Layout, layout_of, part_of
 from dllm.models.attention import KeysAndValues, KeyValues, Probe, Reach, Rows, block_seen, choose
 
@@ -94,16 +93,15 @@ def packed_hidden(
     part = part or layout
     inner = _unwrapped(model)
     toy = hasattr(inner, "dllm_hidden")
-    if toy and isinstance(layout.blocks, BlockRows):
+    if toy and layout.blocks is not None:
         return _block_by_block(inner, tokens, layout, part)
     if not toy and packs(inner):
         if cache is None and part is not layout:
             return _narrowed_forward(inner, layout, part, input_ids=layout.pack(tokens)[None])
         return _packed_forward(inner, Rows(layout, part, cache), input_ids=part.pack(tokens)[None])
     if layout.blocks is not None:
-        wanted = "block-causal attention needs" if isinstance(layout.blocks, BlockRows) else "spans need"
         raise ValueError(
-            f"{type(inner).__name__} computes attention in a way of its own, and {wanted} a class "
+            f"{type(inner).__name__} computes attention in a way of its own, and block-causal attention needs a class "
             "that calls transformers' attention interface: take another architecture or algorithm"
         )
     attention = torch.arange(layout.width, device=tokens.device) < layout.offsets.diff()[:, None]
@@ -114,7 +112,7 @@ def packed_hidden(
 
 
 def block_hidden(model: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states [T, D] of rows with blocks or spans, by the stock class with a mask of four dimensions.
+    """Last hidden states [T, D] of rows with blocks, by the stock class with a mask of four dimensions.
 
     The plain version of `packed_hidden` for a layout with `blocks`: all L x L scores of each padded row are computed.
     """
@@ -430,7 +428,7 @@ def _narrowed_forward(inner: nn.Module, layout: Layout, part: Layout, **inputs: 
     (given,) = inputs.values()
     places, last = _places(layout, part), None
     plain = given.device.type == "cpu" and not torch.is_grad_enabled()
-    if plain and not isinstance(layout.blocks, BlockRows) and min(part.lengths) > 0:
+    if plain and layout.blocks is None and min(part.lengths) > 0:
         last = _last_layer(inner)
     if last is None:
         return _packed_forward(inner, Rows(layout, layout), **inputs).index_select(0, places)

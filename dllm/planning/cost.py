@@ -282,7 +282,7 @@ def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, c
         return Answers(passes, passes * row, passes * row, passes / 32, row, passes * row)
     if scorer.special_tokens != "exact":
         length += 1  # SEP joins the answer
-    passes = documents * question_passes(size.choices, length, size.one_prompt, scorer.likelihood, prompt)
+    passes = documents * question_passes(size.choices, length, size.one_prompt, scorer.likelihood)
     scored = passes * max(1.0, length / 2)
     if size.greedy:
         passes += documents * size.choices * length

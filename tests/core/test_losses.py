@@ -6,7 +6,7 @@ import torch
 from dllm.algorithms.mdlm import masked_loss
 from dllm.core.batch import Batch, masked_inputs
 from dllm.core.corrupt import apply_mask
-from dllm.core.losses import denominator, dense_masked_loss, nll_at, row_shares
+from dllm.core.losses import denominator, dense_masked_loss, row_shares
 from dllm.models.forward import Scores
 from tests.stock import FIRST_WORD, stock_backbone
 
@@ -52,14 +52,6 @@ def test_a_batch_with_nothing_masked_has_loss_0_and_a_gradient(directory):
     terms = masked_loss(Scores(backbone.model), inputs, denominator=8.0)
     terms.loss.backward()
     assert terms.loss == 0 and terms.masked == 0 and terms.rows.tolist() == [0, 0]
-
-
-def test_the_nll_is_nats_in_fp32_whatever_the_logits_are():
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.25, 3.0]], dtype=torch.bfloat16)
-    nll = nll_at(logits, torch.tensor([0, 1]))
-    expected = -logits.double().softmax(-1)[[0, 1], [0, 1]].log()
-    assert nll.dtype == torch.float32
-    torch.testing.assert_close(nll.double(), expected, atol=1e-6, rtol=0)
 
 
 def test_the_three_normalisations_are_their_formulas():

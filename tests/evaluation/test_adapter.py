@@ -85,7 +85,7 @@ def test_greedy_is_asked_only_for_tasks_that_read_it():
     assert lm.answers("loglikelihood", requests(("w1", "w1"), task="reads"))[0] == {
         "answer": [0.0, True],
         "standard_error": 0.5,
-        "estimator": "exact",
+        "estimator": "enumerate",
         "passes": 2,  # one for the bound, one for the check
     }
     assert lm.answers("loglikelihood", requests(("w1", "w1"), task="other"))[0]["answer"] == [0.0, False]

@@ -83,7 +83,7 @@ def test_numbers_do_not_move_with_the_token_budget_of_a_batch(models):
     path = models / "evals/diffusion/both.samples.jsonl"
     found = []
     for batch_tokens in (1, 100, 16384):
-        likelihood = {"batch_tokens": batch_tokens, "estimator": "cover", "budget": 5}
+        likelihood = {"batch_tokens": batch_tokens, "estimator": "lattice", "budget": 5}
         result = evaluate_benchmark(
             evaluation("both", scorer={"likelihood": likelihood}, **settings("diffusion")), models
         )
@@ -98,7 +98,7 @@ def test_numbers_do_not_move_with_the_token_budget_of_a_batch(models):
 def test_a_record_says_what_the_answers_took_and_keeps_times_apart(models):
     config = evaluation("both", **settings("diffusion"))
     result = evaluate_benchmark(config, models)
-    assert result["estimators"] == {"exact": 90} and result["standard_error_of_answers"] == 0
+    assert result["estimators"] == {"enumerate": 90} and result["standard_error_of_answers"] == 0
     assert (result["passes"], result["passes_per_document"]) == (30, 1)
     seconds = result["provenance"]["model_seconds"]
     assert seconds > 0
@@ -116,7 +116,7 @@ def test_a_rolling_likelihood_takes_the_blocks_of_its_settings(models):
     likelihood = {"block_size": 1}
     config = evaluation("rolling", metric="word_perplexity", scorer={"likelihood": likelihood}, **settings("diffusion"))
     result = evaluate_benchmark(config, models)
-    assert set(result["estimators"]) == {"exact"} and result["standard_error_of_answers"] == 0
+    assert set(result["estimators"]) == {"enumerate"} and result["standard_error_of_answers"] == 0
 
 
 def test_an_autoregressive_model_trained_here_reads_its_prompts_as_in_training(models):

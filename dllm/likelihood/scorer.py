@@ -1,0 +1,167 @@
+"""Scoring targets with a masked diffusion model: the bound on their likelihood, and whether greedy decoding gives them.
+
+Request ids become targets with designs, these packed batches, these nll, and these scores (`likelihood.requests`,
+`likelihood.designs`). The LM head runs once at each masked position, in fp32. A score does not depend on the other
+requests, up to float rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dllm.algorithms.denoising import denoise_masked
+from dllm.config import GenerateSettings, LikelihoodSettings
+from dllm.core.blocks import BlockRule
+from dllm.core.canvas import Canvas, Score, canvas_for
+from dllm.core.packing import part_of
+from dllm.likelihood.designs import estimate
+from dllm.likelihood.requests import (
+    Group,
+    PackedBatch,
+    Rows,
+    Targets,
+    chunks_of,
+    packed_batches,
+    targets_of,
+    token_batches,
+)
+from dllm.models.forward import packed_hidden, packed_logits
+from dllm.models.load import Backbone
+
+HOST_TOKENS = 4096
+"""Most tokens of a forward batch on a CPU, whatever the budget: with more, activations fall out of its cache."""
+
+HEAD_LOGITS = 2**25
+"""Most logits held at once (128 MiB)."""
+
+
+@dataclass(frozen=True)
+class MaskedScorer:
+    """Scores of masked diffusion, of whole texts or block by block.
+
+    rule: how rows are cut into blocks by a model that attends block-causally, from a backbone and `block_size` of the
+    settings; None: the model attends to the whole text.
+    """
+
+    rule: Callable[[Backbone, int | None], BlockRule] | None = None
+
+    def nelbo(self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> list[Score]:
+        """A bound on -log p(target | prompt) per request, in nats.
+
+        With `settings.block_size`, the sum over the target's blocks of their bounds, each given the prompt and the
+        clean blocks before it: the bound of a decoder that finishes block after block, with block size 1 the
+        left-to-right chain rule, at the target's length the plain bound. A model that attends block-causally is always
+        scored so, in its own blocks; all passes of a request then share one pass over its clean tokens.
+
+        Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, or a
+        budget too small for the estimator.
+        """
+        _check(backbone, prompts, targets)
+        if not len(prompts):
+            return []
+        if backbone.device.type == "cpu":
+            settings = settings.model_copy(update={"batch_tokens": min(settings.batch_tokens, HOST_TOKENS)})
+        rule = self.rule and self.rule(backbone, settings.block_size)
+        every = targets_of(prompts, targets, settings, rule)
+        nats, variance = numpy.zeros(len(prompts)), numpy.zeros(len(prompts))
+        passes = numpy.zeros(len(prompts), dtype=numpy.int64)
+        for groups in chunks_of(every, settings, backbone.mask_id):
+            for group, nll in zip(groups, _forward(backbone, every, groups, settings.batch_tokens, rule), strict=True):
+                value, error = estimate(group.design, nll)
+                numpy.add.at(nats, group.request, value.numpy())
+                numpy.add.at(variance, group.request, (error**2).numpy())
+                numpy.add.at(passes, group.request, group.passes)
+        scores = zip(nats.tolist(), numpy.sqrt(variance).tolist(), passes.tolist(), strict=True)
+        return [Score(*score) for score in scores]
+
+    def greedy_match(
+        self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
+    ) -> list[bool]:
+        """Whether greedy decoding gives the target: a canvas of its length, one token per pass, most confident first.
+
+        Raises ValueError as `nelbo`.
+        """
+        _check(backbone, prompts, targets)
+        rule = self.rule and self.rule(backbone, settings.block_size)
+        matches = numpy.zeros(len(prompts), dtype=bool)
+        lengths = numpy.array([len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], dtype=numpy.int64)
+        order = lengths.argsort(kind="stable")
+        for low, high in token_batches(lengths[order], settings.batch_tokens):
+            some = order[low:high]
+            matches[some] = _greedy_batch(backbone, [prompts[r] for r in some], [targets[r] for r in some], rule)
+        return matches.tolist()
+
+
+def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows, rule: BlockRule | None) -> numpy.ndarray:
+    """[B] bool. A row leaves the batch at the first token that differs."""
+    counts = [len(target) for target in targets]
+    ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": backbone.device}
+    canvas = canvas_for(prompts, counts, **ids)
+    wanted = pad_sequence([torch.tensor([*p, *t]) for p, t in zip(prompts, targets, strict=True)], batch_first=True)
+    wanted = wanted.to(canvas.tokens.device)
+
+    def differs(canvas: Canvas) -> Tensor:
+        return (canvas.valid & ~canvas.masked & (canvas.tokens != wanted)).any(1)
+
+    settings = GenerateSettings(max_new_tokens=max(counts), block_size=max(counts), early_stop=False)
+    *_, last = denoise_masked(backbone, canvas, settings, finished=differs, rule=rule)
+    return (~differs(last)).cpu().numpy()
+
+
+@torch.no_grad()
+def _forward(
+    backbone: Backbone, targets: Targets, groups: list[Group], batch_tokens: int, rule: BlockRule | None
+) -> Iterator[Tensor]:
+    """The nll [G, S, L] float64 of each group, 0 where not masked."""
+    batches = packed_batches(targets, groups, batch_tokens, rule, backbone.pad_id)
+    order, found = zip(*((batch.order, _nll(backbone, batch)) for batch in batches), strict=True)
+    nll = torch.cat(found).double().cpu()
+    nll = torch.empty_like(nll).index_copy(0, torch.cat(order), nll)
+    counts = [int(group.design.masked.sum()) for group in groups]
+    for group, values in zip(groups, nll.split(counts), strict=True):
+        yield torch.zeros_like(group.design.weight).masked_scatter(group.design.masked, values)
+
+
+def _nll(backbone: Backbone, batch: PackedBatch) -> Tensor:
+    """-log p [N] of what a batch asks for, on the device: fp32, without the mask token."""
+    device = backbone.device
+    layout, part = batch.layout.to(device), None
+    if layout.blocks is None:  # of each row, what lies between the first and the last place that is read
+        read = (batch.position - int(backbone.prediction == "next")).clamp(min=0)
+        begin = torch.full((layout.rows,), layout.width).scatter_reduce(0, batch.row, read, "amin")
+        end = torch.zeros(layout.rows, dtype=torch.long).scatter_reduce(0, batch.row, read + 1, "amax")
+        part = part_of(layout, begin.tolist(), end.tolist())
+    hidden = packed_hidden(backbone.model, batch.tokens.to(device, non_blocking=True), layout, part=part)
+    height, places = max(1, HEAD_LOGITS // backbone.vocab_size), len(batch.row)
+    bounds = torch.searchsorted(batch.place, torch.arange(0, places + height, height)).tolist()
+    moved = (x.to(device, non_blocking=True) for x in (batch.row, batch.position, batch.place, batch.token))
+    row, position, place, token = moved
+    found = []
+    for low, begin, end in zip(range(0, places, height), bounds, bounds[1:], strict=False):
+        here = slice(low, low + height)
+        logits = packed_logits(backbone.model, hidden, part or layout, row[here], position[here], backbone.prediction)
+        logits[:, backbone.mask_id] = -torch.inf
+        number = place[begin:end] - low
+        found.append(logits.logsumexp(-1)[number] - logits[number, token[begin:end]])
+    return torch.cat(found)
+
+
+def _check(backbone: Backbone, prompts: Rows, targets: Rows) -> None:
+    if len(prompts) != len(targets):
+        raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; a request is one of each")
+    for request, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        if not len(target):
+            raise ValueError(f"request {request}: the target is empty; a likelihood needs at least one target token")
+        if len(prompt) + len(target) > backbone.max_length:
+            raise ValueError(
+                f"request {request}: prompt ({len(prompt)} tokens) and target ({len(target)}) exceed the model's "
+                f"{backbone.max_length} positions; shorten the prompt"
+            )
+        if backbone.mask_id in target:
+            raise ValueError(f"request {request}: the target holds the mask token {backbone.mask_id}, which is no text")

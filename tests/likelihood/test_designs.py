@@ -1,0 +1,146 @@
+"""Likelihood designs: every estimator has the same expectation."""
+
+import pytest
+import torch
+
+from dllm.config import LikelihoodSettings
+from dllm.likelihood.designs import ESTIMATORS, estimate, likelihood_design
+from dllm.likelihood.policy import LATTICE, estimator_for
+from tests.oracles import enumerated_nelbo, tabular_backbone
+
+
+def random_table(length, seed=0):
+    """nll_i(S) of a random model as a table [2^L, L], and sum over k of g_k by its definition."""
+    backbone = tabular_backbone(3, seed)
+    target = [i % 3 for i in range(length)]
+    masks = (torch.arange(2**length)[:, None] >> torch.arange(length)) & 1 == 1
+    tokens = torch.where(masks, backbone.mask_id, torch.tensor(target))
+    logits = backbone.model.dllm_hidden(tokens)
+    logits[..., backbone.mask_id] = -torch.inf
+    nll = -logits.log_softmax(-1)[..., : max(target) + 1].gather(
+        -1, torch.tensor(target).expand(2**length, -1)[..., None]
+    )
+    return nll[..., 0].double(), enumerated_nelbo(backbone, [], target)
+
+
+def nll_of(design, table):
+    return table[(design.masked.long() << torch.arange(design.masked.shape[-1])).sum(-1)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_enumeration_is_the_definition(length):
+    table, truth = random_table(length)
+    design = likelihood_design(length, 0, LikelihoodSettings(estimator="enumerate"))
+    nats, error = estimate(design, nll_of(design, table))
+    assert nats == pytest.approx(truth, abs=1e-5) and error == 0  # fp32 table
+    assert len(design.masked) == 2**length - 1
+
+
+CASES = [
+    ("lattice", 3, {"budget": 7}),
+    ("lattice", 4, {"budget": 9}),
+    ("lattice", 5, {"budget": 5}),
+    ("lattice", 6, {"budget": 14}),
+    ("lattice", 9, {"budget": 9}),
+    ("lattice", 9, {"budget": 64}),
+    ("mc", 4, {"mc_draws": 4, "mc_batch": 4}),
+    ("mc", 5, {"mc_draws": 8, "mc_batch": 1}),
+]
+
+
+@pytest.mark.parametrize("name,length,options", CASES, ids=lambda x: str(x))
+def test_every_estimator_is_unbiased_and_its_error_is_not_too_small(name, length, options):
+    table, truth = random_table(length, seed=length)
+    settings = LikelihoodSettings(estimator=name, **options)
+    design = likelihood_design(length, torch.arange(4000), settings)
+    nats, errors = estimate(design, nll_of(design, table))
+    assert abs(nats.mean().item() - truth) < 4 * nats.std().item() / len(nats) ** 0.5 + 1e-5
+    ratio = (errors**2).mean().sqrt() / nats.std()
+    if name == "lattice":
+        assert 0.9 < ratio < 2  # its windows are drawn systematically: less noisy than if they were independent
+    else:
+        assert 0.9 < ratio < 1.12  # of independent units it is right, up to the noise of 4000 draws
+
+
+@pytest.mark.parametrize("budget", [16, 64])
+@pytest.mark.parametrize("length", [5, 7, 9, 11])
+def test_the_intervals_of_a_lattice_hold_the_bound_as_often_as_they_say(length, budget):
+    table, truth = random_table(length, seed=length)
+    design = likelihood_design(length, torch.arange(1000), LikelihoodSettings(estimator="lattice", budget=budget))
+    nats, errors = estimate(design, nll_of(design, table))
+    assert ((nats - truth).abs() < 1.96 * errors).double().mean() > 0.92
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("length", [1, 2, 7, 33, 100])
+def test_the_weights_of_a_design_add_up_to_the_length(name, length):
+    """A model with the same nll everywhere has the bound L x nll, whatever is masked."""
+    if (name, length) in {("enumerate", 33), ("enumerate", 100)}:
+        with pytest.raises(ValueError, match="use auto"):
+            likelihood_design(length, 0, LikelihoodSettings(estimator=name))
+        return
+    design = likelihood_design(length, 5, LikelihoodSettings(estimator=name, budget=200))
+    assert not design.weight[~design.masked].any()
+    if name != "mc":  # whose batches are spread over the sizes only on average
+        assert design.weight.sum().item() == pytest.approx(length)
+    if name == "mc":
+        assert (design.weight.sum(-1) * len(design.weight) - length).abs().max() < 1e-9
+
+
+def test_many_keys_at_once_give_the_designs_of_each():
+    keys = torch.tensor([[3, -8], [2**62, 0]])
+    for name, length in (("enumerate", 4), ("lattice", 9), ("lattice", 40), ("mc", 5)):
+        settings = LikelihoodSettings(estimator=name)
+        together = likelihood_design(length, keys, settings)
+        for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            alone = likelihood_design(length, int(keys[place]), settings)
+            for field in ("masked", "weight", "blend"):
+                if getattr(together, field) is None:
+                    continue
+                assert torch.equal(getattr(together, field)[place], getattr(alone, field))
+
+
+@pytest.mark.parametrize("budget", [5, 8, 16, 64, 200])
+@pytest.mark.parametrize("length", [4, 20, 32, 33, 64, 300])
+def test_auto_keeps_its_budget(length, budget):
+    design = likelihood_design(length, 3, LikelihoodSettings(budget=budget))
+    assert len(design.masked[design.masked.any(-1)].unique(dim=0)) <= budget
+
+
+def test_the_policy_takes_exact_estimators_where_they_are_affordable():
+    def names(budget, *lengths):
+        return [estimator_for(length, LikelihoodSettings(budget=budget)) for length in lengths]
+
+    assert names(64, 1, 2, 3, 6, 7, 32, 33) == [*["enumerate"] * 4, "lattice", "lattice", "lattice"]
+    assert names(16, 1, 4, 5, 8, 9) == ["enumerate", "enumerate", "lattice", "lattice", "lattice"]
+    assert names(1, 1) == ["enumerate"]
+
+
+@pytest.mark.parametrize("estimator", ["auto", "lattice"])
+def test_a_budget_too_small_says_what_is_the_least(estimator):
+    with pytest.raises(ValueError, match="budget = 4 is too small: lattice of a target of 9 tokens needs at least 5"):
+        likelihood_design(9, 0, LikelihoodSettings(estimator=estimator, budget=4))
+    likelihood_design(9, 0, LikelihoodSettings(estimator=estimator, budget=5))
+
+
+def test_an_empty_target_is_an_error():
+    with pytest.raises(ValueError, match="at least one target token"):
+        likelihood_design(0, 0, LikelihoodSettings())
+
+
+def test_draws_that_do_not_fill_their_batches_are_an_error():
+    with pytest.raises(ValueError, match="mc_draws = 100 is not a multiple of mc_batch = 32; e.g. 96"):
+        likelihood_design(4, 0, LikelihoodSettings(estimator="mc", mc_draws=100))
+
+
+def test_a_lattice_has_no_noise_where_its_model_of_the_nll_is_right():
+    """nll of a token between two values, by the masked share of the target and of the tokens beside it."""
+    length = 11
+    design = likelihood_design(length, torch.arange(50), LikelihoodSettings(estimator="lattice", budget=9))
+    full, second = torch.linspace(3, 9, length).double(), torch.linspace(2, 0, length).double()
+    nll = second + design.blend * (full - second)
+    nll[:, 0], nll[:, 1:LATTICE] = full, second
+    nats, error = estimate(design, nll)
+    sizes = torch.arange(length).double() / (length - 1)
+    assert nats == pytest.approx((second + (full - second) * (sizes**2.5).mean()).sum().item(), abs=1e-9)
+    assert error.max() < 1e-9
