@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench.__main__ import read
+from bench.cases import read
 from dllm.provenance import write_atomically
 from dllm.report.format import duration
 from dllm.report.page import as_data_uri
