@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench.cases import read
+from dllm.numbers import duration
 from dllm.provenance import write_atomically
-from dllm.report.format import duration
 from dllm.report.page import as_data_uri
 from dllm.report.style import GRID, INK, QUIET, RC, WIDTH, looks
 

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from dllm.numbers import Z95
 from dllm.report.claims import halving_ratios
 from dllm.report.format import fixed
 from dllm.report.load import final_losses, read_metrics, read_speed, scores
 from dllm.report.plan import RECIPES, ReportPlan
-from dllm.report.statistics import Z95
 from dllm.report.style import (
     DASHES,
     GRID,

@@ -2,7 +2,7 @@
 
 from pandas import isna
 
-ABSENT = "–"
+from dllm.numbers import ABSENT
 
 
 def fixed(value: float | None, digits: int = 1) -> str:
@@ -36,16 +36,6 @@ def quantity(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f}"
-
-
-def duration(seconds: float | None) -> str:
-    """`7 h 02 min`, `3 min 20 s` or `4.2 s`."""
-    if seconds is None or isna(seconds):
-        return ABSENT
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def joined(names: list[str]) -> str:

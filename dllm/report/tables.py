@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from dllm.numbers import ABSENT
 from dllm.report import markup
 from dllm.report.claims import judge
-from dllm.report.format import ABSENT, fixed, interval, quantity, signed_interval
+from dllm.report.format import fixed, interval, quantity, signed_interval
 from dllm.report.load import final_losses, scores
 from dllm.report.plan import ReportPlan
 from dllm.report.statistics import against_chance
