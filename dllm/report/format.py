@@ -1,5 +1,7 @@
 """How numbers look: one decimal for per cent, `43.1 [38.0, 48.4]` for intervals, a true minus sign."""
 
+from collections.abc import Sequence
+
 from pandas import isna
 
 from dllm.numbers import ABSENT
@@ -41,3 +43,9 @@ def quantity(value: float | None) -> str:
 def joined(names: list[str]) -> str:
     """`a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+def range_of(values: Sequence[float], digits: int = 1) -> str:
+    """`1.9 to 2.1`, or one number where both ends look the same."""
+    low, high = fixed(min(values), digits), fixed(max(values), digits)
+    return low if low == high else f"{low} to {high}"
