@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from bench.cases import CASES
 from bench.options import Options
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUICK_RESULTS = Path(__file__).resolve().parent / ".work" / "quick"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One JSON of results: where its function is, and what it measures."""
-
-    function: str
-    title: str
-
-
-CASES = {
-    "letters": Case("bench.likelihood:letters", "One-letter answers"),
-    "endings": Case("bench.likelihood:endings_at_equal_error", "Endings at equal standard error"),
-    "estimators": Case("bench.likelihood:estimators", "Estimators at equal passes"),
-    "generation": Case("bench.generation:generation", "Generation, identical tokens"),
-    "continuous": Case("bench.generation:continuous", "Continuous batching"),
-    "parallel": Case("bench.generation:parallel", "Parallel decoding"),
-    "reuse": Case("bench.generation:reuse", "Reuse of keys and values"),
-    "sft": Case("bench.training:sft", "Fine-tuning step"),
-    "packing": Case("bench.training:packing", "Packing, chunked head, prefetching"),
-    "compile": Case("bench.training:compilation", "torch.compile"),
-    "gpu": Case("bench.gpu:gpu", "On a CUDA device"),
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"{name:<12} {case.title}" for name, case in CASES.items()))
         return 0
     if unknown := [name for name in given.names if name not in CASES]:
-        print(f"{unknown[0]!r} is no case of the benchmark; allowed: {', '.join(CASES)}", file=sys.stderr)
+        print(f"{unknown[0]!r} is not a case of the benchmark; allowed: {', '.join(CASES)}", file=sys.stderr)
         return 2
     out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
     failed = [] if given.page else _run(given.names or list(CASES), Options(out, given.workdir, given.quick), given)
@@ -91,13 +66,9 @@ def _run(names: list[str], options: Options, given: argparse.Namespace) -> list[
         module, function = case.function.split(":")
         start = time.perf_counter()
         try:
-            result = _function(module, function)(options)
-        except ValueError as fault:
-            say(f"    {fault}")
-            failed.append(name)
-            continue
-        except Exception:  # one case that breaks must not cost the others their minutes; it is reported and counted
-            say(traceback.format_exc())
+            result = getattr(import_module(module), function)(options)
+        except Exception as error:  # one case that breaks must not cost the others their minutes; it is reported
+            say(f"    {error}" if isinstance(error, ValueError) else traceback.format_exc())
             failed.append(name)
             continue
         seconds = time.perf_counter() - start
@@ -106,16 +77,6 @@ def _run(names: list[str], options: Options, given: argparse.Namespace) -> list[
             say(f"    {row.ratio:8.2f} x [{row.low:.2f}, {row.high:.2f}]  {row.name}  {row.verdict}")
         say(f"    {result.skipped or 'done'} ({seconds:.0f} s, {time.perf_counter() - began:.0f} s so far)")
     return failed
-
-
-def _function(module: str, name: str) -> Callable:
-    return getattr(import_module(module), name)
-
-
-def read(out: Path) -> dict[str, dict]:
-    """The results in a folder by case, in the order of `CASES`."""
-    paths = {name: out / f"{name}.json" for name in CASES}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
 if __name__ == "__main__":

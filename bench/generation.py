@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from bench.alternatives import sample_row
-from bench.measure import Growth, Result, Row, compare, growth, interleaved, require
+from bench.measure import Growth, Result, Row, Times, compare, growth, interleaved, require
 from bench.options import Options
 from bench.workloads import chat_prompts, encoder, laptop
 from dllm.algorithms.mdlm import MDLM
@@ -27,27 +27,23 @@ def generation(options: Options) -> Result:
     model = trained.model
     count, new = (3, 16) if options.quick else (32, 128)
     prompts = chat_prompts(trained, count, LONGEST_PROMPT)
-    seen = {ahead: GenerateSettings(max_new_tokens=new, ahead=ahead) for ahead in ("hidden", "visible")}
     found: dict[str, list] = {}
 
-    def kept(key: str, job: Callable[[], list]) -> Callable[[], None]:
-        def run() -> None:
-            found[key] = job()
+    def job(side: str, ahead: str) -> None:
+        settings = GenerateSettings(max_new_tokens=new, ahead=ahead)
+        answer = model.answers if side == "ours" else partial(one_by_one, model)
+        found[f"{side} {ahead}"] = answer(prompts, settings)
 
-        return run
-
-    jobs = {}
-    for ahead, settings in seen.items():
-        jobs[f"ours {ahead}"] = kept(f"ours {ahead}", partial(model.answers, prompts, settings))
-        jobs[f"theirs {ahead}"] = kept(f"theirs {ahead}", partial(_one_by_one, model, prompts, settings))
+    sides = [(side, ahead) for ahead in ("hidden", "visible") for side in ("ours", "theirs")]
+    jobs = {f"{side} {ahead}": partial(job, side, ahead) for side, ahead in sides}
     # the answers that are compared are those that were timed; a round of theirs takes tens of seconds
     times = interleaved(jobs, options.repeats(3), warmup=int(options.quick), at_most=75)
     rows = []
-    for ahead in seen:
+    for ahead, how in (("hidden", "hidden from the model"), ("visible", "visible as masks")):
         ours, theirs = found[f"ours {ahead}"], found[f"theirs {ahead}"]
         same = [(a.text, a.tokens) for a in ours] == [(model.decode(t), model.answer_length(t)) for t in theirs]
-        spent, long = (sum(getattr(a, field) for a in ours) / count for field in ("passes", "tokens"))
-        how = "hidden from the model" if ahead == "hidden" else "visible as masks"
+        long = sum(answer.tokens for answer in ours) / count
+        note = f"Answers take {long:.0f} tokens on average, {_passes(ours):.0f} passes instead of {new}."
         rows.append(
             compare(
                 times[f"ours {ahead}"],
@@ -59,15 +55,12 @@ def generation(options: Options) -> Result:
                 correct=require(
                     same, "every timed answer is the same text of the same number of tokens, up to its end"
                 ),
-                note=f"Answers take {long:.0f} tokens on average, {spent:.0f} passes instead of {new}."
-                + (" The laptop model is trained to be decoded so." if ahead == "hidden" else ""),
+                note=note + (" The laptop model is trained to be decoded so." if ahead == "hidden" else ""),
             )
         )
-    rows += [_never_ending(options)]
-    lines = [_batch_growth(model, prompts, options), _canvas_growth(model, prompts, options)]
     tokens = [answer.tokens for answer in found["ours hidden"]]
     setup = {"prompt tokens": [len(prompt) for prompt in prompts], "answer tokens": tokens}
-    return Result(rows, lines, setup)
+    return Result([*rows, _never_ending(options)], _growth(model, prompts, options), setup)
 
 
 def continuous(options: Options) -> Result:
@@ -186,12 +179,11 @@ def _never_ending(options: Options) -> Row:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, vocabulary, (20 + 15 * n,), generator=generator).tolist() for n in range(count)]
     settings = GenerateSettings(max_new_tokens=new, early_stop=False)
-    theirs = [common(model, prompt, settings) for prompt in prompts]
-    correct = require(tokens_of(backbone, prompts, settings) == theirs, "every token of the canvas is the same")
     jobs = {
         "ours": lambda: tokens_of(backbone, prompts, settings),
-        "theirs": lambda: [common(model, prompt, settings) for prompt in prompts],
+        "theirs": lambda: one_by_one(model, prompts, settings),
     }
+    correct = require(jobs["ours"]() == jobs["theirs"](), "every token of the canvas is the same")
     times = interleaved(jobs, options.repeats(3), warmup=0, at_most=25)
     return compare(
         times["ours"],
@@ -203,53 +195,42 @@ def _never_ending(options: Options) -> Row:
     )
 
 
-def _batch_growth(model: DiffusionLM, prompts: list[list[int]], options: Options) -> Growth:
-    settings = GenerateSettings(max_new_tokens=32, ahead="visible")
-    points = {}
-    for count in (1,) if options.quick else (1, 4, 16, 32):
-        points[count] = _both(model, prompts[:count], settings, options, 3 if count < 16 else 2)
-    return growth(
-        points,
-        name="generation-batch",
-        title="Generation, 32 tokens",
-        x_label="prompts",
-        y_label="seconds",
+def _growth(model: DiffusionLM, prompts: list[list[int]], options: Options) -> list[Growth]:
+    """Seconds over the number of prompts, and over the length of the canvas."""
+    counts, lengths = ((1,), (16,)) if options.quick else ((1, 4, 16, 32), (32, 64, 128))
+    batch = {count: (prompts[:count], 32, 3 if count < 16 else 2) for count in counts}
+    canvas = {new: (prompts[: 2 if options.quick else 4], new, 3) for new in lengths}
+    lines = (
+        (batch, "generation-batch", "Generation, 32 tokens", "prompts"),
+        (canvas, "generation-canvas", "Generation, 4 prompts", "tokens of the canvas"),
     )
+    return [
+        growth(
+            {x: _both(model, *point, options) for x, point in points.items()},
+            name=name,
+            title=title,
+            x_label=label,
+            y_label="seconds",
+        )
+        for points, name, title, label in lines
+    ]
 
 
-def _canvas_growth(model: DiffusionLM, prompts: list[list[int]], options: Options) -> Growth:
-    points = {}
-    for new in (16,) if options.quick else (32, 64, 128):
-        settings = GenerateSettings(max_new_tokens=new, ahead="visible")
-        points[new] = _both(model, prompts[:2] if options.quick else prompts[:4], settings, options)
-    return growth(
-        points,
-        name="generation-canvas",
-        title="Generation, 4 prompts",
-        x_label="tokens of the canvas",
-        y_label="seconds",
-    )
-
-
-def _both(
-    model: DiffusionLM, prompts: list[list[int]], settings: GenerateSettings, options: Options, rounds: int = 3
-) -> dict:
+def _both(model: DiffusionLM, prompts: list[list[int]], new: int, rounds: int, options: Options) -> Times:
+    settings = GenerateSettings(max_new_tokens=new, ahead="visible")
     jobs = {
         "ours": lambda: model.answers(prompts, settings),
-        "one row at a time": lambda: [common(model, prompt, settings) for prompt in prompts],
+        "one row at a time": lambda: one_by_one(model, prompts, settings),
     }
     return interleaved(jobs, options.repeats(rounds), warmup=0, at_most=8)
 
 
-def common(model: DiffusionLM, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
-    """Theirs: the whole canvas of one prompt."""
+def one_by_one(model: DiffusionLM, prompts: list[list[int]], settings: GenerateSettings) -> list[list[int]]:
+    """Theirs: the whole canvas of each prompt, one prompt after the other."""
     backbone = model.backbone
     sizes = settings.max_new_tokens, settings.block_size
-    return sample_row(backbone.model, prompt, *sizes, backbone.mask_id, hide_ahead=settings.ahead == "hidden")
-
-
-def _one_by_one(model: DiffusionLM, prompts: list[list[int]], settings: GenerateSettings) -> list[list[int]]:
-    return [common(model, prompt, settings) for prompt in prompts]
+    hide = settings.ahead == "hidden"
+    return [sample_row(backbone.model, prompt, *sizes, backbone.mask_id, hide_ahead=hide) for prompt in prompts]
 
 
 def tokens_of(backbone, prompts: list[list[int]], settings: GenerateSettings) -> list[list[int]]:

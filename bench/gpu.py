@@ -19,7 +19,7 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM
 from bench.alternatives import masked_loss, sample_row
 from bench.measure import Result, compare, interleaved
 from bench.options import Options
-from bench.training import Sizes, run_config
+from bench.step import Sizes, run_config
 from bench.workloads import VOCABULARY, as_backbone, chat_lengths, rows_of_lengths
 from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings, LikelihoodSettings
@@ -27,6 +27,7 @@ from dllm.core.batch import row_noise
 from dllm.core.canvas import canvas_for
 from dllm.core.corrupt import exact_count
 from dllm.data.collate import collate
+from dllm.data.tokens import TokenRows
 from dllm.models.load import Backbone
 from dllm.training.engine import Engine, scores_for
 from dllm.training.pipeline import Part, Source, training_parts
@@ -48,12 +49,14 @@ SIZES = {
 }
 ROW_TOKENS = 32_768
 """Tokens of a global batch, and of the widest packed micro-batch."""
+PADDED_ROWS = 8
+"""Rows of a padded batch of the common way."""
 TINY = {"a tiny model": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "heads": 2}}
 """What a smoke run takes, on the CPU: every line runs, and no number means anything."""
 
 
 def gpu(options: Options) -> Result:
-    """Everything above, or the reason why not."""
+    """Training, generation and scoring of both models on the device, or the reason why not."""
     if not torch.cuda.is_available() and not options.quick:
         return Result(skipped="no CUDA device in this machine; nothing about GPUs was measured")
     rows, setup = [], {"device": _device_name(), "peak FLOP/s": peak_flops(), "formula": FORMULA}
@@ -110,68 +113,67 @@ def _backbone(name: str) -> Backbone:
 
 
 def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
+    """A packed step in bf16 autocast against one in padded batches of 8 rows: the rows of the table and the facts."""
     backbone, algorithm = _backbone(name), MDLM()
     vocabulary, row_tokens = backbone.vocab_size, 512 if options.quick else ROW_TOKENS
     # uneven rows, as chat data has them, at most `length` tokens
     lengths = chat_lengths(4096, mean=0.6 * length, longest=length)
     lengths = lengths[: int(numpy.searchsorted(numpy.cumsum(lengths), row_tokens))]
     rows = rows_of_lengths(lengths, vocabulary, prompt_share=0.0)
-    sizes = Sizes(vocabulary, rows=len(lengths), longest=length)
-    config = run_config(sizes, bf16=True, micro_batch_tokens=row_tokens)
+    config = run_config(Sizes(vocabulary, rows=len(lengths), longest=length), bf16=True, micro_batch_tokens=row_tokens)
     AcceleratorState._reset_state(reset_partial_state=True)
     engine = Engine(Accelerator(), scores_for(config, backbone.model, "in_place"), config.optimizer, bf16=True)
     source = Source(rows, algorithm, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
-    made = training_parts(source, config, first=0, last=1)
-    parts: list[Part] = list(made)
+    parts: list[Part] = list(training_parts(source, config, first=0, last=1))
     if _device() == "cuda":
         parts = [replace(part, inputs=part.inputs.pin_memory()) for part in parts]
-    predicted = sum(len(part.inputs.row) for part in parts)
-    count = 8
-    batches = [numpy.arange(low, min(low + count, len(lengths))) for low in range(0, len(lengths), count)]
-    total = float(lengths.sum())
-
-    def ours() -> None:
-        training_step(engine, algorithm, parts)
-
-    def theirs() -> None:
-        for numbers in batches:
-            batch = collate(rows, numbers, pad_id=backbone.pad_id, end=None)
-            noise = row_noise(0, 0, batch.sample_ids, batch.tokens.shape[1])
-            corrupted = exact_count(batch.maskable, noise.level, noise.place)
-            batch = batch.to(_device())
-            masked, weight = corrupted.masked.to(_device()), corrupted.weight.to(_device())
-            with torch.autocast(_device(), torch.bfloat16):
-                loss = masked_loss(backbone.model, batch.tokens, batch.attention, masked, weight, backbone.mask_id)
-            (loss / total).backward()
-        engine.update()
-
-    times = interleaved({"ours": ours, "theirs": theirs}, options.repeats(10), warmup=3, at_most=60)
-    memory = {"ours": _peak_gib(ours), "theirs": _peak_gib(theirs)}
-    seconds, peak = statistics.median(times["ours"]), peak_flops()
-    flops = step_flops(backbone, lengths, predicted)
+    jobs = {
+        "ours": lambda: training_step(engine, algorithm, parts),
+        "theirs": lambda: _padded_step(engine, backbone, rows),
+    }
+    times = interleaved(jobs, options.repeats(10), warmup=3, at_most=60)
+    memory = {side: _peak_gib(job) for side, job in jobs.items()}
+    tokens, peak = int(lengths.sum()), peak_flops()
+    rate = step_flops(backbone, lengths, sum(len(part.inputs.row) for part in parts)) / statistics.median(times["ours"])
     facts = {
-        "tokens per second": total / seconds,
-        "model FLOP/s": flops / seconds,
-        "MFU": flops / seconds / peak if peak else None,
+        "tokens per second": tokens / statistics.median(times["ours"]),
+        "model FLOP/s": rate,
+        "MFU": rate / peak if peak else None,
         "peak memory, GiB": memory["ours"],
-        "common way, tokens per second": total / statistics.median(times["theirs"]),
+        "common way, tokens per second": tokens / statistics.median(times["theirs"]),
         "common way, peak memory, GiB": memory["theirs"],
         "rows": len(lengths),
-        "tokens": int(total),
+        "tokens": tokens,
     }
-    title = f"{name}, rows of at most {length} tokens, packed, bf16 autocast, {_device_name()}"
-    against = f"random batches of {count} padded to the longest, logits everywhere, bf16 autocast"
-    held = "same weights, rows, masks, precision of products, optimiser; inputs of ours are made ahead, as in training"
-    common = {"held_equal": held, "correct": "same loss on the CPU (case sft)"}
     mfu = f"MFU {facts['MFU']:.1%}, " if peak else "MFU unknown (no peak FLOP/s for this device), "
     note = f"{mfu}{facts['tokens per second']:,.0f} tokens/s, peak memory {memory['ours']:.1f} GiB. {FORMULA}"
-    found = [
-        compare(times["ours"], times["theirs"], name=f"training step, {title}", against=against, note=note, **common)
-    ]
+    title = f"{name}, rows of at most {length} tokens, packed, bf16 autocast, {_device_name()}"
+    common = {
+        "against": f"random batches of {PADDED_ROWS} padded to the longest, logits everywhere, bf16 autocast",
+        "held_equal": "same weights, rows, masks, precision of products, optimiser; inputs of ours are made ahead, as "
+        "in training",
+        "correct": "same loss on the CPU (case sft)",
+    }
+    found = [compare(times["ours"], times["theirs"], name=f"training step, {title}", note=note, **common)]
     if _device() == "cuda":
-        ours, theirs = [memory["ours"]], [memory["theirs"]]
-        found.append(compare(ours, theirs, name=f"peak memory, {title}", against=against, unit="GiB", **common))
+        peaks = [memory["ours"]], [memory["theirs"]]
+        found.append(compare(*peaks, name=f"peak memory, {title}", unit="GiB", **common))
     return found, facts
+
+
+def _padded_step(engine: Engine, backbone: Backbone, rows: TokenRows) -> None:
+    """The common way: batches of rows padded to their longest, logits at every position."""
+    total = float(rows.lengths.sum())
+    for numbers in numpy.split(numpy.arange(len(rows)), range(PADDED_ROWS, len(rows), PADDED_ROWS)):
+        batch = collate(rows, numbers, pad_id=backbone.pad_id, end=None)
+        noise = row_noise(0, 0, batch.sample_ids, batch.tokens.shape[1])
+        corrupted = exact_count(batch.maskable, noise.level, noise.place)
+        batch = batch.to(_device())
+        masked, weight = corrupted.masked.to(_device()), corrupted.weight.to(_device())
+        with torch.autocast(_device(), torch.bfloat16):
+            loss = masked_loss(backbone.model, batch.tokens, batch.attention, masked, weight, backbone.mask_id)
+        (loss / total).backward()
+    engine.update()
 
 
 def _inference(name: str, options: Options) -> tuple[list, dict]:
@@ -191,7 +193,8 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
             pass
 
     def one_row() -> None:
-        _sample_row_cuda(backbone, prompts[0], settings)
+        with torch.device(_device()):
+            sample_row(backbone.model, prompts[0], new, settings.block_size, backbone.mask_id)
 
     def score() -> None:
         algorithm.nelbo(backbone, prompts, targets, LikelihoodSettings())
@@ -218,13 +221,6 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
     )
     backbone.model.float()
     return [row], facts
-
-
-@torch.no_grad()
-def _sample_row_cuda(backbone: Backbone, prompt: list[int], settings: GenerateSettings) -> None:
-    """`alternatives.sample_row` with its tensors on the device."""
-    with torch.device(_device()):
-        sample_row(backbone.model, prompt, settings.max_new_tokens, settings.block_size, backbone.mask_id)
 
 
 def _peak_gib(job) -> float:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WAYS = ("ours", "ours-bf16", "ours-chunked", "random", "grouped")
 
 
 def peak_mib(way: str, *, quick: bool = False) -> float:
@@ -24,7 +23,7 @@ def peak_mib(way: str, *, quick: bool = False) -> float:
 def main(arguments: list[str]) -> None:
     """Print the peak of one way, MiB."""
     from bench.options import Options
-    from bench.training import Sizes, Trainer, pool
+    from bench.step import Sizes, Trainer, pool
 
     way, quick = arguments[0], "--quick" in arguments
     sizes = Sizes.of(Options(Path(), quick=quick))

@@ -1,4 +1,4 @@
-"""What a run of the benchmark was asked for."""
+"""The options of a run of the benchmark."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ class Options:
         """How many rounds are timed."""
         return 2 if self.quick else count
 
-    def target(self, ratio: float) -> float | None:
-        """The least ratio asked for; a smoke run is not held to any."""
+    def target(self, ratio: float | None) -> float | None:
+        """The least ratio asked for, if there is one; a smoke run is not held to any."""
         return None if self.quick else ratio

@@ -11,9 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench.__main__ import read
+from bench.cases import read
+from dllm.numbers import duration
 from dllm.provenance import write_atomically
-from dllm.report.format import duration
 from dllm.report.page import as_data_uri
 from dllm.report.style import GRID, INK, QUIET, RC, WIDTH, looks
 

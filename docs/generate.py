@@ -235,8 +235,8 @@ GPU_HOUR = 2.0
 
 def cluster_needs() -> str:
     """Rule by rule, what a cluster gives to config/paper.yaml, as predicted, and what that costs."""
+    from dllm.numbers import duration
     from dllm.planning.project import RULES, plan_project
-    from dllm.planning.show import duration
 
     plan = plan_project(_paper(), ROOT / "nowhere")
     head = ("rule", "jobs", "runs on", "GPUs of a job", "longest job", "memory of a job", "GPU hours", "cost")

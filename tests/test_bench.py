@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from bench.__main__ import CASES, main
+from bench.__main__ import main
 from bench.alternatives import masked_loss, masked_loss_selected, monte_carlo, sample_row
+from bench.cases import CASES
 from bench.measure import compare, growth, interleaved, quartiles, require
 from bench.options import Options
 from bench.page import verdict
@@ -135,7 +136,7 @@ def test_a_missed_target_is_said_and_is_no_failure(tmp_path, capsys):
 
 def test_an_unknown_case_is_named_in_one_line(capsys):
     assert main(["leters"]) == 2
-    assert capsys.readouterr().err.startswith("'leters' is no case of the benchmark; allowed: letters, endings")
+    assert capsys.readouterr().err.startswith("'leters' is not a case of the benchmark; allowed: letters, endings")
 
 
 def test_cases_are_listed(capsys):

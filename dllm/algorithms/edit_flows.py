@@ -32,7 +32,6 @@ from dllm.core.edits import (
     BLANK,
     DELETE,
     INSERT,
-    KAPPAS,
     SUBSTITUTE,
     Columns,
     Edits,
@@ -57,6 +56,7 @@ from dllm.core.losses import row_shares
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import Layout, layout_of
 from dllm.core.reveal import propose_tokens, token_confidence
+from dllm.core.schedules import KAPPAS
 from dllm.models.edit_heads import (
     EditScores,
     TimedHidden,

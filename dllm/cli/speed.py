@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measured(found) -> dict:
     """What a measurement has in the report: seconds over all answers, quality with its 95 % Wilson interval."""
-    from dllm.evaluation.scores import wilson_interval
+    from dllm.numbers import wilson_interval
 
     low, high = wilson_interval(found.correct, found.n)
     return {

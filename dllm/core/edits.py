@@ -8,7 +8,7 @@ Source: Havasi et al. 2025 (arXiv:2506.09018).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,29 +23,6 @@ INSERT, DELETE, SUBSTITUTE = 0, 1, 2
 """Kinds of edits, and the columns of a table of rates."""
 
 _COUNT_STREAM, _CHOICE_STREAM, _SHARE_STREAM, _FAULT_STREAM, _TOKEN_STREAM, _EDIT_STREAM = range(6)
-
-# --------------------------------------------------------------------------------------------------------------------
-# Time
-
-
-@dataclass(frozen=True)
-class Kappa:
-    """The share of edits made by time t: kappa(t), its derivative and its inverse; each keeps its argument's shape."""
-
-    value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
-
-    def weight(self, t: Tensor) -> Tensor:
-        """kappa'(t) / (1 - kappa(t)): the rate of an edit that is still to be made; infinite at t = 1."""
-        return self.derivative(t) / (1 - self.value(t))
-
-
-def _power(p: int) -> Kappa:
-    return Kappa(lambda t: t**p, lambda t: p * t ** (p - 1), lambda k: k ** (1 / p))
-
-
-KAPPAS: dict[str, Kappa] = {"cubic": _power(3), "linear": _power(1)}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Alignment

@@ -34,7 +34,7 @@ def download(config: DownloadConfig, workdir: str | Path = ".") -> Path:
     scratch = target.with_name(f".{config.name}.partial")
     inputs: dict[str, str] = {}
     if config.what == "dataset" and config.dataset.world:
-        from dllm.data.world import build
+        from dllm.synthetic import build
 
         shutil.rmtree(scratch, ignore_errors=True)
         build(scratch, seed=config.dataset.seed)

@@ -1,4 +1,4 @@
-"""A diffusion language model as lm-eval sees it.
+"""Answers of a diffusion language model to the requests of lm-eval.
 
 The rules, all in one place:
 - `loglikelihood` is minus the NELBO of the continuation given the context. Context and continuation are tokenized
@@ -23,18 +23,16 @@ from functools import cached_property
 from typing import Literal, Protocol
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 
 from dllm.config import GenerateSettings, LikelihoodSettings, Scorer
 from dllm.evaluation.store import Answer
 from dllm.likelihood.policy import estimator_for
-from dllm.models.tokenizers import chat_text
 
 SpecialTokens = Literal["exact", "reference-v0", "reference-v0.1"]
 
 
 class Model(Protocol):
-    """What the adapter asks of `dllm.DiffusionLM`; prompts and targets are lists of token ids."""
+    """The methods of `dllm.DiffusionLM` that are called; prompts and targets are lists of token ids."""
 
     max_length: int  # of prompt and answer together, in tokens
 
@@ -113,20 +111,11 @@ def bf16(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.bfloat16))
 
 
-def prompt_text(tokenizer, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """A conversation in the tokenizer's own template, exactly as in training; open at its end for a begun answer."""
-    if add_generation_prompt:
-        return chat_text(tokenizer, turns, add_generation_prompt=True)
-    return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=False, continue_final_message=True
-    )
-
-
-class DiffusionAdapter(LM):
-    """lm-eval's view of a diffusion language model.
+class DiffusionAnswerer:
+    """Answers of a diffusion language model.
 
     open_model is called at the first request that needs the model; greedy_tasks names the tasks whose metrics read
-    `is_greedy` (None: all). `answers` gives what lm-eval wants together with standard errors and forward passes.
+    `is_greedy` (None: all).
     """
 
     def __init__(
@@ -138,7 +127,6 @@ class DiffusionAdapter(LM):
         scorer: Scorer,
         greedy_tasks: frozenset[str] | None = None,
     ):
-        super().__init__()
         self.tokenizer = tokenizer
         self.generation = generation
         self.scorer = scorer
@@ -151,30 +139,8 @@ class DiffusionAdapter(LM):
     def model(self) -> Model:
         return self._open_model()
 
-    @property
-    def max_length(self) -> int:
-        return self.model.max_length
-
-    # lm-eval's interface
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.tokenizer.name_or_path)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return prompt_text(self.tokenizer, chat_history, add_generation_prompt)
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        return [tuple(answer["answer"]) for answer in self.answers("loglikelihood", requests)]
-
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        return [answer["answer"] for answer in self.answers("loglikelihood_rolling", requests)]
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        return [answer["answer"] for answer in self.answers("generate_until", requests)]
-
-    # ours
     def variant(self, kind: str, request: Instance) -> str:
-        """What is asked besides the request's arguments: the greedy check, where the task reads it."""
+        """What an answer depends on besides the request's arguments: the greedy check, where the task reads it."""
         reads = self.greedy_tasks is None or request.task_name in self.greedy_tasks
         return "greedy" if kind == "loglikelihood" and reads else ""
 
@@ -191,12 +157,12 @@ class DiffusionAdapter(LM):
     def _loglikelihoods(self, requests: list[Instance]) -> list[Answer]:
         prompts, targets, lost = [], [], []
         for request, (prompt, target) in zip(requests, self._encode_pairs(requests), strict=True):
-            if len(target) > self.max_length:
+            if len(target) > self.model.max_length:
                 raise ValueError(
                     f"{request.task_name}, document {request.doc_id}: the continuation has {len(target)} tokens, the "
-                    f"model takes {self.max_length}; use `loglikelihood_rolling` or a longer model"
+                    f"model takes {self.model.max_length}; use `loglikelihood_rolling` or a longer model"
                 )
-            prompt, n = fit(prompt, self.max_length - len(target))
+            prompt, n = fit(prompt, self.model.max_length - len(target))
             prompts.append(prompt)
             targets.append(target)
             lost.append(n)
@@ -219,7 +185,9 @@ class DiffusionAdapter(LM):
 
     def _rolling_loglikelihoods(self, requests: list[Instance]) -> list[Answer]:
         size = self.scorer.likelihood.block_size
-        blocks = [list(rolling_blocks(encode(self.tokenizer, r.args[0]), self.max_length, size)) for r in requests]
+        blocks = [
+            list(rolling_blocks(encode(self.tokenizer, r.args[0]), self.model.max_length, size)) for r in requests
+        ]
         flat = [pair for pairs in blocks for pair in pairs]
         scores = iter(self._nelbo([context for context, _ in flat], [block for _, block in flat]))
         answers: list[Answer] = []
@@ -271,11 +239,11 @@ class DiffusionAdapter(LM):
         return found
 
     def _generations(self, requests: list[Instance], repeats: Sequence[int]) -> list[Answer]:
-        room = self.max_length - self.generation.max_new_tokens
+        room = self.model.max_length - self.generation.max_new_tokens
         if room <= 0:
             raise ValueError(
                 f"generation.max_new_tokens = {self.generation.max_new_tokens} leaves no room for a prompt: the model "
-                f"takes {self.max_length} tokens; choose fewer new tokens"
+                f"takes {self.model.max_length} tokens; choose fewer new tokens"
             )
         groups: dict[tuple, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):

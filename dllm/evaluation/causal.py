@@ -9,7 +9,6 @@ from functools import cached_property
 from lm_eval.api.instance import Instance
 
 from dllm.config import GenerateSettings
-from dllm.evaluation.adapter import prompt_text
 from dllm.evaluation.store import Answer
 from dllm.models.tokenizers import encode_text
 
@@ -26,13 +25,6 @@ class CausalAnswerer:
     @cached_property
     def model(self):
         return self._open_model()
-
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.tokenizer.name_or_path)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return prompt_text(self.tokenizer, chat_history, add_generation_prompt)
 
     def variant(self, kind: str, request: Instance) -> str:
         return ""

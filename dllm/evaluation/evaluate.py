@@ -16,9 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm.config import did_you_mean, digest
+from dllm.evaluation.code_tasks import add_outcomes, prepare_code_tasks
 from dllm.evaluation.scores import summarise
 from dllm.evaluation.settings import EvaluationConfig
-from dllm.evaluation.task_files import content_digest
+from dllm.evaluation.store import AnswerStore
+from dllm.evaluation.task_files import (
+    build_requests,
+    content_digest,
+    declared_metrics,
+    definition_digest,
+    load_tasks,
+    reads_greedy,
+    seed_examples,
+)
 from dllm.provenance import collect, file_digest, versions, write_atomically
 
 if TYPE_CHECKING:
@@ -53,39 +63,13 @@ def evaluate_benchmark(
     """
     started = time.monotonic()
     workdir = Path(workdir)
-    _check_environment(config, workdir)
-
-    from dllm.evaluation.code_tasks import add_outcomes, prepare_code_tasks
-    from dllm.evaluation.store import AnswerStore
-    from dllm.evaluation.stored import StoredLM
-    from dllm.evaluation.task_files import (
-        build_requests,
-        declared_metrics,
-        definition_digest,
-        load_tasks,
-        seed_examples,
-    )
-
+    _check_checkpoint(config, workdir)
     tasks = load_tasks(config, workdir)
     programs = prepare_code_tasks(tasks, workdir, f"{config.run}-{config.benchmark}")
     declared = declared_metrics(tasks)
     if declared is not None:
         check_metrics(config, declared)
-    checkpoint_digest = content_digest(workdir / config.checkpoint)
-    decides = {"checkpoint": checkpoint_digest, "settings": answer_settings(config), "code": code_digest()}
-    model_key = digest(decides | {"versions": versions()})
-    store = AnswerStore(
-        workdir / ".work" / "answers" / config.run / config.benchmark / model_key[:16],
-        f"shard-{shard[0]}-of-{shard[1]}",
-    )
-    lm = StoredLM(
-        open_answerer(config, workdir, tasks, device),
-        store,
-        model_key=model_key,
-        generations_per_chunk=BATCHES_PER_CHUNK * config.generation.batch_size,
-        progress=progress,
-        may_compute=compute and not wait,
-    )
+    lm = _open_stored(config, workdir, tasks, shard, device, progress, may_compute=compute and not wait)
     if compute and (shard[1] > 1 or not score):
         for kind, requests in build_requests(tasks, config, lm).items():
             lm.fill(kind, requests, shard)
@@ -94,22 +78,68 @@ def evaluate_benchmark(
     if wait:
         for kind, requests in build_requests(tasks, config, lm).items():
             lm.wait_for(kind, requests)
-
     seed_examples(tasks, config.seed)
-    results = _run_harness(lm, tasks, config)
-    store.read()
-    documents = collect_documents(results["samples"], lm)
+    samples = _run_harness(lm, tasks, config)["samples"]
+    lm.store.read()
+    documents = collect_documents(samples, lm)
     if programs:
-        add_outcomes(documents, results["samples"])
-    metrics = collect_metrics(tasks, results["samples"])
+        add_outcomes(documents, samples)
+    result = _result(config, workdir, tasks, samples, documents, lm, programs)
+    result["wall_seconds"] = round(time.monotonic() - started, 3)
+    seconds = round(lm.store.seconds, 3)
+    result["provenance"] = collect(config_digest=digest(config), device=device, model_seconds=seconds)
+    target = workdir / "evals" / config.run / config.benchmark
+    lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    write_atomically(target.with_name(f"{target.name}.samples.jsonl"), lines)
+    write_atomically(target.with_name(f"{target.name}.json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _open_stored(
+    config: EvaluationConfig,
+    workdir: Path,
+    tasks: dict,
+    shard: tuple[int, int],
+    device: str,
+    progress: Progress | None,
+    *,
+    may_compute: bool,
+) -> StoredLM:
+    """lm-eval's model, with the answers that are stored for this checkpoint, these settings and this code."""
+    from dllm.evaluation.stored import StoredLM
+
+    checkpoint = content_digest(workdir / config.checkpoint)
+    decides = {"checkpoint": checkpoint, "settings": answer_settings(config), "code": code_digest()}
+    model_key = digest(decides | {"versions": versions()})
+    directory = workdir / ".work" / "answers" / config.run / config.benchmark / model_key[:16]
+    return StoredLM(
+        open_answerer(config, workdir, tasks, device),
+        AnswerStore(directory, f"shard-{shard[0]}-of-{shard[1]}"),
+        model_key=model_key,
+        generations_per_chunk=BATCHES_PER_CHUNK * config.generation.batch_size,
+        progress=progress,
+        may_compute=may_compute,
+    )
+
+
+def _result(
+    config: EvaluationConfig,
+    workdir: Path,
+    tasks: dict,
+    samples: dict,
+    documents: list[dict],
+    lm: StoredLM,
+    programs: dict | None,
+) -> dict[str, Any]:
+    """What the scores of a benchmark are, and what they come from."""
+    metrics = collect_metrics(tasks, samples)
     check_metrics(config, set(metrics))
-    headline = f"{config.metric},{config.filter}"
-    result = {
+    return {
         "run": config.run,
         "benchmark": config.benchmark,
         "task": config.task,
         "shots": config.shots if config.shots is not None else _shots(tasks),
-        "n": metrics[headline]["n"],
+        "n": metrics[f"{config.metric},{config.filter}"]["n"],
         "metric": config.metric,
         "filter": config.filter,
         "metrics": {_without_filter(name, config.filter): summary for name, summary in metrics.items()},
@@ -119,21 +149,14 @@ def evaluate_benchmark(
         **({"programs": programs} if programs else {}),
         **collect_cost(documents, lm),
         "truncated": sum(1 for document in documents if document.get("truncated")),
-        "subtasks": collect_subtasks(tasks, results["samples"], config),
+        "subtasks": collect_subtasks(tasks, samples, config),
         "inputs": {
-            "checkpoint": checkpoint_digest,
+            "checkpoint": content_digest(workdir / config.checkpoint),
             "data": content_digest(workdir / config.data) if config.data else config.revision,
             "task_definition": definition_digest(tasks),
             "prompts": digest({"prompts": [document["prompt_sha256"] for document in documents]}),
         },
-        "wall_seconds": round(time.monotonic() - started, 3),
-        "provenance": collect(config_digest=digest(config), device=device, model_seconds=round(lm.store.seconds, 3)),
     }
-    target = workdir / "evals" / config.run / config.benchmark
-    lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-    write_atomically(target.with_name(f"{target.name}.samples.jsonl"), lines)
-    write_atomically(target.with_name(f"{target.name}.json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    return result
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -142,7 +165,6 @@ def evaluate_benchmark(
 
 def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: str) -> Answerer:
     """The checkpoint as lm-eval's model; its weights are loaded at the first answer that is not stored."""
-    from dllm.evaluation.task_files import reads_greedy
     from dllm.models.tokenizers import load_tokenizer
 
     checkpoint = workdir / config.checkpoint
@@ -165,9 +187,9 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
             )
 
         return CausalAnswerer(tokenizer, open_model, generation=config.generation)
-    from dllm.evaluation.adapter import DiffusionAdapter
+    from dllm.evaluation.adapter import DiffusionAnswerer
 
-    return DiffusionAdapter(
+    return DiffusionAnswerer(
         tokenizer,
         lambda: open_diffusion(str(checkpoint), config.scorer.precision, device),
         generation=config.generation,
@@ -367,7 +389,7 @@ def _shots(tasks: dict) -> int | None:
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def _check_environment(config: EvaluationConfig, workdir: Path) -> None:
+def _check_checkpoint(config: EvaluationConfig, workdir: Path) -> None:
     checkpoint = workdir / config.checkpoint
     if not (checkpoint / "config.json").is_file():
         raise ValueError(

@@ -4,23 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 
-Z95 = NormalDist().inv_cdf(0.975)
-
-
-def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson score interval of a share, (low, high) in [0, 1].
-
-    Raises ValueError unless 0 <= successes <= n and n > 0. Source: Wilson 1927, J. Am. Stat. Assoc. 22, eq. 1.
-    """
-    if n <= 0 or not 0 <= successes <= n:
-        raise ValueError(f"wilson_interval: {successes} of {n} is not a share; give 0 <= successes <= n and n > 0")
-    share, shrink = successes / n, 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # at 0 and n the interval touches the end exactly; rounding must not move it
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+from dllm.numbers import Z95, wilson_interval
 
 
 def normal_interval(values: Sequence[float], z: float = Z95) -> tuple[float, float | None, float | None, float | None]:

@@ -6,12 +6,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from dllm.evaluation.store import Answer, AnswerStore, request_key
+from dllm.models.tokenizers import chat_text
 
 Progress = Callable[[int, int], None]
 """Called with (answered, asked) after every chunk."""
@@ -20,12 +21,10 @@ LIKELIHOODS_PER_CHUNK = 1024
 
 
 class Answerer(Protocol):
-    """Who computes answers: a diffusion model's adapter or an autoregressive baseline."""
+    """What computes answers: a diffusion model, or an autoregressive baseline."""
 
-    tokenizer_name: str
+    tokenizer: Any
     model_seconds: float
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
 
     def variant(self, kind: str, request: Instance) -> str: ...
 
@@ -64,13 +63,18 @@ class StoredLM(LM):
     # lm-eval's interface
     @property
     def tokenizer_name(self) -> str:
-        return self.answerer.tokenizer_name
+        return str(self.answerer.tokenizer.name_or_path)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.answerer.apply_chat_template(chat_history, add_generation_prompt)
+        """A conversation in the tokenizer's own template, as in training; open at its end for a begun answer."""
+        if add_generation_prompt:
+            return chat_text(self.answerer.tokenizer, chat_history, add_generation_prompt=True)
+        return self.answerer.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=False, continue_final_message=True
+        )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [tuple(answer["answer"]) for answer in self._all("loglikelihood", requests)]

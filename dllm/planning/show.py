@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dllm.numbers import duration
 from dllm.planning.measured import Measured, comparable
 from dllm.planning.project import RULES, Job, ProjectPlan
 
@@ -179,12 +180,3 @@ def count(value: float) -> str:
             return f"{value:.3g}{letter}"
         value /= 1000
     return f"{value:,.0f} Z" if value < 1000 else f"{value / 1000:,.0f} Y"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit one thinks in: 8 s, 12 min, 3.5 h, 12 days."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:,.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"

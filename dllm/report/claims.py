@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dllm.report.format import duration, fixed, interval, joined, signed_interval
+from dllm.numbers import duration
+from dllm.report.format import fixed, interval, joined, signed_interval
 from dllm.report.load import final_losses, read_provenance, read_speed, scores
 from dllm.report.plan import RECIPES, ReportPlan, ResultRow
 from dllm.report.statistics import Estimate, Verdict, all_of, decide_below, decide_within

@@ -3,7 +3,6 @@
 Wall times appear in `speed` only, so that two full runs write the same bytes for every other csv.
 """
 
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,42 +12,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from dllm.report import curves
 from dllm.report.claims import halving_ratios
-from dllm.report.format import fixed
-from dllm.report.load import final_losses, read_metrics, read_speed, scores
-from dllm.report.plan import RECIPES, ReportPlan
-from dllm.report.statistics import Z95
-from dllm.report.style import (
-    DASHES,
-    GRID,
-    INK,
-    LABEL_LETTERS,
-    PALETTE,
-    QUIET,
-    RC,
-    WIDTH,
-    Look,
-    family_looks,
-    label_line_ends,
-    looks,
-)
+from dllm.report.format import fixed, range_of
+from dllm.report.load import read_speed, scores
+from dllm.report.plan import ReportPlan
+from dllm.report.style import INK, PALETTE, QUIET, RC, WIDTH, Look, head, looks
 from dllm.report.systems import ALGORITHMS, systems_frame
 from dllm.report.tables import TOY, as_csv
-
-SPLITS = {"train": "training loss", "eval": "evaluation loss"}
-LOSS_UNIT = "nats per token"
-WARMUP = 0.1
-"""Share of a run, at its start, that may leave the frame at the top where it would dwarf the rest."""
 
 
 def build_figures(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
     """Writes every figure of the plan to the folder `out`, as svg, png and csv. Returns the paths written."""
     makers: dict[str, tuple[Callable, Callable]] = {
-        "pretraining": (pretraining_frame, draw_pretraining),
-        "openwebtext": (openwebtext_frame, draw_openwebtext),
-        "ablation": (ablation_frame, draw_ablation),
-        "ablation-final": (ablation_final_frame, draw_ablation_final),
-        "chat": (chat_frame, draw_chat),
+        "pretraining": (curves.frame_of("pretraining"), curves.draw_pretraining),
+        "openwebtext": (curves.frame_of("openwebtext"), curves.draw_openwebtext),
+        "ablation": (curves.frame_of("ablation"), curves.draw_ablation),
+        "ablation-final": (curves.ablation_final_frame, curves.draw_ablation_final),
+        "chat": (curves.frame_of("chat"), curves.draw_chat),
         "systems": (systems_frame, draw_systems),
         "scores": (scores_frame, draw_scores),
         "speed": (speed_frame, draw_speed),
@@ -70,52 +51,6 @@ def build_figures(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...
     return tuple(paths)
 
 
-def curves(workdir: Path, entries) -> pd.DataFrame:
-    """Loss curves of planned runs: label, recipe, split, step, loss, its 95 % interval, and a running mean."""
-    frames = []
-    for entry in entries:
-        metrics = read_metrics(workdir, entry.run)
-        half = Z95 * metrics["standard_error"].astype(float)
-        frame = metrics.assign(low=metrics["loss"] - half, high=metrics["loss"] + half)
-        frame.insert(0, "label", getattr(entry, "label", None) or entry.start)
-        frame.insert(1, "recipe", entry.recipe)
-        window = frame.groupby("split")["loss"].transform(_running_mean)
-        frame["running_mean"] = window.where(frame["split"] == "train")
-        frames.append(frame[["label", "recipe", "split", "step", "loss", "low", "high", "running_mean"]])
-    return pd.concat(frames, ignore_index=True)
-
-
-def pretraining_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
-    """Curves of the encoders."""
-    return curves(workdir, plan.pretraining)
-
-
-def openwebtext_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
-    """Curves of the OpenWebText runs."""
-    return curves(workdir, plan.openwebtext)
-
-
-def ablation_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
-    """Curves of the ablation; the label is the start."""
-    return curves(workdir, plan.ablation)
-
-
-def ablation_final_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
-    """Final losses of the ablation, with intervals: one row per start, recipe and split."""
-    losses = final_losses(workdir, plan.ablation)
-    parts = []
-    for split in SPLITS:
-        part = losses[["label", "recipe"]].assign(split=split, loss=losses[f"{split}_loss"])
-        half = Z95 * losses[f"{split}_standard_error"]
-        parts.append(part.assign(low=part["loss"] - half, high=part["loss"] + half))
-    return pd.concat(parts, ignore_index=True)
-
-
-def chat_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
-    """Curves of the chat models."""
-    return curves(workdir, plan.chat)
-
-
 def scores_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     """Scores with intervals, chance and the published number, per cent."""
     columns = ["run", "label", "recipe", "kind", "benchmark_label", "value", "low", "high", "chance", "against_chance"]
@@ -125,71 +60,6 @@ def scores_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
 def speed_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     """Time and quality against steps. The one figure with wall times in it."""
     return read_speed(workdir, plan.speed)
-
-
-def draw_pretraining(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
-    """Training and evaluation loss of the encoders."""
-    found = family_looks((entry.label, entry.encoder_family) for entry in plan.pretraining)
-    ends = _final_points(frame, "eval")
-    best = min(ends, key=ends.get)
-    title = f"{best[0]} ends with the lowest evaluation loss, {fixed(ends[best], 2)} {LOSS_UNIT}"
-    return _draw_curves(frame, found, title)
-
-
-def draw_openwebtext(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
-    """Training and evaluation loss on OpenWebText."""
-    falls = []
-    for _, run in frame[frame["split"] == "eval"].groupby(["label", "recipe"], sort=False):
-        falls.append(100 * (1 - run["loss"].iloc[-1] / run["loss"].iloc[0]))
-    return _draw_curves(frame, looks(frame["label"]), f"The evaluation loss falls by {_range(falls)} % over the run")
-
-
-def draw_ablation(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
-    """Alpaca tuning from each start: one column per recipe, one row per split."""
-    rows, parts = frame[frame["split"] == "eval"], []
-    for recipe in _recipes(frame):
-        last = rows[rows["recipe"] == recipe].groupby("label", sort=False)["loss"].last()
-        parts.append(f"{_range(last.tolist(), 2)} ({recipe})")
-    title = f"Final evaluation loss by start: {', '.join(parts)}"
-    return _draw_curves(frame, looks(frame["label"]), title)
-
-
-def draw_ablation_final(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
-    """Final losses of the ablation with 95 % intervals, side by side."""
-    found = looks(frame["label"])
-    recipes = _recipes(frame)
-    figure = Figure(figsize=(WIDTH, 1.35 + 0.36 * len(found) * len(recipes)))
-    panels = figure.subplots(1, len(SPLITS), sharey=True, squeeze=False)[0]
-    order = [(label, recipe) for recipe in recipes for label in found]
-    height = {key: len(order) - 1 - place for place, key in enumerate(order)}
-    for axes, (split, name) in zip(panels, SPLITS.items(), strict=True):
-        for row in frame[frame["split"] == split].itertuples():
-            look, y = found[row.label], height[(row.label, row.recipe)]
-            bar = axes.plot([row.low, row.high], [y, y], color=look.color, linewidth=1.6)[0]
-            bar.set_linestyle(DASHES[row.recipe])
-            face = look.color if row.recipe == "corrected" else "white"
-            axes.plot(row.loss, y, look.marker, color=look.color, markerfacecolor=face, markersize=7)
-        axes.set_title(f"Final {name}", color=QUIET)
-        axes.set_xlabel(LOSS_UNIT)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="y", visible=False)
-        for edge in range(len(found), len(order), len(found)):
-            axes.axhline(edge - 0.5, color=GRID, linewidth=0.8)
-    panels[0].set_yticks(list(height.values()), [f"{label}, {recipe}" for label, recipe in order])
-    panels[0].set_ylim(-0.6, len(order) - 0.4)
-    _head(figure, _spread_title(frame))
-    figure.subplots_adjust(left=0.235, right=0.975, bottom=0.5 / figure.get_figheight(), wspace=0.1)
-    return figure
-
-
-def draw_chat(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
-    """Training and evaluation loss of the chat models."""
-    ends = _final_points(frame, "eval")
-    best = min(ends, key=ends.get)
-    title = f"{best[0]} ends with the lowest evaluation loss, {fixed(ends[best], 2)} {LOSS_UNIT}"
-    if len(ends) == 1:
-        title = f"The evaluation loss of {best[0]} ends at {fixed(ends[best], 2)} {LOSS_UNIT}"
-    return _draw_curves(frame, looks(frame["label"]), title)
 
 
 def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
@@ -224,25 +94,10 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     axes.grid(axis="y", visible=False)
     known = frame[(frame["against_chance"] != "") & (frame["kind"] == "ours")]
     above = int((known["against_chance"] == "above").sum())
-    handles = [
-        Line2D([], [], color=look.color, marker=look.marker, linewidth=1.5, label=row.name)
-        for row, look in zip(plan.results, found.values(), strict=True)
-    ]
-    handles.append(Line2D([], [], color=INK, linewidth=1.4, label="chance"))
-    handles.append(
-        Line2D([], [], color=QUIET, marker="o", markerfacecolor="white", linewidth=0, label="not above chance")
-    )
-    if frame["reported"].notna().any():
-        handles.append(
-            Line2D([], [], color=INK, marker="x", markeredgewidth=1.5, linewidth=0, label="published number")
-        )
+    handles = _scores_legend(frame, plan, found)
     columns = 3 if max(len(row.name) for row in plan.results) < 34 else 2
-    rows_of_legend = -(-len(handles) // columns)
-    _head(
-        figure,
-        f"{above} of {len(known)} scores of our models lie above chance" if len(known) else "Scores",
-        below=0.2 * rows_of_legend - 0.15,
-    )
+    title = f"{above} of {len(known)} scores of our models lie above chance" if len(known) else "Scores"
+    head(figure, title, below=0.2 * -(-len(handles) // columns) - 0.15)
     figure.legend(
         handles=handles,
         loc="upper left",
@@ -253,6 +108,20 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     )
     figure.subplots_adjust(left=0.13, right=0.975, bottom=0.55 / figure.get_figheight())
     return figure
+
+
+def _scores_legend(frame: pd.DataFrame, plan: ReportPlan, found: dict[str, Look]) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, linewidth=1.5, label=row.name)
+        for row, look in zip(plan.results, found.values(), strict=True)
+    ]
+    hollow = {"color": QUIET, "marker": "o", "markerfacecolor": "white", "linewidth": 0}
+    cross = {"color": INK, "marker": "x", "markeredgewidth": 1.5, "linewidth": 0}
+    handles.append(Line2D([], [], color=INK, linewidth=1.4, label="chance"))
+    handles.append(Line2D([], [], **hollow, label="not above chance"))
+    if frame["reported"].notna().any():
+        handles.append(Line2D([], [], **cross, label="published number"))
+    return handles
 
 
 def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
@@ -286,7 +155,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         for name, look in found.items()
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.3, label="chance"))
-    _head(figure, _bound_title(frame), below=0.2)
+    head(figure, _bound_title(frame), below=0.2)
     figure.legend(
         handles=handles, loc="upper left", ncols=len(handles), bbox_to_anchor=(0.0, 1 - 0.36 / figure.get_figheight())
     )
@@ -343,135 +212,15 @@ def draw_speed(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ratios = halving_ratios(frame)
     title = (
-        f"Halving the steps divides the time by {_range(ratios.tolist())}"
+        f"Halving the steps divides the time by {range_of(ratios.tolist())}"
         if len(ratios)
         else "Time and quality by steps"
     )
-    _head(figure, title)
+    head(figure, title)
     figure.subplots_adjust(left=0.08, right=0.985, bottom=0.15, wspace=0.2)
     return figure
-
-
-def _draw_curves(frame: pd.DataFrame, found: dict[str, Look], title: str) -> Figure:
-    """Columns are recipes and rows splits; with one recipe, the splits stand side by side."""
-    recipes = _recipes(frame)
-    cells = [[(recipe, split) for recipe in recipes] for split in SPLITS]
-    if len(recipes) == 1:
-        cells = [[row[0] for row in cells]]
-    figure = Figure(figsize=(WIDTH, 0.75 + 2.95 * len(cells)))
-    sharey = "row" if len(recipes) > 1 else False
-    panels = figure.subplots(len(cells), 2, squeeze=False, sharey=sharey, sharex=True)
-    for axes_row, cell_row in zip(panels, cells, strict=True):
-        for axes, (recipe, split) in zip(axes_row, cell_row, strict=True):
-            rows = frame[(frame["recipe"] == recipe) & (frame["split"] == split)]
-            _draw_panel(axes, rows, split, found)
-            name = SPLITS[split].capitalize()
-            axes.set_title(f"{name}, {recipe}" if len(recipes) > 1 else name, color=QUIET)
-        if len(recipes) == 1:
-            for axes in axes_row:
-                axes.set_ylim(*_limits([frame[frame["split"] == split] for _, split in cell_row], frame))
-        else:
-            axes_row[0].set_ylim(*_limits([frame[frame["split"] == cell_row[0][1]]], frame))
-        axes_row[0].set_ylabel(LOSS_UNIT)
-        for axes, (recipe, split) in zip(axes_row, cell_row, strict=True):
-            rows = frame[(frame["recipe"] == recipe) & (frame["split"] == split)]
-            last = rows.groupby("label", sort=False).last()
-            y = last["running_mean"] if split == "train" else last["loss"]
-            if len(found) > 1:
-                label_line_ends(axes, [(last["step"][key], y[key], key, found[key]) for key in last.index])
-    for axes in panels[-1]:
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    for axes in panels.flat:
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-    _head(figure, title)
-    _place(figure, names=tuple(found) if len(found) > 1 else (), shared=len(recipes) > 1)
-    return figure
-
-
-def _place(figure: Figure, *, names: tuple[str, ...], shared: bool) -> None:
-    """Two columns of panels, each with room for the names at its right; `shared`: one set of y ticks per row."""
-    left = 0.68
-    name = 0.33 + 0.072 * min(LABEL_LETTERS, max(map(len, names))) if names else 0.1
-    gap = (name if names else 0.15) + (0.1 if shared else 0.45)
-    panel = (WIDTH - left - name - gap) / 2
-    bottom = 0.52 / figure.get_figheight()
-    figure.subplots_adjust(left=left / WIDTH, right=1 - name / WIDTH, bottom=bottom, wspace=gap / panel, hspace=0.3)
-
-
-def _draw_panel(axes, rows: pd.DataFrame, split: str, found: dict[str, Look]) -> None:
-    alone = rows["label"].nunique() == 1
-    for (label, recipe), run in rows.groupby(["label", "recipe"], sort=False):
-        look = found[label]
-        if split == "train":
-            if alone:
-                axes.plot(run["step"], run["loss"], color=look.color, alpha=0.25, linewidth=0.8)
-            axes.plot(run["step"], run["running_mean"], color=look.color, linestyle=DASHES[recipe])
-            axes.plot(*run[["step", "running_mean"]].iloc[-1], look.marker, color=look.color, markerfacecolor=look.face)
-        else:
-            axes.fill_between(run["step"], run["low"], run["high"], color=look.color, alpha=0.14, linewidth=0)
-            axes.plot(
-                run["step"],
-                run["loss"],
-                color=look.color,
-                linestyle=DASHES[recipe],
-                marker=look.marker,
-                markerfacecolor=look.face,
-            )
-
-
-def _limits(parts: list[pd.DataFrame], frame: pd.DataFrame) -> tuple[float, float]:
-    """Limits that show everything after the first steps, and these too unless they would squeeze the rest."""
-    shown = pd.concat(parts)
-    middle = shown["running_mean"].where(shown["split"] == "train", shown["loss"])
-    tops, bottoms = shown["high"].fillna(middle), shown["low"].fillna(middle)
-    late = shown["step"] >= WARMUP * frame["step"].max()
-    low, high = bottoms[late].min(), tops[late].max()
-    if tops.max() - low < 1.5 * (high - low):
-        high = tops.max()
-    return low - 0.08 * (high - low), high + 0.12 * (high - low)
-
-
-def _running_mean(losses: pd.Series) -> pd.Series:
-    """Mean over a twentieth of the run around each step."""
-    return losses.rolling(max(1, len(losses) // 20), min_periods=1, center=True).mean()
-
-
-def _recipes(frame: pd.DataFrame) -> list[str]:
-    present = set(frame["recipe"])
-    return [recipe for recipe in RECIPES if recipe in present]
-
-
-def _final_points(frame: pd.DataFrame, split: str) -> dict[tuple[str, str], float]:
-    """Last loss by (label, recipe), corrected runs only where there are any."""
-    rows = frame[frame["split"] == split]
-    if (rows["recipe"] == "corrected").any():
-        rows = rows[rows["recipe"] == "corrected"]
-    return {key: float(run["loss"].iloc[-1]) for key, run in rows.groupby(["label", "recipe"], sort=False)}
-
-
-def _spread_title(frame: pd.DataFrame) -> str:
-    """`Final evaluation losses differ by 0.4 % (published) and 1.2 % (corrected)`."""
-    rows, parts = frame[frame["split"] == "eval"], []
-    for recipe in _recipes(frame):
-        last = rows[rows["recipe"] == recipe].groupby("label", sort=False)["loss"].last()
-        parts.append(f"{fixed(100 * (last.max() - last.min()) / last.mean())} % ({recipe})")
-    return f"Across starts, final evaluation losses differ by {' and '.join(parts)}"
-
-
-def _range(values: list[float], digits: int = 1) -> str:
-    """`1.9 to 2.1`, or one number where both ends look the same."""
-    low, high = fixed(min(values), digits), fixed(max(values), digits)
-    return low if low == high else f"{low} to {high}"
 
 
 def _mark_as_toy(figure: Figure) -> None:
     """A figure may be passed on without its page: it says itself that its numbers are toys."""
     figure.text(0.012, 0.08 / figure.get_figheight(), TOY, ha="left", va="bottom", fontsize=9, color=PALETTE[1])
-
-
-def _head(figure: Figure, title: str, *, below: float = 0.0) -> None:
-    """The title, flush left, with `below` inches kept free under it."""
-    height, lines = figure.get_figheight(), textwrap.wrap(title, 84)
-    figure.text(0.012, 1 - 0.12 / height, "\n".join(lines), va="top", fontsize=12.5, fontweight="bold")
-    figure.subplots_adjust(top=1 - (0.74 + below + 0.2 * (len(lines) - 1)) / height)

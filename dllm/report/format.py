@@ -1,8 +1,10 @@
 """How numbers look: one decimal for per cent, `43.1 [38.0, 48.4]` for intervals, a true minus sign."""
 
+from collections.abc import Sequence
+
 from pandas import isna
 
-ABSENT = "–"
+from dllm.numbers import ABSENT
 
 
 def fixed(value: float | None, digits: int = 1) -> str:
@@ -38,16 +40,12 @@ def quantity(value: float | None) -> str:
     return f"{value:.0f}"
 
 
-def duration(seconds: float | None) -> str:
-    """`7 h 02 min`, `3 min 20 s` or `4.2 s`."""
-    if seconds is None or isna(seconds):
-        return ABSENT
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def joined(names: list[str]) -> str:
     """`a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+def range_of(values: Sequence[float], digits: int = 1) -> str:
+    """`1.9 to 2.1`, or one number where both ends look the same."""
+    low, high = fixed(min(values), digits), fixed(max(values), digits)
+    return low if low == high else f"{low} to {high}"

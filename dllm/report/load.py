@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from dllm.numbers import wilson_interval
 from dllm.report.plan import ReportPlan
-from dllm.report.statistics import Estimate, against_chance, wilson_interval
+from dllm.report.statistics import Estimate, against_chance
 
 TAIL = 0.1
 """Share of the logged steps, at the end of a run, that its final training loss averages."""
@@ -223,7 +224,7 @@ def score(workdir: Path, run: str, benchmark) -> dict:
     n = int(metric.get("n") or evaluation["n"])
     low, high = metric.get("low"), metric.get("high")
     if low is None or high is None:
-        low, high = wilson_interval(metric["value"], n)
+        low, high = wilson_interval(metric["value"] * n, n)
     chance = benchmark.chance if benchmark.chance is not None else evaluation.get("chance")
     return {
         "metric": name,

@@ -10,10 +10,11 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from dllm.numbers import ABSENT, duration
 from dllm.report import markup
 from dllm.report.faults import FAULTS
 from dllm.report.film import Frame, frames
-from dllm.report.format import ABSENT, duration, quantity
+from dllm.report.format import quantity
 from dllm.report.load import read_json, read_samples, read_text
 from dllm.report.plan import ReportPlan
 from dllm.report.tables import Table, as_csv, as_markdown, make_tables

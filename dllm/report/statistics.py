@@ -1,13 +1,12 @@
 """Estimates with their uncertainty: the little arithmetic behind tables and verdicts."""
 
 from dataclasses import dataclass
-from math import hypot, sqrt
+from math import hypot
 from typing import Literal
 
 import pandas as pd
 
-Z95 = 1.959963984540054
-"""Normal quantile of a two-sided 95 % interval."""
+from dllm.numbers import Z95
 
 _ROUNDING = 1e-9
 """A lower end of 1e-18 is zero, and so not above a chance level of zero."""
@@ -39,18 +38,6 @@ class Estimate:
     def __truediv__(self, scale: float) -> "Estimate":
         """The estimate in another unit."""
         return Estimate(self.value / scale, self.standard_error / abs(scale))
-
-
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share of n documents, both in 0..1. Source: Wilson 1927.
-
-    Raises ValueError if n < 1 or the share lies outside 0..1.
-    """
-    if n < 1 or not 0 <= share <= 1:
-        raise ValueError(f"wilson_interval: share {share} of {n} documents: want 0 <= share <= 1 and n >= 1.")
-    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def against_chance(low: float, high: float, chance: float | None) -> Literal["above", "below", "near", ""]:

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.axes import Axes  # noqa: E402  (the backend comes first)
+from matplotlib.figure import Figure  # noqa: E402
 
 INK, QUIET, GRID = "#22252b", "#5b616b", "#e4e6ea"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -126,3 +127,10 @@ def label_line_ends(axes: Axes, ends: list[tuple[float, float, str, Look]], *, l
             clip_on=False,
         )
         axes.text(1.045, place, textwrap.fill(text, LABEL_LETTERS), transform=axes.transAxes, va="center", fontsize=9.5)
+
+
+def head(figure: Figure, title: str, *, below: float = 0.0) -> None:
+    """The title, flush left, with `below` inches kept free under it."""
+    height, lines = figure.get_figheight(), textwrap.wrap(title, 84)
+    figure.text(0.012, 1 - 0.12 / height, "\n".join(lines), va="top", fontsize=12.5, fontweight="bold")
+    figure.subplots_adjust(top=1 - (0.74 + below + 0.2 * (len(lines) - 1)) / height)

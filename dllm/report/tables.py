@@ -6,13 +6,15 @@ No wall time and no provenance appears here, so that two full runs write the sam
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from dllm.numbers import ABSENT
 from dllm.report import markup
 from dllm.report.claims import judge
-from dllm.report.format import ABSENT, fixed, interval, quantity, signed_interval
+from dllm.report.format import fixed, interval, quantity, signed_interval
 from dllm.report.load import final_losses, scores
 from dllm.report.plan import ReportPlan
 from dllm.report.statistics import against_chance
@@ -88,10 +90,10 @@ def make_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
     makers = {
         "overview": overview_table,
         "results": results_table,
-        "pretraining": pretraining_table,
-        "openwebtext": openwebtext_table,
-        "ablation": ablation_table,
-        "chat": chat_table,
+        "pretraining": partial(_loss_table, "pretraining", "Final losses of the encoders on Wikitext-103.", "Encoder"),
+        "openwebtext": partial(_loss_table, "openwebtext", "Losses on OpenWebText.", "Model"),
+        "ablation": partial(_loss_table, "ablation", "Final losses of Alpaca tuning, by start and recipe.", "Start"),
+        "chat": partial(_loss_table, "chat", "Final losses of the chat models.", "Model"),
         "reported": reported_table,
         "systems": systems_table,
         "answers": answers_table,
@@ -115,20 +117,7 @@ def overview_table(workdir: Path, plan: ReportPlan) -> Table:
         shown = [_score_cell(cell) if cell is not None else Cell(ABSENT) for cell in cells]
         rows.append((Cell(benchmark.label), Cell(fixed(chance)), *shown))
     columns = ("Benchmark", "Chance", *(row.name for row in plan.results))
-    keep = [
-        "benchmark",
-        "run",
-        "label",
-        "recipe",
-        "metric",
-        "shots",
-        "n",
-        "value",
-        "low",
-        "high",
-        "chance",
-        "against_chance",
-    ]
+    keep = "benchmark run label recipe metric shots n value low high chance against_chance".split()
     return _table("overview", "Scores in per cent with 95 % intervals.", columns, rows, frame[keep], MARKS_NOTE)
 
 
@@ -161,26 +150,6 @@ def results_table(workdir: Path, plan: ReportPlan) -> Table:
         "results", "Scores in per cent against chance and the published numbers.", columns, rows, frame, note
     )
     return _left(table, 3)
-
-
-def pretraining_table(workdir: Path, plan: ReportPlan) -> Table:
-    """Final losses of the encoders."""
-    return _loss_table("pretraining", "Final losses of the encoders on Wikitext-103.", "Encoder", workdir, plan)
-
-
-def openwebtext_table(workdir: Path, plan: ReportPlan) -> Table:
-    """First and last loss on OpenWebText."""
-    return _loss_table("openwebtext", "Losses on OpenWebText.", "Model", workdir, plan)
-
-
-def ablation_table(workdir: Path, plan: ReportPlan) -> Table:
-    """Final losses of the three starts under both recipes."""
-    return _loss_table("ablation", "Final losses of Alpaca tuning, by start and recipe.", "Start", workdir, plan)
-
-
-def chat_table(workdir: Path, plan: ReportPlan) -> Table:
-    """Final losses of the chat models."""
-    return _loss_table("chat", "Final losses of the chat models.", "Model", workdir, plan)
 
 
 def reported_table(workdir: Path, plan: ReportPlan) -> Table:
@@ -326,6 +295,7 @@ def _left(table: Table, count: int) -> Table:
 
 
 def _loss_table(name: str, caption: str, subject: str, workdir: Path, plan: ReportPlan) -> Table:
+    """Final losses of the runs of a section of the plan."""
     frame = final_losses(workdir, getattr(plan, name))
     rows = [
         (

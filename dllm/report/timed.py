@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dllm.report.format import ABSENT, duration, fixed, interval
+from dllm.numbers import ABSENT, duration
+from dllm.report.format import fixed, interval
 from dllm.report.load import evaluation_costs, read_decoding_options
 from dllm.report.plan import ReportPlan
 from dllm.report.systems import seconds_frame, systems_frame

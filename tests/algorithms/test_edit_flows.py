@@ -11,7 +11,8 @@ from dllm.algorithms.edit_flows import EditFlow, edit_canvas, edit_frames, edit_
 from dllm.config import EditSampling, EditSettings, GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.canvas import canvas_for, infill_canvas
-from dllm.core.edits import BLANK, DELETE, KAPPAS, Columns, outstanding
+from dllm.core.edits import BLANK, DELETE, Columns, outstanding
+from dllm.core.schedules import KAPPAS
 from dllm.models.edit_heads import EditScores, attach_edit_heads, new_edit_heads
 from tests.algorithms.edit_toys import ExactEdits, LearntEdits, RandomEdits, toy_backbone
 from tests.core.test_edits import plain_distance

@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm.config import GenerateSettings, Scorer
-from dllm.evaluation.adapter import DiffusionAdapter, cut_at_stops, encode_pair, encode_prompt, rolling_blocks
+from dllm.evaluation.adapter import DiffusionAnswerer, cut_at_stops, encode_pair, encode_prompt, rolling_blocks
+from dllm.evaluation.store import AnswerStore
+from dllm.evaluation.stored import StoredLM
 
 from .echo import EchoModel, words_tokenizer
 
@@ -26,7 +28,11 @@ def adapter(model=None, **settings):
     scorer = {k: settings.pop(k) for k in list(settings) if k in Scorer.model_fields}
     generation = GenerateSettings(max_new_tokens=8)
     model = model or EchoModel(TOKENIZER)
-    return DiffusionAdapter(TOKENIZER, lambda: model, generation=generation, scorer=Scorer(**scorer), **settings)
+    return DiffusionAnswerer(TOKENIZER, lambda: model, generation=generation, scorer=Scorer(**scorer), **settings)
+
+
+def values(answerer, requests):
+    return [answer["answer"] for answer in answerer.answers(requests[0].request_type, requests)]
 
 
 # --- special tokens
@@ -68,7 +74,7 @@ def test_reference_splits_lose_the_first_word_of_an_ending(mode):
 def test_only_the_later_reference_keeps_cls_and_sep_in_a_prompt(mode, expected):
     assert words(encode_prompt(TOKENIZER, "what is", mode)) == expected
     model = EchoModel(TOKENIZER)
-    adapter(model, special_tokens=mode).generate_until(requests(("what is", {"until": []})))
+    values(adapter(model, special_tokens=mode), requests(("what is", {"until": []}), kind="generate_until"))
     assert words(model.prompts[0]) == expected
 
 
@@ -77,7 +83,7 @@ def test_only_the_later_reference_keeps_cls_and_sep_in_a_prompt(mode, expected):
 
 def test_a_loglikelihood_is_minus_the_bound():
     pairs = requests(("w1 w2", "w1"), ("w1 w2", "w3"), ("w1 w2", "w3 w4 w1"))
-    assert adapter().loglikelihood(pairs) == [(0.0, True), (-2.0, False), (-4.0, False)]
+    assert values(adapter(), pairs) == [[0.0, True], [-2.0, False], [-4.0, False]]
 
 
 def test_greedy_is_asked_only_for_tasks_that_read_it():
@@ -92,7 +98,7 @@ def test_greedy_is_asked_only_for_tasks_that_read_it():
 
 
 def test_an_empty_continuation_is_certain():
-    assert adapter().loglikelihood(requests(("w1", ""))) == [(0.0, True)]
+    assert values(adapter(), requests(("w1", ""))) == [[0.0, True]]
 
 
 def test_a_long_context_is_shortened_from_the_left_and_says_so():
@@ -104,7 +110,7 @@ def test_a_long_context_is_shortened_from_the_left_and_says_so():
 
 def test_a_continuation_longer_than_the_model_is_an_error():
     with pytest.raises(ValueError, match="t, document 0: the continuation has 5 tokens, the model takes 4"):
-        adapter(EchoModel(TOKENIZER, max_length=4)).loglikelihood(requests(("", "w1 w2 w3 w4 w5")))
+        values(adapter(EchoModel(TOKENIZER, max_length=4)), requests(("", "w1 w2 w3 w4 w5")))
 
 
 def test_bf16_scores_make_near_ties_equal():
@@ -115,8 +121,8 @@ def test_bf16_scores_make_near_ties_equal():
             return [EchoScore(3.0 + 0.001 * i, 0.0, 1) for i in range(len(prompts))]
 
     pairs = requests(("w1", "A"), ("w1", "B"))
-    exact = adapter(Near(TOKENIZER)).loglikelihood(pairs)
-    rounded = adapter(Near(TOKENIZER), bf16_scores=True).loglikelihood(pairs)
+    exact = values(adapter(Near(TOKENIZER)), pairs)
+    rounded = values(adapter(Near(TOKENIZER), bf16_scores=True), pairs)
     assert exact[0] != exact[1] and rounded[0] == rounded[1]
 
 
@@ -148,8 +154,8 @@ def test_a_rolling_loglikelihood_sums_the_blocks():
 
 
 def test_an_answer_ends_before_the_first_stop_string():
-    pairs = requests(("what is w1", {"until": [" STOP", "is"]}), ("what is w1", {"until": "STOP"}))
-    assert adapter().generate_until(pairs) == ["", "is w1 "]
+    pairs = [("what is w1", {"until": [" STOP", "is"]}), ("what is w1", {"until": "STOP"})]
+    assert values(adapter(), requests(*pairs, kind="generate_until")) == ["", "is w1 "]
 
 
 def test_text_without_stop_strings_is_left_alone():
@@ -158,7 +164,7 @@ def test_text_without_stop_strings_is_left_alone():
 
 def test_a_canvas_without_room_for_a_prompt_is_an_error():
     with pytest.raises(ValueError, match="max_new_tokens = 8 leaves no room for a prompt: the model takes 8 tokens"):
-        adapter(EchoModel(TOKENIZER, max_length=8)).generate_until(requests(("what", {"until": []})))
+        values(adapter(EchoModel(TOKENIZER, max_length=8)), requests(("what", {"until": []}), kind="generate_until"))
 
 
 def test_repeats_of_a_request_have_their_own_seeds_and_stops_reach_the_sampler():
@@ -174,8 +180,9 @@ def test_repeats_of_a_request_have_their_own_seeds_and_stops_reach_the_sampler()
     assert seen == [(0, ["x"], 2), (1, ["x"], 1)]
 
 
-def test_the_chat_template_is_the_tokenizers_own():
+def test_the_chat_template_is_the_tokenizers_own(tmp_path):
     turns = [{"role": "user", "content": "w1"}]
-    assert adapter().apply_chat_template(turns) == "<user> w1 <answer>\n"
+    lm = StoredLM(adapter(), AnswerStore(tmp_path), model_key="")
+    assert lm.apply_chat_template(turns) == "<user> w1 <answer>\n"
     prefilled = [*turns, {"role": "assistant", "content": "w2"}]
-    assert adapter().apply_chat_template(prefilled, add_generation_prompt=False) == "<user> w1 <assistant> w2"
+    assert lm.apply_chat_template(prefilled, add_generation_prompt=False) == "<user> w1 <assistant> w2"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dllm.data import world as pocket
+from dllm import synthetic
 from dllm.evaluation import code_tasks, evaluate
 from dllm.evaluation.code_tasks import PROGRAMS, EvaluateStandIn, pass_at_k, sandboxed_scoring
 from dllm.evaluation.evaluate import evaluate_benchmark
@@ -50,7 +50,7 @@ class Writer:
 
 @pytest.fixture
 def workdir(tmp_path) -> Path:
-    from dllm.data.world.tokenizer import make_tokenizer
+    from dllm.synthetic.tokenizer import make_tokenizer
 
     checkpoint = tmp_path / "runs/writer/model"
     tokenizer = make_tokenizer(Counter())
@@ -297,7 +297,7 @@ def test_a_task_that_runs_code_outside_the_sandbox_is_refused(workdir, writes):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("world")
-    pocket.build(directory, seed=7)
+    synthetic.build(directory, seed=7)
     return directory
 
 

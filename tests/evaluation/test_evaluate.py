@@ -4,7 +4,7 @@ import pytest
 
 from dllm.evaluation import evaluate
 from dllm.evaluation.evaluate import evaluate_benchmark
-from dllm.evaluation.scores import wilson_interval
+from dllm.numbers import wilson_interval
 
 from .echo import EchoModel, choice_row, evaluation, write_rows
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm.evaluation.scores import summarise, wilson_interval
+from dllm.evaluation.scores import summarise
+from dllm.numbers import wilson_interval
 
 
 def mean(values):

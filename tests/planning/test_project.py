@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from dllm.config import load_project
+from dllm.numbers import duration
 from dllm.planning.measured import comparable, measure
 from dllm.planning.project import RULES, plan_project
-from dllm.planning.show import aligned, as_json, count, duration, text
+from dllm.planning.show import aligned, as_json, count, text
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -208,5 +209,5 @@ def test_the_table_has_a_line_for_every_rule_and_the_total(plan):
 
 def test_numbers_are_short():
     assert [count(x) for x in (0, 999, 1234, 2.5e9, 1e21)] == ["", "999", "1.23 k", "2.5 G", "1 Z"]
-    assert [duration(x) for x in (8, 600, 7200, 1e6)] == ["8 s", "10 min", "2.0 h", "11.6 days"]
+    assert [duration(x) for x in (4.21, 51, 600, 7200, 1e6)] == ["4.2 s", "51 s", "10 min", "2.0 h", "11.6 days"]
     assert aligned([["a", "b"], ["x", "10"], ["t", "1"]]) == "a   b\n-----\nx  10\n-----\nt   1"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dllm.numbers import wilson_interval
 from dllm.report.claims import build_claims
 from dllm.report.figures import build_figures
 from dllm.report.page import build_page
 from dllm.report.plan import ReportPlan
-from dllm.report.statistics import wilson_interval
 from dllm.report.tables import build_tables
 
 ENCODERS = ("ModernBERT-base", "ModernBERT-large", "BERT-base", "BERT-large", "RoBERTa-base", "RoBERTa-large")
@@ -158,7 +158,7 @@ def write_run(folder, run, noise, *, first, final, steps=4500, every=25, wall=5_
 def write_evaluation(folder: Path, run: str, benchmark: str, value: float, n: int, chance: float | None) -> None:
     """Writes one evaluation file with a Wilson interval."""
     correct = round(value * n)
-    low, high = wilson_interval(correct / n, n)
+    low, high = wilson_interval(correct, n)
     metric = {"value": correct / n, "standard_error": sqrt(value * (1 - value) / n), "low": low, "high": high, "n": n}
     record = {
         "run": run,
@@ -275,7 +275,7 @@ def _speed_points() -> list[dict]:
     points = []
     for index, steps in enumerate((256, 128, 64, 32, 16)):
         seconds, quality = 0.6 + 0.098 * steps, (0.149, 0.142, 0.121, 0.071, 0.022)[index]
-        low, high = wilson_interval(quality, 1319)
+        low, high = wilson_interval(quality * 1319, 1319)
         points.append(
             {
                 "steps": steps,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from pydantic import ValidationError
 
-from dllm.report import figures
+from dllm.report import curves, figures
 from dllm.report.film import frames, visible
 from dllm.report.load import final_losses, read_metrics, read_samples
 from dllm.report.markup import fenced
@@ -64,7 +64,7 @@ def test_one_family_has_one_colour_and_its_sizes_differ_in_filling():
 
 def test_published_curves_are_dashed_and_corrected_ones_solid(workdir, plan):
     with matplotlib.rc_context(RC):
-        figure: Figure = figures.draw_ablation(figures.ablation_frame(workdir, plan), plan)
+        figure: Figure = curves.draw_ablation(curves.curves(workdir, plan.ablation), plan)
     styles = {}
     for axes in figure.axes:
         lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
@@ -75,8 +75,8 @@ def test_published_curves_are_dashed_and_corrected_ones_solid(workdir, plan):
 
 def test_no_letter_of_a_figure_is_smaller_than_nine_points(workdir, plan):
     makers = {
-        figures.draw_pretraining: figures.pretraining_frame,
-        figures.draw_ablation_final: figures.ablation_final_frame,
+        curves.draw_pretraining: curves.frame_of("pretraining"),
+        curves.draw_ablation_final: curves.ablation_final_frame,
         figures.draw_scores: figures.scores_frame,
         figures.draw_speed: figures.speed_frame,
     }

@@ -1,4 +1,4 @@
-"""The pocket world: the same bytes from the same seed, no benchmark row in training, a tokenizer that fits it."""
+"""The synthetic world: the same bytes from the same seed, no benchmark row in training, a tokenizer that fits it."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dllm import synthetic
 from dllm.config import load_project
-from dllm.data import world as pocket
-from dllm.data.world.benchmarks import CHANCE
-from dllm.data.world.entities import ANIMALS, MEN, TOWNS, WOMEN, make_world
-from dllm.data.world.instructions import bbh_prompt, gsm8k_prompt, minerva_prompt, mmlu_description, mmlu_prompt
-from dllm.data.world.problems import NUMBER_WORDS, TOYS
-from dllm.data.world.scenes import PEOPLE, ROOMS, THINGS
-from dllm.data.world.tokenizer import GLUE, SPACE
+from dllm.synthetic.benchmarks import CHANCE
+from dllm.synthetic.entities import ANIMALS, MEN, TOWNS, WOMEN, make_synthetic_world
+from dllm.synthetic.instructions import bbh_prompt, gsm8k_prompt, minerva_prompt, mmlu_description, mmlu_prompt
+from dllm.synthetic.problems import NUMBER_WORDS, TOYS
+from dllm.synthetic.scenes import PEOPLE, ROOMS, THINGS
+from dllm.synthetic.tokenizer import GLUE, SPACE
 
 SEED = 7
 TASKS = (
@@ -32,13 +32,13 @@ TASKS = (
     "ceval-valid_mini",
     "cmmlu_mini",
 )
-YAMLS = Path(pocket.__file__).parents[2] / "evaluation" / "tasks" / "miniature"
+YAMLS = Path(synthetic.__file__).parents[1] / "evaluation" / "tasks" / "miniature"
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("world")
-    pocket.build(path, seed=SEED)
+    synthetic.build(path, seed=SEED)
     return path
 
 
@@ -101,8 +101,8 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_world(directory, tmp_path):
-    pocket.build(tmp_path / "same", seed=SEED)
-    pocket.build(tmp_path / "other", seed=SEED + 1)
+    synthetic.build(tmp_path / "same", seed=SEED)
+    synthetic.build(tmp_path / "other", seed=SEED + 1)
     assert digests(tmp_path / "same") == digests(directory)
     other = digests(tmp_path / "other")
     assert other.keys() == digests(directory).keys()
@@ -130,13 +130,13 @@ def test_the_benchmarks_are_large_enough_for_an_interval_and_their_rows_are_dist
 
 def test_every_fact_is_stated_in_the_encyclopedia(directory):
     text = "\n".join(row["text"] for row in rows(directory / "wikitext" / "train.jsonl"))
-    for fact in make_world(SEED).facts:
+    for fact in make_synthetic_world(SEED).facts:
         assert any(statement in text for statement in fact.statements())
 
 
 def test_facts_of_the_mmlu_miniature_are_never_asked_about_in_training(directory, training):
     asked = {row["question"] for row in benchmark(directory, "mmlu/*/test.jsonl")}
-    never = make_world(SEED).never_asked
+    never = make_synthetic_world(SEED).never_asked
     assert asked <= {question for fact in never for question in fact.questions()}
     for fact in never:
         for question in fact.questions():
@@ -144,7 +144,7 @@ def test_facts_of_the_mmlu_miniature_are_never_asked_about_in_training(directory
 
 
 def test_follow_ups_never_ask_for_a_fact_of_the_mmlu_miniature(directory):
-    never = {(fact.entity.name, fact.follow_up()) for fact in make_world(SEED).never_asked}
+    never = {(fact.entity.name, fact.follow_up()) for fact in make_synthetic_world(SEED).never_asked}
     names = TOWNS + WOMEN + MEN + ANIMALS
     for talk in messages(directory):
         for before, message in zip(talk, talk[2:], strict=False):
@@ -154,7 +154,7 @@ def test_follow_ups_never_ask_for_a_fact_of_the_mmlu_miniature(directory):
 
 
 def test_other_facts_are_asked_in_every_form_that_the_mmlu_miniature_uses(training):
-    for fact in make_world(SEED).never_asked:
+    for fact in make_synthetic_world(SEED).never_asked:
         for template in fact.attribute.questions:
             beginning = template.split("{name}")[0]
             assert beginning in training

@@ -1,4 +1,4 @@
-"""The pocket world: a few dozen towns, people and animals, each with a value for every attribute of its kind.
+"""The synthetic world: a few dozen towns, people and animals, each with a value for every attribute of its kind.
 
 A fact is one (entity, attribute, value). Every fact is stated in the encyclopedia; about two in five are never asked
 about in instruction or chat data, and the MMLU miniature asks about exactly those.
@@ -194,7 +194,7 @@ def all_entities() -> list[Entity]:
 
 
 @dataclass(frozen=True)
-class World:
+class SyntheticWorld:
     """All facts: those that instruction and chat data may ask about (`asked`) and the others (`never_asked`)."""
 
     seed: int
@@ -220,7 +220,7 @@ class World:
         return random.Random(f"{self.seed}/{purpose}")
 
 
-def make_world(seed: int) -> World:
+def make_synthetic_world(seed: int) -> SyntheticWorld:
     """The world of this seed: values are drawn evenly per attribute, and so are the facts that are never asked."""
     rng = random.Random(f"{seed}/facts")
     entities = all_entities()
@@ -235,7 +235,7 @@ def make_world(seed: int) -> World:
             group = [Fact(entity, attribute, value) for entity, value in zip(members, values, strict=True)]
             facts += group
             never_asked.update(fact.key for fact in rng.sample(group, round(SHARE_NEVER_ASKED * len(group))))
-    return World(seed, tuple(facts), frozenset(never_asked))
+    return SyntheticWorld(seed, tuple(facts), frozenset(never_asked))
 
 
 def held_out(*combination: object, one_in: int) -> bool:

@@ -11,8 +11,8 @@ training. The sums themselves, 3 + 4 = 7, stand in the corpora as plain text.
 import random
 from dataclasses import dataclass
 
-from dllm.data.world.entities import draw, pronoun_of
-from dllm.data.world.scenes import PEOPLE
+from dllm.synthetic.entities import draw, pronoun_of
+from dllm.synthetic.scenes import PEOPLE
 
 SMALLEST, LARGEST = 2, 6
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()

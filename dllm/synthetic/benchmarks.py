@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 
-from dllm.data.world.entities import SUBJECTS, Fact, World
-from dllm.data.world.instructions import LETTERS, choices_for
-from dllm.data.world.problems import LARGEST, LOGIC, MATHEMATICS, SMALLEST, mathematics, word_problem
-from dllm.data.world.scenes import LAST_WORDS, moment, story, twist
+from dllm.synthetic.entities import SUBJECTS, Fact, SyntheticWorld
+from dllm.synthetic.instructions import LETTERS, choices_for
+from dllm.synthetic.problems import LARGEST, LOGIC, MATHEMATICS, SMALLEST, mathematics, word_problem
+from dllm.synthetic.scenes import LAST_WORDS, moment, story, twist
 
 Rows = list[dict]
 
@@ -70,13 +70,13 @@ def balanced(make: Callable[[], dict], rows: int, *, answer_of: Callable[[dict],
     raise ValueError(f"only {len(found)} of {rows} benchmark rows exist: widen the world or ask for fewer rows")
 
 
-def lambada(world: World) -> Iterator[tuple[str, Rows]]:
+def lambada(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Stories whose last word is asked for."""
     rng = world.random("lambada")
     yield "lambada/test.jsonl", distinct(lambda: {"text": story(rng, test=True)}, TEST_ROWS)
 
 
-def gsm8k(world: World) -> Iterator[tuple[str, Rows]]:
+def gsm8k(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Word problems."""
     for split, rows in (("train", SHOT_ROWS), ("test", TEST_ROWS)):
         rng = world.random(f"gsm8k/{split}")
@@ -88,7 +88,7 @@ def gsm8k(world: World) -> Iterator[tuple[str, Rows]]:
         yield f"gsm8k/{split}.jsonl", distinct(make, rows)
 
 
-def bbh(world: World) -> Iterator[tuple[str, Rows]]:
+def bbh(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Three of the 27 tasks."""
     for task, problem_of in LOGIC.items():
         rng = world.random(f"bbh/{task}")
@@ -107,7 +107,7 @@ def bbh(world: World) -> Iterator[tuple[str, Rows]]:
 TWO_ANSWERS = ("boolean_expressions", "navigate")
 
 
-def minerva_math(world: World) -> Iterator[tuple[str, Rows]]:
+def minerva_math(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Three of the seven subjects."""
     for subject in MATHEMATICS:
         for split, rows in (("train", SHOT_ROWS), ("test", TEST_ROWS_PER_PART)):
@@ -120,7 +120,7 @@ def minerva_math(world: World) -> Iterator[tuple[str, Rows]]:
             yield f"math/{subject}/{split}.jsonl", distinct(make, rows)
 
 
-def mmlu(world: World) -> Iterator[tuple[str, Rows]]:
+def mmlu(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Questions about the facts that are never asked about in training, four per fact: one for each right letter."""
     for subject in SUBJECTS:
         for split, facts in (("dev", world.asked), ("test", world.never_asked)):
@@ -142,7 +142,7 @@ def mmlu(world: World) -> Iterator[tuple[str, Rows]]:
             yield f"mmlu/{subject}/{split}.jsonl", rows[:SHOT_ROWS] if split == "dev" else rows
 
 
-def hellaswag(world: World) -> Iterator[tuple[str, Rows]]:
+def hellaswag(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Everyday sequences with four endings; two wrong ones come from the same activity."""
     for split, rows in (("train", SHOT_ROWS), ("validation", TEST_ROWS)):
         rng = world.random(f"hellaswag/{split}")
@@ -172,7 +172,7 @@ def hellaswag(world: World) -> Iterator[tuple[str, Rows]]:
         yield f"hellaswag/{split}.jsonl", [row | {"ind": i} for i, row in enumerate(found)]
 
 
-def winogrande(world: World) -> Iterator[tuple[str, Rows]]:
+def winogrande(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Sentences with a gap for one of two names."""
     for split, rows in (("train", SHOT_ROWS), ("validation", TEST_ROWS)):
         rng = world.random(f"winogrande/{split}")
@@ -198,7 +198,7 @@ CHINESE = {
 }
 
 
-def chinese(world: World, folder: str, splits: tuple[str, str], capital: bool) -> Iterator[tuple[str, Rows]]:
+def chinese(world: SyntheticWorld, folder: str, splits: tuple[str, str], capital: bool) -> Iterator[tuple[str, Rows]]:
     """Letter questions in Chinese; the two real sets differ in their column names and splits."""
     question_column, answer_column = ("Question", "Answer") if capital else ("question", "answer")
     for name in CHINESE_SUBJECTS[folder]:
@@ -224,7 +224,7 @@ def chinese(world: World, folder: str, splits: tuple[str, str], capital: bool) -
 CHINESE_SUBJECTS = {"ceval": ("region", "diet", "food"), "cmmlu": ("flag", "good", "habitat")}
 
 
-def all_benchmarks(world: World) -> Iterator[tuple[str, Rows]]:
+def all_benchmarks(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Every benchmark file: its path below `benchmarks/` and its rows."""
     for benchmark in (lambada, gsm8k, bbh, minerva_math, mmlu, hellaswag, winogrande):
         yield from benchmark(world)

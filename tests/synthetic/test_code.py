@@ -3,15 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from dllm.data import world as pocket
-from dllm.data.world.code import FORMS, LEAST, MOST, TEST_PROGRAMS, code, program
-from dllm.data.world.code import test_programs as programs_of_tests
-from dllm.data.world.entities import make_world
+from dllm import synthetic
+from dllm.synthetic.code import FORMS, LEAST, MOST, TEST_PROGRAMS, code, program
+from dllm.synthetic.code import test_programs as programs_of_tests
+from dllm.synthetic.entities import make_synthetic_world
 
 
 @pytest.fixture(scope="module")
 def world():
-    return make_world(7)
+    return make_synthetic_world(7)
 
 
 def holds(one, body: str) -> bool:
@@ -51,11 +51,11 @@ def test_no_constant_answer_passes_more_than_one_of_the_tests(world):
 
 def test_code_leaves_the_rest_of_the_world_as_it_is(tmp_path, monkeypatch):
     """The tokenizer and every other file are the same bytes with code and without."""
-    from dllm.data.world import write
+    from dllm.synthetic import write
 
-    pocket.build(tmp_path / "with", seed=7)
+    synthetic.build(tmp_path / "with", seed=7)
     monkeypatch.setattr(write, "code_files", lambda world: ())
-    pocket.build(tmp_path / "without", seed=7)
+    synthetic.build(tmp_path / "without", seed=7)
     before = {p.relative_to(tmp_path / "without"): p.read_bytes() for p in files(tmp_path / "without")}
     after = {p.relative_to(tmp_path / "with"): p.read_bytes() for p in files(tmp_path / "with")}
     assert {name.as_posix() for name in set(after) - set(before)} == {

@@ -9,16 +9,16 @@ openwebtext   {"text": "Making tea: Mira fills the kettle. She boils the water. 
 import random
 from collections.abc import Callable, Iterator
 
-from dllm.data.world.entities import World
-from dllm.data.world.instructions import letter_of_word
-from dllm.data.world.problems import fruit_count, plain_sum, plain_truth
-from dllm.data.world.scenes import PEOPLE, story, twist, whole_activity
+from dllm.synthetic.entities import SyntheticWorld
+from dllm.synthetic.instructions import letter_of_word
+from dllm.synthetic.problems import fruit_count, plain_sum, plain_truth
+from dllm.synthetic.scenes import PEOPLE, story, twist, whole_activity
 
 SENTENCES_PER_LINE = 3
 SHARE_OF_SUM_ARTICLES = 0.2
 
 
-def entity_article(world: World, rng: random.Random) -> list[str]:
+def entity_article(world: SyntheticWorld, rng: random.Random) -> list[str]:
     """The lines of one article: title, empty line, two paragraphs of facts in random order and wording."""
     facts = world.about(rng.choice(world.facts).entity.name)
     rng.shuffle(facts)
@@ -41,7 +41,7 @@ def article(title: str, sentences: list[str]) -> list[str]:
     return [f" = {title} = \n", "", *paragraphs]
 
 
-def wikitext(world: World, split: str, articles: int) -> Iterator[dict]:
+def wikitext(world: SyntheticWorld, split: str, articles: int) -> Iterator[dict]:
     """Rows of the encyclopedia; every line stands alone, since rows may be shuffled or packed."""
     rng = world.random(f"wikitext/{split}")
     for _ in range(articles):
@@ -50,7 +50,7 @@ def wikitext(world: World, split: str, articles: int) -> Iterator[dict]:
             yield {"text": line}
 
 
-def journey(world: World, rng: random.Random) -> str:
+def journey(world: SyntheticWorld, rng: random.Random) -> str:
     """A web page about one entity, in the words of a traveller."""
     facts = world.about(rng.choice(world.facts).entity.name)
     told = [rng.choice(fact.statements()) for fact in rng.sample(facts, 2)]
@@ -60,45 +60,45 @@ def journey(world: World, rng: random.Random) -> str:
 OPENINGS = ("Welcome!", "A letter from {person}.", "Did you know?", "{person} writes:", "News of the day.")
 
 
-def market(world: World, rng: random.Random) -> str:
+def market(world: SyntheticWorld, rng: random.Random) -> str:
     """A count of fruit."""
     fruits, a, b = fruit_count(rng, test=False)
     return f"{fruits} are {a + b} fruits: {a}+{b}={a + b}."
 
 
-def told_story(world: World, rng: random.Random) -> str:
+def told_story(world: SyntheticWorld, rng: random.Random) -> str:
     """A story with its last word."""
     return story(rng, test=False) + "."
 
 
-def activity(world: World, rng: random.Random) -> str:
+def activity(world: SyntheticWorld, rng: random.Random) -> str:
     """An everyday sequence."""
     return whole_activity(rng)
 
 
-def explanation(world: World, rng: random.Random) -> str:
+def explanation(world: SyntheticWorld, rng: random.Random) -> str:
     """A schema sentence with its gap filled."""
     sentence = twist(rng, test=False)
     return f"{sentence.opening} {sentence.ending}"
 
 
-def sums(world: World, rng: random.Random) -> str:
+def sums(world: SyntheticWorld, rng: random.Random) -> str:
     """A few sums."""
     return " ".join(plain_sum(rng) for _ in range(SENTENCES_PER_LINE))
 
 
-def truths(world: World, rng: random.Random) -> str:
+def truths(world: SyntheticWorld, rng: random.Random) -> str:
     """A few lines of logic."""
     return " ".join(plain_truth(rng) for _ in range(SENTENCES_PER_LINE))
 
 
-def lettered_list(world: World, rng: random.Random) -> str:
+def lettered_list(world: SyntheticWorld, rng: random.Random) -> str:
     """A list with letters, and which letter stands where."""
     asked = letter_of_word(world, rng)
     return f"{asked.instruction} {asked.answer}"
 
 
-PAGE_WEIGHTS: dict[Callable[[World, random.Random], str], int] = {
+PAGE_WEIGHTS: dict[Callable[[SyntheticWorld, random.Random], str], int] = {
     told_story: 5,
     activity: 3,
     explanation: 5,
@@ -110,7 +110,7 @@ PAGE_WEIGHTS: dict[Callable[[World, random.Random], str], int] = {
 }
 
 
-def openwebtext(world: World, split: str, documents: int) -> Iterator[dict]:
+def openwebtext(world: SyntheticWorld, split: str, documents: int) -> Iterator[dict]:
     """Rows of web pages: stories, everyday sequences, schemas, sums and pages about the world."""
     rng = world.random(f"openwebtext/{split}")
     for _ in range(documents):

@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dllm.data.world.benchmarks import all_benchmarks
-from dllm.data.world.chat import smoltalk, tulu
-from dllm.data.world.code import code, humaneval, mbpp
-from dllm.data.world.corpus import openwebtext, wikitext
-from dllm.data.world.entities import World, make_world
-from dllm.data.world.instructions import alpaca
-from dllm.data.world.tokenizer import save_tokenizer
+from dllm.synthetic.benchmarks import all_benchmarks
+from dllm.synthetic.chat import smoltalk, tulu
+from dllm.synthetic.code import code, humaneval, mbpp
+from dllm.synthetic.corpus import openwebtext, wikitext
+from dllm.synthetic.entities import SyntheticWorld, make_synthetic_world
+from dllm.synthetic.instructions import alpaca
+from dllm.synthetic.tokenizer import save_tokenizer
 
 
-def training_files(world: World) -> Iterator[tuple[str, Iterable[dict]]]:
+def training_files(world: SyntheticWorld) -> Iterator[tuple[str, Iterable[dict]]]:
     """Every file that is not a benchmark: its path and its rows."""
     yield "wikitext/train.jsonl", wikitext(world, "train", 3000)
     yield "wikitext/validation.jsonl", wikitext(world, "validation", 100)
@@ -31,7 +31,7 @@ def training_files(world: World) -> Iterator[tuple[str, Iterable[dict]]]:
     yield "smoltalk/test.jsonl", smoltalk(world, "test", 200)
 
 
-def code_files(world: World) -> Iterator[tuple[str, Iterable[dict]]]:
+def code_files(world: SyntheticWorld) -> Iterator[tuple[str, Iterable[dict]]]:
     """Every file about programs: its path and its rows."""
     yield "code/train.jsonl", code(world, "train", 2000)
     yield "code/validation.jsonl", code(world, "validation", 100)
@@ -43,7 +43,7 @@ def code_files(world: World) -> Iterator[tuple[str, Iterable[dict]]]:
 def build(directory: str | Path, *, seed: int) -> None:
     """Fills `directory` with the world of this seed; the same seed gives the same bytes."""
     directory = Path(directory)
-    world = make_world(seed)
+    world = make_synthetic_world(seed)
     rows: dict[str, int] = {}
     texts: Counter[str] = Counter()
     for path, source in training_files(world):

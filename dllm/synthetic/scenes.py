@@ -11,7 +11,7 @@ training.
 import random
 from dataclasses import dataclass
 
-from dllm.data.world.entities import MEN, WOMEN, draw, held_out, pronoun_of
+from dllm.synthetic.entities import MEN, WOMEN, draw, held_out, pronoun_of
 
 PEOPLE = tuple(WOMEN + MEN)
 ROOMS = ("kitchen", "garden", "cellar", "barn", "attic", "hall")

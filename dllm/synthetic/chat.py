@@ -12,8 +12,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dllm.data.world.entities import World
-from dllm.data.world.instructions import Exchange, draw_exchange
+from dllm.synthetic.entities import SyntheticWorld
+from dllm.synthetic.instructions import Exchange, draw_exchange
 
 TULU_WEIGHTS = {
     "one_fact": 6,
@@ -76,7 +76,7 @@ I_DO_NOT_KNOW = "I do not know that."
 SYSTEMS = ("You are a friendly guide.", "Answer in one short sentence.", "You are a helpful guide to this country.")
 
 
-def courtesy(world: World, rng: random.Random) -> list[Turn]:
+def courtesy(world: SyntheticWorld, rng: random.Random) -> list[Turn]:
     """A greeting, thanks, a question about the guide, or a goodbye."""
     return [rng.choice(COURTESIES).turn(rng)]
 
@@ -87,19 +87,19 @@ def stranger(rng: random.Random) -> str:
     return "".join(syllables).capitalize()
 
 
-def unknown(world: World, rng: random.Random) -> list[Turn]:
+def unknown(world: SyntheticWorld, rng: random.Random) -> list[Turn]:
     """A question that the world has no answer to."""
     known = rng.choice([fact.entity.name for fact in world.facts if fact.entity.kind != "animal"])
     return [(rng.choice(UNKNOWN).format(stranger=stranger(rng), known=known), I_DO_NOT_KNOW)]
 
 
-def question(world: World, rng: random.Random) -> list[Turn]:
+def question(world: SyntheticWorld, rng: random.Random) -> list[Turn]:
     """One question about the world."""
     fact = rng.choice(world.asked)
     return [(rng.choice(fact.questions()), fact.answer())]
 
 
-def follow_up(world: World, rng: random.Random) -> list[Turn]:
+def follow_up(world: SyntheticWorld, rng: random.Random) -> list[Turn]:
     """A question and a second one that does not repeat the name."""
     while True:
         fact = rng.choice(world.asked)
@@ -109,12 +109,12 @@ def follow_up(world: World, rng: random.Random) -> list[Turn]:
             return [(rng.choice(fact.questions()), fact.answer()), (other.follow_up(), other.answer())]
 
 
-def greeted_question(world: World, rng: random.Random) -> list[Turn]:
+def greeted_question(world: SyntheticWorld, rng: random.Random) -> list[Turn]:
     """A greeting before a question."""
     return [GREETING.turn(rng), *question(world, rng)]
 
 
-def thanked_question(world: World, rng: random.Random) -> list[Turn]:
+def thanked_question(world: SyntheticWorld, rng: random.Random) -> list[Turn]:
     """Thanks after a question or after a follow-up."""
     before = rng.choice((question, follow_up))(world, rng)
     return [*before, THANKS.turn(rng)]
@@ -143,7 +143,7 @@ def user_text(exchange: Exchange) -> str:
     return f"{exchange.instruction}\n\n{exchange.given}" if exchange.given else exchange.instruction
 
 
-def tulu(world: World, rows: int) -> Iterator[dict]:
+def tulu(world: SyntheticWorld, rows: int) -> Iterator[dict]:
     """Rows in tulu-3's columns: single tasks, half of the described ones with their description as system turn."""
     rng = world.random("tulu")
     for row in range(rows):
@@ -153,7 +153,7 @@ def tulu(world: World, rows: int) -> Iterator[dict]:
         yield {"id": f"tulu-{row}", "messages": messages_of(turns, system), "source": f"pocket/{skill}"}
 
 
-def smoltalk(world: World, split: str, rows: int) -> Iterator[dict]:
+def smoltalk(world: SyntheticWorld, split: str, rows: int) -> Iterator[dict]:
     """Rows in smoltalk's columns: talk about the world."""
     rng = world.random(f"smoltalk/{split}")
     for _ in range(rows):

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dllm.data.world.entities import World, draw
+from dllm.synthetic.entities import SyntheticWorld, draw
 
 LEAST, MOST = 2, 60
 TEST_PROGRAMS = 120
@@ -74,7 +74,7 @@ def drawn(rng: random.Random, *, test: bool) -> Program:
     return program(FORMS[form], n)
 
 
-def test_programs(world: World) -> list[Program]:
+def test_programs(world: SyntheticWorld) -> list[Program]:
     """The functions of both benchmarks, all different."""
     rng = world.random("code/test")
     found: dict[str, Program] = {}
@@ -84,7 +84,7 @@ def test_programs(world: World) -> list[Program]:
     return list(found.values())
 
 
-def humaneval(world: World) -> Iterator[tuple[str, list[dict]]]:
+def humaneval(world: SyntheticWorld) -> Iterator[tuple[str, list[dict]]]:
     """Bodies to be written below a head and a docstring."""
     rows = []
     for i, one in enumerate(test_programs(world)):
@@ -101,7 +101,7 @@ def humaneval(world: World) -> Iterator[tuple[str, list[dict]]]:
     yield "humaneval/test.jsonl", rows
 
 
-def mbpp(world: World) -> Iterator[tuple[str, list[dict]]]:
+def mbpp(world: SyntheticWorld) -> Iterator[tuple[str, list[dict]]]:
     """Whole functions to be written from a sentence and three assertions."""
     rows = [
         {
@@ -117,7 +117,7 @@ def mbpp(world: World) -> Iterator[tuple[str, list[dict]]]:
     yield "mbpp/test.jsonl", rows
 
 
-def code(world: World, split: str, rows: int) -> Iterator[dict]:
+def code(world: SyntheticWorld, split: str, rows: int) -> Iterator[dict]:
     """Training documents, one function each."""
     rng = world.random(f"code/{split}")
     for _ in range(rows):

@@ -11,9 +11,9 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from dllm.data.world.entities import RIVERS, Fact, World
-from dllm.data.world.problems import FRUITS, LOGIC, MATHEMATICS, NUMBER_WORDS, mathematics, number, word_problem
-from dllm.data.world.scenes import moment, story, twist
+from dllm.synthetic.entities import RIVERS, Fact, SyntheticWorld
+from dllm.synthetic.problems import FRUITS, LOGIC, MATHEMATICS, NUMBER_WORDS, mathematics, number, word_problem
+from dllm.synthetic.scenes import moment, story, twist
 
 LETTERS = "ABCD"
 
@@ -75,13 +75,13 @@ def choices_for(fact: Fact, rng: random.Random) -> list[str]:
     return choices
 
 
-def one_fact(world: World, rng: random.Random) -> Exchange:
+def one_fact(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """An open question about a fact that may be asked."""
     fact = rng.choice(world.asked)
     return Exchange(rng.choice(fact.questions()), fact.answer())
 
 
-def tell(world: World, rng: random.Random) -> Exchange:
+def tell(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """A request for everything about an entity: all its facts, stated in their order."""
     facts = world.about(rng.choice(world.facts).entity.name)
     statements = " ".join(fact.answer() for fact in facts)
@@ -95,7 +95,7 @@ def _with_article(fact: Fact) -> str:
     return f"the {fact.entity.name}" if fact.entity.kind == "animal" else fact.entity.name
 
 
-def letter_of_fact(world: World, rng: random.Random) -> Exchange:
+def letter_of_fact(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """An MMLU-like question about a fact that may be asked."""
     fact = rng.choice(world.asked)
     choices = choices_for(fact, rng)
@@ -104,7 +104,7 @@ def letter_of_fact(world: World, rng: random.Random) -> Exchange:
     return Exchange(prompt, LETTERS[choices.index(fact.value)], system=system)
 
 
-def letter_of_word(world: World, rng: random.Random) -> Exchange:
+def letter_of_word(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """Which letter stands before a word: what a letter task needs beyond knowledge."""
     attribute = rng.choice(world.facts).attribute
     choices = rng.sample(attribute.values, 4)
@@ -114,45 +114,45 @@ def letter_of_word(world: World, rng: random.Random) -> Exchange:
     return Exchange(f"Which word stands after {LETTERS[place]}?\n{lettered(choices)}\nAnswer:", choices[place])
 
 
-def story_sum(world: World, rng: random.Random) -> Exchange:
+def story_sum(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """A GSM8K-like word problem."""
     problem = word_problem(rng, test=False)
     return Exchange(gsm8k_prompt(problem.question), problem.solution)
 
 
-def boxed_answer(world: World, rng: random.Random) -> Exchange:
+def boxed_answer(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """A Minerva-like problem with the final sentence its metric reads."""
     problem = mathematics(rng.choice(list(MATHEMATICS)), rng, test=False)
     final = f"Final Answer: The final answer is ${problem.answer}$. I hope it is correct."
     return Exchange(minerva_prompt(problem.question), f"{problem.solution}\n{final}")
 
 
-def logic(world: World, rng: random.Random) -> Exchange:
+def logic(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """A BBH-like question."""
     task = rng.choice(list(LOGIC))
     problem = LOGIC[task](rng, test=False)
     return Exchange(bbh_prompt(problem.question), problem.solution, system=BBH_DESCRIPTIONS[task])
 
 
-def last_word(world: World, rng: random.Random) -> Exchange:
+def last_word(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """A story to be finished by one word."""
     opening, word = story(rng, test=False).rsplit(" ", 1)
     return Exchange(opening, word)
 
 
-def next_step(world: World, rng: random.Random) -> Exchange:
+def next_step(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """An everyday sequence to be continued by its next step."""
     scene = moment(rng, test=False)
     return Exchange(scene.context, scene.following)
 
 
-def because(world: World, rng: random.Random) -> Exchange:
+def because(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """A schema sentence to be finished."""
     sentence = twist(rng, test=False)
     return Exchange(sentence.opening, sentence.ending)
 
 
-def plain_sum(world: World, rng: random.Random) -> Exchange:
+def plain_sum(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """A sum in a plain question."""
     a, b = number(rng), number(rng)
     return Exchange(rng.choice(ASK_SUM).format(a=a, b=b), f"{a}+{b}={a + b}.")
@@ -161,7 +161,7 @@ def plain_sum(world: World, rng: random.Random) -> Exchange:
 ASK_SUM = ("How much is {a} + {b}?", "Add {a} and {b}.", "What do {a} and {b} make?", "What is {a}+{b}?")
 
 
-def edit(world: World, rng: random.Random) -> Exchange:
+def edit(world: SyntheticWorld, rng: random.Random) -> Exchange:
     """A small task on given words: Alpaca's input column at work."""
     words = rng.sample(FRUITS + RIVERS, 3)
     value = rng.randrange(len(NUMBER_WORDS))
@@ -178,7 +178,7 @@ def edit(world: World, rng: random.Random) -> Exchange:
     )
 
 
-Skill = Callable[[World, random.Random], Exchange]
+Skill = Callable[[SyntheticWorld, random.Random], Exchange]
 SKILLS: dict[str, Skill] = {
     "one_fact": one_fact,
     "tell": tell,
@@ -209,13 +209,13 @@ ALPACA_WEIGHTS = {
 }
 
 
-def draw_exchange(world: World, rng: random.Random, weights: dict[str, int]) -> tuple[str, Exchange]:
+def draw_exchange(world: SyntheticWorld, rng: random.Random, weights: dict[str, int]) -> tuple[str, Exchange]:
     """A skill drawn by weight, and one exchange of it."""
     skill = rng.choices(list(weights), list(weights.values()))[0]
     return skill, SKILLS[skill](world, rng)
 
 
-def alpaca(world: World, rows: int) -> Iterator[dict]:
+def alpaca(world: SyntheticWorld, rows: int) -> Iterator[dict]:
     """Rows in Alpaca's four columns."""
     rng = world.random("alpaca")
     for _ in range(rows):

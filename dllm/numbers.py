@@ -1,0 +1,39 @@
+"""Arithmetic and wording of numbers that several parts of the package show."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+Z95 = NormalDist().inv_cdf(0.975)
+"""Normal quantile of a two-sided 95 % interval."""
+
+ABSENT = "–"
+"""What a missing number looks like."""
+
+
+def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of a share, (low, high) in [0, 1].
+
+    Raises ValueError unless 0 <= successes <= n and n > 0. Source: Wilson 1927, J. Am. Stat. Assoc. 22, eq. 1.
+    """
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(f"wilson_interval: {successes} of {n} is not a share; give 0 <= successes <= n and n > 0")
+    share, shrink = successes / n, 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # at 0 and n the interval touches the end exactly; rounding must not move it
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that suits them: `4.2 s`, `51 s`, `12 min`, `3.5 h`, `12.0 days`; a dash if unknown."""
+    if seconds is None or math.isnan(seconds):
+        return ABSENT
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"
