@@ -15,9 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import did_you_mean, digest
+from dllm.config import EvaluationConfig, did_you_mean, digest
 from dllm.evaluation.scores import summarise
-from dllm.evaluation.settings import EvaluationConfig
 from dllm.evaluation.task_files import content_digest
 from dllm.provenance import collect, file_digest, versions, write_atomically
 

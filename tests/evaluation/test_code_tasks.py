@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from dllm.config import EvaluationConfig
 from dllm.data import world as pocket
 from dllm.evaluation import code_tasks, evaluate
 from dllm.evaluation.code_tasks import PROGRAMS, EvaluateStandIn, pass_at_k, sandboxed_scoring
 from dllm.evaluation.evaluate import evaluate_benchmark
 from dllm.evaluation.sandbox import Outcome
-from dllm.evaluation.settings import EvaluationConfig
 
 from .echo import TEMPLATE
 
