@@ -87,6 +87,12 @@ def test_both_configurations_hold_the_complete_set_of_the_report():
             {"runs": {"a": {"like": "chat-base", "algorithm": "mlm", "recipe": "published"}}},
             "has normalisation = 'sequence'; algorithm = 'mlm' allows `token` only",
         ),
+        (
+            {"speed": {"chat-large": {"questions": "gsm8k/a.jsonl"}}},
+            "= 'gsm8k' is not a dataset. Did you mean 'gsm8k",
+        ),
+        ({"report": {"systems": ["gpt3"]}}, "report.systems = 'gpt3' is not an evaluation. Did you mean 'gpt2'?"),
+        ({"report": {"chat": [{"run": "x", "label": "y"}]}}, "report.chat.run = 'x' is not a run."),
         ({"experiments": {}}, "experiments is not a setting."),
     ],
 )
