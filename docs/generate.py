@@ -28,17 +28,15 @@ sys.path.insert(0, str(ROOT))
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from dllm import config  # noqa: E402
-from dllm.chat.settings import SampleConfig, SpeedConfig  # noqa: E402
 from dllm.config import Project, Settings  # noqa: E402
-from dllm.evaluation.settings import EvaluationConfig  # noqa: E402
 
 JOBS = {
     "dllm download": config.DownloadConfig,
     "dllm prepare": config.PrepareConfig,
     "dllm train": config.RunConfig,
-    "dllm evaluate": EvaluationConfig,
-    "dllm sample": SampleConfig,
-    "dllm speed": SpeedConfig,
+    "dllm evaluate": config.EvaluationConfig,
+    "dllm sample": config.SampleConfig,
+    "dllm speed": config.SpeedConfig,
 }
 """What each command is told: the configs that the workflow writes below `configs/` of a work directory."""
 
@@ -47,7 +45,7 @@ JOBS = {
 
 INTRODUCTION = """# Configuration
 
-Written by `docs/generate.py` from `dllm/config.py`; change the help of a field there, not here.
+Written by `docs/generate.py` from `dllm/config/`; change the help of a field there, not here.
 
 A person writes *entries*, in `config/models.yaml`, `config/datasets.yaml`, `config/experiments.yaml`,
 `config/benchmarks.yaml`, `config/reported.yaml` and in an overlay.

@@ -87,6 +87,12 @@ def test_both_configurations_hold_the_complete_set_of_the_report():
             {"runs": {"a": {"like": "chat-base", "algorithm": "mlm", "recipe": "published"}}},
             "has normalisation = 'sequence'; algorithm = 'mlm' allows `token` only",
         ),
+        (
+            {"speed": {"chat-large": {"questions": "gsm8k/a.jsonl"}}},
+            "= 'gsm8k' is not a dataset. Did you mean 'gsm8k",
+        ),
+        ({"report": {"systems": ["gpt3"]}}, "report.systems = 'gpt3' is not an evaluation. Did you mean 'gpt2'?"),
+        ({"report": {"chat": [{"run": "x", "label": "y"}]}}, "report.chat.run = 'x' is not a run."),
         ({"experiments": {}}, "experiments is not a setting."),
     ],
 )
@@ -150,6 +156,23 @@ def test_a_misspelt_key_of_a_job_is_named_rather_than_called_missing(tmp_path):
         read_config(path, RunConfig)
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"micro_batch_tokens": 23, "length": 24}, "micro_batch_tokens = 23 is smaller than the longest row"),
+        ({"steps": None}, "needs exactly one of `epochs` and `steps`"),
+        ({"algorithm": "edit_flows"}, "recipe 'corrected' has response_end = 'block'; algorithm = 'edit_flows' allows"),
+        ({"optimizer": {"name": "muon"}, "adapter": {}}, "optimizer.name = 'muon' is not for adapters"),
+    ],
+)
+def test_a_job_obeys_the_rules_of_its_entry_and_says_so_in_one_line(tmp_path, changes, line):
+    config = run_configs(load_project(CONFIG, CONFIG / "laptop.yaml"))["chat-large"].model_dump(mode="json")
+    path = write_when_changed(tmp_path / "run.yaml", config | changes)
+    with pytest.raises(ConfigError, match="run.yaml: ") as caught:
+        read_config(path, RunConfig)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_config_file_is_rewritten_only_when_its_content_changes(tmp_path):
     path = write_when_changed(tmp_path / "a.yaml", {"x": 1})
     before = path.stat().st_mtime_ns
@@ -207,5 +230,5 @@ def test_what_a_row_changes_of_a_sampler_is_checked():
 
 
 def test_reading_the_configuration_imports_no_torch():
-    code = "import sys, dllm.config, dllm.evaluation.settings, dllm.report.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, dllm.config, dllm.report.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -127,10 +127,11 @@ def test_every_name_of_the_package_that_a_page_gives_exists(page):
     for name in re.findall(r"`(dllm(?:\.\w+)+)`", prose(page)):
         parts = name.split(".")
         files = [(ROOT.joinpath(*parts[:n]).with_suffix(".py"), parts[n:]) for n in range(len(parts), 1, -1)]
-        files += [(ROOT / "dllm" / "__init__.py", parts[1:])]
+        files += [(ROOT.joinpath(*parts[:n], "__init__.py"), parts[n:]) for n in range(len(parts), 0, -1)]
         path, rest = next((file, rest) for file, rest in files if file.exists())
-        if path.name == "__init__.py":
-            assert rest[0] in importlib.import_module("dllm").__all__, name
+        if path.name == "__init__.py" and rest:
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            assert rest[0] in importlib.import_module(package).__all__, name
         elif rest:
             assert rest[0] in top_level_names(path), name
 
@@ -184,3 +185,56 @@ def test_decisions_are_numbered_and_say_context_decision_and_consequences():
 def test_the_part_for_the_results_is_marked():
     text = (ROOT / "README.md").read_text()
     assert re.search(r"<!-- results -->\n.*?<!-- /results -->", text, re.S)
+
+
+def shipped_projects():
+    """Every shipped configuration, merged."""
+    for names in (["laptop"], ["paper"], ["one-gpu"], ["laptop", "systems"], ["paper", "systems-paper"]):
+        yield config.load_project(ROOT / "config", *(ROOT / "config" / f"{name}.yaml" for name in names))
+
+
+def set_options(value) -> set[tuple[type, str]]:
+    """Every option that is written, not left to its default, in a settings object and below it."""
+    if isinstance(value, dict | list | tuple):
+        return set().union(*map(set_options, value.values() if isinstance(value, dict) else value))
+    if not isinstance(value, config.Settings):
+        return set()
+    found = {(cls, name) for name in value.model_fields_set for cls in type(value).__mro__}
+    return found.union(*(set_options(getattr(value, name)) for name in value.model_fields_set))
+
+
+def keys_of_settings() -> dict[type, set[str]]:
+    """Every settings class that a person's file can hold, and the keys that hold it."""
+    found, waiting = {config.Project: {""}}, [config.Project]
+    while waiting:
+        for name, field in waiting.pop().model_fields.items():
+            for inner in generator().settings_in(field.annotation):
+                waiting += [] if inner in found else [inner]
+                found.setdefault(inner, set()).add(name)
+    return found
+
+
+def explained(name: str, keys: set[str], pages: list[str]) -> bool:
+    """Whether a page gives an option in code: by its name, or by the key that holds it where two classes have it."""
+    paths = [rf"\b{key}\.(?:[A-Z]+\.)?{name}\b" for key in keys] or [rf"\b{name}\b"]
+    return any(re.search(path, code) for path in paths for page in pages for code in re.findall(r"`([^`\n]+)`", page))
+
+
+def test_every_option_is_set_by_a_shipped_config_or_explained_on_a_page():
+    used = set().union(*map(set_options, shipped_projects()))
+    for project in shipped_projects():  # samplers that an entry changes in part
+        changed = [*(entry.generation for entry in project.evaluations.values())]
+        used |= {(config.GenerateSettings, name) for changes in changed for name in changes}
+    others = ("configuration.md", "lab-log.md", "CHANGELOG.md")
+    written = [page for page in PAGES if page.parent.name != "decisions" and page.name not in others]
+    pages = [re.sub(r"<!-- generated:.*?<!-- /generated -->", "", page.read_text(), flags=re.S) for page in written]
+    settings = keys_of_settings()
+    owners = [name for found in settings for name in found.model_fields]
+    silent = [
+        f"{found.__name__}.{name}"
+        for found, keys in settings.items()
+        for name in found.model_fields
+        if (found, name) not in used and not explained(name, keys if owners.count(name) > 1 else set(), pages)
+    ]
+    assert not silent, "set them in config/*.yaml, explain them in docs/options.md, or delete them"
+    assert len(owners) > 150 and not explained("stop_aftr", set(), pages), "the test sees options"

@@ -1,4 +1,4 @@
-"""From the project's entries to the configs that jobs read: what the Snakefile needs to know, and no rule.
+"""All jobs of a project (`dllm.config` makes them): what the Snakefile needs to know, and no rule.
 
 Every config is written when the Snakefile is parsed, atomically and only if its content changed, so that a changed
 setting reruns exactly what depends on it.
@@ -12,18 +12,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dllm.chat.settings import SampleConfig, SpeedConfig
 from dllm.config import (
-    EvaluationEntry,
+    DownloadConfig,
+    EvaluationConfig,
+    PrepareConfig,
     Project,
+    RunConfig,
+    SampleConfig,
+    SpeedConfig,
     download_configs,
     download_name,
-    overlaid,
+    evaluation_configs,
     prepare_configs,
     run_configs,
+    sample_configs,
+    speed_configs,
     write_when_changed,
 )
-from dllm.evaluation.settings import EvaluationConfig
 from dllm.planning.project import ProjectPlan, plan_project
 from dllm.report.plan import ReportPlan
 
@@ -36,9 +41,9 @@ class Plan:
     """Every job's config, by kind and name."""
 
     project: Project
-    downloads: dict
-    data: dict
-    runs: dict
+    downloads: dict[str, DownloadConfig]
+    data: dict[str, PrepareConfig]
+    runs: dict[str, RunConfig]
     evaluations: dict[tuple[str, str], EvaluationConfig]
     samples: dict[str, SampleConfig]
     speed: dict[str, SpeedConfig]
@@ -160,183 +165,14 @@ class Plan:
 
 
 def make_plan(project: Project) -> Plan:
-    """All configs of a project. Raises ConfigError or ValueError, one line, for what does not fit together."""
+    """All jobs of a project. Raises ConfigError or ValueError, one line, for what does not fit together."""
     return Plan(
         project=project,
         downloads=download_configs(project),
         data=prepare_configs(project),
         runs=run_configs(project),
         evaluations=evaluation_configs(project),
-        samples={name: sample_config(project, name) for name in project.samples},
-        speed={name: speed_config(project, name) for name in project.speed},
-        report=report_plan(project),
+        samples=sample_configs(project),
+        speed=speed_configs(project),
+        report=ReportPlan.of(project),
     )
-
-
-def checkpoint_path(project: Project, name: str) -> str:
-    """Directory of the model that a run or a download brings."""
-    return f"runs/{name}/model" if name in project.runs else f"downloads/{name}"
-
-
-def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConfig]:
-    """One config per row and benchmark of the results table."""
-    configs = {}
-    for row, entry in project.evaluations.items():
-        for name in project.benchmarks_of(entry):
-            benchmark = project.benchmarks[name]
-            data = None
-            if benchmark.dataset:
-                data = f"downloads/{download_name(project, benchmark.dataset)}"
-                data += "/benchmarks" if benchmark.tasks_from == "miniature" else ""
-            configs[row, name] = EvaluationConfig(
-                run=row,
-                checkpoint=checkpoint_path(project, entry.checkpoint),
-                model_kind=entry.kind,
-                benchmark=name,
-                task=benchmark.task,
-                task_directory="miniature" if benchmark.tasks_from == "miniature" else None,
-                data=data,
-                revision=benchmark.revision,
-                shots=benchmark.shots,
-                fewshot_as_multiturn=entry.chat_template and benchmark.shots > 0,
-                chat_template=entry.chat_template,
-                metric=benchmark.metric,
-                filter=benchmark.filter,
-                further_metrics=benchmark.also,
-                chance=benchmark.chance,
-                limit=benchmark.documents,
-                generation=overlaid(benchmark.generation, entry.generation),
-                scorer=project.scorer_of(entry),
-                seed=benchmark.seed,
-            )
-    return configs
-
-
-def sample_config(project: Project, name: str) -> SampleConfig:
-    """What `dllm sample` is told for the report."""
-    entry = project.samples[name]
-    return SampleConfig(
-        run=name,
-        checkpoint=checkpoint_path(project, entry.checkpoint),
-        conversations=entry.conversations,
-        film_prompt=entry.film,
-        generation=entry.generation,
-    )
-
-
-def speed_config(project: Project, name: str) -> SpeedConfig:
-    """What `dllm speed` is told."""
-    entry = project.speed[name]
-    dataset, _, file = entry.questions.partition("/")
-    return SpeedConfig(
-        run=name,
-        checkpoint=checkpoint_path(project, entry.checkpoint),
-        questions=f"downloads/{download_name(project, dataset)}/{file}",
-        prompt=entry.prompt,
-        answer=entry.answer,
-        limit=entry.documents,
-        steps=entry.steps,
-        generation=entry.generation,
-        options=entry.options,
-    )
-
-
-def report_plan(project: Project) -> ReportPlan:
-    """What the report shows, in the report's own terms."""
-
-    def recipe(run: str) -> str:
-        return "published" if project.runs[run].recipe.startswith("published") else "corrected"
-
-    def curves(section: str) -> list[dict]:
-        return [
-            {"run": curve.run, "label": curve.label, "recipe": recipe(curve.run)}
-            for curve in getattr(project.report, section)
-        ]
-
-    used = {name for entry in project.evaluations.values() for name in project.benchmarks_of(entry)}
-    benchmarks = [name for name in project.benchmarks if name in used]
-    estimators = rows_that_differ_in_estimator(project)
-    again = estimators[1:]
-    results = [
-        {
-            "run": name,
-            "label": entry.label,
-            "recipe": "published" if entry.scorer == "published" else "corrected",
-            "kind": "again" if name in again else row_kind(entry),
-            "published_as": project.reported[entry.compare].label if entry.compare else "",
-            "close_to": project.reported[entry.close_to].label if entry.close_to else "",
-            "benchmarks": [] if set(project.benchmarks_of(entry)) == used else project.benchmarks_of(entry),
-        }
-        for name, entry in project.evaluations.items()
-    ]
-    # systems have a table of their own for what they say
-    first = "" if project.report.systems else next(iter(project.samples), "")
-    return ReportPlan.model_validate(
-        {
-            "title": project.report.title,
-            "toy": project.report.toy,
-            "pretraining": curves("pretraining"),
-            "openwebtext": curves("openwebtext"),
-            "ablation": [{"start": c["label"], "run": c["run"], "recipe": c["recipe"]} for c in curves("ablation")],
-            "chat": curves("chat"),
-            "results": results,
-            "benchmarks": [
-                {
-                    "name": name,
-                    "label": project.benchmarks[name].label,
-                    "chance": project.benchmarks[name].chance,
-                    "reported_chance": project.benchmarks[name].reported_chance,
-                }
-                for name in benchmarks
-            ],
-            "reported": [
-                {"label": row.label, "source": row.source, "note": row.note, "values": dict(row.scores)}
-                for row in project.reported.values()
-            ],
-            "film": first,
-            "samples": first,
-            "speed": next(iter(project.speed), ""),
-            "estimators": estimators,
-            "systems": systems(project),
-        }
-    )
-
-
-def systems(project: Project) -> list[dict]:
-    """The systems that the report compares, each with the runs that made it and its sample conversations."""
-    found = []
-    for name in project.report.systems:
-        entry = project.evaluations[name]
-        trained = project.runs.get(entry.checkpoint)
-        samples = [sample for sample, asked in project.samples.items() if asked.checkpoint == entry.checkpoint]
-        found.append(
-            {
-                "row": name,
-                "label": entry.label,
-                "algorithm": trained.algorithm if trained else "",
-                "stages": project.stages(entry.checkpoint),
-                "parameters": None if trained else project.models[entry.checkpoint].parameters,
-                "samples": next(iter(samples), ""),
-            }
-        )
-    return found
-
-
-def row_kind(entry: EvaluationEntry) -> str:
-    """What a row of the results stands for."""
-    if entry.control:
-        return "control"
-    return "ar" if entry.kind == "hf" else "ours"
-
-
-def rows_that_differ_in_estimator(project: Project) -> list[str]:
-    """The first evaluation with a Monte Carlo estimator and the one beside it that differs in the estimator alone."""
-    for name, entry in project.evaluations.items():
-        scorer = project.scorers[entry.scorer]
-        for other, candidate in project.evaluations.items():
-            like = scorer.model_copy(update={"likelihood": project.scorers[candidate.scorer].likelihood})
-            same_model = candidate.checkpoint == entry.checkpoint and candidate.chat_template == entry.chat_template
-            estimators = scorer.likelihood.estimator, like.likelihood.estimator
-            if same_model and like == project.scorers[candidate.scorer] and estimators == ("mc", "auto"):
-                return [other, name]
-    return []

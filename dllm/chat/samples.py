@@ -10,8 +10,7 @@ from rapidfuzz.distance import Levenshtein
 from dllm.algorithms.edit_flows import EditCanvas
 from dllm.chat.render import Piece, pieces
 from dllm.chat.session import Message
-from dllm.chat.settings import SampleConfig
-from dllm.config import GenerateSettings
+from dllm.config import GenerateSettings, SampleConfig
 from dllm.language_model import DiffusionLM
 
 

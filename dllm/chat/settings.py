@@ -1,13 +1,10 @@
-"""What `dllm sample` and `dllm speed` are told, which checkpoint a name means, how a chat samples by default."""
+"""Which checkpoint a name means, and how a chat samples by default."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from pydantic import model_validator
-
-from dllm.config import DECODING_OPTIONS, GenerateSettings, Settings, checked_options, did_you_mean, option
+from dllm.config import GenerateSettings, did_you_mean
 
 CHAT_TOKENS = 128
 """Length of a chat answer's canvas, where the model's context has room for it."""
@@ -16,37 +13,6 @@ EDIT_TEMPERATURE = 0.7
 """Temperature of a chat with an Edit Flows model: at 0, every gap of an empty answer is given the same token."""
 
 RESULTS = ("results/laptop", "results/paper")
-
-
-class SampleConfig(Settings):
-    """Conversations and the filmstrip shown in the report."""
-
-    run: str = option(..., "name of the sampled run")
-    checkpoint: str = option(..., "model directory, below the work directory")
-    conversations: list[list[str]] = option(..., "user turns of each conversation", min_length=1)
-    film_prompt: str = option(..., "prompt of the filmstrip")
-    generation: GenerateSettings = option(GenerateSettings(), "sampler")
-
-
-class SpeedConfig(Settings):
-    """Steps and decoding options against time and quality, measured on one run."""
-
-    run: str = option(..., "name of the measured run")
-    checkpoint: str = option(..., "model directory, below the work directory")
-    questions: str = option(..., "jsonl file below the work directory; rows with question and answer")
-    prompt: str = option("{question}", "how a question is put; {question} stands for it")
-    answer: str = option(r"(.*)", "regular expression whose first group, in a reference answer, is the answer sought")
-    limit: int = option(64, "questions asked: the first ones of the file", gt=0)
-    steps: list[int] = option(..., "numbers of steps to compare", min_length=1)
-    generation: GenerateSettings = option(GenerateSettings(), "sampler")
-    options: dict[str, dict[str, Any]] = option(
-        DECODING_OPTIONS, "faster decoding to compare with the exact one: name -> what it changes of `generation`"
-    )
-
-    @model_validator(mode="after")
-    def known_options(self) -> SpeedConfig:
-        checked_options(self.options, self.generation)
-        return self
 
 
 def find_checkpoint(name: str | None = None, root: str | Path = ".") -> str:

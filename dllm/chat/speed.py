@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from dllm.chat.session import check_steps
-from dllm.chat.settings import SpeedConfig
-from dllm.config import GenerateSettings, overlaid
+from dllm.config import GenerateSettings, SpeedConfig, overlaid
 from dllm.core.reveal import PARALLEL_RULES
 from dllm.language_model import Answer, DiffusionLM
 

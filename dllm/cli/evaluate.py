@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    from dllm.config import read_config
-    from dllm.evaluation.settings import EvaluationConfig
+    from dllm.config import EvaluationConfig, read_config
 
     configs = [(Path(path), read_config(path, EvaluationConfig)) for path in args.configs]
     workdirs = [workdir_of(path, args.workdir) for path, _ in configs]

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     sidecar = model.backbone.sidecar
     settings = with_options(chat_generation(sidecar, chat_context(sidecar, model.max_length)), args, sidecar)
     if args.output:
-        from dllm.chat.settings import SampleConfig
+        from dllm.config import SampleConfig
 
         config = SampleConfig(
             run=sidecar.get("run", args.model),
@@ -144,8 +144,7 @@ def _write_configured(args: argparse.Namespace) -> int:
     given += ["MODEL"] if args.model else []
     if given:
         raise ValueError(f"--config says everything; leave out {', '.join(given)}")
-    from dllm.chat.settings import SampleConfig
-    from dllm.config import read_config
+    from dllm.config import SampleConfig, read_config
 
     config = read_config(args.config, SampleConfig)
     config = config.model_copy(update={"generation": with_options(config.generation, args)})

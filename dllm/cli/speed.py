@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print one line per number of steps and per option, write the file."""
-    from dllm.chat.settings import SpeedConfig
-    from dllm.config import digest, read_config
+    from dllm.config import SpeedConfig, digest, read_config
 
     config = read_config(args.config, SpeedConfig)
     workdir = Path(args.workdir)

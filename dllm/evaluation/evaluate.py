@@ -15,10 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import did_you_mean, digest
+from dllm.config import EvaluationConfig, did_you_mean, digest
 from dllm.evaluation.code_tasks import add_outcomes, prepare_code_tasks
 from dllm.evaluation.scores import summarise
-from dllm.evaluation.settings import EvaluationConfig
 from dllm.evaluation.store import AnswerStore
 from dllm.evaluation.task_files import (
     build_requests,

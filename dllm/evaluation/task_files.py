@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from dllm.config import did_you_mean, digest
+from dllm.config import EvaluationConfig, did_you_mean, digest
 from dllm.evaluation.code_tasks import metric_names, sandboxed_scoring, scored_by_programs
-from dllm.evaluation.settings import EvaluationConfig
 from dllm.provenance import directory_digest
 
 OURS = Path(__file__).parent / "tasks"

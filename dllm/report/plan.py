@@ -1,8 +1,13 @@
-"""What a report shows: a frozen, validated plan. It receives a dict and reads no file."""
+"""What a report shows: a frozen, validated plan, read from the project. It reads no file."""
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from dllm.config import CurveEntry, EvaluationEntry, Project
 
 Recipe = Literal["published", "corrected"]
 RECIPES: tuple[Recipe, ...] = ("published", "corrected")
@@ -24,6 +29,11 @@ class PlannedRun(_Entry):
     family: str = ""
     """Encoder family, for the first claim; by default the label up to its first hyphen or space."""
 
+    @classmethod
+    def of(cls, project: Project, curve: CurveEntry) -> PlannedRun:
+        """The run of a curve."""
+        return cls(run=curve.run, label=curve.label, recipe=_recipe(project, curve.run))
+
     @property
     def encoder_family(self) -> str:
         """The family, lower case: `ModernBERT-large` belongs to `modernbert`."""
@@ -37,6 +47,11 @@ class AblationRun(_Entry):
     """The weights it starts from, as the report calls them: `untuned`, `after Wikitext`, ..."""
     run: str
     recipe: Recipe = "corrected"
+
+    @classmethod
+    def of(cls, project: Project, curve: CurveEntry) -> AblationRun:
+        """The run of a curve, whose label says what it starts from."""
+        return cls(start=curve.label, run=curve.run, recipe=_recipe(project, curve.run))
 
 
 class ResultRow(_Entry):
@@ -55,6 +70,21 @@ class ResultRow(_Entry):
     """Label of the reported row that claim 4 compares this model with; names the large chat model."""
     benchmarks: tuple[str, ...] = ()
     """Names of the benchmarks it was scored on; empty means all."""
+
+    @classmethod
+    def of(cls, project: Project, name: str, *, again: bool) -> ResultRow:
+        """The row of an evaluation; again: whether it scores the model of another row another way."""
+        entry, reported = project.evaluations[name], project.reported
+        benchmarks = project.benchmarks_of(entry)
+        return cls(
+            run=name,
+            label=entry.label,
+            recipe="published" if entry.scorer == "published" else "corrected",
+            kind="again" if again else _kind(entry),
+            published_as=reported[entry.compare].label if entry.compare else "",
+            close_to=reported[entry.close_to].label if entry.close_to else "",
+            benchmarks=() if set(benchmarks) == set(_scored_benchmarks(project)) else tuple(benchmarks),
+        )
 
     @property
     def name(self) -> str:
@@ -75,6 +105,12 @@ class Benchmark(_Entry):
     """Score of guessing on the benchmark of the published numbers, if ours is a miniature of it; else `chance`."""
     metric: str = ""
     """Metric to show; by default the evaluation's headline metric."""
+
+    @classmethod
+    def of(cls, project: Project, name: str) -> Benchmark:
+        """The column of a benchmark."""
+        entry = project.benchmarks[name]
+        return cls(name=name, label=entry.label, chance=entry.chance, reported_chance=entry.reported_chance)
 
 
 class ReportedRow(_Entry):
@@ -101,6 +137,21 @@ class System(_Entry):
     """Of a model that was not trained here."""
     samples: str = ""
     """Name of its sample conversations, if there are any."""
+
+    @classmethod
+    def of(cls, project: Project, row: str) -> System:
+        """The system that a row scores, with the runs that made it and its sample conversations."""
+        entry = project.evaluations[row]
+        trained = project.runs.get(entry.checkpoint)
+        samples = (name for name, asked in project.samples.items() if asked.checkpoint == entry.checkpoint)
+        return cls(
+            row=row,
+            label=entry.label,
+            algorithm=trained.algorithm if trained else "",
+            stages=tuple(project.stages(entry.checkpoint)),
+            parameters=None if trained else project.models[entry.checkpoint].parameters,
+            samples=next(samples, ""),
+        )
 
 
 class DecisionRules(_Entry):
@@ -145,8 +196,34 @@ class ReportPlan(_Entry):
     """Systems that are compared with each other."""
     rules: DecisionRules = DecisionRules()
 
+    @classmethod
+    def of(cls, project: Project) -> ReportPlan:
+        """What the report of a project shows."""
+        shown, estimators = project.report, _rows_that_differ_in_estimator(project)
+        # systems have a table of their own for what they say
+        first = "" if shown.systems else next(iter(project.samples), "")
+        return cls(
+            title=shown.title,
+            toy=shown.toy,
+            pretraining=tuple(PlannedRun.of(project, curve) for curve in shown.pretraining),
+            openwebtext=tuple(PlannedRun.of(project, curve) for curve in shown.openwebtext),
+            ablation=tuple(AblationRun.of(project, curve) for curve in shown.ablation),
+            chat=tuple(PlannedRun.of(project, curve) for curve in shown.chat),
+            results=tuple(ResultRow.of(project, row, again=row in estimators[1:]) for row in project.evaluations),
+            benchmarks=tuple(Benchmark.of(project, name) for name in _scored_benchmarks(project)),
+            reported=tuple(
+                ReportedRow(label=row.label, source=row.source, note=row.note, values=dict(row.scores))
+                for row in project.reported.values()
+            ),
+            film=first,
+            samples=first,
+            speed=next(iter(project.speed), ""),
+            estimators=estimators,
+            systems=tuple(System.of(project, row) for row in shown.systems),
+        )
+
     @model_validator(mode="after")
-    def _names_exist(self) -> "ReportPlan":
+    def _names_exist(self) -> ReportPlan:
         benchmarks = [benchmark.name for benchmark in self.benchmarks]
         reported = [row.label for row in self.reported]
         for row in self.results:
@@ -245,3 +322,32 @@ def _check_unique(where: str, keys: list[tuple]) -> None:
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"report plan: {where} lists {' / '.join(key)} twice; keep one of them.")
+
+
+def _recipe(project: Project, run: str) -> Recipe:
+    return "published" if project.runs[run].recipe.startswith("published") else "corrected"
+
+
+def _kind(entry: EvaluationEntry) -> Literal["ours", "ar", "control"]:
+    if entry.control:
+        return "control"
+    return "ar" if entry.kind == "hf" else "ours"
+
+
+def _scored_benchmarks(project: Project) -> list[str]:
+    """The benchmarks that any row is scored on, in the order of their entries."""
+    used = {name for entry in project.evaluations.values() for name in project.benchmarks_of(entry)}
+    return [name for name in project.benchmarks if name in used]
+
+
+def _rows_that_differ_in_estimator(project: Project) -> tuple[str, ...]:
+    """The first row with a Monte Carlo estimator, after the one that differs from it in the estimator alone."""
+    for name, entry in project.evaluations.items():
+        scorer = project.scorers[entry.scorer]
+        for other, candidate in project.evaluations.items():
+            like = scorer.model_copy(update={"likelihood": project.scorers[candidate.scorer].likelihood})
+            same_model = candidate.checkpoint == entry.checkpoint and candidate.chat_template == entry.chat_template
+            estimators = scorer.likelihood.estimator, like.likelihood.estimator
+            if same_model and like == project.scorers[candidate.scorer] and estimators == ("mc", "auto"):
+                return other, name
+    return ()

@@ -31,7 +31,7 @@ from torch import Tensor
 from dllm import provenance
 from dllm.algorithms import algorithm_class
 from dllm.algorithms.base import Algorithm, part_of_state
-from dllm.config import RunConfig, digest, read_yaml, too_few_tokens, write_when_changed
+from dllm.config import RunConfig, digest, read_yaml, write_when_changed
 from dllm.core.precision import has_fast_bf16
 from dllm.data.collate import ResponseEnd
 from dllm.data.stream import StreamedRows, open_corpus
@@ -74,17 +74,12 @@ class Plan:
 
 
 def make_plan(config: RunConfig, rows: int, ranks: int) -> Plan:
-    """Sizes of a run on `ranks` devices.
-
-    Raises ValueError if the global batch does not divide among them, or a row may not fit into a micro-batch.
-    """
+    """Sizes of a run on `ranks` devices. Raises ValueError if the global batch does not divide among them."""
     if config.global_batch_size % ranks:
         raise ValueError(
             f"global_batch_size = {config.global_batch_size} does not divide by {ranks} processes; "
             "change one of them (the global batch is part of the experiment, the number of processes is not)"
         )
-    if config.micro_batch_tokens is not None and config.micro_batch_tokens < config.length:
-        raise ValueError(f"{config.name}: {too_few_tokens(config.micro_batch_tokens, config.length)}")
     per_epoch = steps_per_epoch(config, rows)
     total = config.steps or max(1, round(config.epochs * per_epoch))
     last = min(total, config.stop_after or total)

@@ -1,8 +1,7 @@
 """Sample conversations and the filmstrip: what the report reads."""
 
 from dllm.chat.samples import samples
-from dllm.chat.settings import SampleConfig
-from dllm.config import GenerateSettings
+from dllm.config import GenerateSettings, SampleConfig
 
 
 def config(**changes) -> SampleConfig:

@@ -6,7 +6,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dllm.chat.settings import SpeedConfig
 from dllm.chat.speed import (
     Question,
     compare,
@@ -16,7 +15,7 @@ from dllm.chat.speed import (
     read_questions,
     token_agreement,
 )
-from dllm.config import GenerateSettings
+from dllm.config import GenerateSettings, SpeedConfig
 
 
 @pytest.mark.parametrize(

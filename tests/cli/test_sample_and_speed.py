@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from dllm.chat.settings import SampleConfig, SpeedConfig
 from dllm.cli.main import main
-from dllm.config import GenerateSettings, write_when_changed
+from dllm.config import GenerateSettings, SampleConfig, SpeedConfig, write_when_changed
 
 OPTIONS = ("--new-tokens", "16", "--block-size", "8", "--device", "cpu")
 FACTS = {"run": "chat-toy", "generation": GenerateSettings(max_new_tokens=16, block_size=8)}

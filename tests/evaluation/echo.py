@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-from dllm.evaluation.settings import EvaluationConfig
+from dllm.config import EvaluationConfig
 
 NATS_PER_UNKNOWN_WORD = 2.0
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}" + (

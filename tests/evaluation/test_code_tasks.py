@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from dllm import synthetic
+from dllm.config import EvaluationConfig
 from dllm.evaluation import code_tasks, evaluate
 from dllm.evaluation.code_tasks import PROGRAMS, EvaluateStandIn, pass_at_k, sandboxed_scoring
 from dllm.evaluation.evaluate import evaluate_benchmark
 from dllm.evaluation.sandbox import Outcome
-from dllm.evaluation.settings import EvaluationConfig
 
 from .echo import TEMPLATE
 

@@ -83,7 +83,7 @@ def test_without_a_terminal_progress_is_a_line_per_tenth():
 
 def test_help_and_settings_load_neither_torch_nor_lm_eval():
     code = (
-        "import sys, argparse\nimport dllm.cli.evaluate as c, dllm.evaluation.settings, dllm.evaluation.evaluate\n"
+        "import sys, argparse\nimport dllm.cli.evaluate as c, dllm.evaluation.evaluate\n"
         "c.add_arguments(argparse.ArgumentParser())\n"
         "assert not {'torch', 'lm_eval', 'transformers', 'datasets', 'numpy'} & set(sys.modules)"
     )

@@ -1,0 +1,77 @@
+"""Every setting of the project: what may be written in `config/*.yaml`, and what a job is told.
+
+*Settings* are what functions take, *entries* what a person writes, *jobs* what a command reads: an entry merged,
+checked and with every name replaced by a path. This package reads YAML for everybody else and imports no torch, so that
+planning and `--help` stay quick.
+"""
+
+from dllm.config.entries import (
+    HARDWARE,
+    NAME,
+    REVISION,
+    BenchmarkEntry,
+    BenchmarkSize,
+    CurveEntry,
+    DatasetEntry,
+    EvaluationEntry,
+    ModelEntry,
+    Project,
+    ReportedEntry,
+    ReportEntry,
+    RunEntry,
+    SampleEntry,
+    Shape,
+    SpeedEntry,
+)
+from dllm.config.jobs import (
+    DataPart,
+    DownloadConfig,
+    EvaluationConfig,
+    PrepareConfig,
+    RunConfig,
+    SampleConfig,
+    SpeedConfig,
+    checkpoint_path,
+    digest,
+    download_configs,
+    download_name,
+    evaluation_configs,
+    prepare_configs,
+    prepared_name,
+    run_configs,
+    sample_configs,
+    schema,
+    speed_configs,
+    write_when_changed,
+)
+from dllm.config.reading import CONFIG_FILES, ConfigError, load_project, read_config, read_yaml, with_scalar
+from dllm.config.rules import launch_fault
+from dllm.config.settings import (
+    DECODING_OPTIONS,
+    AdapterSettings,
+    EditSampling,
+    EditSettings,
+    GenerateSettings,
+    LikelihoodSettings,
+    OptimizerSettings,
+    Recipe,
+    Resources,
+    Scorer,
+    Settings,
+    checked_options,
+    did_you_mean,
+    option,
+    overlaid,
+)
+
+__all__ = [
+    "AdapterSettings", "BenchmarkEntry", "BenchmarkSize", "CONFIG_FILES", "ConfigError", "CurveEntry",
+    "DECODING_OPTIONS", "DataPart", "DatasetEntry", "DownloadConfig", "EditSampling", "EditSettings",
+    "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry", "NAME",
+    "OptimizerSettings", "PrepareConfig", "Project", "REVISION", "Recipe", "ReportEntry", "ReportedEntry",
+    "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer", "Settings", "Shape", "SpeedConfig",
+    "SpeedEntry", "checked_options", "checkpoint_path", "did_you_mean", "digest", "download_configs", "download_name",
+    "evaluation_configs", "launch_fault", "load_project", "option", "overlaid", "prepare_configs", "prepared_name",
+    "read_config", "read_yaml", "run_configs", "sample_configs", "schema", "speed_configs", "with_scalar",
+    "write_when_changed",
+]  # fmt: skip

@@ -1,0 +1,279 @@
+"""Entries: what a person writes in `config/*.yaml`. One entry reads as one sentence; an overlay holds what differs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, get_args
+
+from pydantic import model_validator
+
+from dllm.config.rules import launch_fault, raise_first
+from dllm.config.settings import Recipe, Resources, Scorer, Settings, option
+from dllm.config.shared import RunSettings, SampleSettings, SpeedSettings, TaskSettings
+
+NAME = re.compile(r"^[a-z0-9]+([.-][a-z0-9]+)*$")
+REVISION = re.compile(r"^[0-9a-f]{40}$")
+
+HardwareName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "rtx-4090", "cpu"]
+HARDWARE: tuple[HardwareName, ...] = get_args(HardwareName)
+"""Names of what `dllm plan` can plan for; the figures are in `dllm.planning.hardware`."""
+
+
+class Shape(Settings):
+    """Sizes of a published architecture, as its config.json states them: known before the weights are fetched."""
+
+    model_type: str = option(..., "architecture, as transformers names it")
+    layers: int = option(..., "layers", gt=0)
+    width: int = option(..., "size of the hidden states", gt=0)
+    heads: int = option(..., "attention heads", gt=0)
+    kv_heads: int | None = option(None, "heads of keys and values; none means as many", gt=0)
+    head_width: int | None = option(None, "size of a head; none means width / heads", gt=0)
+    intermediate: int = option(..., "inner size of the feed-forward part", gt=0)
+    vocabulary: int = option(..., "rows of the embedding", gt=0)
+    positions: int = option(..., "longest row, in tokens", gt=0)
+    token_types: int = option(0, "kinds of segments with an embedding of their own", ge=0)
+    window: int | None = option(None, "positions that a local layer sees", gt=0)
+    global_every: int = option(1, "every so many layers one sees all positions; the others are local", gt=0)
+    tied: bool = option(True, "the embedding is the output matrix too")
+
+
+class Pinned(Settings):
+    """Something that may be a repository of the hub, at one commit."""
+
+    hub: str | None = option(None, "hub repository")
+    revision: str | None = option(None, "40-digit commit; a branch name is refused")
+
+    @model_validator(mode="after")
+    def one_commit(self) -> Pinned:
+        if self.hub and not (self.revision and REVISION.match(self.revision)):
+            raise ValueError(
+                f"revision = {self.revision!r} is not a pinned commit; allowed: 40 hexadecimal digits; "
+                "look the commit up on the hub's page of the repository"
+            )
+        return self
+
+
+class ModelEntry(Pinned):
+    """A backbone: a pinned hub repository, or a new stock model with seeded random weights."""
+
+    new: dict[str, Any] | None = option(None, "transformers config of a model made from a seed (model_type first)")
+    published: Literal["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"] | None = option(
+        None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
+    )
+    seed: int = option(0, "seed of a new model's weights")
+    tokenizer: str | None = option(None, "dataset that brings the tokenizer of a new model")
+    family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
+    prediction: Literal["in_place", "next"] = option("in_place", "whether position i scores token i or token i + 1")
+    mask_token: str = option(
+        "[MASK]", "token that stands for a masked position; a decoder whose tokenizer has none is given it"
+    )
+    end_token: str = option("[PAD]", "end of text, padding and start in one")
+    end_of_turn: str = option("[/Answer]", "string that ends an answer")
+    chat_template: Literal["bert", "own"] = option("bert", "our plain-text template, or the tokenizer's own")
+    # for planning only, and so no part of what a job is told: a better estimate reruns nothing
+    parameters: int | None = option(None, "number of parameters, for planning", gt=0, exclude=True)
+    shape: Shape | None = option(None, "sizes of a hub model, for planning", exclude=True)
+    licence: str | None = option(None, "licence as its card states it", exclude=True)
+
+    @model_validator(mode="after")
+    def one_source(self) -> ModelEntry:
+        if (self.hub is None) == (self.new is None):
+            raise ValueError("needs exactly one of `hub` and `new`")
+        if self.new and not self.tokenizer:
+            raise ValueError("a `new` model needs `tokenizer`: the dataset that brings one")
+        if self.published and not self.new:
+            raise ValueError(f"published = {self.published!r} is for a `new` model; leave it out of a hub model")
+        return self
+
+
+class DatasetEntry(Pinned):
+    """Rows of text or of conversations: a pinned hub repository, a part of the synthetic world, or a mixture."""
+
+    config: str | None = option(None, "the repository's configuration")
+    world: str | None = option(
+        None, "part of the synthetic world (wikitext, openwebtext, alpaca, tulu, smoltalk, code, all)"
+    )
+    seed: int = option(0, "seed of the synthetic world")
+    mix: list[str] | None = option(None, "names of datasets, concatenated split by split")
+    kind: Literal["text", "alpaca", "messages", "benchmark", "world"] = option("text", "how a row is read")
+    test_split: str | None = option(None, "name of the set's own test split")
+    test_share: float = option(0.05, "share held out where the set has no test split", ge=0, lt=1)
+    split_seed: int = option(42, "seed of that split")
+    append_eos: bool = option(True, "one EOS after every row of text")
+    drop_unusable: bool = option(False, "drop rows without messages or with an empty turn, counted, and do not stop")
+    rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
+    stream: bool = option(False, "read its shards over the network while training, and store only one: the test rows")
+    shuffle_rows: int = option(16_384, "rows of text shuffled together while a set is streamed", gt=0)
+    licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
+    # for planning only, until the set is prepared and counted
+    documents: int | None = option(None, "rows of the train split, about, for planning", gt=0, exclude=True)
+    tokens: int | None = option(None, "tokens of the train split, about, for planning", gt=0, exclude=True)
+    test_documents: int | None = option(None, "rows of its own test split, for planning", gt=0, exclude=True)
+    target_share: float | None = option(
+        None, "share of a conversation's tokens in its last answer, for planning", gt=0, le=1, exclude=True
+    )
+
+    @model_validator(mode="after")
+    def one_source(self) -> DatasetEntry:
+        if sum(x is not None for x in (self.hub, self.world, self.mix)) != 1:
+            raise ValueError("needs exactly one of `hub`, `world` and `mix`")
+        if self.stream and (self.hub is None or self.kind != "text" or self.test_split or self.rows):
+            raise ValueError(
+                "stream = true is for text from the hub that is used whole and has no test split of its own; "
+                "leave out `test_split` and `rows`, or set stream to false"
+            )
+        return self
+
+
+class RunEntry(RunSettings):
+    """One training run; `init` names a model or another run, which is the edge of the graph."""
+
+    like: str | None = option(None, "another run whose settings are taken where this entry has none")
+    recipe: str = option("corrected", "name of a recipe")
+    launch: Literal["cpu", "gpu", "ddp", "zero1", "zero2", "zero3", "fsdp"] = option("ddp", "file in config/accelerate")
+    resources: Resources = option(Resources(), "what a cluster job asks for")
+
+    @model_validator(mode="after")
+    def can_be_launched(self) -> RunEntry:
+        quantized = self.adapter is not None and self.adapter.kind == "qlora"
+        raise_first(launch_fault(self.launch, self.optimizer.name, quantized=quantized))
+        return self
+
+
+class BenchmarkSize(Settings):
+    """What a benchmark asks, about, for planning."""
+
+    documents: int = option(..., "questions", gt=0)
+    tasks: int = option(1, "tasks of the group that it is; `documents` of a benchmark counts for each of them", gt=0)
+    choices: int = option(0, "answers scored per question; 0 means a free answer is generated", ge=0)
+    prompt_tokens: int = option(..., "mean prompt, examples included", gt=0)
+    answer_tokens: int = option(1, "mean length of a scored answer", gt=0)
+    one_prompt: bool = option(True, "whether the answers of a question continue the same prompt")
+    greedy: bool = option(False, "whether it is also asked if the answer is the greedy one")
+
+
+class BenchmarkEntry(TaskSettings):
+    """One benchmark setting: an lm-eval task and what is reported of it."""
+
+    label: str = option(..., "column head of the results table")
+    tasks_from: Literal["stock", "miniature"] = option("stock", "lm-eval's own task files, or our miniatures")
+    dataset: str | None = option(None, "dataset whose downloaded files the task reads")
+    shots: int = option(0, "examples in the prompt", ge=0)
+    also: list[str] = option([], "further metrics to report")
+    chance: float = option(0.0, "score of guessing, as a share", ge=0, le=1)
+    reported_chance: float | None = option(
+        None, "score of guessing on the benchmark of the published numbers, if this is a miniature of it", ge=0, le=1
+    )
+    documents: int | None = option(None, "score only the first documents of each task", gt=0)
+    by_name: bool = option(False, "only for rows that name it in `benchmarks`, not for those that have all")
+    size: BenchmarkSize | None = option(None, "what it asks, for planning")
+
+
+class EvaluationEntry(Settings):
+    """One row of the results table: a checkpoint, scored on benchmarks."""
+
+    checkpoint: str = option(..., "run or model")
+    label: str = option(..., "row head of the results table")
+    kind: Literal["dllm", "hf"] = option("dllm", "`hf`: an autoregressive model, through lm-eval's own adapter")
+    scorer: str = option("corrected", "name of a scorer")
+    benchmarks: list[str] | None = option(None, "names; none means all that are not `by_name`")
+    chat_template: bool = option(True, "wrap prompts in the chat template, as in training")
+    generation: dict[str, Any] = option({}, "what it changes of the benchmarks' samplers")
+    precision: Literal["fp32", "mixed", "bf16"] | None = option(
+        None, "as of a scorer; none means that of this row's scorer"
+    )
+    compare: str | None = option(None, "row of the reported table to compare with")
+    close_to: str | None = option(None, "reported row that this model is claimed to come close to")
+    control: bool = option(False, "a model that should stay at chance")
+    resources: Resources = option(Resources(), "what a cluster job asks for")
+
+
+class SpeedEntry(SpeedSettings):
+    """Steps against time and quality, measured on one run."""
+
+    checkpoint: str = option(..., "run")
+    questions: str = option(
+        ...,
+        "jsonl or parquet file under a download: `<dataset>/<file>`, rows with question and answer, or with choices; "
+        "`*` stands for several files",
+    )
+    documents: int = option(64, "questions asked", gt=0)
+
+
+class SampleEntry(SampleSettings):
+    """Conversations and the filmstrip shown in the report."""
+
+    checkpoint: str = option(..., "run")
+    film: str = option(..., "prompt of the filmstrip")
+
+
+class CurveEntry(Settings):
+    """One curve of a figure."""
+
+    run: str = option(..., "run")
+    label: str = option(..., "name in the legend")
+
+
+class ReportEntry(Settings):
+    """What the report shows."""
+
+    title: str = option(..., "title of the page")
+    toy: bool = option(False, "say plainly that these are toy numbers")
+    pretraining: list[CurveEntry] = option([], "encoders on Wikitext")
+    openwebtext: list[CurveEntry] = option([], "pretraining on OpenWebText")
+    ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
+    chat: list[CurveEntry] = option([], "chat training")
+    systems: list[str] = option([], "evaluations whose models are compared with each other")
+
+
+class ReportedEntry(Settings):
+    """A published row of numbers, in percent, with its source."""
+
+    label: str = option(..., "row head")
+    source: str = option(..., "where it was published")
+    note: str = option("", "what a reader should know of it")
+    scores: dict[str, float | int] = option(..., "benchmark name to percent")
+
+
+class Project(Settings):
+    """Everything one work directory holds: entries by name."""
+
+    workdir: str = option(..., "where everything of this configuration is written")
+    cache: Literal["none", "dvc"] = option("none", "who keeps data and weights: DVC, or nobody but the work directory")
+    world_seed: int = option(0, "seed of the synthetic world")
+    hardware: HardwareName = option("cpu", "what the plan assumes of a GPU job (`cpu`: of every job)")
+    utilisation: float | None = option(None, "share of the hardware's peak that training reaches", gt=0, le=1)
+    models: dict[str, ModelEntry] = option(..., "backbones")
+    datasets: dict[str, DatasetEntry] = option(..., "datasets")
+    recipes: dict[str, Recipe] = option(..., "training recipes")
+    runs: dict[str, RunEntry] = option(..., "training runs")
+    scorers: dict[str, Scorer] = option(..., "ways to score")
+    benchmarks: dict[str, BenchmarkEntry] = option(..., "benchmarks")
+    evaluations: dict[str, EvaluationEntry] = option(..., "rows of the results table")
+    reported: dict[str, ReportedEntry] = option({}, "published rows")
+    samples: dict[str, SampleEntry] = option({}, "conversations shown in the report")
+    speed: dict[str, SpeedEntry] = option({}, "steps against time and quality")
+    report: ReportEntry = option(..., "the report")
+
+    def scorer_of(self, entry: EvaluationEntry) -> Scorer:
+        """The rules of an evaluation, in its own precision if it states one."""
+        scorer = self.scorers[entry.scorer]
+        return scorer if entry.precision is None else scorer.model_copy(update={"precision": entry.precision})
+
+    def benchmarks_of(self, entry: EvaluationEntry) -> list[str]:
+        """Names of the benchmarks that a row of the results table is scored on."""
+        return entry.benchmarks or [name for name, benchmark in self.benchmarks.items() if not benchmark.by_name]
+
+    def stages(self, run: str) -> list[str]:
+        """The runs that make a run, each of which starts from the one before, itself the last; none for a model."""
+        chain: list[str] = []
+        while run in self.runs:
+            chain.insert(0, run)
+            run = self.runs[run].init
+        return chain
+
+    def root_model(self, name: str) -> str:
+        """Name of the model at the root of a run's chain of `init`."""
+        while name in self.runs:
+            name = self.runs[name].init
+        return name

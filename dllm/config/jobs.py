@@ -1,0 +1,336 @@
+"""Jobs: what each command is told, and how a job follows from the entries. Paths are relative to the work directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from dllm.config.entries import BenchmarkEntry, DatasetEntry, EvaluationEntry, ModelEntry, Project, RunEntry
+from dllm.config.rules import raise_first, recipe_error
+from dllm.config.settings import Recipe, Scorer, Settings, option, overlaid
+from dllm.config.shared import RunSettings, SampleSettings, SpeedSettings, TaskSettings
+from dllm.provenance import write_atomically
+
+
+class Job(Settings):
+    """What one job is told."""
+
+    written_first: ClassVar[tuple[str, ...]] = ()
+    """Settings that its file begins with. A file whose text changes runs its job again, so their order stays."""
+
+    @model_serializer(mode="wrap")
+    def in_order(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written = write(self)
+        return {name: written[name] for name in (*self.written_first, *written) if name in written}
+
+
+class DownloadConfig(Job):
+    """What `dllm download` makes: one pinned model or dataset, or the synthetic world."""
+
+    name: str = option(..., "name of the directory below downloads/")
+    what: Literal["model", "dataset"] = option(..., "which of the two it is")
+    model: ModelEntry | None = option(None, "entry of the model")
+    dataset: DatasetEntry | None = option(None, "entry of the dataset")
+    tokenizer_path: str | None = option(None, "directory of the dataset that brings the tokenizer of a new model")
+
+
+class DataPart(Settings):
+    """One source of a prepared dataset."""
+
+    name: str = option(..., "name of the dataset")
+    path: str = option(..., "directory of the download")
+    entry: DatasetEntry = option(..., "its entry")
+
+
+class PrepareConfig(Job):
+    """What `dllm prepare` makes: token files of one dataset for one tokenizer and length."""
+
+    name: str = option(..., "name of the directory below data/")
+    parts: list[DataPart] = option(..., "datasets, concatenated split by split")
+    model_path: str = option(..., "directory of the model whose tokenizer is used")
+    model: ModelEntry = option(..., "its entry")
+    length: int = option(..., "longest row, in tokens")
+    split: Literal["disjoint", "overlapping"] = option(..., "as of a recipe")
+    rows: int | None = option(None, "use only the first rows of the shuffled train split")
+
+
+class RunConfig(Job, RunSettings):
+    """What `dllm train` is told, and nothing else."""
+
+    written_first = ("name", "algorithm", "init", "init_path", "model", "data", "data_path", "recipe_name", "recipe")
+
+    name: str = option(..., "name of the directory below runs/")
+    init_path: str = option(..., "directory of the model to start from")
+    model: ModelEntry = option(..., "entry of the model at the root of the chain of `init`")
+    data_path: str = option(..., "directory of the token files")
+    recipe_name: str = option(..., "name of the recipe")
+    recipe: Recipe = option(..., "the recipe itself")
+
+    @model_validator(mode="after")
+    def the_recipe_is_allowed(self) -> RunConfig:
+        if error := recipe_error(self.algorithm, self.recipe):
+            raise_first(f"recipe {self.recipe_name!r} {error}")
+        return self
+
+
+class EvaluationConfig(Job, TaskSettings):
+    """One number of the results table before it is known."""
+
+    written_first = (
+        *("run", "checkpoint", "model_kind", "benchmark", "task", "task_directory", "data", "revision", "shots"),
+        *("fewshot_as_multiturn", "chat_template", "metric", "filter", "further_metrics", "chance", "limit"),
+        *("generation", "scorer", "seed"),
+    )
+
+    run: str = option(..., "name of the evaluated row; the scores are written to evals/<run>/<benchmark>.json")
+    checkpoint: str = option(..., "directory of the model")
+    model_kind: Literal["dllm", "hf"] = option(
+        "dllm", "a diffusion model, or an autoregressive one through lm-eval's `hf`"
+    )
+    benchmark: str = option(..., "name of the benchmark")
+    task_directory: str | None = option(
+        None, "directory of task files: `miniature`, or a path; none means lm-eval's own task"
+    )
+    data: str | None = option(
+        None, "directory the task files read as {DATA}; of a stock task: the fetched snapshot of its dataset"
+    )
+    shots: int | None = option(None, "examples in the prompt; none keeps the task's own number", ge=0)
+    fewshot_as_multiturn: bool = option(False, "examples as turns of the conversation, not as one user turn")
+    chat_template: bool = option(True, "wrap prompts in the chat template, exactly as in training")
+    further_metrics: list[str] = option([], "metrics that must be there too: `acc_norm` or `exact_match,strict-match`")
+    chance: float | None = option(None, "score of guessing, as a share", ge=0, le=1)
+    limit: int | None = option(None, "score only the first documents of each task", gt=0)
+    scorer: Scorer = option(Scorer(), "rules of the likelihood")
+
+
+class SampleConfig(Job, SampleSettings):
+    """Conversations and the filmstrip shown in the report."""
+
+    written_first = ("run", "checkpoint", "conversations", "film_prompt")
+
+    run: str = option(..., "name of the sampled run")
+    checkpoint: str = option(..., "directory of the model")
+    film_prompt: str = option(..., "prompt of the filmstrip")
+
+
+class SpeedConfig(Job, SpeedSettings):
+    """Steps and decoding options against time and quality, measured on one run."""
+
+    written_first = ("run", "checkpoint", "questions", "prompt", "answer", "limit")
+
+    run: str = option(..., "name of the measured run")
+    checkpoint: str = option(..., "directory of the model")
+    questions: str = option(..., "jsonl file; rows with question and answer")
+    limit: int = option(64, "questions asked: the first ones of the file", gt=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names and paths
+
+
+def checkpoint_path(project: Project, name: str) -> str:
+    """Directory of the model that a run or a download brings."""
+    return f"runs/{name}/model" if name in project.runs else f"downloads/{name}"
+
+
+def download_name(project: Project, dataset: str) -> str:
+    """Name of the download that brings a dataset; all parts of the synthetic world are one download."""
+    return "pocket-world" if project.datasets[dataset].world else dataset
+
+
+def download_path(project: Project, dataset: str) -> str:
+    """Directory of the download that brings a dataset."""
+    return f"downloads/{download_name(project, dataset)}"
+
+
+def prepared_name(project: Project, run: str) -> str:
+    """Name of the token files a run reads: dataset, tokenizer, length (and the published split, where asked for)."""
+    entry = project.runs[run]
+    root = project.root_model(run)
+    # a stand-in of a published family has that family's special tokens and template on top
+    tokenizer = root if project.models[root].published else project.models[root].tokenizer or root
+    leaky = "--overlapping" if _overlapping(project, entry) else ""
+    return f"{entry.data}--{tokenizer}--{entry.length}{leaky}"
+
+
+def _overlapping(project: Project, run: RunEntry) -> bool:
+    """Whether a run reads the published split: it concerns instruction sets that come without a test split (F7)."""
+    dataset = project.datasets[run.data]
+    parts = [project.datasets[name] for name in dataset.mix or [run.data]]
+    leaky = [part for part in parts if part.kind != "text" and part.test_split is None]
+    return bool(leaky) and project.recipes[run.recipe].split == "overlapping"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From entries to jobs
+
+
+def download_configs(project: Project) -> dict[str, DownloadConfig]:
+    """What must be fetched (or made), by name: only what a run or an evaluation uses."""
+    configs: dict[str, DownloadConfig] = {}
+
+    def need_dataset(name: str) -> None:
+        entry = project.datasets[name]
+        for part in entry.mix or []:
+            need_dataset(part)
+        if entry.mix is None:
+            download = download_name(project, name)
+            whole = DatasetEntry(world="all", seed=project.world_seed, kind="world") if entry.world else entry
+            configs[download] = DownloadConfig(name=download, what="dataset", dataset=whole)
+
+    def need_model(name: str) -> None:
+        entry = project.models[name]
+        path = None
+        if entry.tokenizer:
+            need_dataset(entry.tokenizer)
+            path = download_path(project, entry.tokenizer)
+        configs[name] = DownloadConfig(name=name, what="model", model=entry, tokenizer_path=path)
+
+    for name, run in project.runs.items():
+        need_model(project.root_model(name))
+        need_dataset(run.data)
+    for row in project.evaluations.values():
+        need_model(project.root_model(row.checkpoint))
+    for benchmark in project.benchmarks.values():
+        if benchmark.dataset:
+            need_dataset(benchmark.dataset)
+    return configs
+
+
+def prepare_configs(project: Project) -> dict[str, PrepareConfig]:
+    """The token files that the runs read, by name."""
+    configs: dict[str, PrepareConfig] = {}
+    for run, entry in project.runs.items():
+        name, root, dataset = prepared_name(project, run), project.root_model(run), project.datasets[entry.data]
+        if name in configs:  # models that share a tokenizer share its token files; the first one stands for all
+            continue
+        configs[name] = PrepareConfig(
+            name=name,
+            parts=[
+                DataPart(name=part, path=download_path(project, part), entry=project.datasets[part])
+                for part in dataset.mix or [entry.data]
+            ],
+            model_path=checkpoint_path(project, root),
+            model=project.models[root],
+            length=entry.length,
+            split="overlapping" if _overlapping(project, entry) else "disjoint",
+            rows=dataset.rows,
+        )
+    return configs
+
+
+def run_configs(project: Project) -> dict[str, RunConfig]:
+    """What each training run is told, by name."""
+    configs = {}
+    for name, entry in project.runs.items():
+        data = prepared_name(project, name)
+        configs[name] = RunConfig(
+            **_shared(entry, RunSettings, but="data"),
+            name=name,
+            init_path=checkpoint_path(project, entry.init),
+            model=project.models[project.root_model(name)],
+            data=data,
+            data_path=f"data/{data}",
+            recipe_name=entry.recipe,
+            recipe=project.recipes[entry.recipe],
+        )
+    return configs
+
+
+def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConfig]:
+    """What each evaluation is told, by row and benchmark of the results table."""
+    return {
+        (row, benchmark): _evaluation(project, row, entry, benchmark, project.benchmarks[benchmark])
+        for row, entry in project.evaluations.items()
+        for benchmark in project.benchmarks_of(entry)
+    }
+
+
+def _evaluation(
+    project: Project, row: str, entry: EvaluationEntry, name: str, benchmark: BenchmarkEntry
+) -> EvaluationConfig:
+    miniature = benchmark.tasks_from == "miniature"
+    data = None
+    if benchmark.dataset:
+        data = download_path(project, benchmark.dataset) + ("/benchmarks" if miniature else "")
+    return EvaluationConfig(
+        **_shared(benchmark, TaskSettings, but="generation"),
+        run=row,
+        checkpoint=checkpoint_path(project, entry.checkpoint),
+        model_kind=entry.kind,
+        benchmark=name,
+        task_directory="miniature" if miniature else None,
+        data=data,
+        shots=benchmark.shots,
+        fewshot_as_multiturn=entry.chat_template and benchmark.shots > 0,
+        chat_template=entry.chat_template,
+        further_metrics=benchmark.also,
+        chance=benchmark.chance,
+        limit=benchmark.documents,
+        generation=overlaid(benchmark.generation, entry.generation),
+        scorer=project.scorer_of(entry),
+    )
+
+
+def sample_configs(project: Project) -> dict[str, SampleConfig]:
+    """What `dllm sample` is told for the report, by name."""
+    return {
+        name: SampleConfig(
+            **_shared(entry, SampleSettings),
+            run=name,
+            checkpoint=checkpoint_path(project, entry.checkpoint),
+            film_prompt=entry.film,
+        )
+        for name, entry in project.samples.items()
+    }
+
+
+def speed_configs(project: Project) -> dict[str, SpeedConfig]:
+    """What `dllm speed` is told, by name."""
+    configs = {}
+    for name, entry in project.speed.items():
+        dataset, _, file = entry.questions.partition("/")
+        configs[name] = SpeedConfig(
+            **_shared(entry, SpeedSettings),
+            run=name,
+            checkpoint=checkpoint_path(project, entry.checkpoint),
+            questions=f"{download_path(project, dataset)}/{file}",
+            limit=entry.documents,
+        )
+    return configs
+
+
+def _shared(entry: Settings, settings: type[Settings], *, but: str = "") -> dict[str, Any]:
+    """The settings that an entry and its job have in common, except one that the job resolves."""
+    return {name: getattr(entry, name) for name in settings.model_fields if name != but}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def digest(settings: BaseModel | dict[str, Any]) -> str:
+    """Hexadecimal SHA-256 of a settings object's canonical JSON."""
+    content = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_when_changed(path: str | Path, settings: BaseModel | dict[str, Any]) -> Path:
+    """Write a config as YAML, atomically and only if its content differs, and return its path."""
+    path = Path(path)
+    content = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=118)
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return path
+    write_atomically(path, text)
+    return path
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the merged configuration, for editors."""
+    return Project.model_json_schema()

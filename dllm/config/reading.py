@@ -1,0 +1,237 @@
+"""From YAML files to a checked project: reading, merging, and errors of one line that name file, key and value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dllm.config.entries import Project
+from dllm.config.references import problems
+from dllm.config.settings import did_you_mean, lower_first, message_of
+
+CONFIG_FILES = ("models", "datasets", "experiments", "benchmarks", "reported")
+
+Mapping = dict[str, Any]
+Location = tuple[str | int, ...]
+"""Keys from the top of the configuration to a value."""
+Origin = Callable[[Location], str]
+"""The file in which the value at a location is written."""
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration: one line with file, key, value, what is allowed and the next step."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (1e-4 is a number) and no duplicate keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    """A mapping, refusing a key written twice (the later one would silently win); `<<` may be overridden."""
+    written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    for key, _ in node.value:
+        if written.count(key.value) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+    loader.flatten_mapping(node)
+    return {loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+# an integer must stay an integer although the float pattern above also matches it
+_Loader.yaml_implicit_resolvers = {
+    first: sorted(resolvers, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: str | Path) -> Mapping:
+    """The mapping in a YAML file. Raises ConfigError (one line) if it is missing, unreadable or not a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file; check the path, or run the workflow from the repository root"
+        ) from None
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{path}: cannot be read ({fault}); check its permissions and encoding") from None
+    try:
+        content = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as fault:
+        mark = getattr(fault, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(fault, 'problem', fault)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__}, not a mapping; see docs/configuration.md")
+    return content
+
+
+def with_scalar(path: str | Path, location: tuple[str, ...], value: str) -> str:
+    """The text of a YAML file with one text replaced where it is written: comments and layout stay as they are.
+
+    Raises ConfigError if nothing is written at that location.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key in location:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((found for name, found in pairs if name.value == key), None)
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{path}: {'.'.join(location)} is not written there; correct it by hand")
+    plain = yaml.load(value, Loader=_Loader) == value  # a commit of digits alone would be read as a number
+    return text[: node.start_mark.index] + (value if plain else f"'{value}'") + text[node.end_mark.index :]
+
+
+def read_config(path: str | Path, model: type[Model]) -> Model:
+    """A job's config file as `model`. Raises ConfigError with file, key and value."""
+    content = read_yaml(path)
+    try:
+        return model.model_validate(content)
+    except ValidationError as fault:
+        raise ConfigError(_describe(fault, model, lambda location: str(path))) from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Merging
+
+
+def load_project(config_directory: str | Path, *overlays: str | Path | Mapping) -> Project:
+    """The merged and checked project: `config/*.yaml` with overlays on top, later ones over earlier ones.
+
+    An overlay is a YAML file, or an already read mapping (called "overlay" in messages). In an overlay, null removes
+    an entry, and `replaces` names the sections of which it keeps nothing that was there before.
+    Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
+    """
+    merged: Mapping = {}
+    origins: dict[Location, str] = {}
+    last = ""
+    for source in (*(Path(config_directory) / f"{stem}.yaml" for stem in CONFIG_FILES), *overlays):
+        content, last = (source, "overlay") if isinstance(source, dict) else (read_yaml(source), str(source))
+        _merge(merged, _emptied(merged, content, last), last, origins)
+
+    def origin(location: Location) -> str:
+        known = (origins[location[:size]] for size in range(len(location), 0, -1) if location[:size] in origins)
+        return next(known, last)
+
+    _inherit(merged, origin)
+    try:
+        project = Project.model_validate(merged)
+    except ValidationError as fault:
+        raise ConfigError(_describe(fault, Project, origin)) from None
+    for location, line in problems(project):
+        raise ConfigError(f"{origin(location)}: {line}")
+    return project
+
+
+def _emptied(merged: Mapping, content: Mapping, source: str) -> Mapping:
+    """The content of an overlay without `replaces`, a list of sections, which are emptied in `merged`."""
+    replaced = content.get("replaces", [])
+    for section in replaced if isinstance(replaced, list) else [replaced]:
+        if not isinstance(merged.get(section), dict):
+            known = [name for name, value in merged.items() if isinstance(value, dict)]
+            raise ConfigError(
+                f"{source}: replaces = {section!r} is no section of the files before it. "
+                f"{did_you_mean(section, known)} Write it as a list: replaces: [runs, evaluations]"
+            )
+        merged[section] = {}
+    return {key: value for key, value in content.items() if key != "replaces"}
+
+
+def _merge(base: Mapping, update: Mapping, source: str, origins: dict[Location, str], path: Location = ()) -> None:
+    """Lay `update` over `base` in place, mapping by mapping, and note where each key came from."""
+    for key, value in update.items():
+        here = (*path, key)
+        if value is None and path:
+            base.pop(key, None)
+        elif isinstance(value, dict):
+            if not isinstance(base.get(key), dict) or key == "new":  # two architectures are never mixed
+                base[key] = {}
+            _merge(base[key], value, source, origins, here)
+        else:
+            base[key] = value
+        origins[here] = source
+
+
+def _inherit(merged: Mapping, origin: Origin) -> None:
+    """Replace `like: other` in runs and recipes by the other entry's settings, where the entry has none."""
+    for section in ("runs", "recipes"):
+        entries = merged.get(section)
+        if isinstance(entries, dict):
+            merged[section] = {name: _resolved(section, entries, name, origin) for name in entries}
+
+
+def _resolved(section: str, entries: Mapping, name: str, origin: Origin, chain: tuple[str, ...] = ()) -> Any:
+    """An entry with everything it takes over from the entries it is like."""
+    entry = entries[name]
+    if not isinstance(entry, dict) or "like" not in entry:
+        return entry
+    other = entry["like"]
+    where = f"{origin((section, name, 'like'))}: {section}.{name}.like = {other!r}"
+    if other not in entries:
+        raise ConfigError(f"{where} is no entry of {section}. {did_you_mean(other, entries)}")
+    if other in chain:
+        raise ConfigError(f"{where} goes round in a circle: {' -> '.join((*chain, name))}")
+    parent = _resolved(section, entries, other, origin, (*chain, name))
+    budget = {"steps", "epochs"} & entry.keys()
+    inherited = {key: value for key, value in parent.items() if not (budget and key in ("steps", "epochs"))}
+    return _overlaid(inherited, {key: value for key, value in entry.items() if key != "like"})
+
+
+def _overlaid(base: Mapping, update: Mapping) -> Mapping:
+    """Two mappings merged, mapping by mapping; `update` wins."""
+    result = dict(base)
+    for key, value in update.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _overlaid(result[key], value) if both else value
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def _describe(fault: ValidationError, model: type[BaseModel], origin: Origin) -> str:
+    """The first error of a validation as one line: file: key = value, what is wrong, what is allowed."""
+    errors = fault.errors()
+    # a misspelt key also leaves its right spelling missing: the misspelling says more
+    error = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    location = error["loc"]
+    key = ".".join(str(part) for part in location)
+    where = f"{origin(location)}: {key}" if key else origin(location)
+    if error["type"] == "extra_forbidden":
+        return f"{where} is not a setting. {did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))}"
+    if error["type"] == "missing":
+        return f"{where} is missing; it is needed here"
+    if error["type"] == "value_error":
+        return f"{where}: {message_of(error)}"
+    return f"{where} = {error['input']!r}: {lower_first(message_of(error))}"
+
+
+def _fields_at(annotation: Any, location: Location) -> list[str]:
+    """Names of the settings allowed at a location below a type (as far as can be told, for did-you-mean)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not location:
+            return list(annotation.model_fields)
+        field = annotation.model_fields.get(str(location[0]))
+        return _fields_at(field.annotation, location[1:]) if field else []
+    arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
+    if not arguments:
+        return []
+    # the keys of a dict and the places of a list are free; a union `Model | None` has no level of its own
+    return _fields_at(arguments[-1], location[1:] if get_origin(annotation) in (dict, list) else location)

@@ -1,0 +1,181 @@
+"""Names that entries mention: a table of references, and the rules that reach over several entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dllm.config.entries import NAME, Project
+from dllm.config.rules import recipe_error
+from dllm.config.settings import GenerateSettings, did_you_mean, overlaid
+
+Problem = tuple[tuple[str, ...], str]
+"""Where something is wrong (section, entry, keys), and the error line without its file."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A setting of a section's entries that names entries of other sections: `section.*.key`."""
+
+    section: str
+    key: str
+    targets: tuple[str, ...]
+
+    def problems(self, project: Project) -> Iterator[Problem]:
+        """Every name that does not exist."""
+        known = [name for target in self.targets for name in getattr(project, target)]
+        for name, entry in getattr(project, self.section).items():
+            for value in _names(getattr(entry, self.key)):
+                if value not in known:
+                    yield _unknown((self.section, name, self.key), value, self.targets, known)
+
+
+REFERENCES = (
+    Reference("models", "tokenizer", ("datasets",)),
+    Reference("datasets", "mix", ("datasets",)),
+    Reference("runs", "init", ("models", "runs")),
+    Reference("runs", "data", ("datasets",)),
+    Reference("runs", "recipe", ("recipes",)),
+    Reference("benchmarks", "dataset", ("datasets",)),
+    Reference("evaluations", "checkpoint", ("runs", "models")),
+    Reference("evaluations", "scorer", ("scorers",)),
+    Reference("evaluations", "benchmarks", ("benchmarks",)),
+    Reference("evaluations", "compare", ("reported",)),
+    Reference("evaluations", "close_to", ("reported",)),
+    Reference("samples", "checkpoint", ("runs",)),
+    Reference("speed", "checkpoint", ("runs",)),
+    Reference("reported", "scores", ("benchmarks",)),
+)
+
+NOUNS = {
+    "models": "a model",
+    "datasets": "a dataset",
+    "recipes": "a recipe",
+    "runs": "a run",
+    "scorers": "a scorer",
+    "benchmarks": "a benchmark",
+    "evaluations": "an evaluation",
+    "reported": "a reported row",
+}
+"""What an entry of a section is called."""
+
+CURVES = ("pretraining", "openwebtext", "ablation", "chat")
+"""Figures of the report that show training runs."""
+
+
+def problems(project: Project) -> Iterator[Problem]:
+    """Everything wrong between the entries of a project; each check relies on the ones before it."""
+    yield from _unusable_names(project)
+    for reference in REFERENCES:
+        yield from reference.problems(project)
+    for check in CHECKS:
+        yield from check(project)
+
+
+def _names(value: Any) -> Iterable[str]:
+    """The names in a setting: none, one, or the items of a list or keys of a mapping."""
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def _unknown(path: tuple[str, ...], value: str, targets: tuple[str, ...], known: list[str]) -> Problem:
+    nouns = [NOUNS[target] for target in targets]
+    what = f"neither {' nor '.join(nouns)}" if len(nouns) > 1 else f"not {nouns[0]}"
+    return path, f"{'.'.join(path)} = {value!r} is {what}. {did_you_mean(value, known)}"
+
+
+def _unusable_names(project: Project) -> Iterator[Problem]:
+    """Names become file names, and `init` names a model or a run."""
+    for section in ("models", "datasets", "runs", "benchmarks", "evaluations"):
+        for name in getattr(project, section):
+            if not NAME.match(name):
+                yield (
+                    (section, name),
+                    f"{section}.{name} is not a usable name; allowed: lower-case letters, digits, '.' and '-', because "
+                    "it becomes a file name",
+                )
+    for name in sorted(set(project.models) & set(project.runs)):
+        yield (
+            ("runs", name),
+            f"{name!r} names both a model and a run, so `init: {name}` is ambiguous; rename one, or set "
+            f"models.{name}: null in the overlay",
+        )
+
+
+def _streamed_data(project: Project) -> Iterator[Problem]:
+    """A streamed dataset is no part of a mixture, and how many rows it has is not known."""
+    for name, dataset in project.datasets.items():
+        for part in dataset.mix or []:
+            if project.datasets[part].stream:
+                yield (
+                    ("datasets", name, "mix"),
+                    f"datasets.{name}.mix = {part!r} is streamed, which a part of a mixture cannot be; set stream: "
+                    f"false in the entry of {part!r}",
+                )
+    for name, run in project.runs.items():
+        if project.datasets[run.data].stream and run.epochs is not None:
+            yield (
+                ("runs", name, "epochs"),
+                f"runs.{name}.epochs = {run.epochs:g}, but {run.data!r} is streamed: how many rows it has is not known "
+                "beforehand; give `steps` in place of `epochs`",
+            )
+
+
+def _recipes_of_algorithms(project: Project) -> Iterator[Problem]:
+    """A run's recipe asks nothing that its algorithm does not allow."""
+    for name, run in project.runs.items():
+        if error := recipe_error(run.algorithm, project.recipes[run.recipe]):
+            yield ("runs", name, "recipe"), f"runs.{name}.recipe = {run.recipe!r} {error}"
+
+
+def _circles(project: Project) -> Iterator[Problem]:
+    """A chain of `init` ends at a model."""
+    for name in project.runs:
+        seen = [name]
+        while (start := project.runs[seen[-1]].init) in project.runs:
+            if start in seen:
+                yield (
+                    ("runs", name, "init"),
+                    f"runs.{name}.init goes round in a circle: {' -> '.join([*seen, start])}; start one of them from "
+                    "a model",
+                )
+                break
+            seen.append(start)
+
+
+def _samplers(project: Project) -> Iterator[Problem]:
+    """What a row changes of the benchmarks' samplers are settings of a sampler."""
+    for name, entry in project.evaluations.items():
+        try:
+            overlaid(GenerateSettings(), entry.generation)
+        except ValueError as fault:
+            yield ("evaluations", name, "generation"), f"evaluations.{name}.generation: {fault}"
+
+
+def _questions(project: Project) -> Iterator[Problem]:
+    """Questions are files of a dataset."""
+    for name, entry in project.speed.items():
+        if (dataset := entry.questions.split("/")[0]) not in project.datasets:
+            yield _unknown(("speed", name, "questions"), dataset, ("datasets",), list(project.datasets))
+
+
+def _shown(project: Project) -> Iterator[Problem]:
+    """The report shows runs and evaluations that there are."""
+    for section in CURVES:
+        for curve in getattr(project.report, section):
+            if curve.run not in project.runs:
+                yield _unknown(("report", section, "run"), curve.run, ("runs",), list(project.runs))
+    for name in project.report.systems:
+        if name not in project.evaluations:
+            yield _unknown(("report", "systems"), name, ("evaluations",), list(project.evaluations))
+
+
+CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (
+    _streamed_data,
+    _circles,
+    _recipes_of_algorithms,
+    _samplers,
+    _questions,
+    _shown,
+)
+"""What the existence of a name does not show."""

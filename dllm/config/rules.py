@@ -1,0 +1,124 @@
+"""Rules that several settings obey together, each checked in one place. A function returns the error's text, or None.
+
+The table RULES says what each algorithm allows; everything else here concerns devices and memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dllm.config.settings import AdapterSettings, OptimizerSettings, Recipe
+
+AlgorithmName = Literal["mdlm", "bd3lm", "mlm", "ar", "edit_flows"]
+
+
+@dataclass(frozen=True)
+class AlgorithmRules:
+    """What the recipes and runs of one algorithm may say."""
+
+    normalisations: tuple[str, ...] = ("token",)
+    clipped_times: bool = False
+    """Whether it can be trained on a part of the diffusion times (`time_low`, `time_high`)."""
+    response_ends: tuple[str, ...] = ("fill", "block", "one")
+    layouts: tuple[str, ...] = ("packed", "padded")
+    head_chunk: bool = True
+    """Whether its logits can be computed a chunk of targets at a time."""
+
+
+RULES: dict[str, AlgorithmRules] = {
+    "mdlm": AlgorithmRules(normalisations=("token", "sequence", "batch")),
+    "bd3lm": AlgorithmRules(normalisations=("token", "sequence", "batch"), clipped_times=True),
+    "mlm": AlgorithmRules(),
+    "ar": AlgorithmRules(),
+    # its responses find their own length: EOS up to a boundary would be edits without a meaning
+    "edit_flows": AlgorithmRules(response_ends=("one",), layouts=("packed",), head_chunk=False),
+}
+
+
+def recipe_error(algorithm: AlgorithmName, recipe: Recipe) -> str | None:
+    """The end of the line for a recipe that an algorithm does not allow."""
+    rules = RULES[algorithm]
+    if recipe.normalisation not in rules.normalisations:
+        return (
+            f"has normalisation = {recipe.normalisation!r}; algorithm = {algorithm!r} allows "
+            f"{_listed(rules.normalisations)} only: take another recipe"
+        )
+    if not rules.clipped_times and (recipe.time_low, recipe.time_high) != (0, 1):
+        return (
+            f"trains on the times from {recipe.time_low:g} to {recipe.time_high:g}, which algorithm = {algorithm!r} "
+            "does not; allowed: 0 to 1; take another recipe"
+        )
+    if recipe.response_end not in rules.response_ends:
+        return (
+            f"has response_end = {recipe.response_end!r}; algorithm = {algorithm!r} allows "
+            f"{_listed(rules.response_ends)} only: take another recipe"
+        )
+    return None
+
+
+def layout_error(algorithm: AlgorithmName, layout: str, head_chunk: int | None) -> str | None:
+    """The line for a way to lay out a micro-batch that an algorithm does not allow."""
+    rules = RULES[algorithm]
+    if head_chunk is not None and not rules.head_chunk:
+        return f"head_chunk = {head_chunk} is not for algorithm = {algorithm!r}; leave it out"
+    if layout not in rules.layouts:
+        return f"layout = {layout!r} is not for algorithm = {algorithm!r}; allowed: {', '.join(rules.layouts)}"
+    return None
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def budget_error(epochs: float | None, steps: int | None) -> str | None:
+    """The line for a run whose length is stated twice or not at all."""
+    return "needs exactly one of `epochs` and `steps`" if (epochs is None) == (steps is None) else None
+
+
+def tokens_error(micro_batch_tokens: int | None, length: int) -> str | None:
+    """The line for a token budget that is smaller than the longest row."""
+    if micro_batch_tokens is None or micro_batch_tokens >= length:
+        return None
+    return (
+        f"micro_batch_tokens = {micro_batch_tokens} is smaller than the longest row, length = {length}; "
+        f"allowed: {length} and up; raise it or lower length"
+    )
+
+
+def adapter_error(adapter: AdapterSettings | None, optimizer: OptimizerSettings) -> str | None:
+    """The line for an optimiser that is not for adapters."""
+    if adapter is None or optimizer.name == "adamw":
+        return None
+    return (
+        f"optimizer.name = {optimizer.name!r} is not for adapters, whose matrices are thin and start at zero; "
+        "allowed: adamw"
+    )
+
+
+def launch_fault(
+    launch: str, optimizer: str, *, quantized: bool = False, parameters: Literal["fp32", "bf16"] = "fp32"
+) -> str | None:
+    """The line for a launch that cannot run an optimiser, quantized weights or bf16 master weights."""
+    if launch in ("cpu", "gpu", "ddp"):
+        return None
+    if optimizer == "muon":
+        return (
+            f"optimizer.name = 'muon' needs whole matrices, which launch = {launch!r} cuts into shards; allowed there: "
+            "adamw; or launch with cpu or ddp"
+        )
+    if quantized:
+        return f"adapter.kind = 'qlora' is not for launch = {launch!r}; allowed: cpu, ddp; or take kind: lora"
+    if parameters == "bf16" and launch != "fsdp":
+        return (
+            f"recipe.parameters = 'bf16' is not for launch = {launch!r}, whose master weights are fp32; take a recipe "
+            "with parameters: fp32, or launch with ddp or fsdp"
+        )
+    return None
+
+
+def raise_first(*errors: str | None) -> None:
+    """Raise ValueError with the first error there is."""
+    for error in errors:
+        if error is not None:
+            raise ValueError(error)
