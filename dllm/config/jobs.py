@@ -10,10 +10,20 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from dllm.config.entries import BenchmarkEntry, DatasetEntry, EvaluationEntry, ModelEntry, Project, RunEntry
+from dllm.config.entries import (
+    BenchmarkEntry,
+    DatasetEntry,
+    EvaluationEntry,
+    ModelEntry,
+    Project,
+    RunEntry,
+    RunSettings,
+    SampleSettings,
+    SpeedSettings,
+    TaskSettings,
+)
 from dllm.config.rules import raise_first, recipe_error
 from dllm.config.settings import Recipe, Scorer, Settings, option, overlaid
-from dllm.config.shared import RunSettings, SampleSettings, SpeedSettings, TaskSettings
 from dllm.provenance import write_atomically
 
 
