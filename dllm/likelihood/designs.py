@@ -99,9 +99,8 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
     size (of L > 1 tokens), so that only nll - m has to be sampled: for every model without bias, and with little noise
     where m is good. The other passes draw their sizes systematically, small ones more often (|S| / L = x^1.5, x evenly
     spaced behind a random offset), because few tokens are scored there; 8 windows at a time lie on one random circle,
-    the golden ratio of it apart. The total weight of a window
-    follows from its size, its spread over the window's tokens from kernel quadrature. The standard error
-    is that of the windows' corrections.
+    the golden ratio of it apart. The total weight of a window follows from its size, its spread over the window's
+    tokens from kernel quadrature. The standard error is that of the windows' corrections.
 
     length: or long [N], of several tokens each, one for each key [N]; designs are then padded to the longest.
     """
@@ -114,7 +113,7 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
     count, most = settings.budget - LATTICE, int(length.max())
     positions, number = torch.arange(most), torch.arange(count)
     inside = positions < length[:, None]
-    k, total = _systematic_sizes(length[:, None], count, key, SIZE_POWER)
+    k, total = _systematic_sizes(length[:, None], count, key)
     long = length[:, None].double()
     circles = -(-count // _WINDOWS_PER_CIRCLE)
     start = ((number // circles) * (long / _GOLDEN)).floor().long() % length[:, None]
@@ -138,14 +137,14 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
     return Design(masked, weight, torch.arange(LATTICE + count), blend=blend)
 
 
-def _systematic_sizes(length: Tensor, count: int, key: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    """Ascending sizes k [..., S] with k / L = x^power, x evenly spaced behind a random offset, and their total weights.
+def _systematic_sizes(length: Tensor, count: int, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending sizes k [..., S], k / L = x^`SIZE_POWER`, x evenly spaced behind a random offset; their total weights.
 
     A total is 1 / the expected number of windows of that size. length broadcasts with [..., S].
     """
     offset, long = keyed_uniform(key[..., None], torch.tensor(0), -1).double(), length.double()
-    k = ((long * ((torch.arange(count) + offset) / count) ** power).floor().long() + 1).minimum(length)
-    return k, 1 / (count * ((k / long) ** (1 / power) - ((k - 1) / long) ** (1 / power)))
+    k = ((long * ((torch.arange(count) + offset) / count) ** SIZE_POWER).floor().long() + 1).minimum(length)
+    return k, 1 / (count * ((k / long) ** (1 / SIZE_POWER) - ((k - 1) / long) ** (1 / SIZE_POWER)))
 
 
 def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
