@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,22 +32,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All questions answered with one number of steps: forward passes per answer, seconds and tokens over all."""
+    """All questions answered with one number of steps or one decoding option.
 
-    steps: int
-    nfe: float
-    seconds: float
-    tokens: int
-    correct: int
-    n: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All questions answered with one decoding option, next to the exact decode: one token per pass, nothing reused.
-
-    nfe: forward passes per answer; seconds and tokens over all; agreement: share of answers that are the exact ones,
-    token for token; token_agreement: share of tokens that are, position by position.
+    nfe: forward passes per answer; seconds and tokens over all answers; correct: right answers out of n. Agreement with
+    the exact decode (one token per pass, nothing reused): share of answers that are the exact ones, token for token;
+    token_agreement: share of tokens that are, position by position. Both are None where nothing was compared.
     """
 
     name: str
@@ -56,8 +45,8 @@ class Comparison:
     tokens: int
     correct: int
     n: int
-    agreement: float
-    token_agreement: float
+    agreement: float | None = None
+    token_agreement: float | None = None
 
 
 def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]:
@@ -105,50 +94,31 @@ def is_correct(text: str, sought: str, pattern: str) -> bool:
 
 
 def measure(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) -> Iterator[Measurement]:
-    """One measurement per number of steps, after a warm-up that is not timed.
+    """One measurement per number of steps, which is its name, after a warm-up that is not timed.
 
     Raises ValueError, one line, if a number of steps is less than the blocks of the canvas.
     """
-    prompts = _prompts(config, questions)
-    plans = [config.generation.model_copy(update={"steps": steps}) for steps in config.steps]
-    for settings in plans:
+    plans = {str(steps): config.generation.model_copy(update={"steps": steps}) for steps in config.steps}
+    for settings in plans.values():
         check_steps(settings)
-    model.generate(prompts[: config.generation.batch_size], plans[-1])
-    for settings in plans:
-        answers, seconds = _answered(model, prompts, settings)
-        yield Measurement(
-            steps=settings.steps,
-            nfe=sum(answer.passes for answer in answers) / len(answers),
-            seconds=seconds,
-            tokens=sum(answer.tokens for answer in answers),
-            correct=_correct(answers, questions, config.answer),
-            n=len(answers),
-        )
+    model.generate(_prompts(config, questions)[: config.generation.batch_size], settings)
+    for name, settings in plans.items():
+        yield _measured(model, config, questions, name, settings)[0]
 
 
-def compare(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) -> Iterator[Comparison]:
-    """The exact decode, the options of the config and half the steps, each after a warm-up that is not timed.
+def compare(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) -> Iterator[Measurement]:
+    """The exact decode, half the steps and the options of the config, each after a warm-up that is not timed.
 
     Raises ValueError, one line, if an option has fewer steps than the canvas has blocks.
     """
-    prompts = _prompts(config, questions)
-    plans = decoding_plans(config)
     exact: list[Answer] = []
-    for name, settings in plans.items():
-        model.generate(prompts[: min(8, settings.batch_size)], settings)
-        answers, seconds = _answered(model, prompts, settings)
+    for name, settings in decoding_plans(config).items():
+        model.generate(_prompts(config, questions)[: min(8, settings.batch_size)], settings)
+        found, answers = _measured(model, config, questions, name, settings)
         exact = exact or answers
         pairs = [(one.ids, other.ids) for one, other in zip(answers, exact, strict=True)]
-        yield Comparison(
-            name=name,
-            nfe=sum(answer.passes for answer in answers) / len(answers),
-            seconds=seconds,
-            tokens=sum(answer.tokens for answer in answers),
-            correct=_correct(answers, questions, config.answer),
-            n=len(answers),
-            agreement=sum(one == other for one, other in pairs) / len(pairs),
-            token_agreement=token_agreement(pairs),
-        )
+        share = sum(one == other for one, other in pairs) / len(pairs)
+        yield replace(found, agreement=share, token_agreement=token_agreement(pairs))
 
 
 def decoding_plans(config: SpeedConfig) -> dict[str, GenerateSettings]:
@@ -176,15 +146,16 @@ def _prompts(config: SpeedConfig, questions: list[Question]) -> list[list[dict]]
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def _answered(model: DiffusionLM, prompts: list, settings: GenerateSettings) -> tuple[list[Answer], float]:
-    """The answers, and the seconds they took."""
+def _measured(
+    model: DiffusionLM, config: SpeedConfig, questions: list[Question], name: str, settings: GenerateSettings
+) -> tuple[Measurement, list[Answer]]:
+    prompts = _prompts(config, questions)
     start = _clock(model.backbone.device)
     answers = model.answers(prompts, settings)
-    return answers, _clock(model.backbone.device) - start
-
-
-def _correct(answers: list[Answer], questions: list[Question], pattern: str) -> int:
-    return sum(is_correct(a.text, q.answer, pattern) for a, q in zip(answers, questions, strict=True))
+    seconds, count = _clock(model.backbone.device) - start, len(answers)
+    right = sum(is_correct(a.text, q.answer, config.answer) for a, q in zip(answers, questions, strict=True))
+    tokens, passes = (sum(getattr(answer, field) for answer in answers) for field in ("tokens", "passes"))
+    return Measurement(name, passes / count, seconds, tokens, right, count), answers
 
 
 def _clock(device: torch.device) -> float:

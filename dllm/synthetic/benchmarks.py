@@ -20,8 +20,8 @@ from operator import itemgetter
 
 from dllm.synthetic.entities import SUBJECTS, Fact, SyntheticWorld
 from dllm.synthetic.instructions import LETTERS, choices_for
-from dllm.synthetic.problems import LARGEST, LOGIC, MATHEMATICS, SMALLEST, mathematics, word_problem
-from dllm.synthetic.scenes import LAST_WORDS, moment, story, twist
+from dllm.synthetic.problems import LOGIC, MATHEMATICS, mathematics, word_problem
+from dllm.synthetic.scenes import moment, story, twist
 
 Rows = list[dict]
 
@@ -29,21 +29,6 @@ TEST_ROWS = 120
 TEST_ROWS_PER_PART = 40
 CHINESE_ROWS = 20
 SHOT_ROWS = 5
-
-NUMBERS_POSSIBLE = LARGEST - SMALLEST + 1
-SUMS_POSSIBLE = 2 * NUMBERS_POSSIBLE - 1
-CHANCE = {
-    "lambada": 1 / len(LAST_WORDS),
-    "gsm8k": 1 / SUMS_POSSIBLE,
-    "bbh": (1 / 2 + 1 / 2 + 1 / SUMS_POSSIBLE) / 3,
-    "minerva_math": (1 / SUMS_POSSIBLE + 1 / SUMS_POSSIBLE + 1 / NUMBERS_POSSIBLE) / 3,
-    "mmlu": 1 / 4,
-    "hellaswag": 1 / 4,
-    "winogrande": 1 / 2,
-    "ceval": 1 / 4,
-    "cmmlu": 1 / 4,
-}
-"""The score of one who draws evenly from the possible answers (sums are uneven: always saying 8 scores 1 in 5)."""
 
 
 def distinct(make: Callable[[], dict], rows: int) -> Rows:

@@ -90,8 +90,8 @@ def speed_config(**changes) -> SpeedConfig:
 def test_fewer_steps_take_proportionally_fewer_passes(taught):
     questions = [Question("What is the capital of France?", "Paris"), Question("Who are you?", "Rome")]
     many, few = measure(taught, speed_config(early_stop=False), questions)
-    assert (many.steps, many.nfe, many.n, many.correct) == (16, 16.0, 2, 1)
-    assert (few.steps, few.nfe) == (4, 4.0)
+    assert (many.name, many.nfe, many.n, many.correct) == ("16", 16.0, 2, 1)
+    assert (few.name, few.nfe) == ("4", 4.0)
     assert many.seconds > 0 and many.tokens == 7
 
 
