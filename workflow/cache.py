@@ -125,8 +125,8 @@ def set_aside(record: str) -> None:
         try:
             if Path(name).exists():
                 fetch(name)
-        except Lost as fault:
-            records += fault.records
+        except Lost as error:
+            records += error.records
     raise Lost(records)
 
 
@@ -229,8 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{path}: damaged, removed")
             print("`dvc pull` brings it back" if damaged else "every cached object is what its name says")
             return 1 if damaged else 0
-    except ValueError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

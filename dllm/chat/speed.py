@@ -182,8 +182,8 @@ def _question(line: str, expression: re.Pattern, where: str) -> Question:
 def _expression(pattern: str) -> re.Pattern:
     try:
         expression = re.compile(pattern)
-    except re.error as fault:
-        raise ValueError(f"answer = {pattern!r} is no regular expression ({fault})") from None
+    except re.error as error:
+        raise ValueError(f"answer = {pattern!r} is not a regular expression ({error})") from None
     if expression.groups < 1:
         raise ValueError(f"answer = {pattern!r} has no group; put what is sought in parentheses, e.g. '#### (.*)'")
     return expression

@@ -97,9 +97,9 @@ class Chat:
                 elif line:
                     self.show.question(line)
                     self.answer(line)
-            except ValueError as fault:
+            except ValueError as error:
                 status = 2
-                self.show.fault(" ".join(str(fault).split()))
+                self.show.error(" ".join(str(error).split()))
             if self.session.ended:
                 break
         return 0 if isinstance(self.show, Live) else status
@@ -111,14 +111,14 @@ class Chat:
         session, dropped = fit_context(self.session, question, lambda turns: len(self.model.encode_prompt(turns)))
         if dropped and not self.has_trimmed:
             self.has_trimmed = True
-            self.show.note("the context is full: the oldest turns are forgotten from here on")
+            self.show.note("the context is full: the oldest turns are forgotten from now on")
         canvases = self.model.stream([session.conversation.messages(question)], session.settings)
         try:
             last = self.show.answer(canvases)
         except KeyboardInterrupt:
             if self.show.bare:
                 raise
-            self.show.note("stopped; this turn is not remembered")
+            self.show.note("stopped; this turn is forgotten")
             return
         text = self.model.decode(last.responses()[0], session.settings.stop).strip()
         self.show.finished(text)
@@ -150,7 +150,7 @@ class Plain:
         if text:
             print(text, file=sys.stderr, flush=True)
 
-    def fault(self, text: str) -> None:
+    def error(self, text: str) -> None:
         """Show a mistake, one line."""
         print(f"dllm chat: error: {text}", file=sys.stderr, flush=True)
 
@@ -194,7 +194,7 @@ class Live:
         if text:
             self.console.print(text, style="dim", markup=False)
 
-    def fault(self, text: str) -> None:
+    def error(self, text: str) -> None:
         """Show a mistake, one line."""
         self.console.print(text, style="#d55e00", markup=False)
 

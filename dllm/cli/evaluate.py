@@ -29,16 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="work directory (default: the one whose `configs` holds the config, else here)",
     )
     parser.add_argument(
-        "--shard", type=_shard, metavar="I/N", help="compute part I (from 0) of N only, write no scores"
+        "--shard", type=_shard, metavar="I/N", help="compute only part I (from 0) of N; do not write scores"
     )
-    parser.add_argument("--merge", action="store_true", help="score the stored answers, compute none")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes an accelerator if there is one")
+    parser.add_argument("--merge", action="store_true", help="score the stored answers; do not compute any")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:1 (default: an accelerator if there is one)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write the scores, print a line per benchmark. Raises ValueError, one line, for a user's mistake."""
     if args.shard and args.merge:
-        raise ValueError("--shard and --merge exclude each other; compute the shards first, then merge")
+        raise ValueError("--shard and --merge do not go together; compute the shards first, then merge")
     # lm-eval and datasets draw a bar per subtask; ours speaks for all of them
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -105,21 +107,21 @@ class ProgressLine:
         self._bar = None
         self._tenth = 0
 
-    def __call__(self, answered: int, asked: int) -> None:
+    def __call__(self, answered: int, total: int) -> None:
         if self.stream.isatty():
             if self._bar is None:
                 from tqdm import tqdm
 
-                self._bar = tqdm(total=asked, desc=self.name, unit="request", file=self.stream, disable=False)
-            self._bar.total = asked
+                self._bar = tqdm(total=total, desc=self.name, unit="request", file=self.stream, disable=False)
+            self._bar.total = total
             self._bar.update(answered - self._bar.n)
             return
-        tenth = 10 * answered // asked if asked else 10
+        tenth = 10 * answered // total if total else 10
         if tenth < self._tenth:  # another kind of request begins
             self._tenth = 0
         if tenth > self._tenth:
             self._tenth = tenth
-            print(f"{self.name}: {answered} of {asked} answers", file=self.stream, flush=True)
+            print(f"{self.name}: {answered} of {total} answers", file=self.stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -146,9 +148,9 @@ def _share(args: argparse.Namespace) -> tuple[tuple[int, int], bool, bool]:
     return (rank, world_size), rank == 0, rank == 0
 
 
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
     import torch
 
     if torch.cuda.is_available():

@@ -55,12 +55,12 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: 
     given = {field: getattr(args, name) for name, field in fields.items() if getattr(args, name) is not None}
     try:
         settings = type(settings).model_validate(settings.model_dump() | given)
-    except ValidationError as fault:
-        error = fault.errors()[0]
-        if not error["loc"]:
-            raise ValueError(error["msg"].removeprefix("Value error, ")) from None
-        option = next((name for name, field in fields.items() if field == error["loc"][0]), error["loc"][0])
-        raise ValueError(f"--{option.replace('_', '-')} {error['input']}: {error['msg'].lower()}") from None
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        if not wrong["loc"]:
+            raise ValueError(wrong["msg"].removeprefix("Value error, ")) from None
+        option = next((name for name, field in fields.items() if field == wrong["loc"][0]), wrong["loc"][0])
+        raise ValueError(f"--{option.replace('_', '-')} {wrong['input']}: {wrong['msg'].lower()}") from None
     for rule in RULES:
         if rule in given and settings.reveal_rule != rule:
             raise ValueError(
@@ -91,9 +91,9 @@ def _known_device(name: str):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name} is no device; allowed: cpu, cuda, cuda:1, mps") from None
+        raise ValueError(f"--device {name} is not a device; allowed: cpu, cuda, cuda:1, mps") from None
     is_there = {"cpu": lambda: True, "mps": torch.backends.mps.is_available}
     is_there["cuda"] = lambda: torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     if not is_there.get(device.type, lambda: False)():
-        raise ValueError(f"--device {name}: there is none on this machine; leave --device out")
+        raise ValueError(f"--device {name}: this machine does not have one; leave --device out")
     return device

@@ -72,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say(name, "interrupted")
         return 128 + signal.SIGINT
-    except (ValueError, OSError, ModuleNotFoundError) as fault:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("DLLM_DEBUG"):
             raise
-        _say(name, f"error: {_one_line(fault)}")
+        _say(name, f"error: {_one_line(error)}")
         return 2
 
 
@@ -120,10 +120,10 @@ def _dispatch(words: list[str]) -> int:
         print(f"dllm {__version__}")
         return 0
     if verb not in VERBS:
-        what = "option" if verb.startswith("-") else "verb"
+        what = "an option" if verb.startswith("-") else "a verb"
         near = difflib.get_close_matches(verb, [*VERBS, "--help", "--version"], n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(VERBS)}."
-        raise UsageError(f"{verb!r} is no {what} of dllm. {hint}")
+        raise UsageError(f"{verb!r} is not {what} of dllm. {hint}")
     module = import_module(f"dllm.cli.{verb}")
     try:
         args = verb_parser(verb, module).parse_args(rest)
@@ -132,15 +132,15 @@ def _dispatch(words: list[str]) -> int:
     return module.run(args)
 
 
-def _one_line(fault: Exception) -> str:
-    if isinstance(fault, ModuleNotFoundError):
-        return f"the package {fault.name!r} is not installed; install dllm with its dependencies"
-    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = fault.filename or f"at work in {os.getcwd()}"
-        return f"{where}: {fault.strerror}; make room and start the same command again"
-    if isinstance(fault, OSError) and fault.strerror:
-        return f"{fault.filename}: {fault.strerror}" if fault.filename else fault.strerror
-    return " ".join(str(fault).split()) or type(fault).__name__
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name!r} is not installed; install dllm with its dependencies"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or f"at work in {os.getcwd()}"
+        return f"{where}: {error.strerror}; make room and start the same command again"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _say(name: str, text: str) -> None:

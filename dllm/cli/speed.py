@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", metavar="CONFIG", help="speed config, written by the workflow below configs/speed/")
     parser.add_argument(
-        "--output", metavar="FILE", help="where to write (default: speed/RUN.json in the work directory)"
+        "--output", metavar="FILE", help="the file to write (default: speed/RUN.json in the work directory)"
     )
-    parser.add_argument("--workdir", default=".", metavar="DIR", help="where the config's paths begin (default: here)")
+    parser.add_argument(
+        "--workdir", default=".", metavar="DIR", help="directory that the config's paths start from (default: here)"
+    )
     add_device_argument(parser)
 
 

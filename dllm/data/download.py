@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from dllm.config import DownloadConfig, digest
-from dllm.data.hub import told
+from dllm.data.hub import one_line_errors
 from dllm.provenance import file_digest, read_record, replace_directory, write_record
 
 CARDS = ["README.md", "LICENSE*"]
@@ -69,7 +69,7 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     entry = config.model or config.dataset
-    with told(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
+    with one_line_errors(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
         info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
         facts = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
         choices = [MODEL_FILES] if config.what == "model" else [DATASET_FILES, ARCHIVES]

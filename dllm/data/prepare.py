@@ -124,7 +124,7 @@ def _conversations(part, rows, numbers: list[int]) -> list[list[dict]]:
     for number in numbers:
         try:
             conversations.append(messages_of(rows[number], part.entry.kind, f"{part.name} row {number}"))
-        except ValueError as fault:
+        except ValueError as error:
             if not part.entry.drop_unusable:
-                raise ValueError(f"{fault}; or set drop_unusable: true in the entry of {part.name!r}") from None
+                raise ValueError(f"{error}; or set drop_unusable: true in the entry of {part.name!r}") from None
     return conversations

@@ -111,7 +111,7 @@ def check_limits(seconds: float, memory_mib: int) -> None:
     """Raise ValueError, one line, for limits that mean nothing."""
     for name, value in (("seconds", seconds), ("memory_mib", memory_mib)):
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"sandbox: {name} = {value} is no limit; choose a positive number")
+            raise ValueError(f"sandbox: {name} = {value} is not a limit; choose a positive number")
 
 
 def _answer(source: str, seconds: float, memory_mib: int) -> dict:
@@ -139,15 +139,15 @@ def _answer(source: str, seconds: float, memory_mib: int) -> dict:
         )
         try:
             longest = START_UP_SECONDS + 2 * request["wall_seconds"]
-            told, _ = child.communicate(json.dumps(request).encode(), timeout=longest)
+            output, _ = child.communicate(json.dumps(request).encode(), timeout=longest)
         except subprocess.TimeoutExpired:
-            told = b""
+            output = b""
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, 9)
                 child.communicate()
     try:
-        return json.loads(told)
+        return json.loads(output)
     except ValueError:
         return {"passed": False, "reason": "the program ended its supervisor", "isolation": []}
 

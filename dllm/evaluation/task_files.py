@@ -51,7 +51,7 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
     workdir = Path(workdir)
     data = workdir / config.data if config.data else None
     if data is not None and not data.is_dir():
-        raise ValueError(f"{config.benchmark}: data = {config.data!r} is no directory in {workdir}; fetch it first")
+        raise ValueError(f"{config.benchmark}: data = {config.data!r} is not a directory in {workdir}; fetch it first")
     datasets.disable_progress_bars()
     if data is not None:
         # the cache of `datasets` knows a file by path and time only and would return old rows after a change
@@ -248,10 +248,10 @@ def _load(manager, config: EvaluationConfig) -> dict:
     try:
         with sandboxed_scoring():
             return manager.load([config.task])
-    except (OSError, ImportError) as fault:
-        first = str(fault).strip().splitlines()[0]
-        kind = "a package is missing" if isinstance(fault, ImportError) else "its data cannot be read"
+    except (OSError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        kind = "a package is missing" if isinstance(error, ImportError) else "its data cannot be read"
         raise ValueError(
             f"{config.benchmark}: task {config.task!r}: {kind} ({first}); "
             "fetch the data first, or install the extra the task needs (`lm_eval[math]` for mathematics)"
-        ) from fault
+        ) from error

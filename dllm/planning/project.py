@@ -188,10 +188,10 @@ class _Planner:
             self.notes.append(f"models.{root}.shape: {'; '.join(wrong)} in its config.json; correct the entry")
         try:
             shape = found or shape_of(entry)
-        except ValidationError as fault:
-            wrong = fault.errors()[0]
+        except ValidationError as error:
+            wrong = error.errors()[0]
             self.notes.append(
-                f"models.{root}.new: {wrong['loc'][0]} = {wrong['input']!r} is no size; it is not planned"
+                f"models.{root}.new: {wrong['loc'][0]} = {wrong['input']!r} is not a size; it is not planned"
             )
             return None
         if shape is None:

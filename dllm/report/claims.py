@@ -221,9 +221,9 @@ def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> 
         opening = {"holds": "Yes, within limits.", "does not hold": "Not convincingly.", "undecided": "In part."}
         sentences.insert(0, opening[verdict])
     counts = [(verdict, [str(c.number) for c in claims if c.verdict == verdict]) for verdict in _ORDER]
-    told = [f"{joined(numbers)} {_VERB[verdict][len(numbers) > 1]}" for verdict, numbers in counts if numbers]
+    parts = [f"{joined(numbers)} {_VERB[verdict][len(numbers) > 1]}" for verdict, numbers in counts if numbers]
     judged = ", judged on toy data" if plan.toy else ""
-    sentences.append(f"Of the five published claims{judged}, {joined(told)}.")
+    sentences.append(f"Of the five published claims{judged}, {joined(parts)}.")
     return sentences
 
 

@@ -55,7 +55,7 @@ def test_questions_are_the_first_rows_with_the_answer_sought(tmp_path):
         ('{"question": "a"}', "(.*)", "q.jsonl:1: not a row with question and answer"),
         ('{"question": "a", "answer": "b"}', "#### (.*)", "does not match '#### (.*)'"),
         ('{"question": "a", "answer": "b"}', "b", "has no group"),
-        ('{"question": "a", "answer": "b"}', "(", "is no regular expression"),
+        ('{"question": "a", "answer": "b"}', "(", "is not a regular expression"),
     ],
 )
 def test_wrong_questions_are_one_clear_line(tmp_path, content, pattern, words):

@@ -86,7 +86,7 @@ def test_an_overlay_replaces_and_removes_pins(directory, tmp_path):
     ("words", "said"),
     [
         (["--write"], "--write needs --refresh"),
-        (["--only", "frist"], "--only frist: no entry from the hub has this name. Did you mean 'first'?"),
+        (["--only", "frist"], "--only frist: not an entry from the hub. Did you mean 'first'?"),
         (["nowhere.yaml"], "nowhere.yaml: no such file"),
     ],
 )
