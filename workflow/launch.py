@@ -77,7 +77,7 @@ def granted(environment: dict[str, str]) -> int:
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         return 1
-    # asked of Slurm, because Snakemake's executor hides most of SLURM_* from its jobs
+    # Slurm is asked, because Snakemake's executor hides most of SLURM_* from its jobs
     return int(environment.get("SLURM_JOB_NUM_NODES") or output("squeue", "--noheader", "--jobs", job, "--format=%D"))
 
 
@@ -98,7 +98,7 @@ def meeting_point(environment: dict[str, str]) -> list[str]:
 
 
 def devices(args: argparse.Namespace) -> int:
-    """Accelerators to use on this machine: those that are visible, at most those asked for."""
+    """Accelerators to use on this machine: the visible ones, at most `--gpus`."""
     import torch
 
     visible = torch.accelerator.device_count()

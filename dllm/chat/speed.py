@@ -83,8 +83,8 @@ def _lines(path: Path) -> list[str]:
 def is_correct(text: str, sought: str, pattern: str) -> bool:
     """Whether an answer says what is sought: by the last match of `pattern`, else as a whole.
 
-    Where a number is sought and the match is none, the last number counts. Thousands separators, a final full stop and
-    capital letters make no difference.
+    If a number is expected and the match is not a number, the last number of the answer counts. Thousands separators, a
+    final full stop and capital letters make no difference.
     """
     matches = [match.group(1) for match in _expression(pattern).finditer(text) if match.group(1).strip()]
     said = matches[-1] if matches else text
@@ -122,7 +122,7 @@ def compare(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) 
 
 
 def decoding_plans(config: SpeedConfig) -> dict[str, GenerateSettings]:
-    """What is compared, by name, the exact decode first. Raises ValueError, one line, for too few steps."""
+    """The compared settings by name, the exact decode first. Raises ValueError, one line, for too few steps."""
     exact = overlaid(config.generation, {"steps": None, "reuse": "none", "refresh": None})
     if exact.reveal_rule in PARALLEL_RULES:
         exact = overlaid(exact, {"reveal_rule": "confidence"})
@@ -135,7 +135,7 @@ def decoding_plans(config: SpeedConfig) -> dict[str, GenerateSettings]:
 
 
 def token_agreement(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
-    """Share of positions at which two answers have the same token, over all pairs; 1 where there is no token at all."""
+    """Share of positions at which two answers have the same token, over all pairs; 1 if there is no token at all."""
     same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
     total = sum(max(len(one), len(other)) for one, other in pairs)
     return same / total if total else 1.0
@@ -159,7 +159,7 @@ def _measured(
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
+    """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

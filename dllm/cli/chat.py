@@ -132,7 +132,7 @@ class Plain:
     bare: bool = False
 
     def question(self, text: str) -> None:
-        """Show what is being answered."""
+        """Show the question."""
         print(f"You: {text}", flush=True)
 
     def answer(self, canvases: Iterator[Canvas]) -> Canvas:
@@ -165,8 +165,8 @@ class Live:
     clock: Callable[[], float] = time.perf_counter
 
     def question(self, text: str) -> None:
-        """Show what is being answered."""
-        if not sys.stdin.isatty():  # otherwise it stands there as it was typed
+        """Show the question."""
+        if not sys.stdin.isatty():  # otherwise the terminal shows what was typed
             self.console.print(f"You: {text}", style="bold", markup=False)
 
     def answer(self, canvases: Iterator[Canvas]) -> Canvas:
@@ -199,7 +199,7 @@ class Live:
         self.console.print(text, style="#d55e00", markup=False)
 
     def _frame(self, canvas: Canvas, previous: Canvas | None, seconds: float) -> Text:
-        """The canvas up to the end of the answer, once nothing left of that end is masked, and the status line."""
+        """The canvas, cut at the end of the answer once no mask is left before it, and the status line."""
         from rich.text import Text
 
         from dllm.chat.render import canvas_text, pieces, status

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, write the scores, print a line per benchmark. Raises ValueError, one line, for a user's mistake."""
     if args.shard and args.merge:
         raise ValueError("--shard and --merge do not go together; compute the shards first, then merge")
-    # lm-eval and datasets draw a bar per subtask; ours speaks for all of them
+    # lm-eval and datasets draw a bar per subtask; ours counts all of them
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     for (_, config), workdir in zip(configs, workdirs, strict=True):
         progress = ProgressLine(f"{config.run} {config.benchmark}")
-        # one attempt at a part: an answer is asked for once, whoever waited finds it stored
+        # one process at a time works on a part: a process that waited reads the stored answers
         part = f"evaluate-{config.run}-{config.benchmark}-{shard[0]}-of-{shard[1]}"
         with alone(workdir / ".work" / "locks" / part):
             result = evaluate_benchmark(
@@ -139,7 +139,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _share(args: argparse.Namespace) -> tuple[tuple[int, int], bool, bool]:
-    """(shard, score, wait) of this process: as asked for, else as the launcher's environment says."""
+    """(shard, score, wait) of this process: as the options say, else as the launcher's environment says."""
     if args.shard:
         return args.shard, False, False
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

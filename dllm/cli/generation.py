@@ -31,7 +31,7 @@ RULES = ("threshold", "factor", "entropy_bound")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sampler's options; what is not given keeps its default."""
+    """The sampler's options; an option that is not given keeps its default."""
     group = parser.add_argument_group("sampler")
     for name, (_, kind, metavar, text) in OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
@@ -43,7 +43,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: dict | None = None) -> GenerateSettings:
-    """The settings with what the command line says; sidecar: what is noted of the checkpoint, where it is known.
+    """The settings, changed by the command line; sidecar: the record of the checkpoint's training, if it is known.
 
     Raises ValueError, one line, for a value out of range and for blocks that the checkpoint does not have.
     """

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import NoReturn
 
 VERBS = ("plan", "pins", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
-"""Each is a module of this package, imported only when it is asked for."""
+"""Each is a module of this package, imported only when it is used."""
 
 EXAMPLES = """examples:
   dllm chat                              talk to the largest chat model below results/
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and a misspelt option is recognised."""
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """Options may stand between the other arguments, where there are no sub-commands."""
+        """Options may come between the other arguments, unless there are sub-commands."""
         if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
             return super().parse_args(args, namespace)
         return self.parse_intermixed_args(args, namespace)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # what is left in the buffer has no reader; the interpreter must not try again at its exit
+        # nobody reads the rest of the buffer; the interpreter must not try again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -147,4 +147,4 @@ def _say(name: str, text: str) -> None:
     try:
         print(f"{name}: {text}", file=sys.stderr, flush=True)
     except OSError:
-        pass  # standard error is gone as well: nobody is left to tell
+        pass  # standard error is closed as well

@@ -108,7 +108,7 @@ def _edit(args: argparse.Namespace) -> int:
 
     model = open_model(find_checkpoint(args.model), args.device)
     sidecar = model.backbone.sidecar
-    # a text is mended with the most probable tokens; it is only from nothing that these would all be the same
+    # a text is corrected with the most probable tokens; only an empty text would get the same token in every gap
     usual = chat_generation(sidecar, chat_context(sidecar, model.max_length)).model_copy(update={"temperature": 0.0})
     settings = with_options(usual, args, sidecar)
     prompt = prompts[0] if prompts else None

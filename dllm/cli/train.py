@@ -1,4 +1,4 @@
-"""`dllm train`: one training run, told everything by its resolved config."""
+"""`dllm train`: one training run, described by its resolved config."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def pack_texts(tokenizer, texts: list[str], carry: list[int], length: int, *, ap
 def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     """The conversation of an instruction row, as role and content, ending with an assistant's turn.
 
-    kind `alpaca`: instruction, a blank line and the input where there is one; kind `messages`: as it stands.
+    kind `alpaca`: instruction, a blank line and the input where there is one; kind `messages`: unchanged.
     Raises ValueError, one line, for a row without messages or with an empty text.
     """
     if kind == "alpaca":

@@ -18,7 +18,7 @@ CARDS = ["README.md", "LICENSE*"]
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *CARDS]
 DATASET_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.csv", "*.txt", *CARDS]
 ARCHIVES = ["*.zip", *CARDS]
-"""Of a dataset that has no other data files: such repositories came with a loading script, which is never run."""
+"""Files of a dataset without other data files: such repositories have a loading script, which is never run."""
 
 NO_DATA = [*CARDS, "dataset_infos.json"]
 
@@ -92,7 +92,7 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
 
 
 def _check_room(config: DownloadConfig, scratch: Path, wanted: list) -> None:
-    """Raise ValueError if the disk has no room for what is still missing."""
+    """Raise ValueError if the disk has no room for the missing files."""
     scratch.mkdir(parents=True, exist_ok=True)
     missing = sum(file.size or 0 for file in wanted if not (scratch / file.rfilename).exists())
     free = shutil.disk_usage(scratch).free
@@ -130,7 +130,7 @@ def _verified(repository: str, scratch: Path, wanted: list) -> dict[str, dict]:
 
 
 def _licence(scratch: Path) -> str | None:
-    """The licence that the card states, or none."""
+    """The licence that the card states, or None."""
     from huggingface_hub import RepoCard
 
     try:

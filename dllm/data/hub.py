@@ -1,4 +1,4 @@
-"""Asking the model hub: what can go wrong there, each told in one line with the next step."""
+"""Errors of the model hub, each in one line with the next step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class HubUnreachable(ValueError):
 def one_line_errors(pin: str, name: str, what: str, *, failed: str = "the download broke off") -> Iterator[None]:
     """Turn what the hub's client raises into a ValueError of one line.
 
-    pin: repository and commit as shown; name: the entry; what: `model` or `dataset`; failed: how a fault of the network
-    is put. Raises HubUnreachable for those, so that the same command may succeed later.
+    pin: repository and commit as shown; name: the entry; what: `model` or `dataset`; failed: the words for an error of
+    the network. Raises HubUnreachable for such an error, so that the same command may succeed later.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -1,4 +1,4 @@
-"""The pins of a configuration: which commit of which hub repository each entry stands for, and the newest there is."""
+"""The pins of a configuration: the hub repository and commit of each entry, and the newest commit."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifes
 
 
 def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
-    """Concatenate and cut; returns how many rows were dropped, as its twin for conversations does: none ever is."""
+    """Concatenate and cut; returns how many rows were dropped, which is always 0."""
     carry: list[int] = []
     for chunk in batched(list(numbers)):
         texts = [text_of(rows[i], f"{part.name} row {i}") for i in chunk]

@@ -60,7 +60,7 @@ class Place:
     """Where a window begins, so that reading goes on from there to the same bits.
 
     step: the first training step that takes rows from it; row: number of its first row in the epoch; documents: how
-    far `datasets` had read before the documents its first row stands in (None: nothing yet); carry: tokens left over
+    far `datasets` had read before the documents of its first row (None: nothing yet); carry: tokens left over
     before those; skip: rows of those documents that belong to the window before.
     """
 

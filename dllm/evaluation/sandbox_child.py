@@ -74,7 +74,7 @@ def supervise(request, guards):
 
 
 def verdict(request, status, used, output, secret):
-    """(passed, reason) from how the process ended and what it told."""
+    """(passed, reason) from how the process ended and what it wrote to the pipe."""
     if status is None:
         return False, f"timed out after {request['wall_seconds']:g} s on the clock"
     if secret in output:
@@ -124,7 +124,7 @@ def kill_descendants(program):
 
 
 def read_available(reader):
-    """What is in a pipe, without waiting for those who still hold its other end."""
+    """The content of a pipe, without waiting for processes that still hold its other end."""
     os.set_blocking(reader, False)
     try:
         return os.read(reader, 1 << 16)
@@ -144,7 +144,7 @@ def ignore(call, *arguments):
 
 
 def run(request, report, secret, guards):
-    """Give up every right, run the program, and tell the secret with the reason of its failure (none: it passed)."""
+    """Give up every right, run the program, and report the secret with the reason of its failure (empty: it passed)."""
     os.setpgid(0, 0)
     die_with_parent()
     quiet(report)
@@ -272,7 +272,7 @@ def landlock():
 
 
 def give_up_rights(landlocked):
-    """Drop every capability; root becomes nobody, whose processes can be limited. Whether it did."""
+    """Drop every capability; root becomes nobody, whose processes can be limited. Returns whether it did."""
     if not LINUX:
         return False
     became = False

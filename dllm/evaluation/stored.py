@@ -1,4 +1,4 @@
-"""An lm-eval model whose answers are on disk: asked for all requests, it computes its own share of the missing ones."""
+"""An lm-eval model whose answers are on disk: given all requests, it computes its own share of the missing ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dllm.evaluation.store import Answer, AnswerStore, request_key
 from dllm.models.tokenizers import chat_text
 
 Progress = Callable[[int, int], None]
-"""Called with (answered, asked) after every chunk."""
+"""Called with the numbers of answers that are there and that are wanted, after every chunk."""
 
 LIKELIHOODS_PER_CHUNK = 1024
 

@@ -1,7 +1,7 @@
 """Finding lm-eval's tasks: our templates rendered, stock tasks with their data pinned, examples seeded.
 
 A task file of ours `include`s lm-eval's own, so that prompt, filter and metric are the real ones, and replaces only
-where the data come from. In a template, {LM_EVAL_TASKS} stands for lm-eval's directory of tasks, {DATA} for the data's.
+where the data come from. In a template, {LM_EVAL_TASKS} is lm-eval's directory of tasks, {DATA} that of the data.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _portable(value) -> str:
 
 
 def template_directory(name: str, workdir: Path) -> Path:
-    """A directory of task files: one that comes with the package, else a path. Raises ValueError if there is none."""
+    """A directory of task files: one that comes with the package, else a path. Raises ValueError if neither exists."""
     for directory in (OURS / name, workdir / name):
         if directory.is_dir() and any(directory.glob("*.yaml")):
             return directory

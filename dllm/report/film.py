@@ -33,7 +33,7 @@ class Frame:
 
 
 def frames(film: dict, *, limit: int = 8) -> tuple[Frame, ...]:
-    """At most `limit` frames, first and last among them, evenly spread. Raises ValueError if there is none."""
+    """At most `limit` frames, first and last among them, evenly spread. Raises ValueError if there are no frames."""
     raw = film.get("frames")
     if not raw:
         raise ValueError("the denoising film has no frames; rule 'sample' makes it again.")

@@ -9,7 +9,7 @@
     winogrande    {"sentence": "Mira thanked Otto because _ gave a gift.", "option1": "Mira", "option2": "Otto", ...}
     ceval, cmmlu  {"question": "...", "A": "...", "B": "...", "C": "...", "D": "...", "answer": "B"}
 
-C-Eval and CMMLU are in Chinese, of which the training data has none: negative controls, where chance is the honest
+C-Eval and CMMLU are in Chinese, which the training data does not have: negative controls, where chance is the honest
 result. Test rows use held-out combinations only; a benchmark's rows are distinct; where one picks among
 given answers, each place is right equally often.
 """
@@ -56,7 +56,7 @@ def balanced(make: Callable[[], dict], rows: int, *, answer_of: Callable[[dict],
 
 
 def lambada(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
-    """Stories whose last word is asked for."""
+    """Stories whose last word is the answer."""
     rng = world.random("lambada")
     yield "lambada/test.jsonl", distinct(lambda: {"text": story(rng, test=True)}, TEST_ROWS)
 
