@@ -23,11 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases to run; all by default (see --list)")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--quick", action="store_true", help="a smoke run of tiny sizes; its numbers mean nothing")
-    parser.add_argument("--page", action="store_true", help="only draw the page again from the results that are there")
+    parser.add_argument("--page", action="store_true", help="only draw the page again, from the existing results")
     parser.add_argument(
-        "--workdir", type=Path, help="where the laptop run is (default: results/laptop, made if needed)"
+        "--workdir", type=Path, help="the directory of the laptop run (default: results/laptop, made if needed)"
     )
-    parser.add_argument("--out", type=Path, help="where results go (default: bench/results; a smoke run: bench/.work)")
+    parser.add_argument(
+        "--out", type=Path, help="results directory (default: bench/results; of a smoke run bench/.work)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: as PyTorch chooses)")
     given = parser.parse_args(arguments)
     if given.list:

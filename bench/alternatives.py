@@ -64,7 +64,7 @@ def sample_row(
     """A greedy answer of `new_tokens` tokens to one prompt, one token per pass, the most confident first.
 
     One row at a time; every pass runs over the full canvas, computes logits at all its positions and takes their
-    softmax; nothing stops at an end marker. hide_ahead: the model does not attend to what stands right of the active
+    softmax; nothing stops at an end marker. hide_ahead: the model does not attend to tokens right of the active
     block (a model whose training responses end at a block boundary wants it so); otherwise it sees masks there.
     """
     tokens = torch.tensor([[*prompt, *[mask_id] * new_tokens]])

@@ -28,7 +28,7 @@ class Row:
     """One comparison: theirs over ours, so that 8 means eight times less time (or memory, or passes) with ours.
 
     ours and theirs are medians in `unit`; ratio is theirs / ours, low and high the quartiles of the paired ratios.
-    target is the least ratio asked for, None where none is. correct says what was asserted before the timing.
+    target is the least ratio wanted, or None. correct says what was asserted before the timing.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Result:
-    """What a case found: rows and curves, plus how it was set up; `skipped` says why there is nothing."""
+    """The results of a case: rows and curves, plus its setup; `skipped` says why there are no results."""
 
     rows: list[Row] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
@@ -86,7 +86,7 @@ def interleaved(
 ) -> Times:
     """Seconds of each job, taken in turn (A B A B ...) after `warmup` rounds that do not count.
 
-    At least three rounds (or `repeats` if that is less), then none is begun once `at_most` seconds have passed.
+    At least three rounds (or `repeats` if that is less); then no round begins after `at_most` seconds.
     """
     times: Times = {name: [] for name in jobs}
     for _ in range(warmup):
@@ -105,7 +105,7 @@ def interleaved(
 
 
 def clock() -> float:
-    """Seconds, once an accelerator has done what it was told."""
+    """Seconds, after an accelerator has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

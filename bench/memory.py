@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def peak_mib(way: str, *, quick: bool = False) -> float:
-    """MiB that one step takes at its highest above what is there once the model is loaded, in a fresh process."""
+    """Peak memory of one step in a fresh process, MiB, less the memory after the model was loaded."""
     command = [sys.executable, "-m", "bench.memory", way, *(["--quick"] if quick else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -57,7 +57,7 @@ def peak_resident_mib() -> float:
 
 
 def _status(field: str) -> float | None:
-    """A field of /proc/self/status, MiB; None where there is none."""
+    """A field of /proc/self/status, MiB; None if it does not exist."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

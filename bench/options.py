@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """quick: a smoke run of a few seconds whose numbers mean nothing; workdir: where the laptop run is (None: here)."""
+    """quick: a smoke run whose numbers mean nothing; workdir: that of the laptop run (None: results/laptop)."""
 
     out: Path
     workdir: Path | None = None
@@ -19,5 +19,5 @@ class Options:
         return 2 if self.quick else count
 
     def target(self, ratio: float | None) -> float | None:
-        """The least ratio asked for, if there is one; a smoke run is not held to any."""
+        """The least ratio wanted, if there is one; a smoke run has none."""
         return None if self.quick else ratio

@@ -23,7 +23,7 @@ OURS, THEIRS, MISSED = "#0072B2", "#D55E00", "#9c3b1b"
 
 
 def build(out: Path) -> Path:
-    """Draw figures and page from the results in `out`; returns the page. Raises ValueError if there are none."""
+    """Draw figures and page from the results in `out`; returns the page. Raises ValueError without results."""
     cases = read(out)
     if not cases:
         raise ValueError(f"{out}: no results there; run python -m bench first")

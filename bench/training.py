@@ -47,7 +47,7 @@ def sft(options: Options) -> Result:
     same = {"held_equal": SAME, "correct": correct}
     other = same | {"held_equal": OTHER_ROWS}
     half_products = {"held_equal": f"{OTHER_ROWS}; not the precision of products", "correct": rounded}
-    comparisons = (  # our side, theirs, what theirs is, the ratio asked for, the facts
+    comparisons = (  # our side, theirs, what theirs is, the wanted ratio, the facts
         ("ours", "random", f"random batches padded to the longest, {EVERYWHERE}, fp32", 8, same),
         ("ours", "selected", "the same, cross-entropy at masked positions only, fp32", None, same),
         ("ours", "grouped", f"{GROUPED}, fp32", 2.5, other),
@@ -83,7 +83,7 @@ def _memory(sizes: Sizes, options: Options) -> list[Row]:
     rounded = f"{held}; not the precision of products"
     random = "random batches padded to the longest, logits everywhere, fp32"
     grouped = "batches grouped by length, padded, logits everywhere, fp32"
-    comparisons = [  # our side, theirs, what ours is, what theirs is, the ratio asked for, what is equal
+    comparisons = [  # our side, theirs, what ours is, what theirs is, the wanted ratio, what is equal
         ("ours", "random", "fp32", random, 4, held),
         ("ours", "grouped", "fp32", grouped, None, held),
         ("ours-chunked", "random", "fp32, head in chunks of 512", random, None, held),

@@ -53,7 +53,7 @@ class Cache:
         return shlex.join(["python", self.script, "fetch", *records]) + " && "
 
     def pointers(self, records: Iterable[str]) -> list[str]:
-        """The pointers that stand for some records; none without DVC."""
+        """The pointers of some records; an empty list without DVC."""
         return [] if self.kind == "none" else [str(pointer_of(record)) for record in records]
 
 
@@ -69,7 +69,7 @@ def pointer_of(record: str) -> Path:
 
 
 def record_of(artifact: str) -> str:
-    """The record of what DVC keeps; answers of an evaluation (.samples.jsonl) speak for themselves."""
+    """The record of what DVC keeps; answers of an evaluation (.samples.jsonl) are their own record."""
     return artifact if artifact.endswith(".jsonl") else f"{artifact.removesuffix('/model')}.json"
 
 
@@ -95,7 +95,7 @@ def fetch(record: str) -> None:
     """Bring the artifact of `record` here, in the state that the record states.
 
     Raises Lost if it cannot be had, with the record set aside so that the workflow makes it again, and ValueError if
-    the remote cannot be asked or the place is taken by something else; then nothing has changed.
+    the remote does not answer or something else is in its place; then nothing has changed.
     """
     if not Path(record).exists() and (LOST / record).exists():  # by another job, a moment ago
         raise Lost([record])
@@ -125,8 +125,8 @@ def set_aside(record: str) -> None:
         try:
             if Path(name).exists():
                 fetch(name)
-        except Lost as fault:
-            records += fault.records
+        except Lost as error:
+            records += error.records
     raise Lost(records)
 
 
@@ -161,7 +161,7 @@ def verify() -> list[Path]:
 
 
 def state_of(record: str) -> str:
-    """What a pointer notes of its record: the digest of the content, or of the file where it is no record."""
+    """What a pointer notes of its record: the digest of the content, or of the file if it is not a record."""
     return read_record(record)["digest"] if record.endswith(".json") else file_digest(record)
 
 
@@ -229,8 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{path}: damaged, removed")
             print("`dvc pull` brings it back" if damaged else "every cached object is what its name says")
             return 1 if damaged else 0
-    except ValueError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

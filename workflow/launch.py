@@ -30,8 +30,8 @@ def main() -> int:
     args = parser().parse_args()
     try:
         command, environment = plan(args, dict(os.environ))
-    except ValueError as fault:
-        print(f"launch: error: {fault}", file=sys.stderr)
+    except ValueError as error:
+        print(f"launch: error: {error}", file=sys.stderr)
         return 2
     os.execvpe(command[0], command, os.environ | environment)
 
@@ -40,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of this script."""
     found = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     found.add_argument("--with", dest="config", required=True, help="accelerate configuration")
-    found.add_argument("--nodes", type=int, default=1, help="machines asked for")
-    found.add_argument("--gpus", type=int, default=0, help="accelerators asked for on each machine")
-    found.add_argument("--cpus", type=int, default=1, help="cores asked for on each machine")
+    found.add_argument("--nodes", type=int, default=1, help="machines of the job")
+    found.add_argument("--gpus", type=int, default=0, help="accelerators of the job on each machine")
+    found.add_argument("--cpus", type=int, default=1, help="cores of the job on each machine")
     found.add_argument("--on-each-node", action="store_true", help=argparse.SUPPRESS)
     found.add_argument("command", nargs="+", help="what follows `dllm`, after --")
     return found
@@ -62,14 +62,14 @@ def plan(args: argparse.Namespace, environment: dict[str, str]) -> tuple[list[st
     settings = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
     on_cpu = bool(settings.get("use_cpu"))
     here = 1 if on_cpu or args.gpus < 2 else devices(args)
-    told = {"DLLM_PROCESSES": str(nodes * here)} | ({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})
+    added = {"DLLM_PROCESSES": str(nodes * here)} | ({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})
     if nodes * here == 1 and settings.get("distributed_type") in PLAIN:
-        return [sys.executable, "-m", "dllm", *args.command], told
+        return [sys.executable, "-m", "dllm", *args.command], added
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", args.config]
     launcher += ["--multi_gpu"] if on_cpu else []  # accelerate's name for torchrun; `--cpu` would start lone processes
     launcher += ["--num_machines", str(nodes), "--num_processes", str(nodes * here)]
     launcher += ["--main_process_port", "0"] if nodes == 1 else meeting_point(environment)
-    return [*launcher, "-m", "dllm", *args.command], told
+    return [*launcher, "-m", "dllm", *args.command], added
 
 
 def granted(environment: dict[str, str]) -> int:
@@ -77,7 +77,7 @@ def granted(environment: dict[str, str]) -> int:
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         return 1
-    # asked of Slurm, because Snakemake's executor hides most of SLURM_* from its jobs
+    # Slurm is asked, because Snakemake's executor hides most of SLURM_* from its jobs
     return int(environment.get("SLURM_JOB_NUM_NODES") or output("squeue", "--noheader", "--jobs", job, "--format=%D"))
 
 
@@ -98,7 +98,7 @@ def meeting_point(environment: dict[str, str]) -> list[str]:
 
 
 def devices(args: argparse.Namespace) -> int:
-    """Accelerators to use on this machine: those that are visible, at most those asked for."""
+    """Accelerators to use on this machine: the visible ones, at most `--gpus`."""
     import torch
 
     visible = torch.accelerator.device_count()
@@ -114,9 +114,9 @@ def output(*command: str) -> str:
     """What a command prints. Raises ValueError, one line, if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as fault:
-        said = getattr(fault, "stderr", None) or fault
-        raise ValueError(f"{' '.join(command)}: {' '.join(str(said).split())}") from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        raise ValueError(f"{' '.join(command)}: {' '.join(str(reason).split())}") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Talking to a model: sessions, their rendering, sample conversations, steps against time.
 
-settings    what `dllm sample` and `dllm speed` are told; which checkpoint a name means   (no torch)
+settings    the configs of `dllm sample` and `dllm speed`; which checkpoint a name means   (no torch)
 session     a conversation, its settings, its commands                                    (no torch, no terminal)
 render      a canvas as coloured text
 samples     conversations and the filmstrip of the report

@@ -38,9 +38,9 @@ def converse(model: DiffusionLM, conversations: list[list[str]], settings: Gener
 def film(model: DiffusionLM, prompt: str, settings: GenerateSettings) -> dict:
     """One answer from all masks to text: {"prompt", "answer", "frames": [{"step", "nfe", "tokens"}]}.
 
-    A frame shows the positions of the finished answer, without what stands behind its end; tokens are {"text", "state",
-    "confidence"}. A pass that changed nothing there has no frame. Where tokens are inserted and deleted, those of a
-    frame stand where the finished answer has them or others in their place, and what is still to come is masked.
+    A frame shows the positions of the finished answer, without what follows its end; tokens are {"text", "state",
+    "confidence"}. A pass that changed nothing there has no frame. If tokens are inserted and deleted, those of a
+    frame are at their places in the finished answer, and the places of tokens still to come are masked.
     """
     canvases = list(model.stream([[{"role": "user", "content": prompt}]], settings))
     response = canvases[-1].responses()[0]

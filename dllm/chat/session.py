@@ -39,7 +39,7 @@ class Session:
     conversation: Conversation = Conversation()
     ended: bool = False
     sidecar: dict = field(default_factory=dict)
-    """What is noted of the model's training."""
+    """The record of the model's training."""
 
 
 def fit_context(session: Session, question: str, count: Callable[[list[Message]], int]) -> tuple[Session, int]:
@@ -56,8 +56,8 @@ def fit_context(session: Session, question: str, count: Callable[[list[Message]]
         if tokens <= room:
             return replace(session, conversation=kept), dropped
     raise ValueError(
-        f"the message takes {tokens} tokens; of the context of {session.context} tokens an answer of "
-        f"{session.settings.max_new_tokens} leaves {max(0, room)}: say it in fewer words, or ask for fewer new tokens"
+        f"the message takes {tokens} tokens, and the context of {session.context} tokens has room for {max(0, room)} "
+        f"before an answer of {session.settings.max_new_tokens}; use fewer words, or ask for fewer new tokens"
     )
 
 
@@ -78,7 +78,7 @@ def obey(session: Session, line: str) -> tuple[Session, str]:
     name, _, argument = line.strip().removeprefix("/").partition(" ")
     meant = [known for known in COMMANDS if name and known.startswith(name)]
     if len(meant) != 1:
-        raise ValueError(f"/{name} is no command. {did_you_mean(name, list(COMMANDS))} See /help")
+        raise ValueError(f"/{name} is not a command. {did_you_mean(name, list(COMMANDS))} See /help")
     return COMMANDS[meant[0]].act(session, argument.strip())
 
 
@@ -173,13 +173,13 @@ def _whole(command: str, argument: str, allowed: str) -> int:
     return int(argument)
 
 
-def check_block(size: int, sidecar: dict, said: str) -> None:
-    """Raise ValueError, one line that begins with what was said, if a model has no such blocks.
+def check_block(size: int, sidecar: dict, words: str) -> None:
+    """Raise ValueError, one line that begins with `words`, if a model has no such blocks.
 
-    sidecar: what is noted of the model's training.
+    sidecar: the record of the model's training.
     """
     if sidecar.get("algorithm") == "edit_flows":
-        raise ValueError(f"{said}: a model trained with edit_flows has no blocks; leave it out")
+        raise ValueError(f"{words}: a model trained with edit_flows has no blocks; leave it out")
     trained = sidecar.get("block_size")
     if sidecar.get("algorithm") == "bd3lm" and size != trained:
-        raise ValueError(f"{said}: this model was trained in blocks of {trained}; leave it out")
+        raise ValueError(f"{words}: this model was trained in blocks of {trained}; leave it out")

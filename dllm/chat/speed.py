@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,22 +31,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All questions answered with one number of steps: forward passes per answer, seconds and tokens over all."""
+    """All questions answered with one number of steps or one decoding option.
 
-    steps: int
-    nfe: float
-    seconds: float
-    tokens: int
-    correct: int
-    n: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All questions answered with one decoding option, next to the exact decode: one token per pass, nothing reused.
-
-    nfe: forward passes per answer; seconds and tokens over all; agreement: share of answers that are the exact ones,
-    token for token; token_agreement: share of tokens that are, position by position.
+    nfe: forward passes per answer; seconds and tokens over all answers; correct: right answers out of n. Agreement with
+    the exact decode (one token per pass, nothing reused): share of answers that are the exact ones, token for token;
+    token_agreement: share of tokens that are, position by position. Both are None where nothing was compared.
     """
 
     name: str
@@ -55,8 +44,8 @@ class Comparison:
     tokens: int
     correct: int
     n: int
-    agreement: float
-    token_agreement: float
+    agreement: float | None = None
+    token_agreement: float | None = None
 
 
 def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]:
@@ -93,8 +82,8 @@ def _lines(path: Path) -> list[str]:
 def is_correct(text: str, sought: str, pattern: str) -> bool:
     """Whether an answer says what is sought: by the last match of `pattern`, else as a whole.
 
-    Where a number is sought and the match is none, the last number counts. Thousands separators, a final full stop and
-    capital letters make no difference.
+    If a number is expected and the match is not a number, the last number of the answer counts. Thousands separators, a
+    final full stop and capital letters make no difference.
     """
     matches = [match.group(1) for match in _expression(pattern).finditer(text) if match.group(1).strip()]
     said = matches[-1] if matches else text
@@ -104,54 +93,35 @@ def is_correct(text: str, sought: str, pattern: str) -> bool:
 
 
 def measure(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) -> Iterator[Measurement]:
-    """One measurement per number of steps, after a warm-up that is not timed.
+    """One measurement per number of steps, which is its name, after a warm-up that is not timed.
 
     Raises ValueError, one line, if a number of steps is less than the blocks of the canvas.
     """
-    prompts = _prompts(config, questions)
-    plans = [config.generation.model_copy(update={"steps": steps}) for steps in config.steps]
-    for settings in plans:
+    plans = {str(steps): config.generation.model_copy(update={"steps": steps}) for steps in config.steps}
+    for settings in plans.values():
         check_steps(settings)
-    model.generate(prompts[: config.generation.batch_size], plans[-1])
-    for settings in plans:
-        answers, seconds = _answered(model, prompts, settings)
-        yield Measurement(
-            steps=settings.steps,
-            nfe=sum(answer.passes for answer in answers) / len(answers),
-            seconds=seconds,
-            tokens=sum(answer.tokens for answer in answers),
-            correct=_correct(answers, questions, config.answer),
-            n=len(answers),
-        )
+    model.generate(_prompts(config, questions)[: config.generation.batch_size], settings)
+    for name, settings in plans.items():
+        yield _measured(model, config, questions, name, settings)[0]
 
 
-def compare(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) -> Iterator[Comparison]:
-    """The exact decode, the options of the config and half the steps, each after a warm-up that is not timed.
+def compare(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) -> Iterator[Measurement]:
+    """The exact decode, half the steps and the options of the config, each after a warm-up that is not timed.
 
     Raises ValueError, one line, if an option has fewer steps than the canvas has blocks.
     """
-    prompts = _prompts(config, questions)
-    plans = decoding_plans(config)
     exact: list[Answer] = []
-    for name, settings in plans.items():
-        model.generate(prompts[: min(8, settings.batch_size)], settings)
-        answers, seconds = _answered(model, prompts, settings)
+    for name, settings in decoding_plans(config).items():
+        model.generate(_prompts(config, questions)[: min(8, settings.batch_size)], settings)
+        found, answers = _measured(model, config, questions, name, settings)
         exact = exact or answers
         pairs = [(one.ids, other.ids) for one, other in zip(answers, exact, strict=True)]
-        yield Comparison(
-            name=name,
-            nfe=sum(answer.passes for answer in answers) / len(answers),
-            seconds=seconds,
-            tokens=sum(answer.tokens for answer in answers),
-            correct=_correct(answers, questions, config.answer),
-            n=len(answers),
-            agreement=sum(one == other for one, other in pairs) / len(pairs),
-            token_agreement=token_agreement(pairs),
-        )
+        share = sum(one == other for one, other in pairs) / len(pairs)
+        yield replace(found, agreement=share, token_agreement=token_agreement(pairs))
 
 
 def decoding_plans(config: SpeedConfig) -> dict[str, GenerateSettings]:
-    """What is compared, by name, the exact decode first. Raises ValueError, one line, for too few steps."""
+    """The compared settings by name, the exact decode first. Raises ValueError, one line, for too few steps."""
     exact = overlaid(config.generation, {"steps": None, "reuse": "none", "refresh": None})
     if exact.reveal_rule in PARALLEL_RULES:
         exact = overlaid(exact, {"reveal_rule": "confidence"})
@@ -164,7 +134,7 @@ def decoding_plans(config: SpeedConfig) -> dict[str, GenerateSettings]:
 
 
 def token_agreement(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
-    """Share of positions at which two answers have the same token, over all pairs; 1 where there is no token at all."""
+    """Share of positions at which two answers have the same token, over all pairs; 1 if there is no token at all."""
     same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
     total = sum(max(len(one), len(other)) for one, other in pairs)
     return same / total if total else 1.0
@@ -175,19 +145,20 @@ def _prompts(config: SpeedConfig, questions: list[Question]) -> list[list[dict]]
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def _answered(model: DiffusionLM, prompts: list, settings: GenerateSettings) -> tuple[list[Answer], float]:
-    """The answers, and the seconds they took."""
+def _measured(
+    model: DiffusionLM, config: SpeedConfig, questions: list[Question], name: str, settings: GenerateSettings
+) -> tuple[Measurement, list[Answer]]:
+    prompts = _prompts(config, questions)
     start = _clock(model.backbone.device)
     answers = model.answers(prompts, settings)
-    return answers, _clock(model.backbone.device) - start
-
-
-def _correct(answers: list[Answer], questions: list[Question], pattern: str) -> int:
-    return sum(is_correct(a.text, q.answer, pattern) for a, q in zip(answers, questions, strict=True))
+    seconds, count = _clock(model.backbone.device) - start, len(answers)
+    right = sum(is_correct(a.text, q.answer, config.answer) for a, q in zip(answers, questions, strict=True))
+    tokens, passes = (sum(getattr(answer, field) for answer in answers) for field in ("tokens", "passes"))
+    return Measurement(name, passes / count, seconds, tokens, right, count), answers
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
+    """Seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -210,8 +181,8 @@ def _question(line: str, expression: re.Pattern, where: str) -> Question:
 def _expression(pattern: str) -> re.Pattern:
     try:
         expression = re.compile(pattern)
-    except re.error as fault:
-        raise ValueError(f"answer = {pattern!r} is no regular expression ({fault})") from None
+    except re.error as error:
+        raise ValueError(f"answer = {pattern!r} is not a regular expression ({error})") from None
     if expression.groups < 1:
         raise ValueError(f"answer = {pattern!r} has no group; put what is sought in parentheses, e.g. '#### (.*)'")
     return expression

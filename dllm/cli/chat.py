@@ -97,9 +97,9 @@ class Chat:
                 elif line:
                     self.show.question(line)
                     self.answer(line)
-            except ValueError as fault:
+            except ValueError as error:
                 status = 2
-                self.show.fault(" ".join(str(fault).split()))
+                self.show.error(" ".join(str(error).split()))
             if self.session.ended:
                 break
         return 0 if isinstance(self.show, Live) else status
@@ -111,14 +111,14 @@ class Chat:
         session, dropped = fit_context(self.session, question, lambda turns: len(self.model.encode_prompt(turns)))
         if dropped and not self.has_trimmed:
             self.has_trimmed = True
-            self.show.note("the context is full: the oldest turns are forgotten from here on")
+            self.show.note("the context is full: the oldest turns are forgotten from now on")
         canvases = self.model.stream([session.conversation.messages(question)], session.settings)
         try:
             last = self.show.answer(canvases)
         except KeyboardInterrupt:
             if self.show.bare:
                 raise
-            self.show.note("stopped; this turn is not remembered")
+            self.show.note("stopped; this turn is forgotten")
             return
         text = self.model.decode(last.responses()[0], session.settings.stop).strip()
         self.show.finished(text)
@@ -132,7 +132,7 @@ class Plain:
     bare: bool = False
 
     def question(self, text: str) -> None:
-        """Show what is being answered."""
+        """Show the question."""
         print(f"You: {text}", flush=True)
 
     def answer(self, canvases: Iterator[Canvas]) -> Canvas:
@@ -150,7 +150,7 @@ class Plain:
         if text:
             print(text, file=sys.stderr, flush=True)
 
-    def fault(self, text: str) -> None:
+    def error(self, text: str) -> None:
         """Show a mistake, one line."""
         print(f"dllm chat: error: {text}", file=sys.stderr, flush=True)
 
@@ -165,8 +165,8 @@ class Live:
     clock: Callable[[], float] = time.perf_counter
 
     def question(self, text: str) -> None:
-        """Show what is being answered."""
-        if not sys.stdin.isatty():  # otherwise it stands there as it was typed
+        """Show the question."""
+        if not sys.stdin.isatty():  # otherwise the terminal shows what was typed
             self.console.print(f"You: {text}", style="bold", markup=False)
 
     def answer(self, canvases: Iterator[Canvas]) -> Canvas:
@@ -194,12 +194,12 @@ class Live:
         if text:
             self.console.print(text, style="dim", markup=False)
 
-    def fault(self, text: str) -> None:
+    def error(self, text: str) -> None:
         """Show a mistake, one line."""
         self.console.print(text, style="#d55e00", markup=False)
 
     def _frame(self, canvas: Canvas, previous: Canvas | None, seconds: float) -> Text:
-        """The canvas up to the end of the answer, once nothing left of that end is masked, and the status line."""
+        """The canvas, cut at the end of the answer once no mask is left before it, and the status line."""
         from rich.text import Text
 
         from dllm.chat.render import canvas_text, pieces, status

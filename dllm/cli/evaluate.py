@@ -29,17 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="work directory (default: the one whose `configs` holds the config, else here)",
     )
     parser.add_argument(
-        "--shard", type=_shard, metavar="I/N", help="compute part I (from 0) of N only, write no scores"
+        "--shard", type=_shard, metavar="I/N", help="compute only part I (from 0) of N; do not write scores"
     )
-    parser.add_argument("--merge", action="store_true", help="score the stored answers, compute none")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes an accelerator if there is one")
+    parser.add_argument("--merge", action="store_true", help="score the stored answers; do not compute any")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda or cuda:1 (default: an accelerator if there is one)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write the scores, print a line per benchmark. Raises ValueError, one line, for a user's mistake."""
     if args.shard and args.merge:
-        raise ValueError("--shard and --merge exclude each other; compute the shards first, then merge")
-    # lm-eval and datasets draw a bar per subtask; ours speaks for all of them
+        raise ValueError("--shard and --merge do not go together; compute the shards first, then merge")
+    # lm-eval and datasets draw a bar per subtask; ours counts all of them
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     for (_, config), workdir in zip(configs, workdirs, strict=True):
         progress = ProgressLine(f"{config.run} {config.benchmark}")
-        # one attempt at a part: an answer is asked for once, whoever waited finds it stored
+        # one process at a time works on a part: a process that waited reads the stored answers
         part = f"evaluate-{config.run}-{config.benchmark}-{shard[0]}-of-{shard[1]}"
         with alone(workdir / ".work" / "locks" / part):
             result = evaluate_benchmark(
@@ -104,21 +106,21 @@ class ProgressLine:
         self._bar = None
         self._tenth = 0
 
-    def __call__(self, answered: int, asked: int) -> None:
+    def __call__(self, answered: int, total: int) -> None:
         if self.stream.isatty():
             if self._bar is None:
                 from tqdm import tqdm
 
-                self._bar = tqdm(total=asked, desc=self.name, unit="request", file=self.stream, disable=False)
-            self._bar.total = asked
+                self._bar = tqdm(total=total, desc=self.name, unit="request", file=self.stream, disable=False)
+            self._bar.total = total
             self._bar.update(answered - self._bar.n)
             return
-        tenth = 10 * answered // asked if asked else 10
+        tenth = 10 * answered // total if total else 10
         if tenth < self._tenth:  # another kind of request begins
             self._tenth = 0
         if tenth > self._tenth:
             self._tenth = tenth
-            print(f"{self.name}: {answered} of {asked} answers", file=self.stream, flush=True)
+            print(f"{self.name}: {answered} of {total} answers", file=self.stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -136,7 +138,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _share(args: argparse.Namespace) -> tuple[tuple[int, int], bool, bool]:
-    """(shard, score, wait) of this process: as asked for, else as the launcher's environment says."""
+    """(shard, score, wait) of this process: as the options say, else as the launcher's environment says."""
     if args.shard:
         return args.shard, False, False
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -145,9 +147,9 @@ def _share(args: argparse.Namespace) -> tuple[tuple[int, int], bool, bool]:
     return (rank, world_size), rank == 0, rank == 0
 
 
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
     import torch
 
     if torch.cuda.is_available():

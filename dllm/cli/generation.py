@@ -10,54 +10,31 @@ if TYPE_CHECKING:
     from dllm.config import GenerateSettings
     from dllm.language_model import DiffusionLM
 
-OPTIONS = {
-    "new_tokens": "max_new_tokens",
-    "steps": "steps",
-    "block_size": "block_size",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "reveal_rule": "reveal_rule",
-    "threshold": "threshold",
-    "factor": "factor",
-    "entropy_bound": "entropy_bound",
-    "reuse": "reuse",
-    "refresh": "refresh",
-    "seed": "seed",
+OPTIONS: dict[str, tuple[str, type, str, str]] = {
+    "new_tokens": ("max_new_tokens", int, "N", "longest answer, in tokens"),
+    "steps": ("steps", int, "N", "forward passes per answer (default: one per token)"),
+    "block_size": ("block_size", int, "N", "tokens per block; blocks go from left to right"),
+    "temperature": ("temperature", float, "T", "0 takes the most probable token (default)"),
+    "top_p": ("top_p", float, "P", "draw from the smallest set with this probability"),
+    "reveal_rule": ("reveal_rule", str, "RULE", "which masked positions are revealed first (default: confidence)"),
+    "threshold": ("threshold", float, "P", "rule threshold: reveal all that are at least so probable (default: 0.9)"),
+    "factor": ("factor", float, "F", "rule factor: larger reveals more at once (default: 1)"),
+    "entropy_bound": ("entropy_bound", float, "H", "rule entropy_bound: larger reveals more (default: 0.1 nats)"),
+    "reuse": ("reuse", str, "KIND", "approximation: prefix or dual keep what was computed outside the active block"),
+    "refresh": ("refresh", int, "N", "passes between refreshes of what is reused (default: once per block)"),
+    "seed": ("seed", int, "N", "seed of the draws at a temperature above 0 (default: 0)"),
 }
-"""Option of the command line -> field of GenerateSettings."""
+"""Option of the command line -> field of GenerateSettings, type, placeholder, help."""
 
-RULES = {"threshold": "threshold", "factor": "factor", "entropy_bound": "entropy_bound"}
-"""Option that concerns one reveal rule only -> that rule."""
+RULES = ("threshold", "factor", "entropy_bound")
+"""Options that concern the reveal rule of their name only."""
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sampler's options; what is not given keeps its default."""
+    """The sampler's options; an option that is not given keeps its default."""
     group = parser.add_argument_group("sampler")
-    group.add_argument("--new-tokens", type=int, metavar="N", help="longest answer, in tokens")
-    group.add_argument("--steps", type=int, metavar="N", help="forward passes per answer (default: one per token)")
-    group.add_argument("--block-size", type=int, metavar="N", help="tokens per block; blocks go from left to right")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the most probable token (default)")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set with this probability")
-    group.add_argument(
-        "--reveal-rule",
-        choices=("confidence", "entropy", "margin", "random", "threshold", "factor", "entropy_bound"),
-        help="which masked positions are revealed first (default: confidence); the last three reveal all that are "
-        "sure enough, in fewer passes",
-    )
-    group.add_argument("--threshold", type=float, metavar="P", help="rule threshold: sure from here on (default: 0.9)")
-    group.add_argument(
-        "--factor", type=float, metavar="F", help="rule factor: larger reveals more at once (default: 1)"
-    )
-    group.add_argument(
-        "--entropy-bound", type=float, metavar="H", help="rule entropy_bound: larger reveals more (default: 0.1 nats)"
-    )
-    group.add_argument(
-        "--reuse",
-        choices=("none", "prefix", "dual"),
-        help="approximation: between refreshes, keep what was computed left of the active block, or on both sides",
-    )
-    group.add_argument("--refresh", type=int, metavar="N", help="passes between refreshes (default: once per block)")
-    group.add_argument("--seed", type=int, metavar="N", help="seed of the draws at a temperature above 0 (default: 0)")
+    for name, (_, kind, metavar, text) in OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +43,7 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: dict | None = None) -> GenerateSettings:
-    """The settings with what the command line says; sidecar: what is noted of the checkpoint, where it is known.
+    """The settings, changed by the command line; sidecar: the record of the checkpoint's training, if it is known.
 
     Raises ValueError, one line, for a value out of range and for blocks that the checkpoint does not have.
     """
@@ -74,19 +51,20 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: 
 
     from dllm.chat.session import check_block, check_steps
 
-    given = {field: getattr(args, name) for name, field in OPTIONS.items() if getattr(args, name) is not None}
+    fields = {name: field for name, (field, *_) in OPTIONS.items()}
+    given = {field: getattr(args, name) for name, field in fields.items() if getattr(args, name) is not None}
     try:
         settings = type(settings).model_validate(settings.model_dump() | given)
-    except ValidationError as fault:
-        error = fault.errors()[0]
-        if not error["loc"]:
-            raise ValueError(error["msg"].removeprefix("Value error, ")) from None
-        option = next((name for name, field in OPTIONS.items() if field == error["loc"][0]), error["loc"][0])
-        raise ValueError(f"--{option.replace('_', '-')} {error['input']}: {error['msg'].lower()}") from None
-    for name, rule in RULES.items():
-        if name in given and settings.reveal_rule != rule:
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        if not wrong["loc"]:
+            raise ValueError(wrong["msg"].removeprefix("Value error, ")) from None
+        option = next((name for name, field in fields.items() if field == wrong["loc"][0]), wrong["loc"][0])
+        raise ValueError(f"--{option.replace('_', '-')} {wrong['input']}: {wrong['msg'].lower()}") from None
+    for rule in RULES:
+        if rule in given and settings.reveal_rule != rule:
             raise ValueError(
-                f"--{name.replace('_', '-')} {given[name]:g} is for --reveal-rule {rule}, not {settings.reveal_rule}; "
+                f"--{rule.replace('_', '-')} {given[rule]:g} is for --reveal-rule {rule}, not {settings.reveal_rule}; "
                 "give both or neither"
             )
     if args.block_size is not None:
@@ -113,9 +91,9 @@ def _known_device(name: str):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name} is no device; allowed: cpu, cuda, cuda:1, mps") from None
+        raise ValueError(f"--device {name} is not a device; allowed: cpu, cuda, cuda:1, mps") from None
     is_there = {"cpu": lambda: True, "mps": torch.backends.mps.is_available}
     is_there["cuda"] = lambda: torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     if not is_there.get(device.type, lambda: False)():
-        raise ValueError(f"--device {name}: there is none on this machine; leave --device out")
+        raise ValueError(f"--device {name}: this machine does not have one; leave --device out")
     return device

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import NoReturn
 
 VERBS = ("plan", "pins", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
-"""Each is a module of this package, imported only when it is asked for."""
+"""Each is a module of this package, imported only when it is used."""
 
 EXAMPLES = """examples:
   dllm chat                              talk to the largest chat model below results/
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and a misspelt option is recognised."""
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """Options may stand between the other arguments, where there are no sub-commands."""
+        """Options may come between the other arguments, unless there are sub-commands."""
         if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
             return super().parse_args(args, namespace)
         return self.parse_intermixed_args(args, namespace)
@@ -66,16 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # what is left in the buffer has no reader; the interpreter must not try again at its exit
+        # nobody reads the rest of the buffer; the interpreter must not try again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         _say(name, "interrupted")
         return 128 + signal.SIGINT
-    except (ValueError, OSError, ModuleNotFoundError) as fault:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("DLLM_DEBUG"):
             raise
-        _say(name, f"error: {_one_line(fault)}")
+        _say(name, f"error: {_one_line(error)}")
         return 2
 
 
@@ -120,10 +120,10 @@ def _dispatch(words: list[str]) -> int:
         print(f"dllm {__version__}")
         return 0
     if verb not in VERBS:
-        what = "option" if verb.startswith("-") else "verb"
+        what = "an option" if verb.startswith("-") else "a verb"
         near = difflib.get_close_matches(verb, [*VERBS, "--help", "--version"], n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(VERBS)}."
-        raise UsageError(f"{verb!r} is no {what} of dllm. {hint}")
+        raise UsageError(f"{verb!r} is not {what} of dllm. {hint}")
     module = import_module(f"dllm.cli.{verb}")
     try:
         args = verb_parser(verb, module).parse_args(rest)
@@ -132,19 +132,19 @@ def _dispatch(words: list[str]) -> int:
     return module.run(args)
 
 
-def _one_line(fault: Exception) -> str:
-    if isinstance(fault, ModuleNotFoundError):
-        return f"the package {fault.name!r} is not installed; install dllm with its dependencies"
-    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = fault.filename or f"at work in {os.getcwd()}"
-        return f"{where}: {fault.strerror}; make room and start the same command again"
-    if isinstance(fault, OSError) and fault.strerror:
-        return f"{fault.filename}: {fault.strerror}" if fault.filename else fault.strerror
-    return " ".join(str(fault).split()) or type(fault).__name__
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name!r} is not installed; install dllm with its dependencies"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or f"at work in {os.getcwd()}"
+        return f"{where}: {error.strerror}; make room and start the same command again"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _say(name: str, text: str) -> None:
     try:
         print(f"{name}: {text}", file=sys.stderr, flush=True)
     except OSError:
-        pass  # standard error is gone as well: nobody is left to tell
+        pass  # standard error is closed as well

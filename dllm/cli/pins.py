@@ -1,4 +1,4 @@
-"""`dllm pins`: which commit of which hub repository the configuration stands for."""
+"""`dllm pins`: the commit of every hub repository that the configuration uses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ EXAMPLES = """examples:
   dllm pins config/mine.yaml                 with an overlay on top
   dllm pins --only alpaca --only tulu        two of them
   dllm pins --refresh                        ask the hub for the newest commits, and change nothing
-  dllm pins --refresh --write --only alpaca  and put that commit into the file where the old one stands
+  dllm pins --refresh --write --only alpaca  and replace the old commit in its file
 
-A newer commit is another experiment: read what changed on the hub's page before `--write`. Where a repository cannot
-be asked, its line says why, the others are still asked, and the exit status is 2."""
+A newer commit is another experiment: read on the hub's page what changed before you use --write. If a repository does
+not answer, its line says why, the others are still asked, and the exit status is 2."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("configs", metavar="CONFIG", nargs="*", help="overlays on the entries of config/*.yaml")
     parser.add_argument(
-        "--config-directory", metavar="DIR", help="where models.yaml and its neighbours stand (default: ./config)"
+        "--config-directory",
+        metavar="DIR",
+        help="directory of models.yaml and the other entries (default: ./config)",
     )
     parser.add_argument("--only", metavar="NAME", action="append", default=[], help="only this entry (may be repeated)")
     parser.add_argument("--refresh", action="store_true", help="ask the hub for the newest commit of each")
@@ -34,13 +36,13 @@ def run(args: argparse.Namespace) -> int:
     from dllm.data.pins import read_pins
 
     if args.write and not args.refresh:
-        raise ValueError("--write needs --refresh: without it there is nothing new to write")
+        raise ValueError("--write needs --refresh, which asks for the new commits")
     directory = config_directory(args.config_directory, args.configs[0] if args.configs else "config/models.yaml")
     pins = read_pins(directory, args.configs)
     names = {pin.name for pin in pins}
     for name in args.only:
         if name not in names:
-            raise ValueError(f"--only {name}: no entry from the hub has this name. {did_you_mean(name, sorted(names))}")
+            raise ValueError(f"--only {name}: not an entry from the hub. {did_you_mean(name, sorted(names))}")
     pins = [pin for pin in pins if not args.only or pin.name in args.only]
     if args.refresh:
         return _refresh(pins, write=args.write)
@@ -64,9 +66,9 @@ def _refresh(pins: list, *, write: bool) -> int:
             commit = newest(pin)
         except HubUnreachable:
             raise
-        except ValueError as fault:
+        except ValueError as error:
             failed += 1
-            print(f"{label} {fault}")
+            print(f"{label} {error}")
             continue
         if commit == pin.commit:
             print(f"{label} {commit} is the newest", flush=True)
@@ -78,7 +80,7 @@ def _refresh(pins: list, *, write: bool) -> int:
     done = "written" if write else "newer; --write puts them into the files"
     print(f"{changed} of {len(pins)} {done}")
     if failed:
-        raise ValueError(f"{failed} of {len(pins)} repositories could not be asked; the lines above say why")
+        raise ValueError(f"{failed} of {len(pins)} repositories did not answer; the lines above say why")
     return 0
 
 

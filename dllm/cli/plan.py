@@ -1,4 +1,4 @@
-"""`dllm plan`: what a configuration costs, before it is run."""
+"""`dllm plan`: what a configuration will cost."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ EXAMPLES = """examples:
   dllm plan config/laptop.yaml my-overlay.yaml       with an overlay on top
   dllm plan config/laptop.yaml --json                for programs
 
-Where a job has run already (below the configuration's workdir), its measured time, memory and passes stand beside the
-prediction; `ratio` is predicted / measured. The workflow asks a cluster for these predictions and a margin."""
+If a job has already run (below the configuration's workdir), its measured time, memory and passes are shown next to
+the prediction; `ratio` is predicted / measured. The workflow asks a cluster for these predictions plus a margin."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-directory",
         metavar="DIR",
-        help="where models.yaml and its neighbours stand (default: beside the first CONFIG, or ./config)",
+        help="the directory of models.yaml and the other entries (default: that of the first CONFIG, or ./config)",
     )
     parser.add_argument(
         "--hardware", metavar="NAME", help="plan GPU jobs for h200, h100, a100-80gb, a100-40gb, rtx-4090, cpu"
     )
     parser.add_argument("--utilisation", metavar="SHARE", type=float, help="share of the peak that training reaches")
-    parser.add_argument("--workdir", metavar="DIR", help="where finished jobs are looked for (default: that of CONFIG)")
+    parser.add_argument("--workdir", metavar="DIR", help="work directory of finished jobs (default: that of CONFIG)")
     parser.add_argument("-v", "--verbose", action="store_true", help="a line for every job")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def config_directory(stated: str | None, first: str) -> Path:
-    """Where the entries stand. Raises ValueError, one line, if models.yaml is nowhere to be found."""
+    """The directory of the entries. Raises ValueError, one line, if models.yaml is nowhere to be found."""
     places = [Path(stated)] if stated else [Path(first).parent, Path("config")]
     for place in places:
         if (place / "models.yaml").is_file():

@@ -20,15 +20,15 @@ EXAMPLES = """examples:
   dllm sample chat-large --prompt "Hello!" "Who are you?" --output hello.json
       conversations of one turn each, and how the first answer came about
   dllm sample chat-large --reveal-rule threshold --threshold 0.8 "What is the capital of France?"
-      reveal all tokens that are 80 % sure in a pass, and so take fewer passes
+      reveal all tokens with a probability of at least 80 % in one pass, which takes fewer passes
   dllm sample chat-large --reuse dual --refresh 8 "What is the capital of France?"
-      compute what stands outside the active block in every eighth pass only (an approximation)
+      compute the text outside the active block in every eighth pass only (an approximation)
   dllm sample encoder-edits --edit "Gorby is known is for for" "What is Gorby known for?"
-      a faulty answer is edited into a better one, pass by pass (a model trained with edit_flows)
+      edit a wrong answer into a better one, pass by pass (a model trained with edit_flows)
   dllm sample encoder-edits --edit "The zanu walks legs." --steps 8
-      the same for a text that answers nothing, in eight passes
+      edit a text that has no question, in eight passes
   dllm sample --config configs/samples/chat-large.yaml --output samples/chat-large.json
-      what the report shows; paths in the config are below --workdir
+      write what the report shows; the paths in the config are below --workdir
 """
 
 
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", help="sample config, written by the workflow below configs/samples/"
     )
     parser.add_argument("--output", metavar="FILE", help="write conversations and filmstrip here, as JSON")
-    parser.add_argument("--workdir", default=".", metavar="DIR", help="where the config's paths begin (default: here)")
+    parser.add_argument(
+        "--workdir", default=".", metavar="DIR", help="directory that the config's paths start from (default: here)"
+    )
     add_device_argument(parser)
     add_generation_arguments(parser)
 
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         raise ValueError('needs a MODEL and a PROMPT, or --config, e.g. dllm sample chat-large "Hello!"')
     if args.output and args.raw:
-        raise ValueError("--output holds conversations and --raw has none; leave one of them out")
+        raise ValueError("--output writes conversations, and --raw does not make any; leave one of them out")
     if args.edit is not None:
         return _edit(args)
     prompts = [*args.prompts, *args.prompt] or _lines()
@@ -94,9 +96,9 @@ def _edit(args: argparse.Namespace) -> int:
     if len(prompts) > 1:
         raise ValueError(f"--edit takes one draft and at most one PROMPT, got {len(prompts)}; give them one by one")
     if not args.edit.strip():
-        raise ValueError("--edit needs a text to begin with; to begin with nothing, leave the option out")
+        raise ValueError("--edit needs a text; to start from an empty text, leave the option out")
     if args.output:
-        raise ValueError("--output holds conversations and --edit has none; leave one of them out")
+        raise ValueError("--output writes conversations, and --edit does not make any; leave one of them out")
     from rich.console import Console
     from rich.text import Text
 
@@ -106,7 +108,7 @@ def _edit(args: argparse.Namespace) -> int:
 
     model = open_model(find_checkpoint(args.model), args.device)
     sidecar = model.backbone.sidecar
-    # a text is mended with the most probable tokens; it is only from nothing that these would all be the same
+    # a text is corrected with the most probable tokens; only an empty text would get the same token in every gap
     usual = chat_generation(sidecar, chat_context(sidecar, model.max_length)).model_copy(update={"temperature": 0.0})
     settings = with_options(usual, args, sidecar)
     prompt = prompts[0] if prompts else None
@@ -143,7 +145,7 @@ def _write_configured(args: argparse.Namespace) -> int:
     given = [f"--{name}" for name in ("prompt", "system", "raw", "edit") if getattr(args, name)]
     given += ["MODEL"] if args.model else []
     if given:
-        raise ValueError(f"--config says everything; leave out {', '.join(given)}")
+        raise ValueError(f"--config already states these; leave out {', '.join(given)}")
     from dllm.config import SampleConfig, read_config
 
     config = read_config(args.config, SampleConfig)

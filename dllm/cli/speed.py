@@ -21,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", metavar="CONFIG", help="speed config, written by the workflow below configs/speed/")
     parser.add_argument(
-        "--output", metavar="FILE", help="where to write (default: speed/RUN.json in the work directory)"
+        "--output", metavar="FILE", help="the file to write (default: speed/RUN.json in the work directory)"
     )
-    parser.add_argument("--workdir", default=".", metavar="DIR", help="where the config's paths begin (default: here)")
+    parser.add_argument(
+        "--workdir", default=".", metavar="DIR", help="directory that the config's paths start from (default: here)"
+    )
     add_device_argument(parser)
 
 
@@ -39,14 +41,18 @@ def run(args: argparse.Namespace) -> int:
     decoding_plans(config)
     questions = read_questions(workdir / config.questions, config.answer, config.limit)
     model = open_model(str(workdir / config.checkpoint), args.device)
-    points = []
+    points, options = [], []
     for found in measure(model, config, questions):
-        points.append(point(found))
-        print(line(points[-1]), flush=True)
-    options = []
+        points.append({"steps": int(found.name), "metric": METRIC} | measured(found))
+        print(f"{found.name:>5} steps: {line(points[-1])}", flush=True)
     for found in compare(model, config, questions):
-        options.append(compared(found))
-        print(compared_line(options[-1]), flush=True)
+        agreement = {"agreement": found.agreement, "token_agreement": found.token_agreement}
+        options.append({"name": found.name} | agreement | measured(found))
+        print(
+            f"{found.name}: {line(options[-1])}, {100 * found.agreement:.1f} % of answers and "
+            f"{100 * found.token_agreement:.1f} % of tokens as in the exact decode",
+            flush=True,
+        )
     facts = collect(config_digest=digest(config), device=str(model.backbone.device), settings=config.model_dump())
     result = {"run": config.run, "points": points, "options": options, "provenance": facts}
     write_atomically(args.output or workdir / "speed" / f"{config.run}.json", json.dumps(result, indent=1) + "\n")
@@ -54,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured(found) -> dict:
-    """What a measurement has in the report: seconds over all answers, quality with its 95 % Wilson interval."""
+    """A measurement as the report reads it: seconds over all answers, quality with its 95 % Wilson interval."""
     from dllm.numbers import wilson_interval
 
     low, high = wilson_interval(found.correct, found.n)
@@ -69,34 +75,10 @@ def measured(found) -> dict:
     }
 
 
-def point(found) -> dict:
-    """A number of steps as the report reads it."""
-    return {"steps": found.steps, "metric": METRIC} | measured(found)
-
-
-def compared(found) -> dict:
-    """A decoding option as the report reads it; agreement is that with the exact decode."""
-    agreement = {"agreement": found.agreement, "token_agreement": found.token_agreement}
-    return {"name": found.name} | agreement | measured(found)
-
-
-def measured_line(measurement: dict) -> str:
-    """What a point and an option have in common, for the terminal."""
+def line(measurement: dict) -> str:
+    """A measurement for the terminal."""
     return (
         f"{measurement['nfe']:.1f} passes per answer, {measurement['seconds']:.2f} s, "
         f"{measurement['tokens_per_second']:.0f} tokens/s, {METRIC} {100 * measurement['quality']:.1f} % "
         f"[{100 * measurement['quality_low']:.1f}, {100 * measurement['quality_high']:.1f}] of {measurement['n']}"
     )
-
-
-def compared_line(option: dict) -> str:
-    """An option for the terminal."""
-    return (
-        f"{option['name']}: {measured_line(option)}, {100 * option['agreement']:.1f} % of answers and "
-        f"{100 * option['token_agreement']:.1f} % of tokens as in the exact decode"
-    )
-
-
-def line(point: dict) -> str:
-    """A point for the terminal."""
-    return f"{point['steps']:>5} steps: {measured_line(point)}"

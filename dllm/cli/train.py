@@ -1,4 +1,4 @@
-"""`dllm train`: one training run, told everything by its resolved config."""
+"""`dllm train`: one training run, described by its resolved config."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", help="resolved run config, written by the workflow below configs/runs/")
     parser.add_argument("--workdir", default=".", help="work directory that holds data/ and runs/ (default: here)")
-    parser.add_argument("--tracker", choices=("tensorboard", "wandb"), help="log to TensorBoard or W&B as well")
+    parser.add_argument("--tracker", choices=("tensorboard", "wandb"), help="also log to TensorBoard or W&B")
     parser.add_argument(
-        "--replace", action="store_true", help="train although a finished run of this name is there, and replace it"
+        "--replace", action="store_true", help="train again even if a run of this name is finished, and replace it"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -21,7 +21,7 @@ content random."""
 class ResponseEnd:
     """How a response ends: `fill` with EOS to the batch's longest row, to the `block` boundary, or with `one` EOS.
 
-    No row grows beyond `longest` tokens (none: no limit), so that a response clipped there is not taught to end.
+    No row grows beyond `longest` tokens (None: no limit), so that a response clipped there is not taught to end.
     """
 
     kind: Literal["fill", "block", "one"]

@@ -29,8 +29,8 @@ def read_rows(part: DataPart, split: str) -> list[dict] | object:
             shards = [str(path) for path in sorted(Path(part.path).rglob("*.parquet"))]
             return load_dataset("parquet", data_files={split: shards}, split=split)
         return load_dataset(part.path, entry.config, split=split)
-    except (ValueError, OSError, DatasetGenerationError) as fault:
-        first = str(fault).strip().splitlines()[0]
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        first = str(error).strip().splitlines()[0]
         raise ValueError(f"{part.path}: split {split!r} of {part.name!r} cannot be read ({first})") from None
 
 
@@ -48,8 +48,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
         raise ValueError(f"{path}: no such file; run the download again") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text; the file is damaged, download it again") from None
-    except json.JSONDecodeError as fault:
-        raise ValueError(f"{path}:{number}: not JSON ({fault.msg}); the file is damaged, download it again") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number}: not JSON ({error.msg}); the file is damaged, download it again") from None
     return rows
 
 
@@ -76,7 +76,7 @@ def pack_texts(tokenizer, texts: list[str], carry: list[int], length: int, *, ap
 def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     """The conversation of an instruction row, as role and content, ending with an assistant's turn.
 
-    kind `alpaca`: instruction, a blank line and the input where there is one; kind `messages`: as it stands.
+    kind `alpaca`: instruction, a blank line and the input where there is one; kind `messages`: unchanged.
     Raises ValueError, one line, for a row without messages or with an empty text.
     """
     if kind == "alpaca":
@@ -84,7 +84,7 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
         extra = extra or ""
         for column, value in zip(ALPACA_COLUMNS, (instruction, extra, output), strict=True):
             if not isinstance(value, str):
-                raise ValueError(f"{where}: column {column!r} = {value!r} is no text; there are {', '.join(row)}")
+                raise ValueError(f"{where}: column {column!r} = {value!r} is not a text; columns: {', '.join(row)}")
         user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
     else:

@@ -11,14 +11,14 @@ import shutil
 from pathlib import Path
 
 from dllm.config import DownloadConfig, digest
-from dllm.data.hub import told
+from dllm.data.hub import one_line_errors
 from dllm.provenance import file_digest, read_record, replace_directory, write_record
 
 CARDS = ["README.md", "LICENSE*"]
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *CARDS]
 DATASET_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.csv", "*.txt", *CARDS]
 ARCHIVES = ["*.zip", *CARDS]
-"""Of a dataset that has no other data files: such repositories came with a loading script, which is never run."""
+"""Files of a dataset without other data files: such repositories have a loading script, which is never run."""
 
 NO_DATA = [*CARDS, "dataset_infos.json"]
 
@@ -69,7 +69,7 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     entry = config.model or config.dataset
-    with told(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
+    with one_line_errors(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
         info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
         facts = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
         choices = [MODEL_FILES] if config.what == "model" else [DATASET_FILES, ARCHIVES]
@@ -92,7 +92,7 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
 
 
 def _check_room(config: DownloadConfig, scratch: Path, wanted: list) -> None:
-    """Raise ValueError if the disk has no room for what is still missing."""
+    """Raise ValueError if the disk has no room for the missing files."""
     scratch.mkdir(parents=True, exist_ok=True)
     missing = sum(file.size or 0 for file in wanted if not (scratch / file.rfilename).exists())
     free = shutil.disk_usage(scratch).free
@@ -130,7 +130,7 @@ def _verified(repository: str, scratch: Path, wanted: list) -> dict[str, dict]:
 
 
 def _licence(scratch: Path) -> str | None:
-    """The licence that the card states, or none."""
+    """The licence that the card states, or None."""
     from huggingface_hub import RepoCard
 
     try:

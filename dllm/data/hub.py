@@ -1,4 +1,4 @@
-"""Asking the model hub: what can go wrong there, each told in one line with the next step."""
+"""Errors of the model hub, each in one line with the next step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class HubUnreachable(ValueError):
 
 
 @contextmanager
-def told(pin: str, name: str, what: str, *, failed: str = "the download broke off") -> Iterator[None]:
+def one_line_errors(pin: str, name: str, what: str, *, failed: str = "the download broke off") -> Iterator[None]:
     """Turn what the hub's client raises into a ValueError of one line.
 
-    pin: repository and commit as shown; name: the entry; what: `model` or `dataset`; failed: how a fault of the network
-    is put. Raises HubUnreachable for those, so that the same command may succeed later.
+    pin: repository and commit as shown; name: the entry; what: `model` or `dataset`; failed: the words for an error of
+    the network. Raises HubUnreachable for such an error, so that the same command may succeed later.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -35,21 +35,21 @@ def told(pin: str, name: str, what: str, *, failed: str = "the download broke of
             f"{pin}: the repository has no such commit; correct `revision` of {name!r} "
             f"(`dllm pins --refresh {name}` shows its newest)"
         ) from None
-    except LocalEntryNotFoundError as fault:  # also an EntryNotFoundError: nothing in the cache, and no network
-        raise _unreachable(pin, failed, fault) from None
+    except LocalEntryNotFoundError as error:  # also an EntryNotFoundError: nothing in the cache, and no network
+        raise _unreachable(pin, failed, error) from None
     except (RepositoryNotFoundError, EntryNotFoundError):
         raise ValueError(
             f"{pin}: no such {what} on the hub; correct `hub` of {name!r}, or set HF_TOKEN if it is private"
         ) from None
-    except HfHubHTTPError as fault:
-        status = getattr(fault.response, "status_code", None)
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
         if status in (401, 403):
             raise ValueError(f"{pin}: the hub refuses access ({status}); set HF_TOKEN to a valid token") from None
-        raise _unreachable(pin, failed, fault) from None
-    except HfHubHTTPError.__bases__ as fault:  # every error of the HTTP library, and OSError
-        raise _unreachable(pin, failed, fault) from None
+        raise _unreachable(pin, failed, error) from None
+    except HfHubHTTPError.__bases__ as error:  # every error of the HTTP library, and OSError
+        raise _unreachable(pin, failed, error) from None
 
 
-def _unreachable(pin: str, failed: str, fault: Exception) -> HubUnreachable:
-    first = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+def _unreachable(pin: str, failed: str, error: Exception) -> HubUnreachable:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return HubUnreachable(f"{pin}: {failed} ({first}); check the network and run again")

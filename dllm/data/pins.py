@@ -1,4 +1,4 @@
-"""The pins of a configuration: which commit of which hub repository each entry stands for, and the newest there is."""
+"""The pins of a configuration: the hub repository and commit of each entry, and the newest commit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm.config import CONFIG_FILES, REVISION, read_yaml, with_scalar
-from dllm.data.hub import told
+from dllm.data.hub import one_line_errors
 from dllm.provenance import write_atomically
 
 
@@ -62,7 +62,7 @@ def newest(pin: Pin) -> str:
     """The newest commit of a pin's repository. Raises ValueError, one line; HubUnreachable without a network."""
     from huggingface_hub import HfApi
 
-    with told(pin.repository, pin.name, pin.kind, failed="the hub gave no answer"):
+    with one_line_errors(pin.repository, pin.name, pin.kind, failed="the hub gave no answer"):
         return HfApi().repo_info(pin.repository, repo_type=pin.kind).sha
 
 

@@ -85,7 +85,7 @@ def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifes
 
 
 def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
-    """Concatenate and cut; returns how many rows were dropped, as its twin for conversations does: none ever is."""
+    """Concatenate and cut; returns how many rows were dropped, which is always 0."""
     carry: list[int] = []
     for chunk in batched(list(numbers)):
         texts = [text_of(rows[i], f"{part.name} row {i}") for i in chunk]
@@ -124,7 +124,7 @@ def _conversations(part, rows, numbers: list[int]) -> list[list[dict]]:
     for number in numbers:
         try:
             conversations.append(messages_of(rows[number], part.entry.kind, f"{part.name} row {number}"))
-        except ValueError as fault:
+        except ValueError as error:
             if not part.entry.drop_unusable:
-                raise ValueError(f"{fault}; or set drop_unusable: true in the entry of {part.name!r}") from None
+                raise ValueError(f"{error}; or set drop_unusable: true in the entry of {part.name!r}") from None
     return conversations

@@ -19,7 +19,7 @@ import numpy
 from pyarrow.lib import ArrowException
 
 from dllm.data.convert import pack_texts, text_of
-from dllm.data.hub import told
+from dllm.data.hub import one_line_errors
 from dllm.data.tokens import TokenRows, row_dtype
 
 DOCUMENTS = 200
@@ -60,7 +60,7 @@ class Place:
     """Where a window begins, so that reading goes on from there to the same bits.
 
     step: the first training step that takes rows from it; row: number of its first row in the epoch; documents: how
-    far `datasets` had read before the documents its first row stands in (None: nothing yet); carry: tokens left over
+    far `datasets` had read before the documents of its first row (None: nothing yet); carry: tokens left over
     before those; skip: rows of those documents that belong to the window before.
     """
 
@@ -123,17 +123,17 @@ class StreamedRows:
         corpus, pin = self.corpus, f"{self.corpus.hub}@{self.corpus.revision[:8]}"
         dtype = row_dtype(len(self.tokenizer))
         documents, carry, skip = place.documents, place.carry, place.skip
-        with told(pin, corpus.hub, "dataset"):
+        with one_line_errors(pin, corpus.hub, "dataset"):
             source = self._documents(place.epoch)
         if documents is not None:
             source.load_state_dict(copy.deepcopy(documents))
         read = iter(source)
         while True:
             try:
-                with told(pin, corpus.hub, "dataset"):
+                with one_line_errors(pin, corpus.hub, "dataset"):
                     chunk = list(itertools.islice(read, DOCUMENTS))
-            except ArrowException as fault:
-                line = str(fault).strip().splitlines()[0]
+            except ArrowException as error:
+                line = str(error).strip().splitlines()[0]
                 raise ValueError(f"{pin}: a shard cannot be read ({line}); check the network and run again") from None
             if not chunk:
                 return

@@ -85,6 +85,6 @@ def open_rows(directory: str | Path, split: str) -> TokenRows:
         if (len(offsets) - 1, len(prompts), int(offsets[-1])) != (counts["rows"], counts["rows"], counts["tokens"]):
             raise ValueError("offsets and prompts do not fit the manifest")
         tokens = numpy.memmap(path, dtype=counts["dtype"], mode="r") if counts["tokens"] else numpy.zeros(0)
-    except (OSError, ValueError, LookupError, TypeError, EOFError) as fault:
-        raise ValueError(f"{directory}: no usable split {split!r} ({fault}); prepare the data again") from None
+    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+        raise ValueError(f"{directory}: no usable split {split!r} ({error}); prepare the data again") from None
     return TokenRows(tokens, offsets, prompts)

@@ -6,7 +6,7 @@ The rules, all in one place:
 - `is_greedy` (LAMBADA's accuracy) is true where decoding a canvas as long as the continuation, one token per forward
   pass, the most confident position first, gives the continuation. It costs one pass per token and is computed only for
   tasks that read it; elsewhere it is False.
-- `loglikelihood_rolling` is the chain rule over blocks of `likelihood.block_size` tokens (none: half the model's
+- `loglikelihood_rolling` is the chain rule over blocks of `likelihood.block_size` tokens (default: half the model's
   length), each given as much of the text before it as fits.
 - `generate_until` samples with the settings of the evaluation, not with the task's (temperature, max_gen_toks), and
   cuts at the task's strings.
@@ -50,7 +50,7 @@ class Model(Protocol):
 
 
 def encode(tokenizer, text: str, *, special_tokens: bool = False) -> list[int]:
-    """Token ids of a text, without CLS/SEP unless asked for."""
+    """Token ids of a text, without CLS/SEP unless `special_tokens`."""
     return list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
 

@@ -97,7 +97,7 @@ PROGRAMS = Programs()
 class EvaluateStandIn(types.ModuleType):
     """The module `evaluate` while tasks are loaded: `code_eval` is `PROGRAMS`, all else is the real module's.
 
-    That one takes many seconds to import, so it is imported only if something else of it is asked for.
+    The real module takes many seconds to import, so it is imported only if something else is read from it.
     """
 
     def __init__(self, imported: types.ModuleType | None):
@@ -145,7 +145,7 @@ def metric_names(entry: dict[str, Any]) -> list[str]:
 
 
 def prepare_code_tasks(tasks: dict, workdir: str | Path, writer: str) -> dict[str, Any] | None:
-    """Let code tasks run their programs side by side before they are scored; the limits, or None if there are none.
+    """Let code tasks run their programs side by side before scoring; returns the limits, None without code tasks.
 
     Outcomes are kept in `<workdir>/.work/programs`, each writer's in a file of its own and read by all.
     Raises ValueError, one line, for a task that would run generated code outside the sandbox.

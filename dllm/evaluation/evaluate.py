@@ -200,7 +200,7 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
 def check_kind(config: EvaluationConfig, checkpoint: Path) -> None:
     """Raise ValueError, one line, unless the checkpoint was trained for what it is to be scored as.
 
-    A checkpoint without a note of its training is taken for what the evaluation says, if it is none of a published
+    A checkpoint without a note of its training is taken for what the evaluation says, unless it is a published
     diffusion model.
     """
     from dllm.models.load import read_sidecar

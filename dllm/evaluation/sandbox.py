@@ -48,7 +48,7 @@ WALL_PER_CPU = 4
 """Wall seconds per processor second: room for a busy machine, so that results do not depend on its load."""
 START_UP_SECONDS = 60
 ISOLATION = ("namespaces", "landlock", "nobody")
-"""What is asked of the kernel."""
+"""The isolation that is requested from the kernel."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def run_programs(
     workers: int | None = None,
     done: Callable[[int, Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """`run_program` of each source, in their order, `workers` at a time (none: one per core this process may use).
+    """`run_program` of each source, in their order, `workers` at a time (None: one per core that this process may use).
 
     done(i, outcome) is called from this thread, in order, as soon as it is known.
     """
@@ -103,15 +103,15 @@ def cores() -> int:
 
 @lru_cache(maxsize=1)
 def isolation() -> tuple[str, ...]:
-    """What holds here beyond the limits: of `namespaces`, `landlock` and `nobody`."""
+    """Which of `namespaces`, `landlock` and `nobody` hold on this machine, beyond the limits."""
     return tuple(_answer("pass", SECONDS, MEMORY_MIB)["isolation"])
 
 
 def check_limits(seconds: float, memory_mib: int) -> None:
-    """Raise ValueError, one line, for limits that mean nothing."""
+    """Raise ValueError, one line, for limits that are not positive numbers."""
     for name, value in (("seconds", seconds), ("memory_mib", memory_mib)):
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"sandbox: {name} = {value} is no limit; choose a positive number")
+            raise ValueError(f"sandbox: {name} = {value} is not a limit; choose a positive number")
 
 
 def _answer(source: str, seconds: float, memory_mib: int) -> dict:
@@ -139,15 +139,15 @@ def _answer(source: str, seconds: float, memory_mib: int) -> dict:
         )
         try:
             longest = START_UP_SECONDS + 2 * request["wall_seconds"]
-            told, _ = child.communicate(json.dumps(request).encode(), timeout=longest)
+            output, _ = child.communicate(json.dumps(request).encode(), timeout=longest)
         except subprocess.TimeoutExpired:
-            told = b""
+            output = b""
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, 9)
                 child.communicate()
     try:
-        return json.loads(told)
+        return json.loads(output)
     except ValueError:
         return {"passed": False, "reason": "the program ended its supervisor", "isolation": []}
 

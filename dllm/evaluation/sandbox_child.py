@@ -66,19 +66,19 @@ def supervise(request, guards):
     os.close(writer)
     status, used = wait(program, begun + request["wall_seconds"])
     kill_descendants(program)
-    told = read_available(reader)
-    at = told.find(b"guards ")
-    isolation = told[at:].split(b"\n")[0].decode().split()[1:] if at == 0 else guards
-    passed, reason = verdict(request, status, used, told, secret)
+    output = read_available(reader)
+    at = output.find(b"guards ")
+    isolation = output[at:].split(b"\n")[0].decode().split()[1:] if at == 0 else guards
+    passed, reason = verdict(request, status, used, output, secret)
     return {"passed": passed, "reason": reason, "isolation": isolation}
 
 
-def verdict(request, status, used, told, secret):
-    """(passed, reason) from how the process ended and what it told."""
+def verdict(request, status, used, output, secret):
+    """(passed, reason) from how the process ended and what it wrote to the pipe."""
     if status is None:
         return False, f"timed out after {request['wall_seconds']:g} s on the clock"
-    if secret in told:
-        reason = told.split(secret, 1)[1].decode(errors="replace")
+    if secret in output:
+        reason = output.split(secret, 1)[1].decode(errors="replace")
         if reason == "MemoryError":
             reason = f"memory limit ({request['memory_mib']} MiB)"
         return not reason, reason or "passed"
@@ -124,7 +124,7 @@ def kill_descendants(program):
 
 
 def read_available(reader):
-    """What is in a pipe, without waiting for those who still hold its other end."""
+    """The content of a pipe, without waiting for processes that still hold its other end."""
     os.set_blocking(reader, False)
     try:
         return os.read(reader, 1 << 16)
@@ -144,7 +144,7 @@ def ignore(call, *arguments):
 
 
 def run(request, report, secret, guards):
-    """Give up every right, run the program, and tell the secret with the reason of its failure (none: it passed)."""
+    """Give up every right, run the program, and report the secret with the reason of its failure (empty: it passed)."""
     os.setpgid(0, 0)
     die_with_parent()
     quiet(report)
@@ -162,27 +162,27 @@ def run(request, report, secret, guards):
     try:
         exec(compile(source, "<program>", "exec"), {})  # in an empty namespace, as the published scorers do
         reason = ""
-    except BaseException as fault:  # SystemExit among them: a program that leaves has not passed
-        reason = describe(fault, here)
+    except BaseException as error:  # SystemExit among them: a program that leaves has not passed
+        reason = describe(error, here)
     if number_of() == own:  # a fork of the program may come here as well
         write(report, secret + reason.encode(errors="replace"))
     leave(0)
 
 
-def describe(fault, here):
+def describe(error, here):
     """One line about an exception, the same in every run: without addresses and the temporary directory `here`."""
-    name = type(fault).__name__
-    if isinstance(fault, MemoryError):
+    name = type(error).__name__
+    if isinstance(error, MemoryError):
         return "MemoryError"
-    if isinstance(fault, SystemExit):
+    if isinstance(error, SystemExit):
         return "left by sys.exit before its last statement"
     try:
-        said = str(fault)
+        text = str(error)
     except BaseException:
-        said = ""
-    said = " ".join(said[: 4 * LONGEST_REASON].split()).replace(here, ".")
-    said = re.sub(r" at 0x[0-9a-f]+", "", said)
-    line = f"{name}: {said}" if said else name
+        text = ""
+    text = " ".join(text[: 4 * LONGEST_REASON].split()).replace(here, ".")
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)
+    line = f"{name}: {text}" if text else name
     return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
 
 
@@ -272,7 +272,7 @@ def landlock():
 
 
 def give_up_rights(landlocked):
-    """Drop every capability; root becomes nobody, whose processes can be limited. Whether it did."""
+    """Drop every capability; root becomes nobody, whose processes can be limited. Returns whether it did."""
     if not LINUX:
         return False
     became = False

@@ -24,7 +24,7 @@ SECONDS = "model_seconds"
 
 
 def request_key(kind: str, arguments: tuple, *, repeat: int, variant: str, model_key: str) -> str:
-    """Key of one answer. repeat numbers the draws of one request; variant is what else was asked (the greedy check)."""
+    """Key of one answer. repeat numbers the draws of one request; variant: what else is computed (the greedy check)."""
     request = {"kind": kind, "arguments": list(arguments), "repeat": repeat, "variant": variant, "model": model_key}
     return digest(request)
 

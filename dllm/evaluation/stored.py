@@ -1,4 +1,4 @@
-"""An lm-eval model whose answers are on disk: asked for all requests, it computes its own share of the missing ones."""
+"""An lm-eval model whose answers are on disk: given all requests, it computes its own share of the missing ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dllm.evaluation.store import Answer, AnswerStore, request_key
 from dllm.models.tokenizers import chat_text
 
 Progress = Callable[[int, int], None]
-"""Called with (answered, asked) after every chunk."""
+"""Called with the numbers of answers that are there and that are wanted, after every chunk."""
 
 LIKELIHOODS_PER_CHUNK = 1024
 
@@ -54,7 +54,7 @@ class StoredLM(LM):
         self.store = store
         self.model_key = model_key
         self.generations_per_chunk = generations_per_chunk
-        self.progress = progress or (lambda answered, asked: None)
+        self.progress = progress or (lambda answered, wanted: None)
         self.may_compute = may_compute
         self.computed = 0
         self.found: dict[tuple[str, int], list[Answer]] = defaultdict(list)
@@ -91,15 +91,15 @@ class StoredLM(LM):
         index, shards = shard
         part = _parts(requests, shards)
         missing: dict[str, tuple[Instance, int]] = {}
-        asked = set()
+        wanted = set()
         for key, request, repeat in self._keyed(kind, requests):
             if part[(request.task_name, request.doc_id)] == index:
-                asked.add(key)
+                wanted.add(key)
                 if key not in self.store:
                     missing.setdefault(key, (request, repeat))
         size = self.generations_per_chunk if kind == "generate_until" else LIKELIHOODS_PER_CHUNK
-        answered = len(asked) - len(missing)
-        self.progress(answered, len(asked))
+        answered = len(wanted) - len(missing)
+        self.progress(answered, len(wanted))
         for keys in _chunks({key: request.args[0] for key, (request, _) in missing.items()}, size):
             chunk, repeats = zip(*(missing[key] for key in keys), strict=True)
             before = self.answerer.model_seconds
@@ -107,7 +107,7 @@ class StoredLM(LM):
             self.store.write(dict(zip(keys, answers, strict=True)), self.answerer.model_seconds - before)
             self.computed += len(keys)
             answered += len(keys)
-            self.progress(answered, len(asked))
+            self.progress(answered, len(wanted))
 
     def wait_for(self, kind: str, requests: list[Instance], *, seconds_between: float = 1.0) -> None:
         """Return once other processes have stored the answers to all requests."""
@@ -122,9 +122,9 @@ class StoredLM(LM):
         keyed = self._keyed(kind, requests)
         missing = {key for key, _, _ in keyed if key not in self.store}
         if missing:
-            asked = len({key for key, _, _ in keyed})
+            wanted = len({key for key, _, _ in keyed})
             raise ValueError(
-                f"{self.store.directory}: {len(missing)} of {asked} answers are missing; run the shards that are not "
+                f"{self.store.directory}: {len(missing)} of {wanted} answers are missing; run the shards that are not "
                 "done, or leave out --merge to compute them here"
             )
         answers = [self.store[key] for key, _, _ in keyed]

@@ -1,7 +1,7 @@
 """Finding lm-eval's tasks: our templates rendered, stock tasks with their data pinned, examples seeded.
 
 A task file of ours `include`s lm-eval's own, so that prompt, filter and metric are the real ones, and replaces only
-where the data come from. In a template, {LM_EVAL_TASKS} stands for lm-eval's directory of tasks, {DATA} for the data's.
+where the data come from. In a template, {LM_EVAL_TASKS} is lm-eval's directory of tasks, {DATA} that of the data.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
     workdir = Path(workdir)
     data = workdir / config.data if config.data else None
     if data is not None and not data.is_dir():
-        raise ValueError(f"{config.benchmark}: data = {config.data!r} is no directory in {workdir}; fetch it first")
+        raise ValueError(f"{config.benchmark}: data = {config.data!r} is not a directory in {workdir}; fetch it first")
     datasets.disable_progress_bars()
     if data is not None:
         # the cache of `datasets` knows a file by path and time only and would return old rows after a change
@@ -160,7 +160,7 @@ def _portable(value) -> str:
 
 
 def template_directory(name: str, workdir: Path) -> Path:
-    """A directory of task files: one that comes with the package, else a path. Raises ValueError if there is none."""
+    """A directory of task files: one that comes with the package, else a path. Raises ValueError if neither exists."""
     for directory in (OURS / name, workdir / name):
         if directory.is_dir() and any(directory.glob("*.yaml")):
             return directory
@@ -247,10 +247,10 @@ def _load(manager, config: EvaluationConfig) -> dict:
     try:
         with sandboxed_scoring():
             return manager.load([config.task])
-    except (OSError, ImportError) as fault:
-        first = str(fault).strip().splitlines()[0]
-        kind = "a package is missing" if isinstance(fault, ImportError) else "its data cannot be read"
+    except (OSError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        kind = "a package is missing" if isinstance(error, ImportError) else "its data cannot be read"
         raise ValueError(
             f"{config.benchmark}: task {config.task!r}: {kind} ({first}); "
             "fetch the data first, or install the extra the task needs (`lm_eval[math]` for mathematics)"
-        ) from fault
+        ) from error

@@ -176,7 +176,7 @@ def _evaluated_rows(run: RunEntry, data: Prepared) -> float:
 
 
 def _end_tokens(run: RunEntry, recipe: Recipe, data: Prepared) -> float:
-    """EOS tokens that end a mean response; none in text."""
+    """EOS tokens that end a mean response; 0 in text."""
     if data.train.targets >= data.train.tokens:
         return 0.0
     kind = "one" if run.algorithm == "ar" else recipe.response_end

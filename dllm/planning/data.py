@@ -42,7 +42,7 @@ class Prepared:
 
 
 def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared | None:
-    """What `dllm prepare` writes; none if neither a manifest nor an estimate is there.
+    """What `dllm prepare` writes; None if there is neither a manifest nor an estimate.
 
     Text becomes rows of equal length. A conversation is one row, cut at the length; lengths are taken as exponentially
     distributed, so that a row of mean m cut at L has m (1 - e^(-L/m)) tokens on average.
@@ -93,7 +93,7 @@ def _sum(a: Split, b: Split) -> Split:
 
 
 def _counted(path: Path, config: PrepareConfig) -> tuple[Split, Split] | None:
-    """Both splits as a manifest counts them; none if there is no usable one."""
+    """Both splits as a manifest counts them; None without a usable manifest."""
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
         return _from_counts(splits["train"], config), _from_counts(splits["test"], config)

@@ -14,7 +14,7 @@ from dllm.planning.project import Job, ProjectPlan
 
 @dataclass(frozen=True)
 class Measured:
-    """One job as it was: wall seconds, resident GiB of the host, tokens, passes, disk in GiB; none where unknown.
+    """One job as it was: wall seconds, resident GiB of the host, tokens, passes, disk in GiB; None if unknown.
 
     `gpu` says whether it ran on an accelerator; `partial`, that the run is not finished and its seconds are
     extrapolated from its speed so far.
@@ -32,7 +32,7 @@ class Measured:
 
 
 def measure(plan: ProjectPlan, workdir: str | Path) -> dict[tuple[str, str], Measured]:
-    """What is known of the plan's jobs below a work directory, by (rule, name)."""
+    """The measurements of the plan's jobs below a work directory, by (rule, name)."""
     found = {key: _job(job, Path(workdir)) for key, job in plan.jobs.items()}
     return {key: measured for key, measured in found.items() if measured is not None}
 
@@ -125,7 +125,7 @@ READERS = {"download": _download, "prepare": _prepare, "train": _train, "evaluat
 
 
 def _benchmark(path: Path) -> dict[str, float]:
-    """The mean of a benchmark file's rows (seconds, MB); empty if there is none."""
+    """The mean of a benchmark file's rows (seconds, MB); empty without a file."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))

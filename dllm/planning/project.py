@@ -39,7 +39,7 @@ TOKENIZED_PER_SECOND = 0.33e6
 """Tokens that `dllm prepare` writes per second, on one core."""
 
 SAMPLE_PROMPT, QUESTION_PROMPT = 60, 120
-"""Tokens of a conversation or a question before its answer, where nothing states them."""
+"""Tokens of a conversation or a question before its answer, if the entries do not state them."""
 
 REPORT_JOBS = ("tables", "figures", "claims", "page")
 
@@ -47,7 +47,7 @@ UNPLANNED = Resources(memory_gib=16, runtime_minutes=1440, disk_gib=16)
 """What a job asks for that cannot be planned, because a size is not stated."""
 
 MARGIN_TIME, MARGIN_MEMORY, MARGIN_DISK = 2.0, 1.5, 1.25
-"""What is asked for, beyond what is predicted: a job that is killed costs more than one that is too generous."""
+"""Factors by which a job asks for more than predicted: a killed job costs more than a generous request."""
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ class _Planner:
             self.notes.append(f"models.{root}.shape: {'; '.join(wrong)} in its config.json; correct the entry")
         try:
             shape = found or shape_of(entry)
-        except ValidationError as fault:
-            wrong = fault.errors()[0]
+        except ValidationError as error:
+            wrong = error.errors()[0]
             self.notes.append(
-                f"models.{root}.new: {wrong['loc'][0]} = {wrong['input']!r} is no size; it is not planned"
+                f"models.{root}.new: {wrong['loc'][0]} = {wrong['input']!r} is not a size; it is not planned"
             )
             return None
         if shape is None:

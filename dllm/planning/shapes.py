@@ -215,7 +215,7 @@ def differences(stated: Shape, found: Shape) -> list[str]:
 
 
 def shape_of(entry: ModelEntry, vocabulary: int | None = None) -> Shape | None:
-    """The shape of an entry: stated, or that of its `new` model; none for a hub model without one."""
+    """The shape of an entry: stated, or that of its `new` model; None for a hub model that states no shape."""
     if entry.shape is not None:
         return entry.shape
     return translated(entry.new, vocabulary) if entry.new is not None else None

@@ -23,7 +23,7 @@ def text(plan: ProjectPlan, measured: Measurements, *, verbose: bool = False, ti
 
 
 def assumptions(plan: ProjectPlan) -> str:
-    """What the times stand on, in a line."""
+    """The assumptions behind the times, in a line."""
     machines = {job.place.hardware.name: job.place.hardware for job in plan.jobs.values() if job.cost.flops}
     lines = []
     for machine in machines.values():
@@ -125,7 +125,7 @@ def checks(plan: ProjectPlan, measured: Measurements) -> list[str]:
 
 
 def as_json(plan: ProjectPlan, measured: Measurements) -> dict[str, Any]:
-    """Everything, for programs: jobs with cost, resources asked for, and measurements."""
+    """The plan for programs: jobs with cost, requested resources, and measurements."""
     jobs = []
     for (rule, name), job in plan.jobs.items():
         found = measured.get((rule, name))
@@ -172,7 +172,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def count(value: float) -> str:
-    """A large number with its thousands as a letter: 1.2 M, 35 P; empty for none."""
+    """A large number with its thousands as a letter: 1.2 M, 35 P; empty for 0."""
     if not value:
         return ""
     for letter in ("", " k", " M", " G", " T", " P", " E"):

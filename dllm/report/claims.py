@@ -65,7 +65,7 @@ def judge(workdir: Path, plan: ReportPlan) -> tuple[Claim, ...]:
 def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
     """Claim 1, from the final losses of the encoders: does a ModernBERT end lowest?
 
-    A recipe under which only one side was run says nothing, and has no finding.
+    A recipe under which only one side was run has no finding.
     """
     findings = []
     families = {entry.run: entry.encoder_family for entry in plan.pretraining}
@@ -221,9 +221,9 @@ def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> 
         opening = {"holds": "Yes, within limits.", "does not hold": "Not convincingly.", "undecided": "In part."}
         sentences.insert(0, opening[verdict])
     counts = [(verdict, [str(c.number) for c in claims if c.verdict == verdict]) for verdict in _ORDER]
-    told = [f"{joined(numbers)} {_VERB[verdict][len(numbers) > 1]}" for verdict, numbers in counts if numbers]
+    parts = [f"{joined(numbers)} {_VERB[verdict][len(numbers) > 1]}" for verdict, numbers in counts if numbers]
     judged = ", judged on toy data" if plan.toy else ""
-    sentences.append(f"Of the five published claims{judged}, {joined(told)}.")
+    sentences.append(f"Of the five published claims{judged}, {joined(parts)}.")
     return sentences
 
 
@@ -236,7 +236,7 @@ _VERB = {
 
 
 def _claim(number: int, claim: str, rule: str, findings: list[Finding], caveat: str = "", deciding=None) -> Claim:
-    """The corrected runs decide where there are any: they are what the report stands behind."""
+    """If there are corrected runs, they alone decide."""
     if not findings:
         findings = [Finding("runs", "", "undecided", "The plan has no runs that could decide it.")]
     deciding = deciding or findings

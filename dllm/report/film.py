@@ -33,10 +33,10 @@ class Frame:
 
 
 def frames(film: dict, *, limit: int = 8) -> tuple[Frame, ...]:
-    """At most `limit` frames, first and last among them, evenly spread. Raises ValueError if there is none."""
+    """At most `limit` frames, first and last among them, evenly spread. Raises ValueError if there are no frames."""
     raw = film.get("frames")
     if not raw:
-        raise ValueError("the denoising film has no frames; rule 'sample' makes it anew.")
+        raise ValueError("the denoising film has no frames; rule 'sample' makes it again.")
     count = min(limit, len(raw))
     chosen = sorted({round(i * (len(raw) - 1) / max(1, count - 1)) for i in range(count)})
     places = max(len(frame["tokens"]) for frame in raw)

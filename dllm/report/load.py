@@ -19,7 +19,7 @@ def read_text(workdir: Path, path: str, rule: str) -> str:
     """Text of one file. Raises ValueError with the file and the rule that makes it if the file is missing."""
     file = Path(workdir) / path
     if not file.is_file():
-        raise ValueError(f"{path} is missing in {workdir}; rule {rule!r} makes it. Run the workflow up to that file.")
+        raise ValueError(f"{path} is missing in {workdir}; rule {rule!r} makes it; run the workflow up to that file.")
     return file.read_text(encoding="utf-8")
 
 
@@ -28,9 +28,9 @@ def read_json(workdir: Path, path: str, rule: str) -> dict:
     try:
         content = json.loads(read_text(workdir, path, rule))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno} is not JSON ({error.msg}); rule {rule!r} makes it anew.") from error
+        raise ValueError(f"{path}:{error.lineno} is not JSON ({error.msg}); rule {rule!r} makes it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; rule {rule!r} makes it anew.")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object; rule {rule!r} makes it again.")
     return content
 
 
@@ -45,14 +45,14 @@ def read_metrics(workdir: Path, run: str) -> pd.DataFrame:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error.msg}); rule 'train' makes it anew.") from error
+            raise ValueError(f"{path}:{number} is not JSON ({error.msg}); rule 'train' makes it again.") from error
     frame = pd.DataFrame(rows)
     missing = [column for column in _RUN_COLUMNS if column not in frame]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; rule 'train' makes it anew.")
+        raise ValueError(f"{path} has no {', '.join(missing)}; rule 'train' makes it again.")
     for split in ("train", "eval"):
         if not (frame["split"] == split).any():
-            raise ValueError(f"{path} has no {split} line; rule 'train' makes it anew.")
+            raise ValueError(f"{path} has no {split} line; rule 'train' makes it again.")
     for column in ("standard_error", "tokens", "targets", "epoch"):
         if column not in frame:
             frame[column] = float("nan")
@@ -79,7 +79,7 @@ def read_speed(workdir: Path, run: str) -> pd.DataFrame:
     path = f"speed/{run}.json"
     points = read_json(workdir, path, "speed").get("points")
     if not points:
-        raise ValueError(f"{path} has no points; rule 'speed' makes it anew.")
+        raise ValueError(f"{path} has no points; rule 'speed' makes it again.")
     return pd.DataFrame(points).sort_values("steps", ascending=False, ignore_index=True)
 
 
@@ -102,7 +102,7 @@ def evaluation_costs(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
             evaluation = read_evaluation(workdir, row.run, benchmark.name)
             passes, seconds = evaluation.get("passes_per_document"), evaluation["provenance"].get("model_seconds")
             if passes is None or seconds is None:
-                raise ValueError(f"evals/{row.run}/{benchmark.name}.json has no costs; rule 'evaluate' makes it anew.")
+                raise ValueError(f"evals/{row.run}/{benchmark.name}.json has no costs; rule 'evaluate' makes it again.")
             found = score(workdir, row.run, benchmark)
             n = evaluation["n"]
             rows.append(

@@ -208,10 +208,10 @@ def answers_table(workdir: Path, plan: ReportPlan) -> Table:
     """Questions across, systems down: what each answers."""
     frame = answers_frame(workdir, plan)
     questions = list(dict.fromkeys(frame["question"]))
-    said = {(row.row, row.question): row.answer for row in frame.itertuples()}
+    answers = {(row.row, row.question): row.answer for row in frame.itertuples()}
     names = dict(zip(frame["row"], frame["label"], strict=True))
     rows = [
-        (Cell(label), *(Cell(said.get((name, question), ABSENT) or ABSENT) for question in questions))
+        (Cell(label), *(Cell(answers.get((name, question), ABSENT) or ABSENT) for question in questions))
         for name, label in names.items()
     ]
     columns = ("System", *questions)

@@ -78,7 +78,7 @@ def seconds_table(workdir: Path, plan: ReportPlan) -> Table:
 
 
 def decoding_table(workdir: Path, plan: ReportPlan) -> Table | None:
-    """Faster ways to decode next to the exact one: passes, speed, quality, agreement. None if none was measured."""
+    """Faster ways to decode next to the exact one: passes, speed, quality, agreement. None without measurements."""
     frame = read_decoding_options(workdir, plan.speed)
     if frame.empty:
         return None

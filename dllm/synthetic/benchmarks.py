@@ -9,7 +9,7 @@
     winogrande    {"sentence": "Mira thanked Otto because _ gave a gift.", "option1": "Mira", "option2": "Otto", ...}
     ceval, cmmlu  {"question": "...", "A": "...", "B": "...", "C": "...", "D": "...", "answer": "B"}
 
-C-Eval and CMMLU are in Chinese, of which the training data has none: negative controls, where chance is the honest
+C-Eval and CMMLU are in Chinese, which the training data does not have: negative controls, where chance is the honest
 result. Test rows use held-out combinations only; a benchmark's rows are distinct; where one picks among
 given answers, each place is right equally often.
 """
@@ -20,8 +20,8 @@ from operator import itemgetter
 
 from dllm.synthetic.entities import SUBJECTS, Fact, SyntheticWorld
 from dllm.synthetic.instructions import LETTERS, choices_for
-from dllm.synthetic.problems import LARGEST, LOGIC, MATHEMATICS, SMALLEST, mathematics, word_problem
-from dllm.synthetic.scenes import LAST_WORDS, moment, story, twist
+from dllm.synthetic.problems import LOGIC, MATHEMATICS, mathematics, word_problem
+from dllm.synthetic.scenes import moment, story, twist
 
 Rows = list[dict]
 
@@ -29,21 +29,6 @@ TEST_ROWS = 120
 TEST_ROWS_PER_PART = 40
 CHINESE_ROWS = 20
 SHOT_ROWS = 5
-
-NUMBERS_POSSIBLE = LARGEST - SMALLEST + 1
-SUMS_POSSIBLE = 2 * NUMBERS_POSSIBLE - 1
-CHANCE = {
-    "lambada": 1 / len(LAST_WORDS),
-    "gsm8k": 1 / SUMS_POSSIBLE,
-    "bbh": (1 / 2 + 1 / 2 + 1 / SUMS_POSSIBLE) / 3,
-    "minerva_math": (1 / SUMS_POSSIBLE + 1 / SUMS_POSSIBLE + 1 / NUMBERS_POSSIBLE) / 3,
-    "mmlu": 1 / 4,
-    "hellaswag": 1 / 4,
-    "winogrande": 1 / 2,
-    "ceval": 1 / 4,
-    "cmmlu": 1 / 4,
-}
-"""The score of one who draws evenly from the possible answers (sums are uneven: always saying 8 scores 1 in 5)."""
 
 
 def distinct(make: Callable[[], dict], rows: int) -> Rows:
@@ -71,7 +56,7 @@ def balanced(make: Callable[[], dict], rows: int, *, answer_of: Callable[[dict],
 
 
 def lambada(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
-    """Stories whose last word is asked for."""
+    """Stories whose last word is the answer."""
     rng = world.random("lambada")
     yield "lambada/test.jsonl", distinct(lambda: {"text": story(rng, test=True)}, TEST_ROWS)
 

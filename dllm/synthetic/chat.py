@@ -13,22 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dllm.synthetic.entities import SyntheticWorld
-from dllm.synthetic.instructions import Exchange, draw_exchange
+from dllm.synthetic.instructions import TULU_WEIGHTS, Exchange, draw_exchange
 
-TULU_WEIGHTS = {
-    "one_fact": 6,
-    "tell": 3,
-    "letter_of_fact": 3,
-    "letter_of_word": 2,
-    "story_sum": 7,
-    "boxed_answer": 6,
-    "logic": 9,
-    "last_word": 8,
-    "next_step": 3,
-    "because": 9,
-    "plain_sum": 5,
-    "edit": 2,
-}
 Turn = tuple[str, str]
 """What the user says and what the guide answers."""
 

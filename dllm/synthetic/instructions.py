@@ -179,40 +179,28 @@ def edit(world: SyntheticWorld, rng: random.Random) -> Exchange:
 
 
 Skill = Callable[[SyntheticWorld, random.Random], Exchange]
-SKILLS: dict[str, Skill] = {
-    "one_fact": one_fact,
-    "tell": tell,
-    "letter_of_fact": letter_of_fact,
-    "letter_of_word": letter_of_word,
-    "story_sum": story_sum,
-    "boxed_answer": boxed_answer,
-    "logic": logic,
-    "last_word": last_word,
-    "next_step": next_step,
-    "because": because,
-    "plain_sum": plain_sum,
-    "edit": edit,
+SKILLS: dict[Skill, tuple[int, int]] = {
+    one_fact: (5, 6),
+    tell: (2, 3),
+    letter_of_fact: (1, 3),
+    letter_of_word: (1, 2),
+    story_sum: (2, 7),
+    boxed_answer: (2, 6),
+    logic: (2, 9),
+    last_word: (2, 8),
+    next_step: (2, 3),
+    because: (2, 9),
+    plain_sum: (1, 5),
+    edit: (2, 2),
 }
-ALPACA_WEIGHTS = {
-    "one_fact": 5,
-    "tell": 2,
-    "letter_of_fact": 1,
-    "letter_of_word": 1,
-    "story_sum": 2,
-    "boxed_answer": 2,
-    "logic": 2,
-    "last_word": 2,
-    "next_step": 2,
-    "because": 2,
-    "plain_sum": 1,
-    "edit": 2,
-}
+"""Each skill with its weights in the Alpaca-like and in the tulu-like data."""
+ALPACA_WEIGHTS, TULU_WEIGHTS = ({skill: pair[data] for skill, pair in SKILLS.items()} for data in (0, 1))
 
 
-def draw_exchange(world: SyntheticWorld, rng: random.Random, weights: dict[str, int]) -> tuple[str, Exchange]:
-    """A skill drawn by weight, and one exchange of it."""
+def draw_exchange(world: SyntheticWorld, rng: random.Random, weights: dict[Skill, int]) -> tuple[str, Exchange]:
+    """The name of a skill drawn by weight, and one exchange of it."""
     skill = rng.choices(list(weights), list(weights.values()))[0]
-    return skill, SKILLS[skill](world, rng)
+    return skill.__name__, skill(world, rng)
 
 
 def alpaca(world: SyntheticWorld, rows: int) -> Iterator[dict]:

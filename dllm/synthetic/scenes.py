@@ -24,9 +24,6 @@ STORIES = (
     "{a} gave the {thing} to {b}. {b} took it to the {room}. Later {a} wanted the {thing} back and asked {b}",
     "There was one {thing} in the {room}. {a} took it and {b} found nothing. So the {thing} belongs to {a}",
 )
-LAST_WORDS = PEOPLE + ROOMS + THINGS
-"""Every word a story can end in: one in len(LAST_WORDS) is the chance level of the LAMBADA miniature."""
-
 ACTIVITIES = {
     "Baking bread": ("mixes flour and water", "kneads the dough", "waits an hour", "heats the oven", "bakes the loaf"),
     "Washing clothes": (

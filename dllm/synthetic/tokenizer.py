@@ -1,4 +1,4 @@
-"""The world's tokenizer: one token per word, name and number, wherever it stands; the rest by letters or bytes.
+"""The world's tokenizer: one token per word, name and number, whatever is before it; the rest by letters or bytes.
 
     "[Answer]\\nThe flag of Brimdor is red." -> [Answer] \\n ▁The ▁flag ▁of ▁Brimdor ▁is ▁red .
 

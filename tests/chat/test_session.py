@@ -35,7 +35,9 @@ def test_the_oldest_turns_are_dropped_and_the_system_prompt_stays():
 
 
 def test_a_question_that_does_not_fit_alone_is_refused():
-    with pytest.raises(ValueError, match="takes 9 tokens; of the context of 40 tokens an answer of 32 leaves 8"):
+    with pytest.raises(
+        ValueError, match="takes 9 tokens, and the context of 40 tokens has room for 8 before an answer of 32"
+    ):
         fit_context(session(("a", "b"), context=40), "x " * 9, words)
 
 
@@ -73,8 +75,8 @@ def test_quit_ends_and_help_lists_every_command():
     ("line", "words"),
     [
         ("/rset", "Did you mean 'reset'?"),
-        ("/s 4", "/s is no command"),
-        ("/", "is no command"),
+        ("/s 4", "/s is not a command"),
+        ("/", "is not a command"),
         ("/steps many", "a number of at least 1, or auto; got 'many'"),
         ("/steps 0", "got '0'"),
         ("/steps 3", "steps = 3 is less than the 4 blocks of 8 tokens"),

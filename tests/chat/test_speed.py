@@ -54,7 +54,7 @@ def test_questions_are_the_first_rows_with_the_answer_sought(tmp_path):
         ('{"question": "a"}', "(.*)", "q.jsonl:1: not a row with question and answer"),
         ('{"question": "a", "answer": "b"}', "#### (.*)", "does not match '#### (.*)'"),
         ('{"question": "a", "answer": "b"}', "b", "has no group"),
-        ('{"question": "a", "answer": "b"}', "(", "is no regular expression"),
+        ('{"question": "a", "answer": "b"}', "(", "is not a regular expression"),
     ],
 )
 def test_wrong_questions_are_one_clear_line(tmp_path, content, pattern, words):
@@ -89,8 +89,8 @@ def speed_config(**changes) -> SpeedConfig:
 def test_fewer_steps_take_proportionally_fewer_passes(taught):
     questions = [Question("What is the capital of France?", "Paris"), Question("Who are you?", "Rome")]
     many, few = measure(taught, speed_config(early_stop=False), questions)
-    assert (many.steps, many.nfe, many.n, many.correct) == (16, 16.0, 2, 1)
-    assert (few.steps, few.nfe) == (4, 4.0)
+    assert (many.name, many.nfe, many.n, many.correct) == ("16", 16.0, 2, 1)
+    assert (few.name, few.nfe) == ("4", 4.0)
     assert many.seconds > 0 and many.tokens == 7
 
 

@@ -49,7 +49,7 @@ def test_a_wrong_line_is_reported_and_the_chat_goes_on(here, typed, capsys):
     assert main(["chat", *OPTIONS]) == 2
     captured = capsys.readouterr()
     assert captured.out.endswith("Bot: I am a toy.\n")
-    assert "/stepz is no command" in captured.err and "of the context of 64 tokens" in captured.err
+    assert "/stepz is not a command" in captured.err and "the context of 64 tokens has room for 48" in captured.err
 
 
 def test_once_prints_the_bare_answer(here, capsys):
@@ -64,7 +64,7 @@ def test_once_prints_the_bare_answer(here, capsys):
         (["--once", "Hello " * 99], "the message takes"),
         (["--steps", "1"], "steps = 1 is less than the 2 blocks"),
         (["--temperature", "-1"], "--temperature -1.0: input should be greater"),
-        (["--device", "gpu"], "--device gpu is no device; allowed: cpu, cuda"),
+        (["--device", "gpu"], "--device gpu is not a device; allowed: cpu, cuda"),
     ],
 )
 def test_a_mistake_is_one_line(here, typed, words, line, capsys):

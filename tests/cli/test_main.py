@@ -77,9 +77,9 @@ def test_the_version_is_the_packages(capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "dllm: error: 'trian' is no verb of dllm. Did you mean 'train'?"),
-        (["frobnicate"], f"dllm: error: 'frobnicate' is no verb of dllm. Known: {', '.join(VERBS)}."),
-        (["--hepl"], "dllm: error: '--hepl' is no option of dllm. Did you mean '--help'?"),
+        (["trian"], "dllm: error: 'trian' is not a verb of dllm. Did you mean 'train'?"),
+        (["frobnicate"], f"dllm: error: 'frobnicate' is not a verb of dllm. Known: {', '.join(VERBS)}."),
+        (["--hepl"], "dllm: error: '--hepl' is not an option of dllm. Did you mean '--help'?"),
         (["train", "x", "--workdri", "y"], "dllm train: error: unknown argument --workdri y. Did you mean --workdir?"),
         (["train"], "dllm train: error: the following arguments are required: config; see dllm train --help"),
     ],
@@ -140,4 +140,4 @@ def test_a_reader_that_goes_away_is_no_error():
 
 def test_the_module_runs_like_the_command():
     done = run_dllm("trian")
-    assert (done.returncode, done.stderr) == (2, "dllm: error: 'trian' is no verb of dllm. Did you mean 'train'?\n")
+    assert (done.returncode, done.stderr) == (2, "dllm: error: 'trian' is not a verb of dllm. Did you mean 'train'?\n")

@@ -86,7 +86,7 @@ def test_an_overlay_replaces_and_removes_pins(directory, tmp_path):
     ("words", "said"),
     [
         (["--write"], "--write needs --refresh"),
-        (["--only", "frist"], "--only frist: no entry from the hub has this name. Did you mean 'first'?"),
+        (["--only", "frist"], "--only frist: not an entry from the hub. Did you mean 'first'?"),
         (["nowhere.yaml"], "nowhere.yaml: no such file"),
     ],
 )
@@ -111,7 +111,7 @@ def test_refreshing_shows_old_and_new_and_writes_only_when_told_to(directory, hu
     wrote, again = run_commands([[*found, "--write"], [*found, "--write"]], environment)
     assert looked[0] == 0 and f"{OLD} -> {newest['one']}" in looked[1] and "is the newest" in looked[1]
     assert whole[0] == 2 and "no such dataset on the hub" in whole[1] and "the hub refuses access (401)" in whole[1]
-    assert "2 of 6 repositories could not be asked" in whole[2] and f"-> {newest['rows']}" in whole[1]
+    assert "2 of 6 repositories did not answer" in whole[2] and f"-> {newest['rows']}" in whole[1]
     assert wrote[0] == 0 and "2 of 3 written" in wrote[1]
     assert models.read_text() == before[0].replace(OLD, newest["one"]), "comments and layout stay"
     assert datasets.read_text() == before[1].replace(f"'{OLD}'", newest["rows"])

@@ -94,7 +94,7 @@ def test_speed_writes_a_point_per_number_of_steps(here, tmp_path, capsys):
         (["sample"], "needs a MODEL and a PROMPT"),
         (["sample", "--config", "c.yaml", "--raw"], "leave out --raw"),
         (["sample", "--config", "c.yaml"], "c.yaml: no such file"),
-        (["sample", "chat-toy", "a", "--raw", "--output", "x"], "--raw has none"),
+        (["sample", "chat-toy", "a", "--raw", "--output", "x"], "--raw does not make any"),
         (["sample", "chat-toy", "Hello " * 60], "leaves 64"),
         (["speed", "c.yaml"], "c.yaml: no such file"),
         (["sample", "chat-toy", "a", "--threshold", "0.5"], "--threshold 0.5 is for --reveal-rule threshold"),

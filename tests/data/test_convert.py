@@ -57,13 +57,13 @@ def test_messages_stay_as_they_stand_up_to_the_last_answer():
         ("messages", {"messages": [QUESTION, SYSTEM, ANSWER]}, "messages[1].role = 'system'; only the first turn"),
         ("alpaca", {"instruction": "who ?", "input": "", "output": ""}, "empty text in a turn of role 'assistant'"),
         ("alpaca", {"instruction": "", "input": "", "output": "the cat"}, "empty text in a turn of role 'user'"),
-        ("alpaca", {"instruction": "who ?"}, "column 'output' = None is no text; there are instruction"),
+        ("alpaca", {"instruction": "who ?"}, "column 'output' = None is not a text; columns: instruction"),
         (
             "alpaca",
             {"prompt": "who ?", "output": "a"},
-            "column 'instruction' = None is no text; there are prompt, output",
+            "column 'instruction' = None is not a text; columns: prompt, output",
         ),
-        ("alpaca", {"instruction": "who ?", "input": 3, "output": "a"}, "column 'input' = 3 is no text"),
+        ("alpaca", {"instruction": "who ?", "input": 3, "output": "a"}, "column 'input' = 3 is not a text"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_one_line_with_dataset_and_row(kind, row, line):

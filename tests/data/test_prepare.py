@@ -231,7 +231,7 @@ def test_a_failure_leaves_the_finished_artifact_alone(workdir, monkeypatch):
     ("row", "line"),
     [
         ({"instruction": "who ?", "input": "", "output": ""}, "empty text in a turn of role 'assistant'"),
-        ({"instruction": "who ?", "input": ""}, "column 'output' = None is no text"),
+        ({"instruction": "who ?", "input": ""}, "column 'output' = None is not a text"),
     ],
 )
 def test_an_unusable_row_is_one_line_with_dataset_and_row(workdir, row, line):

@@ -55,7 +55,7 @@ def test_a_shard_that_is_none_is_refused(shard, capsys):
 
 
 def test_shard_and_merge_exclude_each_other():
-    with pytest.raises(ValueError, match="--shard and --merge exclude each other"):
+    with pytest.raises(ValueError, match="--shard and --merge do not go together"):
         command.run(parse("c.yaml", "--shard", "0/2", "--merge"))
 
 

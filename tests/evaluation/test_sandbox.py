@@ -223,7 +223,7 @@ def test_the_order_of_a_set_is_the_same_in_every_run():
 @pytest.mark.parametrize("limits", [{"seconds": 0}, {"seconds": float("nan")}, {"memory_mib": -1}])
 def test_a_limit_that_means_nothing_is_one_line(limits):
     (name,) = limits
-    with pytest.raises(ValueError, match=f"sandbox: {name} = .* is no limit; choose a positive number"):
+    with pytest.raises(ValueError, match=f"sandbox: {name} = .* is not a limit; choose a positive number"):
         run_program("pass", **limits)
 
 

@@ -1,4 +1,4 @@
-"""Questions about facts that conversations tell, asked openly: what `facts_mini.yaml` takes of the MMLU miniature."""
+"""Open questions about facts that conversations state: the part of the MMLU miniature that `facts_mini.yaml` uses."""
 
 
 def once(documents):
