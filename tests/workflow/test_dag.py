@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.workflow.compact import configs_text, defaults_text, jobs_text
 from tests.workflow.conftest import ROOT, asked_resources, planned, snakemake
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -34,18 +35,14 @@ def plan(request, tmp_path_factory):
     return request.param, planned(overlays=[ROOT / "config" / f"{request.param}.yaml", elsewhere]), workdir
 
 
-def test_the_graph_and_every_command_line_are_as_in_the_snapshot(plan):
-    name, jobs, workdir = plan
-    up = os.path.relpath(ROOT, workdir)
-    text = "".join(f"{rule} {target}\n    {shell.replace(up, '../..')}\n" for rule, target, shell in jobs)
-    check_snapshot(f"{name}.jobs.txt", text)
-
-
-def test_every_job_asks_for_the_resources_of_the_snapshot(plan):
+def test_every_job_its_command_line_and_its_resources_are_as_in_the_snapshot(plan):
     name, jobs, workdir = plan
     asked = asked_resources([ROOT / "config" / f"{name}.yaml", workdir.parent / "elsewhere.yaml"])
-    assert len(asked) == len(jobs)
-    check_snapshot(f"{name}.resources.txt", "".join("  ".join(words) + "\n" for words in asked))
+    check_snapshot(f"{name}.jobs.txt", jobs_text(jobs, asked, os.path.relpath(ROOT, workdir)))
+
+
+def test_every_default_is_as_in_the_snapshot():
+    check_snapshot("defaults.yaml", defaults_text())
 
 
 def test_a_resource_that_an_entry_states_is_what_is_asked_for(tmp_path):
@@ -59,9 +56,7 @@ def test_a_resource_that_an_entry_states_is_what_is_asked_for(tmp_path):
 
 def test_every_resolved_config_is_as_in_the_snapshot(plan):
     name, _, workdir = plan
-    files = sorted((workdir / "configs").rglob("*.yaml"))
-    text = "".join(f"# {path.relative_to(workdir)}\n{path.read_text()}\n" for path in files)
-    check_snapshot(f"{name}.configs.yaml", text)
+    check_snapshot(f"{name}.configs.yaml", configs_text(workdir))
 
 
 def test_every_command_line_names_a_config_that_was_written(plan):
