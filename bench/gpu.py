@@ -119,7 +119,7 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     sizes = Sizes(vocabulary, rows=len(lengths), longest=length)
     config = run_config(sizes, bf16=True, micro_batch_tokens=row_tokens)
     AcceleratorState._reset_state(reset_partial_state=True)
-    engine = Engine(Accelerator(), scores_for(config, backbone.model, "in_place"), config.optimizer, bf16=True)
+    engine = Engine(Accelerator(), scores_for(config, backbone), config.optimizer, bf16=True)
     source = Source(rows, algorithm, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
     made = training_parts(source, config, first=0, last=1)
     parts: list[Part] = list(made)

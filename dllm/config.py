@@ -402,8 +402,6 @@ class RunEntry(Settings):
     micro_batch_tokens: int | None = option(
         None, "most tokens per device and forward pass; not used where the denominator is `micro_batch`", gt=0
     )
-    layout: Literal["packed", "padded"] = option("packed", "rows laid end to end, or padded to the longest")
-    head_chunk: int | None = option(None, "targets whose logits are held at a time; none means all", gt=0)
     activation_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory")
     compile: bool = option(False, "torch.compile of the backbone")
     optimizer: OptimizerSettings = option(OptimizerSettings(), "optimiser and schedule")
@@ -423,7 +421,6 @@ class RunEntry(Settings):
             raise ValueError("needs exactly one of `epochs` and `steps`")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.length:
             raise ValueError(too_few_tokens(self.micro_batch_tokens, self.length))
-        check_edit_flows(self)
         check_adapter(self)
         quantized = self.adapter is not None and self.adapter.kind == "qlora"
         if fault := launch_fault(self.launch, self.optimizer.name, quantized=quantized):
@@ -459,16 +456,6 @@ def launch_fault(
             "with parameters: fp32, or launch with ddp or fsdp"
         )
     return None
-
-
-def check_edit_flows(run: RunEntry | RunConfig) -> None:
-    """Raise ValueError, one line, for a run of `edit_flows` with options that it has not."""
-    if run.algorithm != "edit_flows":
-        return
-    if run.head_chunk is not None:
-        raise ValueError(f"head_chunk = {run.head_chunk} is not for algorithm = 'edit_flows'; leave it out")
-    if run.layout != "packed":
-        raise ValueError(f"layout = {run.layout!r} is not for algorithm = 'edit_flows'; allowed: packed")
 
 
 def one_response_end(algorithm: str, recipe: Recipe) -> str | None:
@@ -709,8 +696,6 @@ class RunConfig(Settings):
     eval_rows: int | None
     eval_draws: int
     micro_batch_tokens: int | None = None
-    layout: Literal["packed", "padded"] = "packed"
-    head_chunk: int | None = None
     activation_checkpointing: bool = False
     compile: bool = False
     edits: EditSettings = EditSettings()
@@ -719,7 +704,6 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def what_edit_flows_takes(self) -> RunConfig:
         check_adapter(self)
-        check_edit_flows(self)
         if fault := one_response_end(self.algorithm, self.recipe):
             raise ValueError(f"recipe {self.recipe_name!r} {fault}")
         return self
@@ -917,6 +901,13 @@ def _overlaid(base: dict, update: dict) -> dict:
     return result
 
 
+REMOVED = {
+    "layout": "rows are always packed; leave it out",
+    "head_chunk": "a budget of memory decides how many logits are held at a time; leave it out",
+}
+"""Settings that there once were, and what to do instead."""
+
+
 def _describe(fault: ValidationError, model: type[BaseModel], content: Any, origin) -> str:
     """The first fault of a validation as one line: file: key = value, what is wrong, what is allowed."""
     errors = fault.errors()
@@ -927,6 +918,8 @@ def _describe(fault: ValidationError, model: type[BaseModel], content: Any, orig
     where = f"{origin(location)}: {key}" if key else origin(location)
     if error["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
+        if location[-1] in REMOVED:
+            return f"{where} was removed: {REMOVED[location[-1]]}"
         return f"{where} is not a setting. {did_you_mean(str(location[-1]), known)}"
     if error["type"] == "missing":
         return f"{where} is missing; it is needed here"

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.algorithms.denoising import denoise_masked
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.blocks import BlockRows, BlockRule
+from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.canvas import Canvas, Score, canvas_for
 from dllm.core.likelihood import (
     WITH_EFFORT,
@@ -32,9 +32,7 @@ from dllm.core.likelihood import (
     likelihood_design,
 )
 from dllm.core.noise import keyed_hash, token_hash
-from dllm.core.packing import Layout, block_layout, layout_of, part_of
-from dllm.core.spans import SpanRows
-from dllm.models.forward import packed_hidden, packed_logits, packs
+from dllm.core.packing import Layout, block_layout, layout_of
 from dllm.models.load import Backbone
 
 Rows = Sequence[Sequence[int]]
@@ -69,15 +67,14 @@ def nelbo_masked(
     rule: how rows are cut into blocks of a model that attends block-causally. Its targets are always scored so, in its
     own blocks; all passes of a request then share one pass over its clean tokens.
 
-    The passes of a score are forwarded rows of its context and target; what `multilevel` computes of less than a row is
-    counted by its tokens.
+    The passes of a score are forwarded rows of its context and target.
 
-    Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, a
-    budget too small for the estimator, or `multilevel` of a model that cannot compute parts of rows.
+    Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, or a
+    budget too small for the estimator.
     """
     _check(backbone, prompts, targets)
     if settings.estimator == "multilevel":
-        _check_spans(backbone, rule)
+        raise ValueError("estimator = 'multilevel' was removed; take estimator = 'auto'")
     if not len(prompts):
         return []
     if backbone.device.type == "cpu":
@@ -91,10 +88,7 @@ def nelbo_masked(
         budget = budget_for(numpy.array([float(nll.sum()) for nll in first]), settings)
     for groups in _chunks(_groups(parts, settings, budget, first, backbone.mask_id)):
         exact = _forward(backbone, parts, groups, settings.batch_tokens, rule)
-        cheap = _forward_spans(backbone, parts, groups, settings.batch_tokens, passes)
-        for group, nll, beside in zip(groups, exact, cheap, strict=True):
-            if beside is not None:
-                nll = nll.index_copy(1, group.design.partial.nonzero()[:, 0], beside)
+        for group, nll in zip(groups, exact, strict=True):
             value, error = estimate(group.design, nll)
             numpy.add.at(nats, group.owner, value.numpy())
             numpy.add.at(variance, group.owner, (error**2).numpy())
@@ -449,96 +443,6 @@ def _shared_rows(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Spans behind a clean row
-
-
-def _check_spans(backbone: Backbone, rule: BlockRule | None) -> None:
-    name, instead = type(backbone.model).__name__, "take estimator = 'auto'"
-    if rule is not None:
-        raise ValueError(f"estimator = 'multilevel' scores whole texts, and this model works block by block; {instead}")
-    if hasattr(backbone.model, "dllm_hidden") or not packs(backbone.model):
-        raise ValueError(
-            "estimator = 'multilevel' needs a class that calls transformers' attention interface, and "
-            f"{name} computes attention in a way of its own; {instead}"
-        )
-
-
-@dataclass(frozen=True)
-class _Spans:
-    """The cheap passes of a group: W different rows, each with spans, V in all, which score M positions.
-
-    tokens [W, most] and length [W]: the rows, clean; row [V], ascending, and count [V]: row and size of each span;
-    position and token [sum of count]: what stands in the spans; scored [3, M]: the span, the place in `position` from
-    where each token is predicted, and the token; of [G, S', L]: which of the M each cheap nll of the group is, M where
-    not scored; passes [G]: what no earlier part has computed, in rows of the part's length, rounded up.
-    """
-
-    tokens: Tensor
-    length: Tensor
-    row: Tensor
-    count: Tensor
-    position: Tensor
-    token: Tensor
-    scored: Tensor
-    of: Tensor
-    passes: numpy.ndarray
-
-
-def _spans(parts: _Parts, group: _Group, mask_id: int, prediction: str) -> _Spans:
-    """Equal rows, and equal versions of a row, once.
-
-    Where a token is predicted from the place before it, that place belongs to the span, too: in the clean row, it has
-    seen the token.
-    """
-    design, length = group.design, group.targets.shape[1]
-    context = torch.from_numpy(parts.context[group.members])
-    masked, asked = (x[:, design.partial] for x in (design.masked, design.scored))
-    of_row = keyed_hash(context, token_hash(group.targets))
-    opens, row = _different(of_row)
-    version = keyed_hash(row[:, None], token_hash(masked.long()))
-    place, of_version = _different(version.flatten())
-    part, step = place // masked.shape[1], place % masked.shape[1]
-    by_row = row[part].argsort(stable=True)
-    of_version = by_row.argsort()[of_version].view(version.shape)
-    part, step = part[by_row], step[by_row]
-    masked, asked = masked[part, step], asked[part, step]
-
-    # slots: the last token of the context, and the target
-    start, targets = parts.lengths[context], group.targets
-    last = parts.contexts[context, (start - 1).clamp(min=0)] if parts.contexts.shape[1] else torch.zeros_like(start)
-    slots = torch.cat([last[part, None], torch.where(masked, mask_id, targets[part])], 1)
-    member = torch.nn.functional.pad(masked, (1, 0))
-    if prediction == "next":
-        member = member | torch.nn.functional.pad(asked, (0, 1))
-        member[:, 0] &= start[part] > 0
-    number, slot = member.nonzero(as_tuple=True)
-    at = torch.zeros(member.shape, dtype=torch.long)
-    at[number, slot] = torch.arange(len(number))
-    span, target = asked.nonzero(as_tuple=True)
-    read = at[span, target + 1]
-    if prediction == "next":
-        first = (target == 0) & (start[part[span]] == 0)  # it has no token before it, and reads itself
-        read = torch.where(first, read, at[span, target])
-    found = torch.full(masked.shape, len(span))
-    found[span, target] = torch.arange(len(span))
-
-    count = member.sum(1)
-    cost = torch.zeros(len(context)).index_add_(0, part, count.float())
-    cost[opens] += (start + length)[opens].float()
-    heads = parts.contexts[context[opens]]
-    rows = torch.nn.functional.pad(heads, (0, length))
-    column = start[opens, None] + torch.arange(length)
-    return _Spans(
-        tokens=rows.scatter(1, column, targets[opens]),
-        length=start[opens] + length,
-        row=row[part],
-        count=count,
-        position=start[part[number]] - 1 + slot,
-        token=slots[number, slot],
-        scored=torch.stack([span, read, targets[part[span], target]]),
-        of=found[of_version],
-        passes=(cost / (start + length)).ceil().long().numpy(),
-    )
 
 
 def _different(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -547,121 +451,22 @@ def _different(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(first), torch.from_numpy(inverse.reshape(-1))
 
 
-def _inverse(order: numpy.ndarray) -> numpy.ndarray:
-    """Where each element went in this order."""
-    place = numpy.empty_like(order)
-    place[order] = numpy.arange(len(order))
-    return place
-
-
-@torch.no_grad()
-def _forward_spans(
-    backbone: Backbone, parts: _Parts, groups: list[_Group], batch_tokens: int, passes: numpy.ndarray
-) -> Iterator[Tensor | None]:
-    """The nll [G, S', L] of each group's cheap passes, 0 where not scored, or None; counts them in `passes`."""
-    every = [_spans(parts, group, backbone.mask_id, backbone.prediction) for group in groups if group.design.cheap]
-    found = iter(_span_nll(backbone, every, batch_tokens) if every else ())
-    every = iter(every)
-    for group in groups:
-        if not group.design.cheap:
-            yield None
-            continue
-        spans, nll = next(every), next(found)
-        numpy.add.at(passes, group.owner, spans.passes)
-        yield torch.nn.functional.pad(nll, (0, 1))[spans.of]
-
-
-def _span_nll(backbone: Backbone, every: list[_Spans], batch_tokens: int) -> tuple[Tensor, ...]:
-    """The nll [M] of what each group's spans score, from as few forward batches as the token budget allows.
-
-    A line is a clean row and some of its spans, as a rule all of them.
-    """
-    width = max(spans.tokens.shape[1] for spans in every)
-    clean = torch.cat([torch.nn.functional.pad(spans.tokens, (0, width - spans.tokens.shape[1])) for spans in every])
-    rows, versions, tokens = (
-        numpy.cumsum([0, *(len(x) for x in xs)])
-        for xs in zip(*((spans.length, spans.count, spans.position) for spans in every), strict=True)
-    )
-    row = torch.cat([spans.row + int(base) for spans, base in zip(every, rows, strict=False)]).numpy()
-    count = torch.cat([spans.count for spans in every]).numpy()
-    position, token = (torch.cat([getattr(spans, x) for spans in every]) for x in ("position", "token"))
-    moves = [torch.tensor([[int(v)], [int(t)], [0]]) for v, t in zip(versions, tokens, strict=False)]
-    span, read, target = torch.cat([spans.scored + move for spans, move in zip(every, moves, strict=False)], 1)
-    length = torch.cat([spans.length for spans in every]).numpy()
-
-    # lines, from short ones to long ones, and their spans, tokens and scored places in this order
-    before = count.cumsum() - count
-    before = before - before[numpy.searchsorted(row, row)]
-    opens = numpy.ones(len(row), dtype=bool)
-    opens[1:] = (row[1:] != row[:-1]) | (before[1:] // _SPAN_TOKENS != before[:-1] // _SPAN_TOKENS)
-    line = opens.cumsum() - 1
-    of_line = row[opens]
-    size = numpy.bincount(line, weights=count).astype(numpy.int64)
-    order = numpy.lexsort((size, length[of_line] + size))
-    rank = _inverse(order)
-    of_line, size, cost = of_line[order], size[order], (length[of_line] + size)[order]
-    by_line = numpy.argsort(rank[line], kind="stable")
-    spans_in = numpy.bincount(rank[line], minlength=len(order))
-    count_by_line = count[by_line]
-    number = numpy.repeat(numpy.arange(len(count)), count)  # the span of each token
-    tokens_by_line = numpy.argsort(_inverse(by_line)[number], kind="stable")
-    position, token = position[tokens_by_line], token[tokens_by_line]
-    read = torch.from_numpy(_inverse(tokens_by_line))[read]
-    by_read = read.argsort(stable=True)
-    read, target = read[by_read], target[by_read]
-    ends, span_ends = size.cumsum(), spans_in.cumsum()
-
-    found = []
-    for low, high in _batches(cost, batch_tokens):
-        begin, end = int(ends[low] - size[low]), int(ends[high - 1])
-        here = slice(int(span_ends[low] - spans_in[low]), int(span_ends[high - 1]))
-        lengths = length[of_line[low:high]]
-        blocks = SpanRows(lengths, spans_in[low:high], count_by_line[here], position[begin:end].numpy())
-        layout = block_layout(blocks)
-        batch = torch.full((layout.rows, layout.width), backbone.pad_id)
-        head = int(lengths.max())
-        inside = torch.arange(head) < torch.from_numpy(lengths)[:, None]
-        batch[:, :head] = torch.where(inside, clean[of_line[low:high], :head], batch[:, :head])
-        at_row = torch.from_numpy(numpy.repeat(numpy.arange(high - low), size[low:high]))
-        first = torch.from_numpy(lengths - (ends[low:high] - size[low:high] - begin))
-        column = torch.arange(end - begin) + first[at_row]
-        batch[at_row, column] = token[begin:end]
-        scored = slice(*torch.searchsorted(read, torch.tensor([begin, end])).tolist())
-        where = read[scored] - begin
-        places = torch.stack([at_row[where], column[where]])
-        wanted = torch.stack([torch.arange(len(where)), target[scored]])
-        found.append(_nll(backbone, batch, layout, places, wanted))
-    nll = torch.empty(len(read), dtype=torch.float64).index_copy(0, by_read, torch.cat(found).double().cpu())
-    return nll.split([spans.scored.shape[1] for spans in every])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def _nll(backbone: Backbone, tokens: Tensor, layout: Layout, place: Tensor, asked: Tensor) -> Tensor:
     """-log p [N] of tokens at scored places of one forward batch, on the device: fp32, without the mask token.
 
-    tokens [B, L]; place [2, M]: row and place in the row of what is scored, or with spans, from where it is predicted;
+    tokens [B, L]; place [2, M]: row and place in the row of what is scored;
     asked [2, N]: which place, ascending, and which token.
     """
-    device, prediction = backbone.device, backbone.prediction
+    device = backbone.device
     layout = layout.to(device)
-    part = None
-    if isinstance(layout.blocks, SpanRows):
-        part, prediction = part_of(layout, layout.blocks.clean.tolist(), layout.lengths), "in_place"
-    if layout.blocks is None:  # of each row, what lies between the first and the last place that is read
-        read = (place[1] - int(backbone.prediction == "next")).clamp(min=0)
-        begin = torch.full((layout.rows,), layout.width).scatter_reduce(0, place[0], read, "amin")
-        end = torch.zeros(layout.rows, dtype=torch.long).scatter_reduce(0, place[0], read + 1, "amax")
-        part = part_of(layout, begin.tolist(), end.tolist())
-    hidden = packed_hidden(backbone.model, tokens.to(device, non_blocking=True), layout, part=part)
+    hidden = backbone.hidden(tokens.to(device, non_blocking=True), layout)
     height = max(1, _HEAD_LOGITS // backbone.vocab_size)
     bounds = torch.searchsorted(asked[0].contiguous(), torch.arange(0, place.shape[1] + height, height)).tolist()
     place, asked = place.to(device, non_blocking=True), asked.to(device, non_blocking=True)
     found = []
     for low, begin, end in zip(range(0, place.shape[1], height), bounds, bounds[1:], strict=False):
         row, position = place[:, low : low + height]
-        logits = packed_logits(backbone.model, hidden, part or layout, row, position, prediction)
+        logits = backbone.logits(hidden, layout, row, position)
         logits[:, backbone.mask_id] = -torch.inf
         number, token = asked[0, begin:end] - low, asked[1, begin:end]
         found.append(logits.logsumexp(-1)[number] - logits[number, token])

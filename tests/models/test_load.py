@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dllm.models.forward import hidden_states
 from dllm.models.load import load_backbone, longest_row, new_model, read_sidecar
 from dllm.models.tokenizers import load_tokenizer
+from tests.plain_forward import hidden_states
 from tests.stock import KINDS, save_stock, stock_entry
 from tests.toys import save_toy
 
@@ -139,7 +139,7 @@ def test_a_tokenizer_of_another_checkpoint_is_one_line(copy):
 
 def test_a_decoder_that_stays_causal_is_refused(tmp_path, monkeypatch):
     directory = save_stock(tmp_path, "llama")
-    monkeypatch.setattr("dllm.models.load.is_bidirectional", lambda model, vocab_size: False)
+    monkeypatch.setattr("dllm.models.load.is_bidirectional", lambda model, special: False)
     line = line_of(directory, entry=stock_entry("llama"))
     assert "LlamaForCausalLM attends to the left only although is_causal is off" in line
     assert load_backbone(directory, entry=stock_entry("llama"), causal=True)
