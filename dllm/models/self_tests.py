@@ -27,10 +27,9 @@ def is_bidirectional(model: nn.Module, special: Collection[int] = ()) -> bool:
 
     special: ids of tokens that no test uses, beside those that the model's config names.
     """
-    *tokens, another = ordinary_tokens(model, 17, special)
-    tokens = torch.stack(tokens).view(2, 8)
+    tokens = ordinary_tokens(model, 16, special).view(2, 8)
     other = tokens.clone()
-    other[0, -1] = another
+    other[0, -1] = tokens[0, -2]
     attention = torch.ones_like(tokens, dtype=torch.bool)
     attention[1, 5:] = False
     before, after = (padded_hidden(model, attention, input_ids=t)[0, 0] for t in (tokens, other))
