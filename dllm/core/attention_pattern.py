@@ -18,7 +18,7 @@ from numpy import ndarray
 class BlockRule:
     """How rows are cut into blocks of `size` tokens: from where the response begins, or from where the row begins.
 
-    What stands before the first block (a prompt) is a block of its own, of any length.
+    The tokens before the first block (a prompt) are a block of their own, of any length.
     """
 
     size: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LOGITS_BYTES = {"cpu": 2**30, "cuda": 2**31}
+LOGITS_BYTES = {"cpu": 2**30, "cuda": 2**32}
 """Most bytes of logits that are kept from the forward pass to the backward pass, per kind of device.
 
 Up to there they are kept. Beyond it, so many bytes of them at a time are computed, in the backward pass once more. On a

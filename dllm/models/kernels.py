@@ -94,7 +94,7 @@ def _padding(layout: Layout, part: Layout, window: Window) -> tuple[Tensor, Tens
 
 
 def _placed(lengths: Sequence[int], width: int) -> Tensor:
-    """[sum(lengths)] long: where the positions 0..length - 1 of each row stand among rows padded to `width`."""
+    """[sum(lengths)] long: where the positions 0..length - 1 of each row are among rows padded to `width`."""
     count, total = torch.tensor(lengths), sum(lengths)
     row = torch.repeat_interleave(torch.arange(len(lengths)), count, output_size=total)
     return row * width + torch.arange(total) - (count.cumsum(0) - count)[row]
