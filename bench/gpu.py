@@ -122,7 +122,7 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     rows = rows_of_lengths(lengths, vocabulary, prompt_share=0.0)
     config = run_config(Sizes(vocabulary, rows=len(lengths), longest=length), bf16=True, micro_batch_tokens=row_tokens)
     AcceleratorState._reset_state(reset_partial_state=True)
-    engine = Engine(Accelerator(), scores_for(config, backbone.model, "in_place"), config.optimizer, bf16=True)
+    engine = Engine(Accelerator(), scores_for(config, backbone), config.optimizer, bf16=True)
     source = Source(rows, algorithm, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
     parts: list[Part] = list(training_parts(source, config, first=0, last=1))
     if _device() == "cuda":

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
 
     way, quick = arguments[0], "--quick" in arguments
     sizes = Sizes.of(Options(Path(), quick=quick))
-    chunk = {"head_chunk": 512} if way == "ours-chunked" else {}
+    chunk = {"logits": 512} if way == "ours-chunked" else {}
     trainer = Trainer(sizes, bf16=way == "ours-bf16", **chunk)
     rows, random, grouped_rows, grouped = pool(sizes)
     with contextlib.suppress(OSError):  # Linux forgets the peak of the imports; elsewhere it stays, and is counted

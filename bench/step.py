@@ -22,6 +22,7 @@ from dllm.config import ModelEntry, OptimizerSettings, Recipe, RunConfig
 from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
 from dllm.core.losses import dense_masked_loss
+from dllm.core.memory import LOGITS_BYTES
 from dllm.data.collate import ResponseEnd, collate, epoch_batches
 from dllm.data.tokens import TokenRows
 from dllm.models.load import Backbone
@@ -60,14 +61,20 @@ class Sizes:
 class Trainer:
     """One model with its optimiser, and steps on the same rows in our way and in the common ways."""
 
-    def __init__(self, sizes: Sizes, *, bf16: bool = False, **settings):
+    def __init__(
+        self, sizes: Sizes, *, bf16: bool = False, padded: bool = False, logits: int | None = None, **settings
+    ):
+        """padded: rows padded to the longest, as the stock class runs them; logits: how many rows of them are held."""
         self.sizes, self.bf16 = sizes, bf16
         self.backbone: Backbone = encoder(
             sizes.vocabulary, layers=sizes.layers, width=sizes.width, context=sizes.longest + 64
         )
+        if padded:
+            self.backbone = replace(self.backbone, packable=False)
+        self.budget = LOGITS_BYTES["cpu"] if logits is None else logits * sizes.vocabulary * (2 if bf16 else 4)
         self.config = run_config(sizes, bf16=bf16, **settings)
         AcceleratorState._reset_state(reset_partial_state=False)
-        scores = scores_for(self.config, self.backbone.model, "in_place")
+        scores = scores_for(self.config, self.backbone)
         self.engine = Engine(Accelerator(cpu=True), scores, self.config.optimizer, bf16=bf16)
         self.algorithm = MDLM(self.config.recipe)
         self.end = ResponseEnd("one", self.backbone.eos_id, longest=sizes.longest)
@@ -82,7 +89,11 @@ class Trainer:
 
     def ours(self, rows: TokenRows) -> float:
         """Our step; returns its loss."""
-        return float(training_step(self.engine, self.algorithm, self.parts(rows)).loss)
+        usual, LOGITS_BYTES["cpu"] = LOGITS_BYTES["cpu"], self.budget
+        try:
+            return float(training_step(self.engine, self.algorithm, self.parts(rows)).loss)
+        finally:
+            LOGITS_BYTES["cpu"] = usual
 
     def common(self, rows: TokenRows, batches: list[ndarray], loss: Callable[..., Tensor] = masked_loss) -> float:
         """The common step: `batches` of rows padded to their longest; returns its loss."""

@@ -151,8 +151,8 @@ def packing(options: Options) -> Result:
     rows, *_ = pool(sizes)
     trainers = {
         "packed": Trainer(sizes),
-        "padded": Trainer(sizes, layout="padded", micro_batch_tokens=None, micro_batch_size=4),
-        "chunked": Trainer(sizes, head_chunk=64 if options.quick else 512),
+        "padded": Trainer(sizes, padded=True, micro_batch_tokens=None, micro_batch_size=4),
+        "chunked": Trainer(sizes, logits=64 if options.quick else 512),
     }
     losses = [trainer.ours(rows) for trainer in trainers.values()]
     alike = max(losses) - min(losses) < 1e-4 * abs(losses[0])
@@ -188,7 +188,7 @@ def _ungrouped(sizes: Sizes, packed: Trainer, options: Options) -> Row:
     source = packed.source(rows)
     whole = numpy.concatenate(random)
     inputs = source.inputs(whole, 0, sizes.longest, lambda ids, width: row_noise(SEED, 0, ids, width))
-    sides = {"packed": packed.engine.model, "padded": Trainer(sizes, layout="padded").engine.model}
+    sides = {"packed": packed.engine.model, "padded": Trainer(sizes, padded=True).engine.model}
 
     def job(model) -> Callable[[], None]:
         def run() -> None:

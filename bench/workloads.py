@@ -19,8 +19,7 @@ from bench.options import Options
 from dllm.algorithms.mdlm import MDLM
 from dllm.data.tokens import TokenRows, open_rows
 from dllm.language_model import DiffusionLM, load
-from dllm.models.attention import choose
-from dllm.models.load import Backbone
+from dllm.models.backbone import Backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPTOP_RUN = "chat-large"
@@ -171,7 +170,6 @@ def as_backbone(config, kind: type, seed: int = 0, device: str = "cpu") -> Backb
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = kind(config).to(device).eval()
-    choose(model)
     torch.random.set_rng_state(state)
     return Backbone(
         model=model,

@@ -16,8 +16,8 @@ from dllm.algorithms.base import Algorithm, finished_by
 from dllm.algorithms.edit_flows import EditCanvas, EditFlow, edit_canvas
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import Canvas, Score, canvas_for
-from dllm.models.forward import compute_in
-from dllm.models.load import Backbone, load_backbone
+from dllm.models.backbone import Backbone
+from dllm.models.load import for_inference, load_backbone
 from dllm.models.tokenizers import chat_text, check_messages, encode_chat, encode_text
 
 END_OF_TURN = "[/Answer]"
@@ -54,12 +54,12 @@ def load(
     """The model in a checkpoint directory, or at a revision of a hub repository; on an accelerator if there is one.
 
     mixed: bf16 matrix products in the layers; LM head and scores stay fp32, as do the weights (unless `dtype` says
-    otherwise). algorithm: one that it was not trained with, but can be used with (none: its own). Raises ValueError,
+    otherwise). Where bf16 is not fast, products are fp32, and so are weights of dtype bf16; one line on stderr says so.
+    algorithm: one that it was not trained with, but can be used with (none: its own). Raises ValueError,
     one line, for a missing, damaged or unsuitable checkpoint, and for an algorithm that cannot use it.
     """
     backbone = load_backbone(path_or_hub_id, revision=revision, device=device or best_device(), dtype=dtype)
-    if mixed:
-        compute_in(backbone.model, torch.bfloat16)
+    backbone = for_inference(backbone, mixed=mixed)
     return DiffusionLM(backbone, algorithm_for(backbone.sidecar.get("algorithm", "mdlm"), algorithm)())
 
 

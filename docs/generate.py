@@ -346,7 +346,7 @@ def _nll_table(backbone, length: int):
 
     target = torch.arange(length) % 3
     masked = (torch.arange(2**length)[:, None] >> torch.arange(length)) & 1 == 1
-    logits = backbone.model.dllm_hidden(torch.where(masked, backbone.mask_id, target)).double()
+    logits = backbone.model.logits_of(torch.where(masked, backbone.mask_id, target)).double()
     logits[..., backbone.mask_id] = -torch.inf
     return -logits.log_softmax(-1).gather(-1, target.expand(2**length, -1)[..., None])[..., 0]
 

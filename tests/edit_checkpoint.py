@@ -22,7 +22,7 @@ def save_edit_toy(directory: Path, *, steps: int = 0, seed: int = 0, **sidecar) 
     path = save_toy(directory, response_end="one", **sidecar)
     backbone = load_backbone(path)
     algorithm = EditFlow(edits=STARTS, longest=backbone.max_length, seed=seed)
-    scores = algorithm.scores(backbone.model, backbone.prediction).train()
+    scores = algorithm.scores(backbone).train()
     batch = learnt_batch(backbone)
     optimizer = torch.optim.AdamW(scores.parameters(), lr=5e-3)
     for step in range(steps):

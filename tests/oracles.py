@@ -1,34 +1,19 @@
 """Denoisers whose distributions are known: a random table for any mask pattern, and an exact Markov chain.
 
-Both are modules with `dllm_hidden` and `dllm_logits`, so the product's forward functions take them as they are.
+Both are modules with `logits_of`, which `tests.toys.ToyBackbone` takes for hidden states.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
+from tests.toys import ToyBackbone
 
 IMPOSSIBLE = -1e4
-
-
-@dataclass(frozen=True)
-class ToyBackbone:
-    """What algorithms read of a backbone. Ids: text 0..V-1, then mask, EOS and padding."""
-
-    model: nn.Module
-    mask_id: int
-    eos_id: int
-    pad_id: int
-    vocab_size: int
-    max_length: int = 64
-    prediction: str = "in_place"
-    device: torch.device = torch.device("cpu")
-    sidecar: dict = field(default_factory=dict)
 
 
 class TabularDenoiser(nn.Module):
@@ -42,16 +27,13 @@ class TabularDenoiser(nn.Module):
         self.vocab_size, self.mask_id, self.seed, self.scale = vocab_size, mask_id, seed, scale
         self.forwarded = 0
 
-    def dllm_hidden(self, tokens: Tensor, attention: Tensor | None = None) -> Tensor:
+    def logits_of(self, tokens: Tensor, attention: Tensor | None = None) -> Tensor:
         self.forwarded += len(tokens)
         rows = keyed_hash(self.seed, token_hash(tokens, attention))
         position = torch.arange(tokens.shape[1])[:, None]
         logits = self.scale * keyed_uniform(rows[:, None, None], position, torch.arange(self.vocab_size))
         logits[..., self.mask_id] = 2 * self.scale
         return logits
-
-    def dllm_logits(self, rows: Tensor) -> Tensor:
-        return rows
 
 
 class MarkovDenoiser(nn.Module):
@@ -64,7 +46,7 @@ class MarkovDenoiser(nn.Module):
         super().__init__()
         self.initial, self.transition, self.extra_tokens = initial.double(), transition.double(), extra_tokens
 
-    def dllm_hidden(self, tokens: Tensor, attention: Tensor | None = None) -> Tensor:
+    def logits_of(self, tokens: Tensor, attention: Tensor | None = None) -> Tensor:
         states = len(self.initial)
         seen = tokens < states if attention is None else (tokens < states) & attention
         allowed = torch.where(seen[..., None], torch.arange(states) == tokens[..., None], True).double()
@@ -75,9 +57,6 @@ class MarkovDenoiser(nn.Module):
             after[:, -1 - i] = (after[:, -i] * allowed[:, -i]) @ self.transition.T
         logits = (before * after).log().clamp(min=IMPOSSIBLE)
         return nn.functional.pad(logits, (0, self.extra_tokens), value=IMPOSSIBLE)
-
-    def dllm_logits(self, rows: Tensor) -> Tensor:
-        return rows
 
     def log_probability(self, row: list[int]) -> float:
         """log p of a complete row; 0 for an empty one."""
@@ -106,7 +85,7 @@ def enumerated_nelbo(backbone: ToyBackbone, prompt: list[int], target: list[int]
         means = []
         for subset in itertools.combinations(range(len(target)), k):
             row = [*prompt, *(backbone.mask_id if i in subset else token for i, token in enumerate(target))]
-            logits = backbone.model.dllm_hidden(torch.tensor([row]))[0].double()
+            logits = backbone.model.logits_of(torch.tensor([row]))[0].double()
             logits[:, backbone.mask_id] = -torch.inf
             log_p = logits.log_softmax(-1)
             means.append(sum(-log_p[len(prompt) + i, target[i]].item() for i in subset) / k)

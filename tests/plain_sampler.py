@@ -11,7 +11,7 @@ import torch
 
 from dllm.config import GenerateSettings
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
-from dllm.models.forward import head_logits, hidden_states
+from dllm.core.packing import layout_of
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def scores(backbone, row: list[int], guidance: float, given: torch.Tensor) -> to
     """Logits [L, V] of the whole row, the mask token impossible."""
 
     def logits(tokens):
-        return head_logits(backbone.model, hidden_states(backbone.model, tokens[None])[0]).float()
+        return backbone.head_logits(backbone.hidden(tokens[None], layout_of([len(tokens)])))
 
     tokens = torch.tensor(row)
     found = logits(tokens)

@@ -70,6 +70,11 @@ def test_both_configurations_hold_the_complete_set_of_the_report():
     ("overlay", "line"),
     [
         ({"runs": {"chat-base": {"lenght": 3}}}, "runs.chat-base.lenght is not a setting. Did you mean 'length'?"),
+        ({"runs": {"chat-base": {"layout": "padded"}}}, "runs.chat-base.layout was removed: rows are always packed"),
+        (
+            {"runs": {"chat-base": {"head_chunk": 64}}},
+            "runs.chat-base.head_chunk was removed: a budget of memory decides",
+        ),
         ({"runs": {"chat-base": {"length": "long"}}}, "runs.chat-base.length = 'long': input should be a valid int"),
         ({"runs": {"chat-base": {"length": 0}}}, "runs.chat-base.length = 0: input should be greater than 0"),
         (

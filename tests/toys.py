@@ -1,4 +1,4 @@
-"""Tiny stock transformers models with a word-level tokenizer, saved as training saves them."""
+"""Tiny stock transformers models with a word-level tokenizer, saved as training saves them; and toys of no class."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dllm.models.forward import hidden_states, logits_at
+from dllm.core.packing import Layout
+from dllm.models.backbone import Backbone
 from dllm.models.tokenizers import chat_template
+from tests.plain_forward import hidden_states, logits_at
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TAGS = ("[SYS]", "[/SYS]", "[Question]", "[/Question]", "[Answer]", "[/Answer]")
@@ -124,6 +126,56 @@ def learn_by_heart(model: nn.Module, tokenizer, pairs: list[tuple[list[dict], st
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+class ToyBackbone(Backbone):
+    """A backbone around a module with `logits_of(tokens [B, L], attention [B, L] or None)`: [B, L, V], any numbers.
+
+    Ids: text 0..V-1, then mask, EOS and padding. A row is computed as a whole, as if a cache were always fresh; in rows
+    that attend block-causally, each block behind all that it sees.
+    """
+
+    def __init__(self, model: nn.Module, mask_id: int, eos_id: int, pad_id: int, vocab_size: int, **changes):
+        defaults = {"tokenizer": None, "family": "encoder", "prediction": "in_place", "max_length": 64}
+        ids = {"mask_id": mask_id, "eos_id": eos_id, "pad_id": pad_id, "vocab_size": vocab_size, "packable": False}
+        super().__init__(model=model, **defaults | ids | changes)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def hidden(self, tokens: Tensor, layout: Layout, *, cache=None, part: Layout | None = None) -> Tensor:
+        part = part or layout
+        if layout.blocks is None:
+            attention = torch.arange(layout.width) < layout.cu_seqlens.diff()[:, None]
+            return part.pack(self.model.logits_of(tokens, attention))
+        return self._block_by_block(tokens, layout, part)
+
+    def head_logits(self, rows: Tensor) -> Tensor:
+        return rows.float()
+
+    def nll(self, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(hidden, layout, row, position)
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    def _block_by_block(self, tokens: Tensor, layout: Layout, part: Layout) -> Tensor:
+        rows, taken, pattern, base = [], [], layout.blocks.pattern, 0
+        for row, (first, count) in enumerate(zip(part.begins, part.lengths, strict=True)):
+            key_end, span = (x[base : base + layout.lengths[row]] for x in (pattern.key_end, pattern.span))
+            base += layout.lengths[row]
+            low = first
+            while low < first + count:
+                high = low + 1
+                while high < first + count and key_end[high] == key_end[low] and span[high] == span[low]:
+                    high += 1
+                seen, behind = tokens[row, : key_end[low]], tokens[row, low:high]
+                rows.append(seen if span[low] < 0 else torch.cat([seen, behind]))
+                taken.append((low, high) if span[low] < 0 else (int(key_end[low]), len(rows[-1])))
+                low = high
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        hidden = self.model.logits_of(padded, torch.arange(padded.shape[1]) < lengths[:, None])
+        return torch.cat([states[low:high] for states, (low, high) in zip(hidden, taken, strict=True)])
 
 
 def turns(*texts: str) -> list[dict]:

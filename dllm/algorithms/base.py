@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.batch import Batch, Inputs, LossTerms, Noise
 from dllm.core.canvas import Canvas, Completion, Score, first_position
-from dllm.models.forward import Scores
-from dllm.models.load import Backbone
+from dllm.models.backbone import Backbone, TokenNLL
 
 Rows = Sequence[Sequence[int]]
 """Token ids, one sequence per request."""
@@ -32,12 +31,12 @@ class Algorithm(ABC):
     front: ClassVar[int] = 0
     """Positions of the model's context that a row takes beside its tokens."""
 
-    def scores(self, model: nn.Module, prediction: str, chunk: int | None = None) -> nn.Module:
-        """The module that is trained and that `loss` is given: a backbone as `model`, and whatever else learns.
+    def scores(self, backbone: Backbone) -> nn.Module:
+        """The module that is trained and that `loss` is given: the backbone's `model`, and whatever else learns.
 
         Wrappers such as DistributedDataParallel only see what goes through its `forward`.
         """
-        return Scores(model, prediction, chunk)
+        return TokenNLL(backbone)
 
     def save(self, scores: nn.Module, weights: dict[str, Tensor], directory: Path) -> dict[str, Any]:
         """Write what a checkpoint needs beside its stock model; returns what its sidecar says of it.

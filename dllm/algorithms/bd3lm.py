@@ -4,7 +4,7 @@
 
 The model attends block-causally, so one forward pass over [clean half ; corrupted half] gives the bounds of all blocks,
 each at a time of its own, and the keys and values of finished blocks stay as they are. The pattern is a property of the
-packed rows (`core.blocks.BlockRows`); the backbone is any stock model that attends in both directions.
+packed rows (`core.attention_pattern.BlockRows`); the backbone is any stock model that attends in both directions.
 Source: Arriola et al. 2025 (arXiv:2503.09573).
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from dllm.algorithms.base import Algorithm, refuse
 from dllm.algorithms.denoising import complete_masked, denoise_masked
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
+from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, weighted_terms
-from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import Canvas, Completion, Score
 from dllm.core.corrupt import apply_mask, block_levels, corrupted
 from dllm.core.losses import row_shares

@@ -17,7 +17,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from dllm.config import GenerateSettings
-from dllm.core.blocks import BlockPlan, BlockRows, BlockRule, plan_blocks
+from dllm.core.attention_pattern import BlockRows, BlockRule
+from dllm.core.blocks import BlockPlan, plan_blocks
 from dllm.core.canvas import Canvas
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.core.packing import Layout, block_layout, layout_of, part_of
@@ -30,9 +31,8 @@ from dllm.core.reveal import (
     token_confidence,
     token_noise,
 )
-from dllm.models.attention import KeyValues
-from dllm.models.forward import packed_hidden, packed_logits
-from dllm.models.load import Backbone
+from dllm.models.backbone import Backbone
+from dllm.models.kv_cache import KVCache
 
 _HEAD_LOGITS = {"cpu": 2**22, "cuda": 2**28}
 """Most logits held at a time: on a CPU what its cache holds, so that softmax does not read them from memory again."""
@@ -131,7 +131,7 @@ class Decoder:
         self.computed = numpy.zeros(len(masked), dtype=numpy.int64)
         self._layouts: dict[tuple, Layout] = {}
         reuses = settings.reuse != "none" if rule is None else cached and not settings.guidance
-        self._cache = KeyValues() if reuses else None
+        self._cache = KVCache() if reuses else None
         self._cached = numpy.zeros(0, dtype=numpy.int64)
         self._finished = numpy.zeros_like(self.length)  # clean tokens of each row whose keys and values are stored
 
@@ -238,7 +238,7 @@ class Decoder:
 
     def _forward(self, live: LiveRows) -> tuple[Tensor, Layout]:
         """Hidden states [T, D] of what this pass computes, and its layout."""
-        plan, rows, model = self.plan, live.numbers, self.backbone.model
+        plan, rows = self.plan, live.numbers
         block = plan.block[rows]
         lengths = numpy.where(
             self.hidden[rows], numpy.minimum(self.length[rows], plan.end[rows, block]), self.length[rows]
@@ -251,16 +251,7 @@ class Decoder:
                 bare = torch.where(live.response, tokens, self.backbone.mask_id)
                 tokens = torch.cat([tokens, bare])
             self.computed[rows] += lengths * copies
-            if self.rule is not None:
-                return packed_hidden(model, tokens, layout), layout
-            # of the last layer only what the block's tokens are read off
-            begin = numpy.maximum(0, plan.begin[rows, block] - (self.backbone.prediction == "next"))
-            end = numpy.minimum(plan.end[rows, block], lengths)
-            begin, end = numpy.tile(begin, copies), numpy.tile(end, copies)
-            part = self._layout(
-                lambda: part_of(layout, begin.tolist(), end.tolist()), "part", rows, begin, end, lengths, width
-            )
-            return packed_hidden(model, tokens, layout, part=part), part
+            return self.backbone.hidden(tokens, layout), layout
         layout = self._rows_layout(rows, lengths, width)
         # who predicts one ahead reads the first position of a block off the one before it
         begin, end = numpy.maximum(0, plan.begin[rows, block] - (self.backbone.prediction == "next")), lengths
@@ -281,10 +272,10 @@ class Decoder:
             )
         if not numpy.array_equal(self._cached, rows):
             known = {number: at for at, number in enumerate(self._cached.tolist())}
-            self._cache.keep([known.get(number, -1) for number in rows.tolist()])
+            self._cache.reorder([known.get(number, -1) for number in rows.tolist()])
             self._cached = rows
         self.computed[rows] += end - begin
-        return packed_hidden(model, tokens, layout, cache=self._cache, part=part), part
+        return self.backbone.hidden(tokens, layout, cache=self._cache, part=part), part
 
     def _rows_layout(self, rows: ndarray, lengths: ndarray, width: int) -> Layout:
         """The layout of the first `lengths` [N] positions of some rows [N], which may stand there twice."""
@@ -310,9 +301,9 @@ class Decoder:
         With guidance s: u + (s + 1)(c - u), u the scores with every given token masked (Nie et al. 2025, appendix A.2).
         """
         backbone, guidance = self.backbone, self.settings.guidance
-        logits = packed_logits(backbone.model, hidden, layout, row, position, backbone.prediction)
+        logits = backbone.logits(hidden, layout, row, position)
         if guidance:
-            bare = packed_logits(backbone.model, hidden, layout, row + rows, position, backbone.prediction)
+            bare = backbone.logits(hidden, layout, row + rows, position)
             logits = bare + (guidance + 1) * (logits - bare)
         logits[:, backbone.mask_id] = -torch.inf
         return logits

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dllm.algorithms.decoding import Decoder, LiveRows, merged
 from dllm.config import GenerateSettings
-from dllm.core.blocks import BlockRule
+from dllm.core.attention_pattern import BlockRule
 from dllm.core.canvas import Canvas, Completion
 from dllm.models.load import Backbone
 

@@ -58,10 +58,9 @@ from dllm.core.packing import Layout, layout_of
 from dllm.core.reveal import propose_tokens, token_confidence
 from dllm.core.schedules import KAPPAS
 from dllm.models.edit_heads import (
-    EditScores,
+    EditLoss,
     TimedHidden,
-    attached_edit_heads,
-    edit_scores,
+    edit_loss,
     new_edit_heads,
     save_edit_heads,
 )
@@ -131,20 +130,20 @@ class EditFlow(Algorithm):
     # ----------------------------------------------------------------------------------------------------------------
     # Training
 
-    def scores(self, model: torch.nn.Module, prediction: str, chunk: int | None = None) -> EditScores:
+    def scores(self, backbone: Backbone) -> EditLoss:
         """A backbone with its edit heads, or with new ones; see `Algorithm.scores`.
 
         Raises ValueError for heads of another rank than `edits.adapter_rank`.
         """
-        heads = attached_edit_heads(model) or new_edit_heads(model, self.edits.adapter_rank, self.seed)
+        heads = backbone.edit_heads or new_edit_heads(backbone.model, self.edits.adapter_rank, self.seed)
         if heads.sizes["rank"] != self.edits.adapter_rank:
             raise ValueError(
                 f"edits.adapter_rank = {self.edits.adapter_rank}, but the edit heads of the checkpoint to start from "
                 f"have {heads.sizes['rank']}; set it to that, or start from another checkpoint"
             )
-        return EditScores(model, heads, prediction)
+        return EditLoss(backbone, heads)
 
-    def save(self, scores: EditScores, weights: dict[str, Tensor], directory: Path) -> dict[str, Any]:
+    def save(self, scores: EditLoss, weights: dict[str, Tensor], directory: Path) -> dict[str, Any]:
         """Write the edit heads; see `Algorithm.save`."""
         save_edit_heads(scores.heads, directory, part_of_state(weights, "heads"))
         return {"edits": self.edits.model_dump()}
@@ -210,7 +209,7 @@ class EditFlow(Algorithm):
         return aligned
 
     def loss(self, model, inputs: EditInputs, *, denominator: float) -> LossTerms:
-        """The Bregman loss of the module's docstring over `denominator`; model is a `models.edit_heads.EditScores`.
+        """The Bregman loss of the module's docstring over `denominator`; model is a `models.edit_heads.EditLoss`.
 
         In `LossTerms`, nll and masked count the new tokens; rows are the divergences in nats, up to a constant of the
         data where several outstanding insertions are the same. See `Algorithm.loss`.
@@ -402,7 +401,7 @@ class _Sampler:
     def __init__(self, algorithm: EditFlow, backbone: Backbone, settings: GenerateSettings):
         trained = algorithm.trained_with(backbone)
         self.backbone, self.settings, self.sampling = backbone, settings, settings.edits
-        self.model = edit_scores(backbone.model, backbone.prediction)
+        self.model = edit_loss(backbone)
         self.kappa, self.latest = KAPPAS[trained.schedule].value, trained.time_ceiling
         self.keeps_masks = {"keep": True, "drop": False, "auto": "masked" in trained.starts}[self.sampling.masks]
 

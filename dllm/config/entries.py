@@ -16,7 +16,6 @@ from dllm.config.rules import (
     adapter_error,
     budget_error,
     launch_fault,
-    layout_error,
     raise_first,
     tokens_error,
 )
@@ -173,8 +172,6 @@ class RunSettings(Settings):
     micro_batch_tokens: int | None = option(
         None, "most tokens per device and forward pass; not used where the denominator is `micro_batch`", gt=0
     )
-    layout: Literal["packed", "padded"] = option("packed", "rows laid end to end, or padded to the longest")
-    head_chunk: int | None = option(None, "targets whose logits are held at a time; none means all", gt=0)
     activation_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory")
     compile: bool = option(False, "torch.compile of the backbone")
     edits: EditSettings = option(EditSettings(), "starts and times of `edit_flows`")
@@ -185,7 +182,6 @@ class RunSettings(Settings):
         raise_first(
             budget_error(self.epochs, self.steps),
             tokens_error(self.micro_batch_tokens, self.length),
-            layout_error(self.algorithm, self.layout, self.head_chunk),
             adapter_error(self.adapter, self.optimizer),
         )
         return self

@@ -206,6 +206,13 @@ def _overlaid(base: Mapping, update: Mapping) -> Mapping:
 # Errors
 
 
+REMOVED = {
+    "layout": "rows are always packed; leave it out",
+    "head_chunk": "a budget of memory decides how many logits are held at a time; leave it out",
+}
+"""Settings that there once were, and what to do instead."""
+
+
 def _describe(fault: ValidationError, model: type[BaseModel], origin: Origin) -> str:
     """The first error of a validation as one line: file: key = value, what is wrong, what is allowed."""
     errors = fault.errors()
@@ -214,6 +221,8 @@ def _describe(fault: ValidationError, model: type[BaseModel], origin: Origin) ->
     location = error["loc"]
     key = ".".join(str(part) for part in location)
     where = f"{origin(location)}: {key}" if key else origin(location)
+    if location and location[-1] in REMOVED:
+        return f"{where} was removed: {REMOVED[str(location[-1])]}"
     if error["type"] == "extra_forbidden":
         return f"{where} is not a setting. {did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))}"
     if error["type"] == "missing":

@@ -21,9 +21,6 @@ class AlgorithmRules:
     clipped_times: bool = False
     """Whether it can be trained on a part of the diffusion times (`time_low`, `time_high`)."""
     response_ends: tuple[str, ...] = ("fill", "block", "one")
-    layouts: tuple[str, ...] = ("packed", "padded")
-    head_chunk: bool = True
-    """Whether its logits can be computed a chunk of targets at a time."""
 
 
 RULES: dict[str, AlgorithmRules] = {
@@ -32,7 +29,7 @@ RULES: dict[str, AlgorithmRules] = {
     "mlm": AlgorithmRules(),
     "ar": AlgorithmRules(),
     # its responses find their own length: EOS up to a boundary would be edits without a meaning
-    "edit_flows": AlgorithmRules(response_ends=("one",), layouts=("packed",), head_chunk=False),
+    "edit_flows": AlgorithmRules(response_ends=("one",)),
 }
 
 
@@ -54,16 +51,6 @@ def recipe_error(algorithm: AlgorithmName, recipe: Recipe) -> str | None:
             f"has response_end = {recipe.response_end!r}; algorithm = {algorithm!r} allows "
             f"{_listed(rules.response_ends)} only: take another recipe"
         )
-    return None
-
-
-def layout_error(algorithm: AlgorithmName, layout: str, head_chunk: int | None) -> str | None:
-    """The line for a way to lay out a micro-batch that an algorithm does not allow."""
-    rules = RULES[algorithm]
-    if head_chunk is not None and not rules.head_chunk:
-        return f"head_chunk = {head_chunk} is not for algorithm = {algorithm!r}; leave it out"
-    if layout not in rules.layouts:
-        return f"layout = {layout!r} is not for algorithm = {algorithm!r}; allowed: {', '.join(rules.layouts)}"
     return None
 
 

@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from dllm.core.blocks import BlockRows
+from dllm.core.attention_pattern import BlockRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,18 +23,18 @@ class Layout:
     """Rows [B, L] padded on the right, laid end to end without their padding: T = sum(lengths) tokens.
 
     lengths: host integers, one per row, 0 allowed; width: L; flat [T] long: row * L + position of each packed token;
-    positions [T] long: position within its row; offsets [B + 1] int32: where each row begins in the packed order, and
-    T at the end. A part of the rows (`part_of`) begins at position begins[row] of each row instead of 0.
+    positions [T] long: position within its row; cu_seqlens [B + 1] int32: where each row begins in the packed order,
+    and T at the end. A part of the rows (`part_of`) begins at position begins[row] of each row instead of 0.
     """
 
     lengths: tuple[int, ...]
     width: int
     flat: Tensor
     positions: Tensor
-    offsets: Tensor
+    cu_seqlens: Tensor
     begins: tuple[int, ...]
     shift: Tensor
-    """[B] long: place of a row's position 0 in the packed order, had it one: offsets - begins."""
+    """[B] long: place of a row's position 0 in the packed order, had it one: cu_seqlens - begins."""
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """What attention has worked out for this layout on this device; made once, shared by all layers."""
     blocks: BlockRows | None = None
@@ -77,8 +77,12 @@ class Layout:
         """Place [N] long in the packed order of the tokens at `position` [N] of `row` [N], which the layout has."""
         return self.shift.index_select(0, row) + position
 
+    def places_in(self, layout: Layout) -> Tensor:
+        """Places [T] long of these positions in the packed order of a layout that has all of them."""
+        return layout.index(torch.div(self.flat, self.width, rounding_mode="floor"), self.positions)
+
     def _with(self, move) -> Layout:
-        names = ("flat", "positions", "offsets", "shift", *(() if self.before is None else ("before",)))
+        names = ("flat", "positions", "cu_seqlens", "shift", *(() if self.before is None else ("before",)))
         return replace(self, plans={}, **{name: move(getattr(self, name)) for name in names})
 
 
@@ -99,12 +103,12 @@ def block_layout(blocks: BlockRows, width: int | None = None, device: torch.devi
     """
     layout = replace(layout_of(blocks.lengths.tolist(), width), blocks=blocks)
     if len(blocks.count):
-        sight = blocks.sight
-        place = numpy.arange(len(sight.row))
-        follows = (numpy.diff(sight.span, prepend=-1) == 0) & (numpy.diff(sight.position, prepend=-1) == 1)
-        before = numpy.where(follows, place - 1, place - sight.slot + sight.position - 1)  # in its span, or clean
-        before = numpy.where(sight.position == 0, place, before)
-        positions, before = torch.from_numpy(sight.position), torch.from_numpy(before)
+        pattern = blocks.pattern
+        place = numpy.arange(len(pattern.row))
+        follows = (numpy.diff(pattern.span, prepend=-1) == 0) & (numpy.diff(pattern.position, prepend=-1) == 1)
+        before = numpy.where(follows, place - 1, place - pattern.slot + pattern.position - 1)  # in its span, or clean
+        before = numpy.where(pattern.position == 0, place, before)
+        positions, before = torch.from_numpy(pattern.position), torch.from_numpy(before)
         layout = replace(layout, positions=positions, before=before)
     return layout.to(device)
 
@@ -130,16 +134,16 @@ def _layout(begins: list[int], lengths: list[int], width: int, device: torch.dev
     total = sum(lengths)
     if not total:
         raise ValueError(f"lengths = {lengths[:8]}: a layout needs at least one token; leave empty batches out")
-    offsets = torch.tensor([0, *accumulate(lengths)])
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)])
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths), output_size=total)
-    shift = offsets[:-1] - torch.tensor(begins)
+    shift = cu_seqlens[:-1] - torch.tensor(begins)
     positions = torch.arange(total) - shift[row]
     layout = Layout(
         lengths=tuple(lengths),
         width=width,
         flat=row * width + positions,
         positions=positions,
-        offsets=offsets.int(),
+        cu_seqlens=cu_seqlens.int(),
         begins=tuple(begins),
         shift=shift,
     )

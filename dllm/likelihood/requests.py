@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from dllm.config import LikelihoodSettings
-from dllm.core.blocks import BlockRows, BlockRule
+from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.core.packing import Layout, block_layout, layout_of
 from dllm.likelihood.designs import Design, likelihood_design

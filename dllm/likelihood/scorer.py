@@ -17,9 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.algorithms.denoising import denoise_masked
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.blocks import BlockRule
+from dllm.core.attention_pattern import BlockRule
 from dllm.core.canvas import Canvas, Score, canvas_for
-from dllm.core.packing import part_of
 from dllm.likelihood.designs import estimate
 from dllm.likelihood.requests import (
     Group,
@@ -31,8 +30,7 @@ from dllm.likelihood.requests import (
     targets_of,
     token_batches,
 )
-from dllm.models.forward import packed_hidden, packed_logits
-from dllm.models.load import Backbone
+from dllm.models.backbone import Backbone
 
 HOST_TOKENS = 4096
 """Most tokens of a forward batch on a CPU, whatever the budget: with more, activations fall out of its cache."""
@@ -131,13 +129,8 @@ def _forward(
 def _nll(backbone: Backbone, batch: PackedBatch) -> Tensor:
     """-log p [N] of what a batch asks for, on the device: fp32, without the mask token."""
     device = backbone.device
-    layout, part = batch.layout.to(device), None
-    if layout.blocks is None:  # of each row, what lies between the first and the last place that is read
-        read = (batch.position - int(backbone.prediction == "next")).clamp(min=0)
-        begin = torch.full((layout.rows,), layout.width).scatter_reduce(0, batch.row, read, "amin")
-        end = torch.zeros(layout.rows, dtype=torch.long).scatter_reduce(0, batch.row, read + 1, "amax")
-        part = part_of(layout, begin.tolist(), end.tolist())
-    hidden = packed_hidden(backbone.model, batch.tokens.to(device, non_blocking=True), layout, part=part)
+    layout = batch.layout.to(device)
+    hidden = backbone.hidden(batch.tokens.to(device, non_blocking=True), layout)
     height, places = max(1, HEAD_LOGITS // backbone.vocab_size), len(batch.row)
     bounds = torch.searchsorted(batch.place, torch.arange(0, places + height, height)).tolist()
     moved = (x.to(device, non_blocking=True) for x in (batch.row, batch.position, batch.place, batch.token))
@@ -145,7 +138,7 @@ def _nll(backbone: Backbone, batch: PackedBatch) -> Tensor:
     found = []
     for low, begin, end in zip(range(0, places, height), bounds, bounds[1:], strict=False):
         here = slice(low, low + height)
-        logits = packed_logits(backbone.model, hidden, part or layout, row[here], position[here], backbone.prediction)
+        logits = backbone.logits(hidden, layout, row[here], position[here])
         logits[:, backbone.mask_id] = -torch.inf
         number = place[begin:end] - low
         found.append(logits.logsumexp(-1)[number] - logits[number, token[begin:end]])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dllm.config import AdapterSettings
-from dllm.models.forward import is_bidirectional
-from dllm.models.load import Backbone
+from dllm.models.backbone import Backbone
+from dllm.models.self_tests import is_bidirectional
 
 ADAPTER = "default"
 """Name of the one adapter, as peft wants one."""
@@ -72,7 +72,7 @@ def attach_adapter(
     first, end = backbone.new_tokens
     if end > first:
         _train_rows(model, first, end)
-    if not causal and not is_bidirectional(model, model.config.vocab_size):
+    if not causal and not is_bidirectional(model, backbone.tokenizer.all_special_ids):
         raise ValueError(f"{type(model).__name__} attends to the left only with an adapter; train without one")
     return backbone
 

@@ -20,14 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dllm.core.packing import Layout
-from dllm.models.forward import head_logits, packed_hidden
+from dllm.models.backbone import Backbone
 
 HEADS_FILE = "edit_heads.safetensors"
 START_RATE = 0.1
 """Every normalised rate before training: few edits, and no rate so small that its logarithm dominates the loss."""
 
 _FREQUENCIES = 32
-_ATTRIBUTE = "dllm_edit_heads"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +77,10 @@ class EditHeads(nn.Module):
         self.insert = Adapter(width, rank)
         self.substitute = Adapter(width, rank)
 
+    def on(self, backbone: Backbone) -> EditLoss:
+        """These heads on a backbone."""
+        return EditLoss(backbone, self)
+
     def time_state(self, time: Tensor) -> Tensor:
         """[B, D] from times [B] in [0, 1]: sines and cosines of a tenth to three turns, and a layer."""
         turns = torch.logspace(-1, 0.5, _FREQUENCIES, device=time.device)
@@ -102,17 +105,15 @@ class EditHeads(nn.Module):
         return torch.where(insert[:, None], self.insert(wide, state), self.substitute(wide, state)).to(rows.dtype)
 
 
-class EditScores(nn.Module):
-    """A backbone and its edit heads; `forward` is all that training and its wrappers see.
+class EditLoss(nn.Module):
+    """A backbone and its edit heads: what the edit loss is made of. `forward` is all that training's wrappers see.
 
     Layouts count the front token of each row, so that the first token of a text has one to its left.
     """
 
-    def __init__(self, model: nn.Module, heads: EditHeads, prediction: str = "in_place"):
+    def __init__(self, backbone: Backbone, heads: EditHeads):
         super().__init__()
-        self.model = model
-        self.heads = heads
-        self.prediction = prediction
+        self.backbone, self.model, self.heads = backbone, backbone.model, heads
 
     def forward(
         self,
@@ -136,7 +137,7 @@ class EditScores(nn.Module):
 
     def rates(self, tokens: Tensor, layout: Layout, time: Tensor) -> tuple[TimedHidden, Tensor]:
         """The packed tokens' hidden states with their time, for `token_logits`, and their log rates [T, 3]."""
-        hidden = packed_hidden(self.model, tokens, layout)
+        hidden = self.backbone.hidden(tokens, layout)
         with _full_precision(hidden):  # three numbers per token, which exp() is taken of
             timed = TimedHidden(hidden, self.heads.time_state(time), layout.flat // layout.width)
             return timed, self.heads.log_rates(timed)
@@ -144,10 +145,10 @@ class EditScores(nn.Module):
     def token_logits(self, timed: TimedHidden, place: Tensor, insert: Tensor) -> Tensor:
         """fp32 logits [N, V] of the token to insert right of the place [N], or to put there."""
         # a head that predicts ahead reads the token at i from i - 1, and what follows i from i
-        read = torch.where(insert, place, place - 1) if self.prediction == "next" else place
+        read = torch.where(insert, place, place - 1) if self.backbone.prediction == "next" else place
         with _full_precision(timed.hidden):
             rows = self.heads.token_rows(timed, place, read, insert)
-        return head_logits(self.model, rows).float()
+        return self.backbone.head_logits(rows)
 
 
 def _full_precision(like: Tensor) -> torch.autocast:
@@ -194,28 +195,14 @@ def load_edit_heads(directory: str | Path, model: nn.Module) -> EditHeads:
     return heads.to(next(model.parameters()).device).eval()
 
 
-def attach_edit_heads(model: nn.Module, heads: EditHeads) -> nn.Module:
-    """The model, which now knows its heads; they are no submodule, so that it is saved as the stock model it is."""
-    object.__setattr__(model, _ATTRIBUTE, heads)
-    return model
+def edit_loss(backbone: Backbone) -> nn.Module:
+    """A backbone with its edit heads, to be asked for rates and tokens.
 
-
-def attached_edit_heads(model: nn.Module) -> EditHeads | None:
-    """The heads that a model knows, or None."""
-    return getattr(model, _ATTRIBUTE, None)
-
-
-def edit_scores(model: nn.Module, prediction: str) -> nn.Module:
-    """A model with its attached heads as `EditScores`; a module that has `rates` and `token_logits` is taken as it is.
-
-    Raises ValueError, one line, for a model without heads.
+    Raises ValueError, one line, for a backbone without heads.
     """
-    if hasattr(model, "token_logits"):
-        return model
-    heads = attached_edit_heads(model)
-    if heads is None:
+    if backbone.edit_heads is None:
         raise ValueError("this checkpoint has no edit heads; algorithm = 'edit_flows' needs one trained with it")
-    return EditScores(model, heads, prediction)
+    return backbone.edit_heads.on(backbone)
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from dllm.config import ModelEntry
-from dllm.models.edit_heads import attach_edit_heads, load_edit_heads
-from dllm.models.forward import head_logits, hidden_states, is_bidirectional, packs
+from dllm.core.precision import has_fast_bf16
+from dllm.models.backbone import Backbone
+from dllm.models.edit_heads import load_edit_heads
 from dllm.models.published import (
     PUBLISHED,
     SIDECAR,
@@ -27,31 +29,10 @@ from dllm.models.published import (
     stock_config,
     stock_tensors,
 )
+from dllm.models.self_tests import head_is_whole, is_bidirectional
 from dllm.models.tokenizers import chat_template, read_tokenizer, set_up_tokenizer
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A model, its tokenizer and the ids that diffusion needs."""
-
-    model: nn.Module
-    tokenizer: Any
-    family: Literal["encoder", "decoder"]
-    prediction: Literal["in_place", "next"]
-    mask_id: int
-    eos_id: int
-    pad_id: int
-    vocab_size: int
-    max_length: int
-    sidecar: dict = field(default_factory=dict)
-    new_tokens: tuple[int, int] = (0, 0)
-    """Ids, from and before, of tokens that neither model nor tokenizer knew before loading."""
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
 
 def load_backbone(
@@ -89,10 +70,8 @@ def load_backbone(
     tokenizer, new_tokens = _tokenizer(directory, entry, model, causal, published)
     config = model.config
     model = model.to(device).eval()
-    _test_itself(model, directory, causal)
-    packs(model)  # chooses the attention here, so that no later forward has to stop for it
-    if sidecar.get("algorithm") == "edit_flows":
-        attach_edit_heads(model, load_edit_heads(directory, model))
+    _test_itself(model, directory, causal, special=tokenizer.all_special_ids)
+    edits = sidecar.get("algorithm") == "edit_flows"
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -105,7 +84,24 @@ def load_backbone(
         max_length=longest_row(config),
         sidecar=sidecar,
         new_tokens=new_tokens,
+        edit_heads=load_edit_heads(directory, model) if edits else None,
     )
+
+
+def for_inference(backbone: Backbone, *, mixed: bool = False) -> Backbone:
+    """The backbone as scoring and sampling use it; mixed: with bf16 matrix products in the layers.
+
+    On a device without fast bf16 the products are fp32 instead, and weights that are held in bf16 are widened to fp32,
+    in place; that is said in one line.
+    """
+    half = any(p.dtype == torch.bfloat16 for p in backbone.model.parameters())
+    if has_fast_bf16(backbone.device):
+        return replace(backbone, compute=torch.bfloat16) if mixed else backbone
+    if half:
+        backbone.model.float()
+    if half or mixed:
+        print("no fast bf16 on this device, so matrix products are computed in fp32", file=sys.stderr)
+    return backbone
 
 
 def read_sidecar(directory: str | Path) -> dict:
@@ -242,31 +238,18 @@ def _local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
         ) from None
 
 
-def _test_itself(model: nn.Module, directory: Path, causal: bool) -> None:
+def _test_itself(model: nn.Module, directory: Path, causal: bool, special: list[int]) -> None:
     """Raise ValueError, one line, if the model attends to the left only, or if its logits would be wrong."""
-    if not causal and not is_bidirectional(model, model.config.vocab_size):
+    if not causal and not is_bidirectional(model, special):
         raise ValueError(
             f"{directory}: {type(model).__name__} attends to the left only although is_causal is off; "
             "diffusion needs a bidirectional model: use another attention implementation or transformers >= 5.2"
         )
-    if not _head_is_whole(model):
+    if not head_is_whole(model, special):
         raise ValueError(
             f"{directory}: the LM head of {type(model).__name__} is more than its last linear layer, so that its "
-            "logits would be wrong; add its model type to dllm.models.forward.HEADS"
+            "logits would be wrong; add its model type to dllm.models.heads.HEADS"
         )
-
-
-@torch.no_grad()
-def _head_is_whole(model: nn.Module) -> bool:
-    """Whether our hidden states and head make the logits of the class's own forward; a start-up self-test."""
-    tokens = torch.arange(1, 9, device=next(model.parameters()).device)[None] % model.config.vocab_size
-    expected = model(input_ids=tokens).logits[0].float()
-    try:
-        found = head_logits(model, hidden_states(model, tokens)[0]).float()
-    except (AttributeError, RuntimeError):  # no such layers, or of other sizes
-        return False
-    # rounding is far below, a missing layer far above
-    return bool((found - expected).abs().max() <= 0.1 * expected.std())
 
 
 def _tokenizer(

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from dllm.config import BenchmarkSize, GenerateSettings, Recipe, RunEntry, Scorer, Shape
+from dllm.core.memory import logits_at_once
 from dllm.planning.data import Prepared
 from dllm.planning.hardware import Hardware
 from dllm.planning.passes import generation_passes, question_passes
@@ -158,7 +159,8 @@ def forwarded_tokens(run: RunEntry, recipe: Recipe, row: float, targets: float) 
     """Tokens that go through the layers for a row of `row` tokens, `targets` of which are targets.
 
     Block diffusion forwards a corrupted copy of the targets too, but not of the prompt, and nothing sees the last block
-    clean (`core.blocks.BlockRows.doubled`). With blocks counted from the row's start, the first holds some prompt.
+    clean (`core.attention_pattern.BlockRows.doubled`). With blocks counted from the row's start, the first holds some
+    prompt.
     """
     if run.algorithm not in DOUBLED or targets <= 0:
         return row
@@ -221,7 +223,8 @@ def _training_gib(
     else:
         activations = shape.layers * layer
     masked = tokens * min(1.0, 1.5 * masked_share)  # half as many again as on average
-    logits = min(masked, run.head_chunk or masked) * shape.vocabulary * (4 + 4 + element)
+    held = logits_at_once(shape.vocabulary, element, "cuda" if devices else "cpu")
+    logits = min(masked, held) * shape.vocabulary * (4 + 4 + element)
     return (states + activations + logits) / GIB
 
 

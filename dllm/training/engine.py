@@ -17,8 +17,7 @@ from torch import Tensor, distributed, nn
 from dllm.algorithms.base import Algorithm
 from dllm.config import OptimizerSettings, RunConfig
 from dllm.core.batch import LossTerms
-from dllm.core.packing import Layout
-from dllm.models.forward import Scores, block_hidden, hidden_states, packs, target_nll
+from dllm.models.backbone import Backbone, TokenNLL
 from dllm.training.backends import backend_for
 from dllm.training.pipeline import Part
 
@@ -26,25 +25,12 @@ DATA_PARALLEL = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_
 """No buffer of our backbones ever changes, and gradients need not be held twice."""
 
 
-class PaddedScores(Scores):
-    """The plain version of `Scores`: rows padded to the longest, as the stock class runs them."""
-
-    def forward(self, tokens: Tensor, layout: Layout, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
-        if layout.blocks is not None:
-            hidden = block_hidden(self.model, tokens, layout)
-        else:
-            attention = torch.arange(layout.width, device=tokens.device) < layout.offsets.diff()[:, None]
-            hidden = layout.pack(hidden_states(self.model, tokens, attention))
-        return target_nll(self.model, hidden, layout, row, position, targets, self.prediction, chunk=self.chunk)
-
-
-def scores_for(
-    config: RunConfig, model: nn.Module, prediction: str, make: Callable[..., nn.Module] = Scores
-) -> nn.Module:
-    """The module that is trained, in training mode, with the run's choices of layout, memory and compilation.
+def scores_for(config: RunConfig, backbone: Backbone, make: Callable[[Backbone], nn.Module] = TokenNLL) -> nn.Module:
+    """The module that is trained, in training mode, with the run's choices of memory and compilation.
 
     make: `Algorithm.scores`. Raises ValueError, one line, if the architecture does not offer activation checkpointing.
     """
+    model = backbone.model
     if config.activation_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ValueError(
@@ -55,10 +41,7 @@ def scores_for(
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if config.compile:
         model.base_model.compile(dynamic=True)  # in place: names of weights stay as they are
-    if config.layout == "packed":
-        packs(model)  # settles it before the first step, and before anything wraps the model
-    make = PaddedScores if config.layout == "padded" else make
-    return make(model, prediction, config.head_chunk).train()
+    return make(backbone).train()
 
 
 class Engine:

@@ -165,7 +165,7 @@ def evaluation_parts(
 
 def limits_of(config: RunConfig) -> Limits:
     """What a run's settings allow in a micro-batch."""
-    return Limits(config.micro_batch_size, config.micro_batch_tokens, config.layout == "padded")
+    return Limits(config.micro_batch_size, config.micro_batch_tokens)
 
 
 def micro_batches(lengths: ndarray, limits: Limits, *, rank: int = 0, ranks: int = 1) -> list[ndarray]:

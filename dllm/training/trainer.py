@@ -192,8 +192,8 @@ class _Run:
         self.train_source = Source(train_rows, self.algorithm, end, **ids)
         # test responses end as training ones do, without the random extra blocks
         self.test_source = Source(test_rows, self.algorithm, end and replace(end, extra_blocks=0), **ids)
-        prediction = "next" if config.algorithm == "ar" else backbone.prediction
-        scores = scores_for(config, backbone.model, prediction, self.algorithm.scores)
+        shifted = replace(backbone, prediction="next") if config.algorithm == "ar" else backbone
+        scores = scores_for(config, shifted, self.algorithm.scores)
         self.parameters = sum(p.numel() for p in scores.parameters())
         products = product_dtype(config, accelerator.device)
         bf16 = products == "bf16" and config.recipe.parameters == "fp32"  # bf16 parameters need no autocast

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dllm.core.edits import BLANK
-from dllm.models.edit_heads import EditScores
-from tests.oracles import ToyBackbone
+from dllm.models.edit_heads import EditLoss
+from tests.toys import ToyBackbone
 
 TINY = 1e-6
 
@@ -19,7 +19,11 @@ class _Table(nn.Module):
     """Hidden states are rates themselves: [T, 2V + 1], to insert each token, to delete, to substitute each token."""
 
     symbols: int
-    forward = EditScores.forward
+    forward = EditLoss.forward
+
+    def on(self, backbone) -> _Table:
+        """What is asked for rates: it needs no backbone."""
+        return self
 
     def expected(self, text: tuple[int, ...], time: float) -> Tensor:
         """Rates [1 + length, 2V + 1] of a text behind its front token."""
@@ -118,4 +122,4 @@ class RandomEdits(_Table):
 def toy_backbone(model: nn.Module, **changes) -> ToyBackbone:
     """Text tokens 0..V-1, then mask, EOS and padding."""
     v = model.symbols
-    return ToyBackbone(model, mask_id=v, eos_id=v + 1, pad_id=v + 2, vocab_size=v + 3, **changes)
+    return ToyBackbone(model, v, v + 1, v + 2, v + 3, edit_heads=model, **changes)

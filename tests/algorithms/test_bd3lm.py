@@ -13,17 +13,19 @@ from dllm.algorithms.bd3lm import BD3LM
 from dllm.algorithms.decoding import Decoder
 from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
+from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.batch import Batch, Noise, row_noise
-from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import canvas_for, infill_canvas
 from dllm.core.packing import block_layout, layout_of
 from dllm.core.reveal import REVEAL_RULES
-from dllm.models import attention as packed_attention
-from dllm.models.attention import KeyValues
-from dllm.models.forward import Scores, block_hidden, head_logits, packed_hidden, packed_logits
+from dllm.models import attention, kernel_by_row, kernels
+from dllm.models.backbone import TokenNLL
+from dllm.models.heads import head_logits
+from dllm.models.kv_cache import KVCache
 from tests.algorithms.test_mdlm_training import every_noise, raw_bound, repeated
 from tests.models.families import CASES, VOCAB, ragged, stock_model
-from tests.oracles import ToyBackbone, enumerated_nelbo, tabular_backbone
+from tests.oracles import enumerated_nelbo, tabular_backbone
+from tests.plain_forward import block_hidden, door
 from tests.synchronisation import forbid_synchronisation
 
 MASK = 4
@@ -41,7 +43,7 @@ def one_thread():
 def backbone_of(case, prediction="in_place", **sidecar):
     sidecar = {"algorithm": "bd3lm", "block_size": 4} | sidecar
     model = stock_model(case)
-    return ToyBackbone(model, MASK, 1, 0, VOCAB, 128, prediction, sidecar=sidecar)
+    return replace(door(model, prediction), mask_id=MASK, eos_id=1, sidecar=sidecar)
 
 
 def batch_of(prompts=PROMPTS, lengths=LENGTHS, seed=0):
@@ -63,7 +65,7 @@ def gradients(model, hidden):
 
 
 def terms_of(backbone, batch, noise, divisor=1.0, algorithm=BD3LM, prediction="in_place", **recipe):
-    model = Scores(backbone.model, prediction)
+    model = TokenNLL(replace(backbone, prediction=prediction))
     settings = {"mask_id": backbone.mask_id, "denominator": divisor}
     return algorithm(Recipe(**recipe)).training_loss(model, batch, noise, **settings)
 
@@ -73,16 +75,16 @@ def terms_of(backbone, batch, noise, divisor=1.0, algorithm=BD3LM, prediction="i
 
 
 @pytest.mark.parametrize("anchor", ["response", "row"])
-@pytest.mark.parametrize("kernel", ["_by_row", "_padded"])
+@pytest.mark.parametrize("kernel", ["by_row", "_padded"])
 @pytest.mark.parametrize("case", BIDIRECTIONAL)
 def test_the_doubled_forward_equals_the_stock_class_with_a_dense_mask_and_its_gradients(
     case, kernel, anchor, monkeypatch
 ):
     model = stock_model(case)
-    monkeypatch.setattr(packed_attention, "SHORTEST_GROUP", 6)  # so that blocks are taken together, some at a time
-    monkeypatch.setattr(packed_attention, "_block_kernel", lambda *_: getattr(packed_attention, kernel))
+    monkeypatch.setattr(kernel_by_row, "SHORTEST_GROUP", 6)  # so that blocks are taken together, some at a time
+    monkeypatch.setattr(attention, "kernel_for", lambda *_, **__: getattr(kernels, kernel))
     inputs = inputs_of(batch_of(), block_anchor=anchor)
-    ours = packed_hidden(model, inputs.tokens, inputs.layout)
+    ours = door(model).hidden(inputs.tokens, inputs.layout)
     plain = block_hidden(model, inputs.tokens, inputs.layout)
     torch.testing.assert_close(ours, plain, atol=ROUNDING, rtol=0)
     ours, plain = gradients(model, ours), gradients(model, plain)
@@ -101,7 +103,7 @@ def test_the_doubled_forward_equals_block_after_block_behind_a_cache_of_the_clea
     model = stock_model("llama")
     batch = batch_of((6,), (29,))
     inputs = inputs_of(batch, block_size=size)
-    hidden = packed_hidden(model, inputs.tokens, inputs.layout)
+    hidden = door(model).hidden(inputs.tokens, inputs.layout)
     clean, first, count = inputs.layout.blocks.clean[0], *inputs.layout.blocks.spans_of(0)
     cache, at, low = DynamicCache(), int(clean), 0
 
@@ -127,7 +129,7 @@ def test_blocks_of_one_token_are_next_token_prediction_with_a_mask_as_query():
     batch = batch_of((0, 3), (9, 8))
     # every token is masked whatever the noise, as a block of one has no other count
     terms = inputs_of(batch, block_size=1, block_anchor="row")
-    nll = Scores(model)(terms.tokens, terms.layout, terms.row, terms.position, terms.targets)
+    nll = TokenNLL(door(model))(terms.tokens, terms.layout, terms.row, terms.position, terms.targets)
     assert torch.equal(terms.weight, torch.ones(9 + 5)) and len(nll) == 9 + 5
     expected = []
     for row, place in batch.maskable.nonzero().tolist():
@@ -167,16 +169,16 @@ def test_one_block_is_masked_diffusion_with_its_gradients(case, corruption, norm
 def test_a_corrupted_block_moves_itself_alone_and_a_clean_one_the_blocks_behind_it(case):
     model, size, n = stock_model(case), 3, 11
     inputs = inputs_of(batch_of((0,), (n,)), block_size=size)
-    sight, before = inputs.layout.blocks.sight, packed_hidden(model, inputs.tokens, inputs.layout)
-    for place, (position, span) in enumerate(zip(sight.position, sight.span, strict=True)):
+    pattern, before = inputs.layout.blocks.pattern, door(model).hidden(inputs.tokens, inputs.layout)
+    for place, (position, span) in enumerate(zip(pattern.position, pattern.span, strict=True)):
         tokens = inputs.tokens.clone()
         tokens[0, place] = (tokens[0, place] + 17) % VOCAB
-        moved = (packed_hidden(model, tokens, inputs.layout) - before).abs().amax(-1) > 0
+        moved = (door(model).hidden(tokens, inputs.layout) - before).abs().amax(-1) > 0
         if span >= 0:
-            expected = sight.span == span
+            expected = pattern.span == span
         else:
-            block = sight.position // size
-            expected = (sight.span >= 0) & (block > position // size) | (sight.span < 0) & (block >= position // size)
+            block, own = pattern.position // size, position // size
+            expected = (pattern.span >= 0) & (block > own) | (pattern.span < 0) & (block >= own)
         assert moved.tolist() == expected.tolist()
 
 
@@ -197,21 +199,21 @@ def test_a_row_in_a_batch_equals_the_row_alone(case, prediction):
 @torch.no_grad()
 def test_who_predicts_one_ahead_reads_a_blocks_first_token_off_the_clean_one_before_it():
     backbone, batch = backbone_of("llama"), batch_of((5,), (14,))
+    ahead = replace(backbone, prediction="next")
     inputs = inputs_of(batch, block_size=3)
-    hidden = packed_hidden(backbone.model, inputs.tokens, inputs.layout)
-    sight = inputs.layout.blocks.sight
+    hidden = backbone.hidden(inputs.tokens, inputs.layout)
+    pattern = inputs.layout.blocks.pattern
     for place in range(int(inputs.layout.blocks.clean[0]), inputs.layout.tokens):
-        position, span = sight.position[place], sight.span[place]
+        position, span = pattern.position[place], pattern.span[place]
         at = position - 1 if (position - 5) % 3 == 0 else place - 1
-        assert sight.span[at] in (-1, span)
-        args = torch.tensor([0]), torch.tensor([place]), "next"
-        found = packed_logits(backbone.model, hidden, inputs.layout, *args)
+        assert pattern.span[at] in (-1, span)
+        found = ahead.logits(hidden, inputs.layout, torch.tensor([0]), torch.tensor([place]))
         torch.testing.assert_close(found, head_logits(backbone.model, hidden[at : at + 1]))
 
 
 def test_the_loss_never_makes_the_host_wait():
     backbone = backbone_of("llama")
-    inputs, model = inputs_of(batch_of()), Scores(backbone.model)
+    inputs, model = inputs_of(batch_of()), TokenNLL(backbone)
     BD3LM().loss(model, inputs, denominator=1.0)  # settles how the class is packed
     with forbid_synchronisation():
         BD3LM().loss(model, inputs, denominator=1.0).loss.backward()
@@ -227,14 +229,14 @@ def test_flexattention_is_asked_the_same(case, monkeypatch):
     from torch.nn.attention.flex_attention import flex_attention
 
     model, inputs = stock_model(case), inputs_of(batch_of())
-    expected = packed_hidden(model, inputs.tokens, inputs.layout)
+    expected = door(model).hidden(inputs.tokens, inputs.layout)
     inputs.layout.plans.clear()
-    monkeypatch.setattr(packed_attention, "_block_kernel", lambda *_: packed_attention._flex)
-    monkeypatch.setattr(packed_attention, "_flex_attention", lambda: flex_attention)
-    found = packed_hidden(model, inputs.tokens, inputs.layout)
+    monkeypatch.setattr(attention, "kernel_for", lambda *_, **__: kernels._flex)
+    monkeypatch.setattr(kernels, "_flex_attention", lambda: flex_attention)
+    found = door(model).hidden(inputs.tokens, inputs.layout)
     torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
     masks = [mask for about, mask in inputs.layout.plans.items() if about[0] == "flex"]
-    assert all(mask.shape[-1] % packed_attention.TILE == 0 for mask in masks) and masks
+    assert all(mask.shape[-1] % kernels.TILE == 0 for mask in masks) and masks
 
 
 def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window, options):
@@ -251,8 +253,8 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window, options):
 def test_flashattention_is_asked_the_same_when_sampling(case, prediction, monkeypatch):
     backbone, options = backbone_of(case, prediction), settings(steps=6, temperature=1.0)
     expected = sampled(BD3LM(), backbone, canvas_of(backbone), options)
-    monkeypatch.setattr(packed_attention, "_block_kernel", lambda *_: packed_attention._flash_blocks)
-    monkeypatch.setattr(packed_attention, "_varlen", lambda dropout: plain_varlen)
+    monkeypatch.setattr(attention, "kernel_for", lambda *_, **__: kernels._flash_blocks)
+    monkeypatch.setattr(kernels, "_varlen", lambda dropout: plain_varlen)
     for algorithm in (BD3LM(), BD3LM(cached=False)):
         assert sampled(algorithm, backbone, canvas_of(backbone), options).responses() == expected.responses()
 
@@ -265,10 +267,10 @@ def test_on_cuda_training_and_sampling_equal_the_cpu(case, dtype):
     sizes = {"hidden_size": 64} | ({"head_dim": 16} if case == "llama" else {})
     model = stock_model(case, **sizes)
     inputs = inputs_of(batch_of())
-    expected = packed_hidden(model, inputs.tokens, inputs.layout)
+    expected = door(model).hidden(inputs.tokens, inputs.layout)
     gradient = gradients(model, expected)
     model, inputs = model.to("cuda", dtype), inputs.to("cuda")
-    found = packed_hidden(model, inputs.tokens, inputs.layout)
+    found = door(model).hidden(inputs.tokens, inputs.layout)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(found.float().cpu(), expected, atol=tolerance * expected.abs().max().item(), rtol=0)
     (found.float() * torch.linspace(-1, 1, found.numel(), device="cuda").view(found.shape)).sum().backward()
@@ -319,7 +321,7 @@ def test_a_clipped_range_bounds_the_share_of_masks_of_every_block(corruption):
     batch = batch_of((0,) * 40, (64,) * 40)
     recipe = {"block_size": 16, "corruption": corruption, "time_low": 0.45, "time_high": 0.55, "time_floor": 1e-9}
     inputs = inputs_of(batch, **recipe)
-    block = inputs.layout.blocks.sight.span[inputs.layout.index(inputs.row, inputs.position)]
+    block = inputs.layout.blocks.pattern.span[inputs.layout.index(inputs.row, inputs.position)]
     masks = torch.bincount(torch.from_numpy(block), minlength=160).float()
     if corruption == "exact":  # floor(16 t) + 1
         assert masks.min() == 8 and masks.max() == 9 and torch.isin(inputs.weight, torch.tensor([16 / 8, 16 / 9])).all()
@@ -452,9 +454,9 @@ def test_keys_and_values_of_finished_blocks_are_those_of_the_whole_row():
     live = decoder.rows(decoder.plan.open.nonzero()[0], 15)
     while not decoder.plan.block[0] == 2 or not decoder.plan.left[0] == 1:
         decoder.step(live)
-    whole = KeyValues()
+    whole = KVCache()
     blocks = BlockRows.plain(rule, decoder.origin, decoder.length)
-    packed_hidden(backbone.model, live.tokens, block_layout(blocks), cache=whole)
+    backbone.hidden(live.tokens, block_layout(blocks), cache=whole)
     for ours, plain in zip(decoder._cache.pools, whole.pools, strict=True):
         for a, b in zip(ours, plain, strict=True):
             torch.testing.assert_close(a[:, :11], b[:, :11], atol=ROUNDING, rtol=0)
@@ -554,16 +556,16 @@ def test_a_class_with_an_attention_of_its_own_gets_one_line():
     model = stock_model("deberta-v2")
     inputs = inputs_of(batch_of())
     with pytest.raises(ValueError, match="DebertaV2ForMaskedLM computes attention in a way of its own") as fault:
-        packed_hidden(model, inputs.tokens, inputs.layout)
+        door(model).hidden(inputs.tokens, inputs.layout)
     assert "\n" not in str(fault.value)
 
 
 def test_a_causal_model_gets_one_line():
     model = stock_model("llama-causal")
-    packed_hidden(model, torch.full((1, 4), 5), layout_of([4]))
+    door(model).hidden(torch.full((1, 4), 5), layout_of([4]))
     inputs = inputs_of(batch_of())
     with pytest.raises(ValueError, match="attends to the left only") as fault:
-        packed_hidden(model, inputs.tokens, inputs.layout)
+        door(model).hidden(inputs.tokens, inputs.layout)
     assert "\n" not in str(fault.value)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.canvas import canvas_for, infill_canvas
 from dllm.core.edits import BLANK, DELETE, Columns, outstanding
 from dllm.core.schedules import KAPPAS
-from dllm.models.edit_heads import EditScores, attach_edit_heads, new_edit_heads
+from dllm.models.edit_heads import EditLoss, new_edit_heads
 from tests.algorithms.edit_toys import ExactEdits, LearntEdits, RandomEdits, toy_backbone
 from tests.core.test_edits import plain_distance
 from tests.stock import FIRST_WORD, stock_backbone
@@ -319,7 +320,7 @@ def test_a_batch_without_targets_costs_nothing():
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_the_step_never_waits_for_the_device(kind, tmp_path):
     backbone = stock_backbone(tmp_path, kind)
-    scores = EditScores(backbone.model, new_edit_heads(backbone.model))
+    scores = EditLoss(backbone, new_edit_heads(backbone.model))
     algorithm = flow(starts=["empty", "masked", "noisy"])
     batch = random_batch()
     inputs = algorithm.corrupt(batch, noise_of(batch), mask_id=backbone.mask_id)
@@ -518,7 +519,7 @@ def test_a_stock_model_learns_to_insert_delete_and_substitute(kind, tmp_path):
     torch.set_num_threads(1)
     backbone = stock_backbone(tmp_path, kind)
     algorithm, model = flow(), backbone.model
-    scores = EditScores(model, new_edit_heads(model, rank=16))
+    scores = EditLoss(backbone, new_edit_heads(model, rank=16))
     optimizer = torch.optim.AdamW(scores.parameters(), lr=3e-3, weight_decay=0.0)
     steps = 200
     for step in range(steps):
@@ -531,7 +532,7 @@ def test_a_stock_model_learns_to_insert_delete_and_substitute(kind, tmp_path):
         algorithm.loss(scores, inputs, denominator=float(batch.maskable.sum())).loss.backward()
         torch.nn.utils.clip_grad_norm_(scores.parameters(), 1.0)
         optimizer.step()
-    attach_edit_heads(model, scores.heads)
+    backbone = replace(backbone, edit_heads=scores.heads)
     drafts, texts = draft_and_text(150, seed=steps)
     canvas = edit_canvas(drafts, pad_id=backbone.pad_id)
     *_, last = algorithm.denoise(backbone, canvas, GenerateSettings(steps=10, max_new_tokens=16))

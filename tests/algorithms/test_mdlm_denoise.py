@@ -164,14 +164,14 @@ def test_a_row_without_a_prompt_is_not_moved_by_guidance():
 def eager_to_end(backbone):
     """The backbone with EOS made likely."""
     model = backbone.model
-    plain = model.dllm_hidden
+    plain = model.logits_of
 
     def hidden(tokens, attention=None):
         logits = plain(tokens, attention)
         logits[..., backbone.eos_id] += 1.5
         return logits
 
-    model.dllm_hidden = hidden
+    model.logits_of = hidden
     return backbone
 
 

@@ -14,8 +14,9 @@ from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.losses import denominator
 from dllm.core.schedules import SCHEDULES
-from dllm.models.forward import Scores
+from dllm.models.backbone import TokenNLL
 from tests.oracles import markov_backbone, tabular_backbone
+from tests.toys import ToyBackbone
 
 TARGET = [2, 0, 1, 1]
 
@@ -43,13 +44,13 @@ def raw_bound(backbone, prompt, target):
         subsets = list(itertools.combinations(range(len(target)), k))
         for subset in subsets:
             row = [*prompt, *(backbone.mask_id if i in subset else x for i, x in enumerate(target))]
-            log_p = backbone.model.dllm_hidden(torch.tensor([row]))[0].double().log_softmax(-1)
+            log_p = backbone.model.logits_of(torch.tensor([row]))[0].double().log_softmax(-1)
             total += sum(-log_p[len(prompt) + i, target[i]].item() for i in subset) / k / len(subsets)
     return total
 
 
 def loss_of(backbone, recipe, batch, noise, divisor=None):
-    model = Scores(backbone.model)
+    model = TokenNLL(backbone)
     return MDLM(recipe).training_loss(
         model, batch, noise, mask_id=backbone.mask_id, denominator=divisor or len(batch.tokens)
     )
@@ -93,7 +94,7 @@ def test_a_row_of_one_target_has_its_nll_as_loss_whatever_the_noise(normalisatio
     """U6."""
     backbone = tabular_backbone(3, seed=3)
     row = torch.tensor([[1, 2, backbone.mask_id]])
-    nll = -backbone.model.dllm_hidden(row).log_softmax(-1)[0, 2, 0].item()
+    nll = -backbone.model.logits_of(row).log_softmax(-1)[0, 2, 0].item()
     batch = repeated([1, 2, 0], 50, prompt_length=2)
     noise = Noise(torch.linspace(0, 1 - 2**-24, 50), torch.rand(50, 3))
     terms = loss_of(backbone, Recipe(normalisation=normalisation), batch, noise, divisor=50)
@@ -151,7 +152,7 @@ def test_mlm_masks_its_share_of_every_row():
     backbone, batch = tabular_backbone(3), repeated([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], 40)
     noise = row_noise(0, 0, batch.sample_ids, 10)
     terms = MLM(Recipe(), 0.25).training_loss(
-        Scores(backbone.model), batch, noise, mask_id=backbone.mask_id, denominator=400.0
+        TokenNLL(backbone), batch, noise, mask_id=backbone.mask_id, denominator=400.0
     )
     assert terms.masked == 3 * 40
     assert terms.loss.item() == pytest.approx(terms.nll.item() / 120, rel=1e-5)  # the mean over masked tokens
@@ -163,17 +164,16 @@ def test_ar_scores_every_target_but_the_first_of_a_row_from_the_left():
     class Causal(torch.nn.Module):
         """Next-token logits of the chain: position i scores token i + 1."""
 
-        def dllm_hidden(self, tokens, attention=None):
+        def logits_of(self, tokens, attention=None):
             return torch.nn.functional.pad(model.transition.log()[tokens], (0, 3), value=-1e4)
 
-        def dllm_logits(self, rows):
-            return rows
+    backbone = ToyBackbone(Causal(), 3, 4, 5, 6, prediction="next")
 
     row = [0, 2, 1, 1, 0]
     batch = repeated(row, 2)
     noise = row_noise(0, 0, batch.sample_ids, 5)
     counted = AR().counted(batch.maskable.sum(-1), torch.zeros(2, dtype=torch.long))
-    terms = AR().training_loss(Scores(Causal(), "next"), batch, noise, mask_id=3, denominator=float(counted.sum()))
+    terms = AR().training_loss(TokenNLL(backbone), batch, noise, mask_id=3, denominator=float(counted.sum()))
     from_the_left = model.initial[0].log().item() - model.log_probability(row)
     assert terms.masked == 8 and terms.nll.item() == pytest.approx(2 * from_the_left, abs=1e-5)
     # ten tokens, of which eight have a prediction: the loss is the mean over these

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
+from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.batch import Noise
-from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.corrupt import block_levels
 from dllm.core.packing import block_layout
 
@@ -29,15 +29,15 @@ def published_mask(n, size):
 
 
 def mask_of(blocks):
-    sight = blocks.sight
-    return torch.from_numpy(sight.mask(slice(None), slice(None))), sight
+    pattern = blocks.pattern
+    return torch.from_numpy(pattern.mask(slice(None), slice(None))), pattern
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 11])
 @pytest.mark.parametrize("n", [1, 4, 7, 10])
 def test_a_doubled_row_has_the_published_mask_without_what_nobody_sees(n, size):
-    mask, sight = mask_of(BlockRows.doubled(BlockRule(size), array(0), array(n)))
-    at = torch.from_numpy(numpy.where(sight.span >= 0, sight.position, sight.position + n))
+    mask, pattern = mask_of(BlockRows.doubled(BlockRule(size), array(0), array(n)))
+    at = torch.from_numpy(numpy.where(pattern.span >= 0, pattern.position, pattern.position + n))
     assert torch.equal(mask, published_mask(n, size)[at][:, at])
     left_out = sorted(set(range(n, 2 * n)) - set(at.tolist()))
     assert left_out == list(range(n + (n - 1) // size * size, 2 * n))  # the clean tokens of the last block
@@ -49,20 +49,20 @@ def test_rows_with_prompts_see_what_the_rules_say(anchor, size):
     prompts, lengths = array(5, 0, 7, 3, 6), array(13, 6, 7, 4, 18)
     rule = BlockRule(size, anchor)
     blocks = BlockRows.doubled(rule, prompts, lengths)
-    mask, sight = mask_of(blocks)
+    mask, pattern = mask_of(blocks)
     start = prompts if anchor == "response" else prompts * 0
 
     def block(token):
-        place, first = sight.position[token], start[sight.row[token]]
+        place, first = pattern.position[token], start[pattern.row[token]]
         return -1 if place < first else (place - first) // size
 
-    for q, k in itertools.product(range(len(sight.row)), repeat=2):
-        q_clean, k_clean = sight.span[q] < 0, sight.span[k] < 0
+    for q, k in itertools.product(range(len(pattern.row)), repeat=2):
+        q_clean, k_clean = pattern.span[q] < 0, pattern.span[k] < 0
         seen = block(k) < block(q) if not q_clean else block(k) <= block(q)
         seen = seen if k_clean else not q_clean and block(k) == block(q)
-        assert mask[q, k] == (seen and sight.row[q] == sight.row[k])
+        assert mask[q, k] == (seen and pattern.row[q] == pattern.row[k])
     for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        corrupted = sight.position[(sight.row == row) & (sight.span >= 0)]
+        corrupted = pattern.position[(pattern.row == row) & (pattern.span >= 0)]
         assert set(range(prompt, length)) <= set(corrupted) and len(set(corrupted)) == len(corrupted)
         if prompt == length:
             assert not len(corrupted) and blocks.clean[row] == length

@@ -28,7 +28,7 @@ def test_unpacking_puts_every_row_back_and_fills_the_rest():
 def test_a_layout_knows_positions_offsets_and_places():
     layout = layout_of(LENGTHS)
     assert layout.positions.tolist() == [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]
-    assert layout.offsets.tolist() == [0, 4, 4, 5, 11] and layout.offsets.dtype == torch.int32
+    assert layout.cu_seqlens.tolist() == [0, 4, 4, 5, 11] and layout.cu_seqlens.dtype == torch.int32
     row, position = torch.tensor([3, 0, 2]), torch.tensor([5, 1, 0])
     assert torch.equal(layout.pack(values())[layout.index(row, position)], values()[row, position])
     assert (layout.rows, layout.tokens, layout.width) == (4, 11, 6)

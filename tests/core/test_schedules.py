@@ -44,7 +44,7 @@ def test_the_bound_of_a_toy_model_is_the_same_under_every_schedule(schedule):
     rows = torch.cat(
         [torch.ones(8, 1, dtype=torch.long), torch.where(masks, backbone.mask_id, torch.tensor(target))], 1
     )
-    logits = backbone.model.dllm_hidden(rows)[:, 1:].double()
+    logits = backbone.model.logits_of(rows)[:, 1:].double()
     logits[..., backbone.mask_id] = -torch.inf
     nll = -logits.log_softmax(-1)[:, torch.arange(3), target]
     nats, size = (nll * masks).sum(-1), masks.sum(-1)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dllm.models.forward import hidden_states, is_bidirectional
+from dllm.models.self_tests import is_bidirectional
+from tests.plain_forward import hidden_states
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 
 DECODERS = ("llama", "qwen2")
@@ -58,4 +59,4 @@ def test_a_causal_load_stays_causal(directory, kind, attention, lengths):
 def test_the_start_up_test_tells_the_two_apart(directory, kind):
     for causal in (False, True):
         backbone = stock_backbone(directory, kind, causal=causal)
-        assert is_bidirectional(backbone.model, backbone.vocab_size) != causal
+        assert is_bidirectional(backbone.model) != causal

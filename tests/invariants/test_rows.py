@@ -10,7 +10,8 @@ from dllm.core.batch import row_noise
 from dllm.core.losses import denominator
 from dllm.data.collate import ResponseEnd, collate, target_counts
 from dllm.data.tokens import TokenRows
-from dllm.models.forward import Scores, hidden_states, logits_at
+from dllm.models.backbone import TokenNLL
+from tests.plain_forward import hidden_states, logits_at
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 
 LENGTHS, PROMPTS = (9, 14, 5, 14, 3, 11), (3, 6, 1, 2, 1, 4)
@@ -61,7 +62,7 @@ def loss_and_gradients(backbone, recipe, end, parts):
         batch = collate(rows, numpy.array(part), pad_id=backbone.pad_id, end=end, epoch=1, fill_to=max(LENGTHS))
         noise = row_noise(3, 1, batch.sample_ids, batch.tokens.shape[1])
         terms = MDLM(recipe).training_loss(
-            Scores(backbone.model), batch, noise, mask_id=backbone.mask_id, denominator=total
+            TokenNLL(backbone), batch, noise, mask_id=backbone.mask_id, denominator=total
         )
         terms.loss.backward()
         loss, per_row[part] = loss + terms.loss.item(), terms.rows

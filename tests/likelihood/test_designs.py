@@ -15,7 +15,7 @@ def random_table(length, seed=0):
     target = [i % 3 for i in range(length)]
     masks = (torch.arange(2**length)[:, None] >> torch.arange(length)) & 1 == 1
     tokens = torch.where(masks, backbone.mask_id, torch.tensor(target))
-    logits = backbone.model.dllm_hidden(tokens)
+    logits = backbone.model.logits_of(tokens)
     logits[..., backbone.mask_id] = -torch.inf
     nll = -logits.log_softmax(-1)[..., : max(target) + 1].gather(
         -1, torch.tensor(target).expand(2**length, -1)[..., None]

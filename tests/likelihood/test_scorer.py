@@ -97,7 +97,7 @@ def test_a_score_depends_neither_on_the_batch_nor_on_other_requests(estimator, m
 def test_choices_of_a_question_share_their_noise_even_if_their_lengths_differ():
     """Choices that differ in their last words: scored with the same key, their difference varies less."""
     backbone, first = tabular_backbone(seed=4), [0, 3, 3, 1, 2, 2, 0]
-    backbone.model.dllm_hidden = smooth_model(backbone)
+    backbone.model.logits_of = smooth_model(backbone)
     pairs = {"equal": [*first[:-1], 1], "shorter": first[:-1]}
     settings = [LikelihoodSettings(budget=13, seed=seed) for seed in range(150)]
     nats = {name: [] for name in ("first", "equal", "shorter")}

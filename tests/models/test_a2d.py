@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from dllm.config import DataPart, DatasetEntry, GenerateSettings, LikelihoodSettings, ModelEntry, PrepareConfig
 from dllm.data.prepare import prepare
 from dllm.language_model import load
-from dllm.models.forward import hidden_states, logits_at
 from dllm.models.load import load_backbone
 from dllm.models.tokenizers import load_tokenizer
 from dllm.provenance import write_record
 from dllm.training.trainer import train
+from tests.plain_forward import hidden_states, logits_at
 from tests.training.conftest import run_config
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmoe", "gemma3_text", "gpt2")

@@ -1,5 +1,7 @@
 """Edit heads: on every backbone, sane at the start, aware of time, and the same after saving."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,15 +9,15 @@ from dllm.core.packing import layout_of
 from dllm.models.edit_heads import (
     HEADS_FILE,
     START_RATE,
-    EditScores,
-    attach_edit_heads,
-    edit_scores,
+    EditLoss,
+    edit_loss,
     load_edit_heads,
     new_edit_heads,
     save_edit_heads,
 )
-from dllm.models.forward import head_logits, hidden_states
+from dllm.models.heads import head_logits
 from tests.models.test_forward import random_batch
+from tests.plain_forward import hidden_states
 from tests.stock import KINDS, stock_backbone
 
 
@@ -35,7 +37,7 @@ def trained(heads, seed=0):
 
 
 def scores_of(backbone, seed=0):
-    return EditScores(backbone.model, trained(new_edit_heads(backbone.model, rank=8), seed), backbone.prediction)
+    return EditLoss(backbone, trained(new_edit_heads(backbone.model, rank=8), seed))
 
 
 LENGTHS = (12, 7, 1, 9)
@@ -50,7 +52,7 @@ def batch_for(backbone):
 @torch.no_grad()
 def test_new_heads_leave_the_backbone_as_it_is_and_give_small_even_rates(directory, kind):
     backbone = stock_backbone(directory, kind)
-    scores = EditScores(backbone.model, new_edit_heads(backbone.model))
+    scores = EditLoss(backbone, new_edit_heads(backbone.model))
     tokens, layout, time = batch_for(backbone)
     timed, log_rates = scores.rates(tokens, layout, time)
     attention = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
@@ -71,7 +73,7 @@ def test_a_row_in_a_batch_has_the_rates_it_has_alone(directory, kind):
     together = scores.rates(tokens, layout, time)[1]
     for row, length in enumerate(LENGTHS):
         alone = scores.rates(tokens[row : row + 1, :length], layout_of([length]), time[row : row + 1])[1]
-        low = int(layout.offsets[row])
+        low = int(layout.cu_seqlens[row])
         torch.testing.assert_close(together[low : low + length], alone, atol=2e-5, rtol=1e-4)
 
 
@@ -125,7 +127,7 @@ def test_a_model_that_predicts_ahead_reads_substitutions_from_the_token_before(d
     backbone = stock_backbone(directory, "llama")
     heads = new_edit_heads(backbone.model)
     tokens, layout, time = batch_for(backbone)
-    ahead = EditScores(backbone.model, heads, "next")
+    ahead = EditLoss(replace(backbone, prediction="next"), heads)
     timed, _ = ahead.rates(tokens, layout, time)
     logits = ahead.token_logits(timed, torch.tensor([4, 4]), torch.tensor([True, False]))
     torch.testing.assert_close(logits, head_logits(backbone.model, timed.hidden[[4, 3]]).float())
@@ -149,15 +151,16 @@ def test_rates_are_fp32_under_autocast_and_for_a_bf16_backbone(directory):
 def test_saved_heads_give_the_same_rates_and_the_stock_weights_stay_free_of_them(directory, kind, tmp_path):
     backbone = stock_backbone(directory, kind)
     scores = scores_of(backbone)
-    attach_edit_heads(backbone.model, scores.heads)
     backbone.model.save_pretrained(tmp_path)
     assert save_edit_heads(scores.heads, tmp_path) == tmp_path / HEADS_FILE
     again, report = type(backbone.model).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     if kind in ("llama", "qwen2"):
         again.config.is_causal = False
-    loaded = edit_scores(attach_edit_heads(again.eval(), load_edit_heads(tmp_path, again)), backbone.prediction)
-    mine = edit_scores(backbone.model, backbone.prediction).rates(*batch_for(backbone))[1]
+    loaded = edit_loss(
+        replace(backbone, model=again.eval(), edit_heads=load_edit_heads(tmp_path, again), packable=None)
+    )
+    mine = edit_loss(replace(backbone, edit_heads=scores.heads)).rates(*batch_for(backbone))[1]
     torch.testing.assert_close(loaded.rates(*batch_for(backbone))[1], mine, atol=1e-5, rtol=1e-5)
 
 
@@ -171,11 +174,11 @@ def test_new_heads_are_seeded_and_leave_the_global_generator_alone(directory):
 
 
 def test_a_checkpoint_without_heads_is_one_clear_error(directory, tmp_path):
-    model = stock_backbone(directory, "roberta").model
+    backbone = stock_backbone(directory, "roberta")
     with pytest.raises(ValueError, match="edit_heads.safetensors: missing; a checkpoint of edit_flows has its heads"):
-        load_edit_heads(tmp_path, model)
+        load_edit_heads(tmp_path, backbone.model)
     with pytest.raises(ValueError, match="has no edit heads; algorithm = 'edit_flows' needs one trained with it"):
-        edit_scores(model, "in_place")
+        edit_loss(backbone)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other"])

@@ -8,10 +8,10 @@ import torch
 from dllm.config import DataPart, DatasetEntry, GenerateSettings, LikelihoodSettings, ModelEntry, PrepareConfig
 from dllm.data.prepare import prepare
 from dllm.language_model import load
-from dllm.models.forward import hidden_states, logits_at
 from dllm.models.load import load_backbone
 from dllm.provenance import write_record
 from dllm.training.trainer import train
+from tests.plain_forward import hidden_states, logits_at
 from tests.training.conftest import make_model, run_config
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.08,

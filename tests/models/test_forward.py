@@ -1,24 +1,21 @@
 """The forward pass: hidden states once, the head only where it is asked for, the same numbers as the stock class."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from dllm.core.memory import LOGITS_BYTES, logits_at_once
 from dllm.core.packing import layout_of, part_of
-from dllm.models.attention import KeyValues
-from dllm.models.forward import (
-    Scores,
-    compute_in,
-    head_logits,
-    hidden_states,
-    logits_at,
-    packed_hidden,
-    packed_logits,
-    packs,
-    target_nll,
-)
+from dllm.models import heads, load
+from dllm.models.backbone import TokenNLL
+from dllm.models.heads import head_logits
+from dllm.models.kv_cache import KVCache
+from dllm.models.load import for_inference
 from tests.models.families import CASES, ragged, stock_model
 from tests.oracles import tabular_backbone
+from tests.plain_forward import door, hidden_states, logits_at
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 from tests.synchronisation import forbid_synchronisation
 
@@ -86,7 +83,8 @@ def test_packed_logits_are_the_padded_ones_in_the_order_asked_for(case, predicti
     everywhere = torch.ones_like(attention)
     padded = logits_at(model, hidden_states(model, tokens, attention), everywhere, prediction)
     expected = padded.view(*tokens.shape, -1)[ROW, POSITION]
-    ours = packed_logits(model, packed_hidden(model, tokens, layout), layout, ROW, POSITION, prediction)
+    backbone = door(model, prediction)
+    ours = backbone.logits(backbone.hidden(tokens, layout), layout, ROW, POSITION)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, atol=5e-5, rtol=0)  # logits of order 10
 
@@ -110,36 +108,44 @@ def test_a_bounded_head_is_bounded():
     assert ours.abs().max() < 2.0
 
 
+def hold(monkeypatch, rows: int | None) -> None:
+    """So many rows of logits are held at a time; None: all."""
+    monkeypatch.setattr(heads, "logits_at_once", lambda *_: rows or 10**6)
+
+
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
 @torch.no_grad()
-def test_the_wrapper_for_training_equals_the_functions(prediction):
-    model = stock_model("modernbert")
+def test_the_module_for_training_gives_the_backbones_nll(prediction, monkeypatch):
+    backbone = door(stock_model("modernbert"), prediction)
     tokens, _ = ragged(LENGTHS)
     layout = layout_of(LENGTHS)
-    hidden = packed_hidden(model, tokens, layout)
-    logits = packed_logits(model, hidden, layout, ROW, POSITION, prediction)
+    logits = backbone.logits(backbone.hidden(tokens, layout), layout, ROW, POSITION)
     expected = nn.functional.cross_entropy(logits, TARGETS, reduction="none")
     for chunk in (None, 2):
-        scores = Scores(model, prediction, chunk)
-        torch.testing.assert_close(scores(tokens, layout, ROW, POSITION, TARGETS), expected)
-        assert torch.equal(packed_hidden(scores, tokens, layout), hidden)
+        hold(monkeypatch, chunk)
+        torch.testing.assert_close(TokenNLL(backbone)(tokens, layout, ROW, POSITION, TARGETS), expected)
+
+
+def test_weights_of_the_module_for_training_have_the_models_names_behind_a_prefix():
+    model = stock_model("bert")
+    assert list(TokenNLL(door(model)).state_dict()) == [f"model.{name}" for name in model.state_dict()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The chunked head
 
 
-def everything(model, chunk, *, autocast=False, prediction="in_place"):
+def everything(monkeypatch, model, chunk, *, autocast=False):
     """nll at every token of a batch, and the gradients of their differently weighted sum."""
+    hold(monkeypatch, chunk)
     tokens, attention = ragged(LENGTHS)
     layout = layout_of(LENGTHS)
     row, position = attention.nonzero(as_tuple=True)
     targets = tokens.roll(1, 1)[row, position]
     model.zero_grad()
-    packs(model)
+    backbone = door(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        hidden = packed_hidden(model, tokens, layout)
-        nll = target_nll(model, hidden, layout, row, position, targets, prediction, chunk=chunk)
+        nll = backbone.nll(backbone.hidden(tokens, layout), layout, row, position, targets)
     (nll * torch.linspace(-1, 2, len(nll))).sum().backward()
     return nll.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -148,12 +154,12 @@ def everything(model, chunk, *, autocast=False, prediction="in_place"):
 @pytest.mark.parametrize(
     "case", ["bert", "roberta", "modernbert", "distilbert", "llama", "gemma3_text", "bounded", "untied"]
 )
-def test_the_chunked_head_gives_the_same_nll_and_gradients(case, chunk):
+def test_the_chunked_head_gives_the_same_nll_and_gradients(case, chunk, monkeypatch):
     """Tied weights among them, so that the head's gradient adds to the embedding's."""
     settings = {"bounded": {"final_logit_softcapping": 3.0}, "untied": {"tie_word_embeddings": False}}.get(case, {})
     model = stock_model({"bounded": "gemma3_text", "untied": "bert"}.get(case, case), **settings)
-    plain, of_plain = everything(model, None)
-    ours, of_ours = everything(model, chunk)
+    plain, of_plain = everything(monkeypatch, model, None)
+    ours, of_ours = everything(monkeypatch, model, chunk)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
     assert of_ours.keys() == of_plain.keys()
@@ -162,11 +168,11 @@ def test_the_chunked_head_gives_the_same_nll_and_gradients(case, chunk):
         torch.testing.assert_close(of_ours[name], expected, atol=2e-5 * scale, rtol=0, msg=lambda m, n=name: n + m)
 
 
-def test_the_chunked_head_under_bf16_autocast_is_as_near_to_fp32_as_the_plain_one():
+def test_the_chunked_head_under_bf16_autocast_is_as_near_to_fp32_as_the_plain_one(monkeypatch):
     model = stock_model("modernbert")
-    exact, of_exact = everything(model, None)
-    plain, of_plain = everything(model, None, autocast=True)
-    ours, of_ours = everything(model, 4, autocast=True)
+    exact, of_exact = everything(monkeypatch, model, None)
+    plain, of_plain = everything(monkeypatch, model, None, autocast=True)
+    ours, of_ours = everything(monkeypatch, model, 4, autocast=True)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, plain, atol=1e-2, rtol=1e-3)  # the plain log-softmax sees the same bf16 logits
     for name, expected in of_exact.items():
@@ -174,7 +180,7 @@ def test_the_chunked_head_under_bf16_autocast_is_as_near_to_fp32_as_the_plain_on
         assert of_ours[name].dtype == torch.float32 and off <= 1.5 * usual + 1e-6, name
 
 
-def test_the_chunked_head_never_holds_more_than_a_chunk_of_logits():
+def test_the_chunked_head_never_holds_more_than_a_chunk_of_logits(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Shapes(TorchDispatchMode):
@@ -191,35 +197,37 @@ def test_the_chunked_head_never_holds_more_than_a_chunk_of_logits():
     for chunk, most in ((4, 4), (None, sum(LENGTHS))):
         Shapes.tallest = 0
         with Shapes():
-            everything(model, chunk)
+            everything(monkeypatch, model, chunk)
         assert Shapes.tallest == most
 
 
-def test_the_chunked_head_takes_no_target_at_all():
+def test_the_chunked_head_takes_no_target_at_all(monkeypatch):
     model = stock_model("bert")
     tokens, _ = ragged(LENGTHS)
     layout = layout_of(LENGTHS)
     none = torch.zeros(0, dtype=torch.long)
-    nll = target_nll(model, packed_hidden(model, tokens, layout), layout, none, none, none, chunk=4)
+    hold(monkeypatch, 4)
+    nll = door(model).nll(door(model).hidden(tokens, layout), layout, none, none, none)
     nll.sum().backward()
     assert nll.shape == (0,) and not model.cls.predictions.decoder.weight.grad.any()
 
 
-def test_a_chunk_of_no_rows_is_an_error():
-    model = stock_model("bert")
-    hidden = torch.zeros(29, 32)
-    with pytest.raises(ValueError, match="chunk = 0 must be at least 1"):
-        target_nll(model, hidden, layout_of(LENGTHS), ROW, POSITION, TARGETS, chunk=0)
+def test_logits_are_kept_up_to_a_budget_and_held_a_part_at_a_time_beyond():
+    for device, budget in LOGITS_BYTES.items():
+        assert logits_at_once(50_368, 4, device) == budget // (50_368 * 4) > 1000
+    assert logits_at_once(50_368, 2, "cpu") == 2 * logits_at_once(50_368, 4, "cpu")
+    assert logits_at_once(50_368, 4, "mps") == logits_at_once(50_368, 4, "cpu")
+    assert logits_at_once(2**40, 4, "cpu") == 1
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
-def test_scoring_never_makes_the_host_wait(chunk, prediction):
-    model = stock_model("modernbert")
-    packs(model)
+def test_scoring_never_makes_the_host_wait(chunk, prediction, monkeypatch):
+    hold(monkeypatch, chunk)
+    scores = TokenNLL(door(stock_model("modernbert"), prediction))
     tokens, _ = ragged(LENGTHS)
     with forbid_synchronisation():
-        Scores(model, prediction, chunk)(tokens, layout_of(LENGTHS), ROW, POSITION, TARGETS).sum().backward()
+        scores(tokens, layout_of(LENGTHS), ROW, POSITION, TARGETS).sum().backward()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,36 +235,42 @@ def test_scoring_never_makes_the_host_wait(chunk, prediction):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("packable", [True, False])
 @pytest.mark.parametrize("case", ["modernbert", "llama"])
-def test_layers_in_bf16_leave_the_head_and_the_scores_in_fp32(case):
-    model, mixed = stock_model(case), stock_model(case)
-    compute_in(mixed, torch.bfloat16)
-    tokens, attention = ragged((9, 4))
+def test_layers_in_bf16_leave_the_head_and_the_scores_in_fp32(case, packable, monkeypatch):
+    monkeypatch.setattr(load, "has_fast_bf16", lambda device: True)
+    plain = replace(door(stock_model(case)), packable=packable)
+    mixed = for_inference(plain, mixed=True)
+    tokens, _ = ragged((9, 4))
     layout = layout_of((9, 4))
-    plain, found = (packed_hidden(m, tokens, layout) for m in (model, mixed))
-    assert found.dtype == torch.float32 and not torch.equal(found, plain)
-    torch.testing.assert_close(found, plain, atol=0.1, rtol=0)
-    torch.testing.assert_close(layout.pack(hidden_states(mixed, tokens, attention)), found, atol=0.1, rtol=0)
+    expected, found = (backbone.hidden(tokens, layout) for backbone in (plain, mixed))
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
     row, position = torch.tensor([0, 1]), torch.tensor([3, 2])
-    logits = packed_logits(mixed, found, layout, row, position)
+    logits = mixed.logits(found, layout, row, position)
     assert logits.dtype == torch.float32
-    assert torch.equal(logits, packed_logits(model, found, layout, row, position))  # its head is untouched
+    assert torch.equal(logits, plain.logits(found, layout, row, position))  # its head is untouched
     assert (logits != logits.bfloat16().float()).any()
 
 
 @torch.no_grad()
-def test_a_data_parallel_wrapper_is_seen_through(directory):
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    backbone = stock_backbone(directory, "roberta")
-    tokens, attention = random_batch(backbone)
-    wrapped = Wrapper(Scores(Wrapper(backbone.model)))
-    assert torch.equal(hidden_states(wrapped, tokens, attention), hidden_states(backbone.model, tokens, attention))
-    layout = layout_of(LENGTHS)
-    assert torch.equal(packed_hidden(wrapped, tokens, layout), packed_hidden(backbone.model, tokens, layout))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_fast_bf16_products_and_bf16_weights_are_fp32_and_one_line_says_so(
+    directory, dtype, monkeypatch, capsys
+):
+    monkeypatch.setattr(load, "has_fast_bf16", lambda device: False)
+    half, layout = dtype == torch.bfloat16, layout_of(LENGTHS)
+    given = stock_backbone(directory, "modernbert", dtype=dtype)
+    tokens, _ = random_batch(given)
+    rounded = {name: value.float() for name, value in given.model.state_dict().items()}
+    capsys.readouterr()
+    backbone = for_inference(given, mixed=not half)
+    assert capsys.readouterr().err == "no fast bf16 on this device, so matrix products are computed in fp32\n"
+    assert backbone.compute is None and backbone.model.dtype == torch.float32
+    assert all(torch.equal(value, rounded[name]) for name, value in backbone.model.state_dict().items())
+    assert backbone.hidden(tokens, layout).dtype == torch.float32
+    for_inference(stock_backbone(directory, "modernbert"))
+    assert "bf16" not in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -277,7 +291,7 @@ def test_an_end_token_inside_a_row_does_not_move_the_positions_behind_it(directo
     assert torch.equal(*seen)
     first = model.config.pad_token_id + 1
     assert seen[0].tolist() == [list(range(first, first + 5))]
-    packed_hidden(model, torch.tensor([[6, 7, 8], [9, 1, 1]]), layout_of([3, 1]))
+    door(model).hidden(torch.tensor([[6, 7, 8], [9, 1, 1]]), layout_of([3, 1]))
     assert seen[-1].tolist() == [[first, first + 1, first + 2, first]]
 
 
@@ -291,25 +305,23 @@ def test_a_class_whose_head_is_unknown_is_an_error_that_says_where_to_add_it(dir
         head_logits(backbone.model, torch.zeros(1, 32))
 
 
-def test_a_module_with_its_own_two_methods_is_taken_as_it_is():
+def test_a_toy_is_a_backbone_of_its_own():
     backbone = tabular_backbone()
     tokens = torch.tensor([[1, 2, 3]])
-    expected = backbone.model.dllm_hidden(tokens)
-    where = torch.tensor([[False, True, True]])
-    assert torch.equal(logits_at(backbone.model, hidden_states(backbone.model, tokens), where), expected[0, 1:])
+    expected = backbone.model.logits_of(tokens)
     layout, row, position = layout_of([3]), torch.tensor([0, 0]), torch.tensor([2, 1])
-    hidden = packed_hidden(backbone.model, tokens, layout)
-    assert torch.equal(packed_logits(backbone.model, hidden, layout, row, position), expected[0, [2, 1]])
-    nll = Scores(backbone.model, chunk=1)(tokens, layout, row, position, torch.tensor([0, 1]))
+    hidden = backbone.hidden(tokens, layout)
+    assert torch.equal(backbone.logits(hidden, layout, row, position), expected[0, [2, 1]])
+    nll = TokenNLL(backbone)(tokens, layout, row, position, torch.tensor([0, 1]))
     torch.testing.assert_close(nll, -expected[0, [2, 1]].log_softmax(-1)[[0, 1], [0, 1]])
 
 
-def test_a_module_with_its_own_two_methods_sees_padding_and_has_a_cache_that_is_always_fresh():
+def test_a_toy_sees_no_padding_and_has_a_cache_that_is_always_fresh():
     backbone = tabular_backbone()
     tokens = torch.tensor([[1, 2, 3], [0, 1, backbone.pad_id]])
     layout = layout_of([3, 2])
     part = part_of(layout, [1, 0], [2, 2])
-    alone = [backbone.model.dllm_hidden(tokens[:1])[0], backbone.model.dllm_hidden(tokens[1:, :2])[0]]
-    assert torch.equal(packed_hidden(backbone.model, tokens, layout), torch.cat(alone))
-    kept = packed_hidden(backbone.model, tokens, layout, cache=KeyValues(), part=part)
+    alone = [backbone.model.logits_of(tokens[:1])[0], backbone.model.logits_of(tokens[1:, :2])[0]]
+    assert torch.equal(backbone.hidden(tokens, layout), torch.cat(alone))
+    kept = backbone.hidden(tokens, layout, cache=KVCache(), part=part)
     assert torch.equal(kept, torch.cat([alone[0][1:2], alone[1]]))

@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dllm.models.forward import hidden_states
+from dllm.core.packing import layout_of
 from dllm.models.load import load_backbone, longest_row, new_model, read_sidecar
+from dllm.models.self_tests import ordinary_tokens
 from dllm.models.tokenizers import load_tokenizer
+from tests.models.own_ids import SPECIAL, save_with_own_ids
+from tests.plain_forward import hidden_states
 from tests.stock import KINDS, save_stock, stock_entry
 from tests.toys import save_toy
 
@@ -137,9 +140,36 @@ def test_a_tokenizer_of_another_checkpoint_is_one_line(copy):
     assert "the tokenizer has 43 tokens, the model 24; they are not from the same checkpoint" in line_of(copy)
 
 
+@pytest.mark.parametrize("kind", SPECIAL)
+@torch.no_grad()
+def test_a_checkpoint_with_the_special_ids_of_its_family_passes_its_tests(tmp_path, kind):
+    """RoBERTa's padding is 1, and its class counts positions over tokens that are not padding."""
+    backbone = load_backbone(save_with_own_ids(tmp_path, kind))
+    assert (backbone.mask_id, backbone.pad_id) == (SPECIAL[kind]["mask"][1], SPECIAL[kind]["pad"][1])
+    assert backbone.packable == (kind != "deberta-v2")
+    tokens, layout = torch.arange(200, 224).view(2, 12), layout_of([12, 7])
+    tokens[1, 7:] = backbone.pad_id
+    row, position = torch.tensor([0, 0, 1]), torch.tensor([0, 11, 6])
+    ours = backbone.logits(backbone.hidden(tokens, layout), layout, row, position)
+    stock = backbone.model(input_ids=tokens, attention_mask=(tokens != backbone.pad_id).long()).logits
+    torch.testing.assert_close(ours, stock[row, position], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_no_test_at_loading_uses_a_special_token(tmp_path, kind):
+    backbone = load_backbone(save_with_own_ids(tmp_path, kind))
+    special = backbone.tokenizer.all_special_ids
+    assert {number for _, number in SPECIAL[kind].values()} == set(special)
+    tokens = ordinary_tokens(backbone.model, 200, special)
+    assert not set(tokens.tolist()) & set(special) and len(set(tokens.tolist())) == 200
+    few = ordinary_tokens(SimpleNamespace(config=SimpleNamespace(vocab_size=4, pad_token_id=1, eos_token_id=[2]),
+                                          parameters=backbone.model.parameters), 5, [3])  # fmt: skip
+    assert few.tolist() == [0] * 5
+
+
 def test_a_decoder_that_stays_causal_is_refused(tmp_path, monkeypatch):
     directory = save_stock(tmp_path, "llama")
-    monkeypatch.setattr("dllm.models.load.is_bidirectional", lambda model, vocab_size: False)
+    monkeypatch.setattr("dllm.models.load.is_bidirectional", lambda model, special: False)
     line = line_of(directory, entry=stock_entry("llama"))
     assert "LlamaForCausalLM attends to the left only although is_causal is off" in line
     assert load_backbone(directory, entry=stock_entry("llama"), causal=True)

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from dllm.config import ModelEntry
 from dllm.language_model import load
-from dllm.models.forward import hidden_states, logits_at
 from dllm.models.load import load_backbone
 from dllm.models.published import PUBLISHED, family_of, published_config, read_tensors, save_published, stock_config
 from dllm.models.tokenizers import check_messages, encode_chat, encode_text, load_tokenizer
 from tests.models.published import dream, llada, llada2, llada_moe, rnd1
 from tests.models.published.pieces import block_causal, make_weights, save_byte_tokenizer, save_checkpoint
+from tests.plain_forward import hidden_states, logits_at
 
 ARCHITECTURES = {"LLaDA": llada, "LLaDA-MoE": llada_moe, "LLaDA2": llada2, "Dream": dream, "RND1": rnd1}
 CLASSES = {

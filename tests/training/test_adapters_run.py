@@ -13,10 +13,11 @@ from transformers import AutoModelForMaskedLM
 import dllm
 from dllm.config import AdapterSettings, ConfigError, GenerateSettings, OptimizerSettings, load_project
 from dllm.models.adapters import NEW_TOKENS, attach_adapter, merge_adapter, target_names
-from dllm.models.forward import hidden_states, is_bidirectional, logits_at
 from dllm.models.load import load_backbone
+from dllm.models.self_tests import is_bidirectional
 from dllm.training import trainer
 from dllm.training.trainer import train
+from tests.plain_forward import hidden_states, logits_at
 from tests.training.conftest import entry_for, make_model, metrics_of, run_config
 
 KINDS = [
@@ -71,7 +72,7 @@ def test_adapters_lower_the_loss_and_the_merged_model_is_the_one_that_was_traine
     trained = {name for name, p in seen["model"].named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     merged = load_backbone(target / "model").model
-    assert is_bidirectional(merged, merged.config.vocab_size)
+    assert is_bidirectional(merged)
     assert (target / "adapter/adapter_config.json").exists()
     # fp32 sums of 64 terms in another order
     torch.testing.assert_close(logits(merged), logits(seen["model"].eval()), rtol=1e-5, atol=1e-5)

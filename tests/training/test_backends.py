@@ -88,7 +88,7 @@ def test_two_processes_train_the_run_of_one_and_resume_it(workdir, launch):
     for config in plain.values():
         train(config, workdir, quiet=True)
     # how a step is laid out moves rounding only, and is where a shard could be missed
-    layout = {"micro_batch_tokens": 40, "head_chunk": 5, "activation_checkpointing": True}
+    layout = {"micro_batch_tokens": 40, "activation_checkpointing": True}
     two, cut = (run_config(name, **settings, **layout) for name in ("two", "cut"))
     muon = run_config("muon", optimizer=OptimizerSettings(name="muon"))
     configs = {

@@ -19,7 +19,7 @@ from dllm.config import (
     write_when_changed,
 )
 from dllm.language_model import DiffusionLM
-from dllm.models.edit_heads import HEADS_FILE, attached_edit_heads, save_edit_heads
+from dllm.models.edit_heads import HEADS_FILE, save_edit_heads
 from dllm.models.load import SIDECAR, load_backbone
 from dllm.training import trainer
 from dllm.training.optimizer import build_optimizers
@@ -68,10 +68,9 @@ def test_a_run_learns_and_leaves_a_stock_model_its_heads_and_how_it_was_trained(
     assert all(value.dtype == torch.float32 for value in heads.values())
     assert heads["rates.weight"].abs().max() > 0, "they start at zero"
     facts = json.loads((workdir / "runs/run/provenance.json").read_text())
-    model = load_backbone(directory).model
-    assert facts["parameters"] == sum(
-        p.numel() for p in (*model.parameters(), *attached_edit_heads(model).parameters())
-    )
+    backbone = load_backbone(directory)
+    trained = (*backbone.model.parameters(), *backbone.edit_heads.parameters())
+    assert facts["parameters"] == sum(p.numel() for p in trained)
 
 
 def test_a_trained_run_samples_edits_and_chats(workdir):
@@ -136,7 +135,7 @@ def test_a_run_goes_on_with_the_heads_of_the_run_it_starts_from(workdir):
 
 def test_muon_leaves_the_heads_to_adamw(workdir):
     backbone = load_backbone(workdir / "downloads/toy-model")
-    scores = EditFlow(edits=STARTS).scores(backbone.model, "in_place")
+    scores = EditFlow(edits=STARTS).scores(backbone)
     adamw, muon = build_optimizers(scores, OptimizerSettings(name="muon", learning_rate=1e-3))
     held = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert all(id(p) in held for p in scores.heads.parameters())
@@ -155,11 +154,9 @@ def test_two_processes_train_the_same_run_as_one(workdir):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"head_chunk": 64}, "head_chunk = 64 is not for algorithm = 'edit_flows'; leave it out"),
-        ({"layout": "padded"}, "layout = 'padded' is not for algorithm = 'edit_flows'; allowed: packed"),
         ({"recipe": {"response_end": "block"}}, "response_end = 'block'; algorithm = 'edit_flows' allows `one` only"),
     ],
-    ids=["head_chunk", "layout", "response_end"],
+    ids=["response_end"],
 )
 def test_what_edit_flows_does_not_take_is_one_clear_line(changes, line):
     with pytest.raises(ValueError, match=line):
@@ -199,7 +196,7 @@ def test_heads_that_are_missing_damaged_or_foreign_are_one_clear_line(workdir, d
     elif damage == "damaged":
         path.write_bytes(path.read_bytes()[:500])
     else:
-        heads = attached_edit_heads(load_backbone(directory).model)
+        heads = load_backbone(directory).edit_heads
         save_edit_heads(type(heads)(48, 8), directory)
     line = {"missing": "edit_heads.safetensors: missing", "damaged": "damaged", "foreign": "not from the same"}[damage]
     with pytest.raises(ValueError, match=line) as fault:

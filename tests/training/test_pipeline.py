@@ -118,7 +118,7 @@ def contents(parts):
 
 
 @pytest.mark.parametrize("prompts", [0, 1])
-@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 3}, {"micro_batch_tokens": 130}, {"layout": "padded"}])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 3}, {"micro_batch_tokens": 130}])
 def test_the_layout_changes_neither_the_rows_of_a_step_nor_their_noise(prompts, changes):
     base = contents(training_parts(source(prompts), run_config(length=96, micro_batch_size=99), first=0, last=20))
     config = run_config(length=96, **{"micro_batch_size": 99} | changes)

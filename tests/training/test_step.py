@@ -1,5 +1,7 @@
 """One step: the same loss and gradients whatever the layout, and a host that never waits for the device."""
 
+from dataclasses import replace
+
 import numpy
 import pytest
 import torch
@@ -14,10 +16,14 @@ from dllm.core.corrupt import exact_count
 from dllm.core.losses import dense_masked_loss
 from dllm.data.collate import ResponseEnd, collate
 from dllm.data.tokens import TokenRows
-from dllm.models.forward import Scores, _KeptNll, head_logits, hidden_states
+from dllm.models import heads
+from dllm.models.backbone import Backbone, TokenNLL
+from dllm.models.heads import _HeadNLL, head_logits
 from dllm.training.engine import Engine, scores_for
 from dllm.training.pipeline import Source, training_parts
 from dllm.training.step import training_step
+from tests.oracles import tabular_backbone
+from tests.plain_forward import hidden_states, plain_hidden
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 from tests.synchronisation import forbid_synchronisation
 from tests.training.conftest import run_config
@@ -25,14 +31,19 @@ from tests.training.conftest import run_config
 LENGTHS = (9, 14, 5, 14, 3, 11, 40, 22)
 LAYOUTS = {
     "packed": {},
-    "padded": {"layout": "padded"},
     "packed in micro-batches of rows": {"micro_batch_size": 3},
     "packed in micro-batches of tokens": {"micro_batch_tokens": 48},
-    "padded in micro-batches of tokens": {"micro_batch_tokens": 48, "layout": "padded"},
-    "head in chunks": {"head_chunk": 7},
+    "padded in micro-batches of tokens": {"micro_batch_tokens": 48, "plain": True},
+    "head in chunks": {"logits": 7},
     "activation checkpointing": {"activation_checkpointing": True, "micro_batch_size": 5},
-    "all of it": {"head_chunk": 5, "activation_checkpointing": True, "micro_batch_tokens": 60},
+    "all of it": {"logits": 5, "activation_checkpointing": True, "micro_batch_tokens": 60},
 }
+
+
+class Plain(Backbone):
+    """A backbone whose rows are padded to the longest, as the stock class runs them."""
+
+    hidden = plain_hidden
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +67,29 @@ def source_for(backbone, algorithm):
     return Source(rows, algorithm, end, backbone.pad_id, backbone.mask_id)
 
 
-def gradients_of(directory, kind, name="mdlm", *, recipe=None, ranks=1, **changes):
-    """Loss and gradients of one step under a layout; ranks are run one after the other and their gradients added."""
+def gradients_of(directory, kind, name="mdlm", *, recipe=None, ranks=1, plain=False, logits=10**6, **changes):
+    """Loss and gradients of one step under a layout; ranks are run one after the other and their gradients added.
+
+    plain: rows are padded; logits: how many rows of them are held at a time.
+    """
     causal = name == "ar"
     backbone = stock_backbone(directory, kind, causal=causal)
     backbone.model.zero_grad()
+    if plain:
+        backbone = Plain(**vars(backbone))
     recipe = recipe or Recipe()
     algorithm = algorithm_class(name)(recipe)
     config = run_config(length=48, algorithm=name, recipe=recipe.model_dump(), **changes)
-    scores = scores_for(config, backbone.model, "next" if causal else backbone.prediction)
+    scores = scores_for(config, replace(backbone, prediction="next") if causal else backbone)
     loss = 0.0
-    for rank in range(ranks):
-        for part in training_parts(source_for(backbone, algorithm), config, first=0, last=1, rank=rank, ranks=ranks):
-            terms = algorithm.loss(scores, part.inputs, denominator=part.denominator)
-            terms.loss.backward()
-            loss += terms.loss.item()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "logits_at_once", lambda *_: logits)
+        for rank in range(ranks):
+            parts = training_parts(source_for(backbone, algorithm), config, first=0, last=1, rank=rank, ranks=ranks)
+            for part in parts:
+                terms = algorithm.loss(scores, part.inputs, denominator=part.denominator)
+                terms.loss.backward()
+                loss += terms.loss.item()
     return loss, {n: p.grad.clone() for n, p in backbone.model.named_parameters() if p.grad is not None}
 
 
@@ -82,24 +101,24 @@ def assert_same(one, other):
         torch.testing.assert_close(gradient, other[1][name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_do_not_depend_on_the_layout(directory, kind, layout):
-    assert_same(gradients_of(directory, kind, **LAYOUTS[layout]), gradients_of(directory, kind, layout="padded"))
+    assert_same(gradients_of(directory, kind, **LAYOUTS[layout]), gradients_of(directory, kind, plain=True))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", ["mdlm", "mlm", "ar"])
 def test_loss_and_gradients_do_not_depend_on_the_split_over_ranks(directory, name, ranks):
     kind = "llama" if name == "ar" else "modernbert"
-    whole = gradients_of(directory, kind, name, layout="padded")
+    whole = gradients_of(directory, kind, name, plain=True)
     assert_same(gradients_of(directory, kind, name, ranks=ranks, micro_batch_tokens=50), whole)
 
 
 @pytest.mark.parametrize("normalisation", ["token", "sequence", "batch"])
 def test_a_packed_step_with_a_chunked_head_equals_the_textbook_loss(directory, normalisation):
     recipe = Recipe(normalisation=normalisation)
-    loss, gradients = gradients_of(directory, "modernbert", recipe=recipe, micro_batch_tokens=50, head_chunk=6)
+    loss, gradients = gradients_of(directory, "modernbert", recipe=recipe, micro_batch_tokens=50, logits=6)
     backbone = stock_backbone(directory, "modernbert")
     model = backbone.model.train()
     model.zero_grad()
@@ -117,14 +136,17 @@ def test_a_packed_step_with_a_chunked_head_equals_the_textbook_loss(directory, n
 
 
 def engine_for(backbone, config, *, bf16=False):
-    scores = scores_for(config, backbone.model, backbone.prediction)
+    scores = scores_for(config, backbone)
     return Engine(Accelerator(cpu=True), scores, config.optimizer, bf16=bf16)
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_chunk": 6}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{}, {"logits": 6}, {"activation_checkpointing": True}])
 @pytest.mark.parametrize("name", ["mdlm", "mlm", "ar"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_never_makes_the_host_wait(directory, optimizer, name, changes):
+def test_a_step_never_makes_the_host_wait(directory, optimizer, name, changes, monkeypatch):
+    rows = changes.get("logits", 10**6)
+    monkeypatch.setattr(heads, "logits_at_once", lambda *_: rows)
+    changes = {key: value for key, value in changes.items() if key != "logits"}
     kind = "llama" if name == "ar" else "modernbert"
     backbone = stock_backbone(directory, kind, causal=name == "ar")
     config = run_config(length=48, micro_batch_size=3, algorithm=name, **changes)
@@ -139,9 +161,9 @@ def test_a_step_never_makes_the_host_wait(directory, optimizer, name, changes):
 
 
 def test_a_model_without_activation_checkpointing_says_so_in_one_line():
-    line = r"run.activation_checkpointing = True, which Linear does not offer; switch it off and lower micro_batch_size"
+    line = r"run.activation_checkpointing = True, which TabularDenoiser does not offer; switch it off"
     with pytest.raises(ValueError, match=line) as caught:
-        scores_for(run_config(activation_checkpointing=True), torch.nn.Linear(2, 2), "in_place")
+        scores_for(run_config(activation_checkpointing=True), tabular_backbone())
     assert "\n" not in str(caught.value)
 
 
@@ -151,10 +173,13 @@ def test_the_head_s_cross_entropy_is_the_stock_one_with_less_memory(dtype):
     logits = (8 * torch.randn(70, 60_000, generator=generator) + 30).to(dtype)  # several slices of rows
     targets = torch.randint(60_000, (70,), generator=generator)
     upstream = torch.rand(70, generator=generator)
-    found = []
-    for function in (_KeptNll.apply, lambda x, y: torch.nn.functional.cross_entropy(x.float(), y, reduction="none")):
+    found, passed_on = [], torch.eye(70, dtype=dtype)  # rows that make the weight's gradient that of the logits
+    for function in (
+        lambda x: _HeadNLL.apply(passed_on, x.T, None, targets, dtype, None, 70),
+        lambda x: torch.nn.functional.cross_entropy(x.float(), targets, reduction="none"),
+    ):
         x = logits.clone().requires_grad_()
-        nll = function(x, targets)
+        nll = function(x)
         nll.backward(upstream)
         found.append((nll.detach(), x.grad))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-5)  # both sum in fp32
@@ -178,7 +203,7 @@ def test_the_pipeline_and_the_composed_training_loss_give_the_same_bits(director
     backbone = stock_backbone(directory, "bert")
     data, config = source_for(backbone, MDLM()), run_config(length=48)
     (part,) = training_parts(data, config, first=0, last=1)
-    scores = Scores(backbone.model)
+    scores = TokenNLL(backbone)
     batch = collate(data.rows, part.numbers, pad_id=data.pad_id, end=data.end, fill_to=40)
     noise = row_noise(config.seed, 0, batch.sample_ids, batch.tokens.shape[1])
     whole = MDLM().training_loss(scores, batch, noise, mask_id=data.mask_id, denominator=part.denominator)

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from dllm.config import OptimizerSettings, write_when_changed
+from dllm.models import heads
+from dllm.models.backbone import Backbone
 from dllm.provenance import read_record
 from dllm.training import trainer
 from dllm.training.optimizer import build_optimizers, share_of_peak
 from dllm.training.trainer import Interrupted, make_plan, train
+from tests.plain_forward import plain_hidden
 from tests.training.conftest import entry_for, make_model, metrics_of, run_config
 
 
@@ -153,7 +156,7 @@ def test_the_split_into_micro_batches_does_not_change_a_run(workdir, normalisati
 
 @pytest.mark.parametrize("algorithm", ["mdlm", "mlm", "ar"])
 @pytest.mark.parametrize("data", ["text", "alpaca"])
-def test_the_layout_of_a_step_does_not_change_a_run(workdir, algorithm, data):
+def test_the_layout_of_a_step_does_not_change_a_run(workdir, algorithm, data, monkeypatch):
     """Down to the final metrics: padding, a token budget, checkpointing and a chunked head move rounding only."""
     entry = entry_for("llama" if algorithm == "ar" else "modernbert")
     make_model(workdir / "downloads" / "other", entry)
@@ -161,8 +164,11 @@ def test_the_layout_of_a_step_does_not_change_a_run(workdir, algorithm, data):
         "algorithm": algorithm, "model": entry, "init": "other", "init_path": "downloads/other", "data": data,
         "data_path": f"data/{data}", "steps": 3,
     }  # fmt: skip
-    train(run_config("plain", layout="padded", **common), workdir, quiet=True)
-    changes = {"micro_batch_tokens": 40, "head_chunk": 5, "activation_checkpointing": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "hidden", plain_hidden)
+        train(run_config("plain", **common), workdir, quiet=True)
+    monkeypatch.setattr(heads, "logits_at_once", lambda *_: 5)
+    changes = {"micro_batch_tokens": 40, "activation_checkpointing": True}
     train(run_config("fast", **changes, **common), workdir, quiet=True)
     assert_same_run(workdir, "plain", "fast")
 

@@ -1,0 +1,66 @@
+"""What a packed forward tells its attention layers, and which tokens a window or a block lets them see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm.core.packing import Layout
+from dllm.models.kv_cache import KVCache
+
+
+class PackedBatch:
+    """The positions that a packed forward computes, and what else they may see.
+
+    layout: all positions of the rows; part: those of this pass (`layout` itself without a cache); calls: attention
+    calls of this pass so far, which name a layer even where several share one module. Not a dataclass, so that wrappers
+    which rebuild the arguments of a forward leave it whole.
+    """
+
+    def __init__(self, layout: Layout, part: Layout, cache: KVCache | None = None) -> None:
+        self.layout, self.part, self.cache = layout, part, cache
+        self.calls = 0
+        if cache is not None:
+            cache.start_pass(layout, part)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How many positions a query sees to its left and right; None: all of its row."""
+
+    left: int | None
+    right: int | None
+
+
+WHOLE_ROW = Window(None, None)
+
+
+def planned(batch: PackedBatch, kernel: str, window: Window, make: Callable):
+    """What `make(layout, part, window)` works out for a batch, once for all layers with the same window."""
+    plans = batch.part.plans
+    key = (kernel, window, batch.layout if batch.part is not batch.layout else None)
+    if key not in plans:
+        plans[key] = make(batch.layout, batch.part, window)
+    return plans[key]
+
+
+def in_window(query: Tensor, key: Tensor, window: Window) -> Tensor:
+    """Whether queries at some positions see keys at others as far as the window is concerned; bool, broadcast."""
+    seen = torch.ones(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool, device=query.device)
+    if window.left is not None:
+        seen = seen & (query - key <= window.left)
+    if window.right is not None:
+        seen = seen & (key - query <= window.right)
+    return seen
+
+
+def in_blocks(layout: Layout, query: Tensor, key: Tensor, window: Window) -> Tensor:
+    """Whether queries [B, Q] see keys [B, K], given by their places in the packed order: [B, Q, K] bool (host)."""
+    pattern = layout.blocks.pattern
+    last = len(pattern.row) - 1
+    places = query.clamp(max=last)[:, :, None].numpy(), key.clamp(max=last)[:, None].numpy()
+    near = in_window(*(torch.from_numpy(pattern.position[place]) for place in places), window)
+    return torch.from_numpy(pattern.allowed(*places)) & near
