@@ -108,7 +108,8 @@ class Plan:
                 return "dllm"
             kind = self.project.runs[wildcards.run].launch if rule == "train" else "ddp" if options["gpus"] else "cpu"
             said = [f"--{name} {value}" for name, value in options.items() if value > 1 or (name == "gpus" and value)]
-            script = f"python {self.path_to_root}/workflow/launch.py --with {self.path_to_root}/config/accelerate/{kind}.yaml"
+            root = self.path_to_root
+            script = f"python {root}/workflow/launch.py --with {root}/config/accelerate/{kind}.yaml"
             return " ".join([script, *said, "--"])
 
         return command
