@@ -269,8 +269,6 @@ class Answers:
     scored: float
     batches: float
     length: float
-    asked: float
-    """Tokens of prompts and answers, each once."""
 
 
 def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, causal: bool) -> Answers:
@@ -279,7 +277,7 @@ def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, c
     row = prompt + length
     if causal:
         passes = documents * (1 if length == 1 and size.one_prompt else size.choices)
-        return Answers(passes, passes * row, passes * row, passes / 32, row, passes * row)
+        return Answers(passes, passes * row, passes * row, passes / 32, row)
     if scorer.special_tokens != "exact":
         length += 1  # SEP joins the answer
     passes = documents * question_passes(size.choices, length, size.one_prompt, scorer.likelihood, prompt)
@@ -288,7 +286,7 @@ def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, c
         passes += documents * size.choices * length
         scored += documents * size.choices * length
     batches = passes * row / scorer.likelihood.batch_tokens
-    return Answers(passes, passes * row, scored, max(1.0, batches), row, documents * size.choices * row)
+    return Answers(passes, passes * row, scored, max(1.0, batches), row)
 
 
 def generated_answers(
@@ -303,7 +301,7 @@ def generated_answers(
     together = max(1, min(together, int(settings.batch_tokens // (prompt + new))))
     batches = math.ceil(documents / together)
     if causal:
-        return Answers(documents * new, documents * (prompt + new), documents * new, batches * new, prompt + new, 0)
+        return Answers(documents * new, documents * (prompt + new), documents * new, batches * new, prompt + new)
     passes = generation_passes(settings)
     canvas = (new + block) / 2 if hides else new
     row = prompt + canvas
@@ -318,7 +316,6 @@ def generated_answers(
         scored=documents * passes * (block + 1) / 2,
         batches=batches * passes,
         length=row,
-        asked=documents * (prompt + new),
     )
 
 

@@ -83,7 +83,7 @@ def test_the_same_command_gives_the_same_edits_and_another_seed_others(here, cap
         (["chat-edits", "--edit", " "], "--edit needs a text; to start from"),
         (
             ["chat-edits", "--edit", "a", "--output", "x.json"],
-            "--output writes conversations, and --edit does not make any",
+            "--output writes conversations, and --edit does not",
         ),
         (["chat-edits", "--edit", "Hello " * 96], "prompt and draft have 97 tokens; the model's context is 95"),
         (["chat-edits", "Who?", "--reveal-rule", "threshold"], "reveal_rule = 'threshold' means nothing to algorithm"),
