@@ -50,6 +50,9 @@ QLORA_BYTES = 0.52
 DOUBLED = ("bd3lm",)
 """Algorithms that forward a corrupted copy of the targets behind the clean row."""
 
+CAUSAL_ROWS = 32
+"""Rows of a causal model that are scored together."""
+
 HEAD_ROWS = 4096
 """Positions whose logits are held at once while scoring."""
 
@@ -319,9 +322,7 @@ def generated_answers(
     )
 
 
-def scoring(
-    answers: Answers, shape: Shape, place: Place, *, precision: str = "fp32", causal: bool = False, rows: int = 32
-) -> Cost:
+def scoring(answers: Answers, shape: Shape, place: Place, *, precision: str = "fp32", causal: bool = False) -> Cost:
     """Forward work: seconds = start-up + max(FLOPs / rate, batches x bytes of the weights / bandwidth) + overheads.
 
     precision: as of a `Scorer`; `mixed` leaves the LM head of a diffusion model in fp32, and its weights.
@@ -343,7 +344,7 @@ def scoring(
     logits = min(HEAD_ROWS, answers.scored / max(1.0, answers.batches)) * shape.vocabulary * 4 * 3
     if causal:
         logits = batch_tokens * shape.vocabulary * (element + 4)
-        activations += rows * answers.length * 2 * shape.layers * head_width(shape) * shape.heads * element
+        activations += CAUSAL_ROWS * answers.length * 2 * shape.layers * head_width(shape) * shape.heads * element
     tensors = (n * element + activations + logits) / GIB
     if hardware.is_gpu:
         host, device = GPU_HOST_GIB + 2 * n * 4 / GIB, CUDA_GIB + tensors
