@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
 from cache import Cache, record_of
-from plan import make_plan
+from plan import PLACES, make_plan
 
 ROOT = Path(workflow.basedir)
 OVERLAYS = [Path(path) for path in workflow.configfiles] or [
@@ -32,7 +32,7 @@ workdir: ROOT / PROJECT.workdir
 
 
 PLAN.write(ROOT / PROJECT.workdir)
-CACHE = Cache(PROJECT.cache, f"{PLAN.up}/workflow/cache.py")
+CACHE = Cache(PROJECT.cache, f"{PLAN.path_to_root}/workflow/cache.py")
 
 
 include: "workflow/rules/download.smk"

@@ -12,14 +12,15 @@ ABSENT = "–"
 """What a missing number looks like."""
 
 
-def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """Wilson score interval of a share, (low, high) in [0, 1].
 
     Raises ValueError unless 0 <= successes <= n and n > 0. Source: Wilson 1927, J. Am. Stat. Assoc. 22, eq. 1.
     """
     if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"wilson_interval: {successes} of {n} is not a share; give 0 <= successes <= n and n > 0")
-    share, shrink = successes / n, 1 + z * z / n
+    share, z = successes / n, Z95
+    shrink = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # at 0 and n the interval touches the end exactly; rounding must not move it

@@ -36,6 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 """The repository, below which every work directory is named."""
 
 
+PLACES = ("gpu", "nodes", "cpus_per_task", "tasks", "mpi", "gres", "tasks_per_gpu")
+"""Resources that say on how many machines and devices a job runs."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every job's config, by kind and name."""
@@ -64,16 +68,20 @@ class Plan:
         """What every job is predicted to take, counted where its data is prepared already."""
         return plan_project(self.project, ROOT / self.project.workdir)
 
-    def asks(self, rule: str, resource: str, name: str | None = None) -> Callable:
-        """A rule's resource as a function of its wildcards: as predicted, or as the entry states it.
+    def requests(self, rule: str, *more: str, name: str | None = None) -> dict[str, Callable]:
+        """Memory, time, disk and `more` resources of a rule, each a function of its wildcards.
 
-        The job is called by its wildcards, `row/benchmark` for instance; `name` stands for a rule without any.
+        They are as predicted, or as the entry states them. The job is named by its wildcards (`row/benchmark`), or by
+        `name` if the rule has none.
         """
 
-        def asked(wildcards) -> int | str | None:
-            return self.resources(rule, "/".join(wildcards) if name is None else name).get(resource)
+        def request(resource: str) -> Callable:
+            def requested(wildcards) -> int | str | None:
+                return self.resources(rule, "/".join(wildcards) if name is None else name).get(resource)
 
-        return asked
+            return requested
+
+        return {resource: request(resource) for resource in ("mem_mb", "runtime", "disk_mb", *more)}
 
     def resources(self, rule: str, name: str) -> dict[str, int | str]:
         """Everything a job asks its executor for. On several machines: one task each, which the launcher starts.
@@ -91,7 +99,7 @@ class Plan:
             | ({"gres": f"gpu:{gpus // nodes}"} if gpus else {})
         )
 
-    def launch(self, rule: str) -> Callable:
+    def launch_command(self, rule: str) -> Callable:
         """How a rule starts `dllm` on what its job asked for, as a function of wildcards and resources.
 
         What depends on resources never makes Snakemake run a job again: where it runs does not change its result.
@@ -105,13 +113,14 @@ class Plan:
                 return "dllm"
             kind = self.project.runs[wildcards.run].launch if rule == "train" else "ddp" if options["gpus"] else "cpu"
             said = [f"--{name} {value}" for name, value in options.items() if value > 1 or (name == "gpus" and value)]
-            script = f"python {self.up}/workflow/launch.py --with {self.up}/config/accelerate/{kind}.yaml"
+            root = self.path_to_root
+            script = f"python {root}/workflow/launch.py --with {root}/config/accelerate/{kind}.yaml"
             return " ".join([script, *said, "--"])
 
         return command
 
     @property
-    def up(self) -> str:
+    def path_to_root(self) -> str:
         """The way from the work directory to the repository, where jobs start."""
         return os.path.relpath(ROOT, ROOT / self.project.workdir)
 

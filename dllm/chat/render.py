@@ -40,25 +40,23 @@ class Piece:
     confidence: float
 
 
-def pieces(
-    canvas: Canvas, decode: Callable[[list[int]], str], *, row: int = 0, previous: Canvas | None = None
-) -> list[Piece]:
-    """The response of a row, position by position; `new` is what was masked on the `previous` canvas.
+def pieces(canvas: Canvas, decode: Callable[[list[int]], str], *, previous: Canvas | None = None) -> list[Piece]:
+    """The response of the only row, position by position; `new` is what was masked on the `previous` canvas.
 
     On the canvas of an algorithm that edits, `new` is what its last pass inserted or put there.
     decode turns token ids into text, special tokens included; a token's text is what it adds to its neighbours.
     """
-    start, end = int(canvas.start[row]), int(canvas.length[row])
-    tokens = canvas.tokens[row, start:end].tolist()
-    masked = canvas.masked[row, start:end].tolist()
+    start, end = int(canvas.start[0]), int(canvas.length[0])
+    tokens = canvas.tokens[0, start:end].tolist()
+    masked = canvas.masked[0, start:end].tolist()
     trail = getattr(canvas, "trail", None)
     if trail is not None:
-        here = (trail.row == row) & (trail.token >= 0)
+        here = (trail.row == 0) & (trail.token >= 0)
         before = (trail.before != trail.token)[here][start + 1 :].tolist()  # the front token is no position
     else:
-        before = previous.masked[row, start:end].tolist() if previous else [False] * len(tokens)
+        before = previous.masked[0, start:end].tolist() if previous else [False] * len(tokens)
     texts = _texts(tokens, masked, decode)
-    confidence = canvas.confidence[row, start:end].tolist()
+    confidence = canvas.confidence[0, start:end].tolist()
     states: list[State] = [
         "masked" if now else "new" if then else "kept" for now, then in zip(masked, before, strict=True)
     ]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dllm.numbers import Z95, wilson_interval
 
 
-def normal_interval(values: Sequence[float], z: float = Z95) -> tuple[float, float | None, float | None, float | None]:
+def normal_interval(values: Sequence[float]) -> tuple[float, float | None, float | None, float | None]:
     """Mean, its standard error and the normal interval of real-valued scores; None where one document says nothing."""
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
         return mean, None, None, None
     error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    return mean, error, mean - z * error, mean + z * error
+    return mean, error, mean - Z95 * error, mean + Z95 * error
 
 
 def summarise(values: Sequence, aggregate: Callable[[Sequence], float]) -> dict[str, float | int | None]:

@@ -51,6 +51,9 @@ QLORA_BYTES = 0.52
 DOUBLED = ("bd3lm",)
 """Algorithms that forward a corrupted copy of the targets behind the clean row."""
 
+CAUSAL_ROWS = 32
+"""Rows of a causal model that are scored together."""
+
 HEAD_ROWS = 4096
 """Positions whose logits are held at once while scoring."""
 
@@ -272,8 +275,6 @@ class Answers:
     scored: float
     batches: float
     length: float
-    asked: float
-    """Tokens of prompts and answers, each once."""
 
 
 def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, causal: bool) -> Answers:
@@ -282,7 +283,7 @@ def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, c
     row = prompt + length
     if causal:
         passes = documents * (1 if length == 1 and size.one_prompt else size.choices)
-        return Answers(passes, passes * row, passes * row, passes / 32, row, passes * row)
+        return Answers(passes, passes * row, passes * row, passes / 32, row)
     if scorer.special_tokens != "exact":
         length += 1  # SEP joins the answer
     passes = documents * question_passes(size.choices, length, size.one_prompt, scorer.likelihood)
@@ -291,7 +292,7 @@ def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, c
         passes += documents * size.choices * length
         scored += documents * size.choices * length
     batches = passes * row / scorer.likelihood.batch_tokens
-    return Answers(passes, passes * row, scored, max(1.0, batches), row, documents * size.choices * row)
+    return Answers(passes, passes * row, scored, max(1.0, batches), row)
 
 
 def generated_answers(
@@ -306,7 +307,7 @@ def generated_answers(
     together = max(1, min(together, int(settings.batch_tokens // (prompt + new))))
     batches = math.ceil(documents / together)
     if causal:
-        return Answers(documents * new, documents * (prompt + new), documents * new, batches * new, prompt + new, 0)
+        return Answers(documents * new, documents * (prompt + new), documents * new, batches * new, prompt + new)
     passes = generation_passes(settings)
     canvas = (new + block) / 2 if hides else new
     row = prompt + canvas
@@ -321,13 +322,10 @@ def generated_answers(
         scored=documents * passes * (block + 1) / 2,
         batches=batches * passes,
         length=row,
-        asked=documents * (prompt + new),
     )
 
 
-def scoring(
-    answers: Answers, shape: Shape, place: Place, *, precision: str = "fp32", causal: bool = False, rows: int = 32
-) -> Cost:
+def scoring(answers: Answers, shape: Shape, place: Place, *, precision: str = "fp32", causal: bool = False) -> Cost:
     """Forward work: seconds = start-up + max(FLOPs / rate, batches x bytes of the weights / bandwidth) + overheads.
 
     precision: as of a `Scorer`; `mixed` leaves the LM head of a diffusion model in fp32, and its weights.
@@ -349,7 +347,7 @@ def scoring(
     logits = min(HEAD_ROWS, answers.scored / max(1.0, answers.batches)) * shape.vocabulary * 4 * 3
     if causal:
         logits = batch_tokens * shape.vocabulary * (element + 4)
-        activations += rows * answers.length * 2 * shape.layers * head_width(shape) * shape.heads * element
+        activations += CAUSAL_ROWS * answers.length * 2 * shape.layers * head_width(shape) * shape.heads * element
     tensors = (n * element + activations + logits) / GIB
     if hardware.is_gpu:
         host, device = GPU_HOST_GIB + 2 * n * 4 / GIB, CUDA_GIB + tensors

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -325,7 +325,7 @@ class _Planner:
             )
         cost = scoring(answers, shape, place, precision=scorer.precision, causal=causal)
         written = documents * (size.prompt_tokens * TEXT_BYTES + 600) / GIB
-        return _with_disk(cost, written, written / 4)
+        return replace(cost, kept_gib=written, scratch_gib=written / 4)
 
     def _hides(self, checkpoint: str, ahead: str) -> bool:
         """Whether a checkpoint does not see the blocks right of the active one."""
@@ -377,7 +377,3 @@ class _Planner:
             cost = Cost(seconds=12 if name == "figures" else 4, host_gib=0.3, kept_gib=(10e6 if figures else 1e6) / GIB)
             after = sources if name != "page" else tuple(("report", job) for job in REPORT_JOBS if job != "page")
             self.add("report", name, cost, Place(self.processor), after=after)
-
-
-def _with_disk(cost: Cost, kept: float, scratch: float) -> Cost:
-    return Cost(**{**cost.__dict__, "kept_gib": kept, "scratch_gib": scratch})

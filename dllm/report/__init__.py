@@ -4,6 +4,7 @@ plan      what the report shows, and so which files it reads
 load      files of the work directory -> tidy frames
 tables    frames -> csv, markdown, LaTeX
 figures   frames -> svg, png, and the csv each was drawn from
+curves    figures of loss curves
 claims    frames -> the five claims, each with a verdict and the rule behind it
 page      all of it -> report/index.html and report/report.md
 """

@@ -80,8 +80,11 @@ def test_the_same_command_gives_the_same_edits_and_another_seed_others(here, cap
     ("words", "line"),
     [
         (["chat-edits", "--edit", "a", "b", "c"], "--edit takes one draft and at most one PROMPT, got 2"),
-        (["chat-edits", "--edit", " "], "--edit needs a text to begin with"),
-        (["chat-edits", "--edit", "a", "--output", "x.json"], "--output holds conversations and --edit has none"),
+        (["chat-edits", "--edit", " "], "--edit needs a text; to start from"),
+        (
+            ["chat-edits", "--edit", "a", "--output", "x.json"],
+            "--output writes conversations, and --edit does not",
+        ),
         (["chat-edits", "--edit", "Hello " * 96], "prompt and draft have 97 tokens; the model's context is 95"),
         (["chat-edits", "Who?", "--reveal-rule", "threshold"], "reveal_rule = 'threshold' means nothing to algorithm"),
         (["chat-edits", "Who?", "--reuse", "dual"], "reuse = 'dual' means nothing to algorithm = 'edit_flows'"),

@@ -24,9 +24,7 @@ rule download:
     log:
         "logs/download/{name}.log",
     resources:
-        mem_mb=PLAN.asks("download", "mem_mb"),
-        runtime=PLAN.asks("download", "runtime"),
-        disk_mb=PLAN.asks("download", "disk_mb"),
+        **PLAN.requests("download"),
     params:
         fetch=CACHE.fetch,
     message:

@@ -18,19 +18,10 @@ rule evaluate:
         "benchmarks/evaluate/{row}/{benchmark}.tsv"
     threads: 1
     resources:
-        mem_mb=PLAN.asks("evaluate", "mem_mb"),
-        runtime=PLAN.asks("evaluate", "runtime"),
-        disk_mb=PLAN.asks("evaluate", "disk_mb"),
-        gpu=PLAN.asks("evaluate", "gpu"),
-        nodes=PLAN.asks("evaluate", "nodes"),
-        cpus_per_task=PLAN.asks("evaluate", "cpus_per_task"),
-        tasks=PLAN.asks("evaluate", "tasks"),
-        mpi=PLAN.asks("evaluate", "mpi"),
-        gres=PLAN.asks("evaluate", "gres"),
-        tasks_per_gpu=PLAN.asks("evaluate", "tasks_per_gpu"),
+        **PLAN.requests("evaluate", *PLACES),
     params:
         fetch=CACHE.fetch,
-        launch=PLAN.launch("evaluate"),
+        launch=PLAN.launch_command("evaluate"),
         offline=lambda wildcards: int(
             PROJECT.benchmarks[wildcards.benchmark].dataset is not None
         ),
@@ -51,10 +42,7 @@ rule sample:
         "logs/sample/{name}.log",
     threads: 1
     resources:
-        mem_mb=PLAN.asks("sample", "mem_mb"),
-        runtime=PLAN.asks("sample", "runtime"),
-        disk_mb=PLAN.asks("sample", "disk_mb"),
-        gpu=PLAN.asks("sample", "gpu"),
+        **PLAN.requests("sample", "gpu"),
     params:
         fetch=CACHE.fetch,
     message:
@@ -73,10 +61,7 @@ rule speed:
         "logs/speed/{name}.log",
     threads: 1
     resources:
-        mem_mb=PLAN.asks("speed", "mem_mb"),
-        runtime=PLAN.asks("speed", "runtime"),
-        disk_mb=PLAN.asks("speed", "disk_mb"),
-        gpu=PLAN.asks("speed", "gpu"),
+        **PLAN.requests("speed", "gpu"),
     params:
         fetch=CACHE.fetch,
     message:

@@ -15,9 +15,7 @@ rule prepare:
     benchmark:
         "benchmarks/prepare/{name}.tsv"
     resources:
-        mem_mb=PLAN.asks("prepare", "mem_mb"),
-        runtime=PLAN.asks("prepare", "runtime"),
-        disk_mb=PLAN.asks("prepare", "disk_mb"),
+        **PLAN.requests("prepare"),
     params:
         fetch=CACHE.fetch,
     message:

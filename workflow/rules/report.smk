@@ -33,9 +33,7 @@ rule tables:
     log:
         "logs/tables.log",
     resources:
-        mem_mb=PLAN.asks("report", "mem_mb", "tables"),
-        runtime=PLAN.asks("report", "runtime", "tables"),
-        disk_mb=PLAN.asks("report", "disk_mb", "tables"),
+        **PLAN.requests("report", name="tables"),
     message:
         "Build the tables."
     shell:
@@ -56,9 +54,7 @@ rule figures:
     log:
         "logs/figures.log",
     resources:
-        mem_mb=PLAN.asks("report", "mem_mb", "figures"),
-        runtime=PLAN.asks("report", "runtime", "figures"),
-        disk_mb=PLAN.asks("report", "disk_mb", "figures"),
+        **PLAN.requests("report", name="figures"),
     message:
         "Draw the figures."
     shell:
@@ -75,9 +71,7 @@ rule claims:
     log:
         "logs/claims.log",
     resources:
-        mem_mb=PLAN.asks("report", "mem_mb", "claims"),
-        runtime=PLAN.asks("report", "runtime", "claims"),
-        disk_mb=PLAN.asks("report", "disk_mb", "claims"),
+        **PLAN.requests("report", name="claims"),
     message:
         "Judge the claims."
     shell:
@@ -99,9 +93,7 @@ rule page:
     log:
         "logs/page.log",
     resources:
-        mem_mb=PLAN.asks("report", "mem_mb", "page"),
-        runtime=PLAN.asks("report", "runtime", "page"),
-        disk_mb=PLAN.asks("report", "disk_mb", "page"),
+        **PLAN.requests("report", name="page"),
     message:
         "Write the report."
     shell:

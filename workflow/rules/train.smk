@@ -18,20 +18,11 @@ rule train:
         "benchmarks/train/{run}.tsv"
     threads: 1
     resources:
-        mem_mb=PLAN.asks("train", "mem_mb"),
-        runtime=PLAN.asks("train", "runtime"),
-        disk_mb=PLAN.asks("train", "disk_mb"),
-        gpu=PLAN.asks("train", "gpu"),
-        nodes=PLAN.asks("train", "nodes"),
-        cpus_per_task=PLAN.asks("train", "cpus_per_task"),
-        tasks=PLAN.asks("train", "tasks"),
-        mpi=PLAN.asks("train", "mpi"),
-        gres=PLAN.asks("train", "gres"),
-        tasks_per_gpu=PLAN.asks("train", "tasks_per_gpu"),
+        **PLAN.requests("train", *PLACES),
     params:
         fetch=CACHE.fetch,
         offline=lambda wildcards: PLAN.offline(wildcards.run),
-        launch=PLAN.launch("train"),
+        launch=PLAN.launch_command("train"),
     message:
         "Train {wildcards.run}."
     shell:
