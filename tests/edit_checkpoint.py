@@ -13,6 +13,7 @@ from dllm.core.batch import Batch, row_noise
 from dllm.models.edit_heads import HEADS_FILE
 from dllm.models.load import SIDECAR, load_backbone
 from tests.toys import LEARNT, save_toy
+from tests.training_loss import training_loss
 
 STARTS = EditSettings(schedule="linear", starts=["empty", "noisy"], adapter_rank=8)
 
@@ -27,7 +28,7 @@ def save_edit_toy(directory: Path, *, steps: int = 0, seed: int = 0, **sidecar) 
     optimizer = torch.optim.AdamW(scores.parameters(), lr=5e-3)
     for step in range(steps):
         noise = row_noise(seed, step, batch.sample_ids, batch.tokens.shape[1])
-        terms = algorithm.training_loss(scores, batch, noise, mask_id=backbone.mask_id, denominator=100.0)
+        terms = training_loss(algorithm, scores, batch, noise, mask_id=backbone.mask_id, denominator=100.0)
         optimizer.zero_grad()
         terms.loss.backward()
         torch.nn.utils.clip_grad_norm_(scores.parameters(), 1.0)

@@ -39,7 +39,7 @@ class AR(Algorithm):
         """Every target but the first token of a row without a prompt."""
         return (targets - (prompts == 0).long()).clamp(min=0)
 
-    def denoise(self, backbone, canvas, settings, *, row_seeds=None, finished=None):
+    def denoise(self, backbone, canvas, settings, *, finished=None):
         """Raises ValueError: an autoregressive model does not denoise."""
         raise ValueError("algorithm = 'ar' does not denoise; use the checkpoint with transformers' generate()")
 

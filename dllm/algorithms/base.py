@@ -61,14 +61,6 @@ class Algorithm(ABC):
         (`core.losses.denominator`), so that accumulation and the number of devices do not change the loss.
         """
 
-    def training_loss(
-        self, model: nn.Module, batch: Batch, noise: Noise, *, mask_id: int, denominator: float
-    ) -> LossTerms:
-        """`loss` of what `corrupt` makes of a batch, on the batch's device."""
-        noise = Noise(noise.level.cpu(), noise.place.cpu())
-        inputs = self.corrupt(batch.to("cpu"), noise, mask_id=mask_id).to(batch.tokens.device)
-        return self.loss(model, inputs, denominator=denominator)
-
     def counted(self, targets: Tensor, prompts: Tensor) -> Tensor:
         """How many of each row's targets [B] the loss counts, given the lengths of the prompts [B]; long [B]."""
         return targets
@@ -84,12 +76,11 @@ class Algorithm(ABC):
         canvas: Canvas,
         settings: GenerateSettings,
         *,
-        row_seeds: Tensor | None = None,
         finished: Callable[[Canvas], Tensor] | None = None,
     ) -> Iterator[Canvas]:
         """The given canvas, then the canvas after every change. Sampling, infilling and chat are this loop.
 
-        row_seeds [B] long, a hash of the given tokens by default; `finished` says which rows [B] may stop early.
+        `finished` says which rows [B] may stop early.
         """
 
     def complete(
@@ -98,7 +89,6 @@ class Algorithm(ABC):
         canvas: Canvas,
         settings: GenerateSettings,
         *,
-        row_seeds: Tensor | None = None,
         ended: Callable[[list[int], int], bool] | None = None,
     ) -> Iterator[Completion]:
         """Every row of a canvas, which may be many and on the host, in the order in which they are done.
@@ -110,9 +100,8 @@ class Algorithm(ABC):
         order = canvas.length.argsort(descending=True, stable=True)
         for rows in order.split(settings.batch_size):
             batch = canvas.taken(rows, backbone.device)
-            seeds = None if row_seeds is None else row_seeds[rows].to(backbone.device)
             finished = None if ended is None else finished_by(ended)
-            frames = self.denoise(backbone, batch, settings, row_seeds=seeds, finished=finished)
+            frames = self.denoise(backbone, batch, settings, finished=finished)
             last = next(frames)
             passes, done = torch.zeros_like(last.start), last.done
             for last in frames:

@@ -47,12 +47,11 @@ class BD3LM(Algorithm):
     """Block diffusion with the switches of a recipe.
 
     Blocks are those a checkpoint was trained with (its sidecar says), whatever the settings; a model that was not
-    trained so is taken with `block_size` of the sampler or the recipe. cached: keep the keys and values of finished
-    blocks when sampling, which changes no result; so there is nothing that `reuse` could approximate.
+    trained so is taken with `block_size` of the sampler or the recipe. Sampling keeps the keys and values of finished
+    blocks, which changes no result; so there is nothing that `reuse` could approximate.
     """
 
     recipe: Recipe = Recipe()
-    cached: bool = True
 
     def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> BlockInputs:
         """The batch with some targets of every block masked, each block at a time of its own; see `Algorithm.corrupt`.
@@ -113,14 +112,12 @@ class BD3LM(Algorithm):
         canvas: Canvas,
         settings: GenerateSettings,
         *,
-        row_seeds: Tensor | None = None,
         finished: Callable[[Canvas], Tensor] | None = None,
     ) -> Iterator[Canvas]:
         """See `Algorithm.denoise`; given tokens right of a block do not help to fill it."""
         refuse("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
         rule = self.rule(backbone, settings.block_size)
-        how = {"rule": rule, "cached": self.cached}
-        return denoise_masked(backbone, canvas, settings, row_seeds=row_seeds, finished=finished, **how)
+        return denoise_masked(backbone, canvas, settings, finished=finished, rule=rule)
 
     def complete(
         self,
@@ -128,14 +125,12 @@ class BD3LM(Algorithm):
         canvas: Canvas,
         settings: GenerateSettings,
         *,
-        row_seeds: Tensor | None = None,
         ended: Callable[[list[int], int], bool] | None = None,
     ) -> Iterator[Completion]:
         """See `Algorithm.complete`; finished rows make room for waiting ones."""
         refuse("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
         rule = self.rule(backbone, settings.block_size)
-        how = {"rule": rule, "cached": self.cached}
-        return complete_masked(backbone, canvas, settings, row_seeds=row_seeds, ended=ended, **how)
+        return complete_masked(backbone, canvas, settings, ended=ended, rule=rule)
 
     def nelbo(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[Score]:
         """The sum over a target's blocks of their bounds, each given the prompt and the clean blocks before it."""

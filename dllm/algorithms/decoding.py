@@ -1,9 +1,9 @@
 """One denoising pass over ragged rows, wherever each of them stands: the step that all sampling shares.
 
-The host knows in advance which block of a row is active and how many tokens a pass reveals (`core.blocks`), so it lays
-out every index of a pass itself, and nothing in a pass waits for the device. Only rules that reveal a varying number of
-tokens report it, one small tensor per pass. What a row becomes depends on its own pass number, key and tokens, and not
-on its batch-mates or on when it joined them.
+The host knows in advance which block of a row is active and how many tokens a pass reveals (`sampling.plan`), so it
+lays out every index of a pass itself, and nothing in a pass waits for the device. Only rules that reveal a varying
+number of tokens report it, one small tensor per pass. What a row becomes depends on its own pass number, key and
+tokens, and not on its batch-mates or on when it joined them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from numpy import ndarray
 from torch import Tensor
 
 from dllm.config import GenerateSettings
-from dllm.core.blocks import BlockPlan, BlockRows, BlockRule, plan_blocks
+from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import Canvas
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.core.packing import Layout, block_layout, layout_of, part_of
-from dllm.core.reveal import (
+from dllm.models.attention import KeyValues
+from dllm.models.forward import packed_hidden, packed_logits
+from dllm.models.load import Backbone
+from dllm.sampling.plan import BlockPlan, plan_blocks
+from dllm.sampling.reveal import (
     PARALLEL_RULES,
     REVEAL_RULES,
     choose_positions,
@@ -30,9 +34,6 @@ from dllm.core.reveal import (
     token_confidence,
     token_noise,
 )
-from dllm.models.attention import KeyValues
-from dllm.models.forward import packed_hidden, packed_logits
-from dllm.models.load import Backbone
 
 _HEAD_LOGITS = {"cpu": 2**22, "cuda": 2**28}
 """Most logits held at a time: on a CPU what its cache holds, so that softmax does not read them from memory again."""
@@ -105,20 +106,17 @@ class Decoder:
         backbone: Backbone,
         canvas: Canvas,
         settings: GenerateSettings,
-        row_seeds: Tensor | None = None,
         *,
         rule: BlockRule | None = None,
-        cached: bool = True,
     ):
         """rule: how rows are cut into blocks of a model that attends block-causally; None: it sees all that is there.
 
-        cached: keep the keys and values of its finished blocks, which is exact; it is not done under guidance.
+        The keys and values of its finished blocks are kept, which is exact; they are not kept under guidance.
         Raises ValueError if `steps` is less than the blocks of a row.
         """
         self.backbone, self.settings, self.device = backbone, settings, torch.device(backbone.device)
         given = canvas.valid & ~canvas.masked
-        seeds = token_hash(canvas.tokens, given) if row_seeds is None else row_seeds.to(canvas.tokens.device)
-        self.keys = keyed_hash(settings.seed, seeds)
+        self.keys = keyed_hash(settings.seed, token_hash(canvas.tokens, given))
         self.canvas = canvas
         masked, self.start, self.length = (x.cpu().numpy() for x in (canvas.masked, canvas.start, canvas.length))
         self.rule, origin, size = rule, self.start, settings.block_size
@@ -130,7 +128,7 @@ class Decoder:
         self.hidden = _hides_ahead(backbone, masked, self.length, settings) | (rule is not None)
         self.computed = numpy.zeros(len(masked), dtype=numpy.int64)
         self._layouts: dict[tuple, Layout] = {}
-        reuses = settings.reuse != "none" if rule is None else cached and not settings.guidance
+        reuses = settings.reuse != "none" if rule is None else not settings.guidance
         self._cache = KeyValues() if reuses else None
         self._cached = numpy.zeros(0, dtype=numpy.int64)
         self._finished = numpy.zeros_like(self.length)  # clean tokens of each row whose keys and values are stored

@@ -32,22 +32,20 @@ def denoise_masked(
     canvas: Canvas,
     settings: GenerateSettings,
     *,
-    row_seeds: Tensor | None = None,
     finished: Callable[[Canvas], Tensor] | None = None,
     rule: BlockRule | None = None,
-    cached: bool = True,
 ) -> Iterator[Canvas]:
     """Yield the given canvas, then the canvas after every pass, until no row has a mask.
 
-    A row's tokens depend on the model, the settings, its own given tokens and its seed only, not on its batch-mates.
-    row_seeds [B] long, combined with settings.seed, is a hash of the given tokens by default. `finished` maps a canvas
-    to [B] bool, rows that may stop early (a stop string in the decoded text, say); their remaining masks become EOS,
-    as behind a revealed EOS. Rows that are done leave the batch; every canvas yielded has the full size.
-    rule and cached, for a model that attends block-causally, as in `Decoder`.
+    A row's tokens depend on the model, the settings and its own given tokens only, not on its batch-mates.
+    `finished` maps a canvas to [B] bool, rows that may stop early (a stop string in the decoded text, say); their
+    remaining masks become EOS, as behind a revealed EOS. Rows that are done leave the batch; every canvas yielded has
+    the full size.
+    rule, for a model that attends block-causally, as in `Decoder`.
     Raises ValueError if a row is longer than the model's context, or `steps` is less than the blocks of a row.
     """
     check_context(canvas, backbone.max_length)
-    decoder = Decoder(backbone, canvas, settings, row_seeds, rule=rule, cached=cached)
+    decoder = Decoder(backbone, canvas, settings, rule=rule)
     yield canvas
     live = decoder.rows(decoder.plan.open.nonzero()[0], canvas.tokens.shape[1])
     watch = _Watch(decoder) if settings.early_stop or finished else None
@@ -75,10 +73,8 @@ def complete_masked(
     canvas: Canvas,
     settings: GenerateSettings,
     *,
-    row_seeds: Tensor | None = None,
     ended: Callable[[list[int], int], bool] | None = None,
     rule: BlockRule | None = None,
-    cached: bool = True,
 ) -> Iterator[Completion]:
     """Denoise all rows of a canvas, which may be many and on the host, and yield each when it is done.
 
@@ -86,11 +82,11 @@ def complete_masked(
     row that is done makes room for the next. A row's tokens and passes are those of the row alone.
     `ended` says whether a response ends early, given its tokens up to its first mask, the last n of which are new; it
     is asked once after every pass that made them grow (on an accelerator: every few passes of the row, and at the ends
-    of its blocks). rule and cached as in `Decoder`. Raises ValueError if a row is longer than the model's context or
+    of its blocks). rule as in `Decoder`. Raises ValueError if a row is longer than the model's context or
     the token budget, or `steps` is less than the blocks of a row.
     """
     check_context(canvas, backbone.max_length)
-    decoder = Decoder(backbone, canvas, settings, row_seeds, rule=rule, cached=cached)
+    decoder = Decoder(backbone, canvas, settings, rule=rule)
     cost = decoder.length * decoder.passes_per_step
     _check_budget(cost, settings)
     for number in (~decoder.plan.open).nonzero()[0]:

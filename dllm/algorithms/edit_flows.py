@@ -45,7 +45,6 @@ from dllm.core.edits import (
     open_gaps,
     outstanding,
     owners,
-    ragged,
     rank_within,
     span_keys,
     span_targets,
@@ -56,7 +55,6 @@ from dllm.core.edits import (
 from dllm.core.losses import row_shares
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import Layout, layout_of
-from dllm.core.reveal import propose_tokens, token_confidence
 from dllm.models.edit_heads import (
     EditScores,
     TimedHidden,
@@ -66,6 +64,7 @@ from dllm.models.edit_heads import (
     save_edit_heads,
 )
 from dllm.models.load import Backbone
+from dllm.sampling.reveal import propose_tokens, token_confidence
 
 _START_STREAM = 6
 _INSERT_STREAM, _EDIT_STREAM, _KIND_STREAM, _ROOM_STREAM, _NEW_STREAM, _OLD_STREAM, _UNDO_STREAM = range(7)
@@ -149,29 +148,19 @@ class EditFlow(Algorithm):
         save_edit_heads(scores.heads, directory, part_of_state(weights, "heads"))
         return {"edits": self.edits.model_dump()}
 
-    def corrupt(
-        self, batch: Batch, noise: Noise, *, mask_id: int, sources: Sequence[Sequence[int]] | None = None
-    ) -> EditInputs:
+    def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> EditInputs:
         """x_t of each row, and its outstanding edits. Targets are edited, all other tokens are context.
 
-        sources gives each row its start, one list of tokens per row, in the place of `edits.starts`.
-        Raises ValueError if a row with a source has not exactly one run of targets, or for a row longer than `longest`.
+        Raises ValueError for a row longer than `longest`.
         """
         spans = spans_of(batch.maskable & batch.attention)
         keys = row_keys(noise)
         given = batch.attention & ~batch.maskable
-        if sources is None:
-            kinds = (keyed_uniform(keys, _START_STREAM) * len(self.edits.starts)).long()
-            columns = merge(
-                batch.tokens, given, spans, self._starts(batch.tokens, spans, keys, kinds, mask_id), mask_id
-            )
-            if (long := self._outgrown(columns)).any():
-                aligned = self._starts(batch.tokens, spans, keys, kinds.masked_fill(long, -1), mask_id)
-                columns = merge(batch.tokens, given, spans, aligned, mask_id)
-        else:
-            _check_sources(sources, spans)
-            target = span_targets(batch.tokens, spans, torch.ones_like(spans.row, dtype=torch.bool))
-            aligned = [align(ragged([sources[row] for row in spans.row.tolist()]), target)]
+        kinds = (keyed_uniform(keys, _START_STREAM) * len(self.edits.starts)).long()
+        aligned = self._starts(batch.tokens, spans, keys, kinds, mask_id)
+        columns = merge(batch.tokens, given, spans, aligned, mask_id)
+        if (long := self._outgrown(columns)).any():
+            aligned = self._starts(batch.tokens, spans, keys, kinds.masked_fill(long, -1), mask_id)
             columns = merge(batch.tokens, given, spans, aligned, mask_id)
         if (long := self._outgrown(columns)).any():
             raise ValueError(
@@ -241,21 +230,19 @@ class EditFlow(Algorithm):
         canvas: Canvas,
         settings: GenerateSettings,
         *,
-        row_seeds: Tensor | None = None,
         finished: Callable[[Canvas], Tensor] | None = None,
-        editable: Tensor | None = None,
     ) -> Iterator[EditCanvas]:
         """The canvas to start from, then the canvas after every pass; its rows grow and shrink.
 
-        Edited are the positions `editable` [B, L]; by default the masks of a row, or, in a row that has none and is
-        not done (`edit_canvas`), everything from `start`. `settings.edits.masks` says whether masks are edited or
+        The masks of a row are edited, or, in a row that has none and is not done (`edit_canvas`), everything from
+        `start` on. `settings.edits.masks` says whether masks are edited or
         taken out first. A row takes `settings.steps` passes (none: `max_new_tokens`), and has at most
         `max_new_tokens` tokens from `start` on, or as many as it came with. `finished` is not asked: a row ends when
         its time is up. A row's tokens do not depend on its batch-mates. Raises ValueError for a model without edit
         heads, for a row longer than the model's context, and for options that concern masks.
         """
         refuse("edit_flows", settings, {"reveal_rule": ("confidence",), "reuse": ("none",), "ahead": ("auto",)})
-        return _Sampler(self, backbone, settings).canvases(canvas, row_seeds, editable)
+        return _Sampler(self, backbone, settings).canvases(canvas)
 
     def trained_with(self, backbone: Backbone) -> EditSettings:
         """How a checkpoint was trained: what its sidecar says, or else these settings."""
@@ -311,13 +298,6 @@ def edit_inputs(columns: Columns, z_t: Tensor, time: Tensor, weight: Tensor, sha
         share=share,
         width=width,
     )
-
-
-def _check_sources(sources: Sequence[Sequence[int]], spans: Spans) -> None:
-    runs = torch.bincount(spans.row, minlength=len(sources)).tolist()
-    for row, count in enumerate(runs):
-        if count != 1:
-            raise ValueError(f"sources[{row}]: its row has {count} runs of targets; a source needs exactly one")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -407,11 +387,11 @@ class _Sampler:
         self.keeps_masks = {"keep": True, "drop": False, "auto": "masked" in trained.starts}[self.sampling.masks]
 
     @torch.no_grad()
-    def canvases(self, canvas: Canvas, row_seeds: Tensor | None, editable: Tensor | None) -> Iterator[EditCanvas]:
+    def canvases(self, canvas: Canvas) -> Iterator[EditCanvas]:
         room = self._room(canvas).masked_fill(canvas.done, -1)
         given = canvas.valid & ~canvas.masked
-        keys = keyed_hash(self.settings.seed, token_hash(canvas.tokens, given) if row_seeds is None else row_seeds)
-        trail = self._first(canvas, editable)
+        keys = keyed_hash(self.settings.seed, token_hash(canvas.tokens, given))
+        trail = self._first(canvas)
         canvas = self._canvas(canvas, trail, canvas.done)
         yield canvas
         steps = self.settings.steps or self.settings.max_new_tokens
@@ -443,11 +423,10 @@ class _Sampler:
             )
         return torch.maximum(canvas.length, canvas.start + self.settings.max_new_tokens).clamp(max=most) + 1
 
-    def _first(self, canvas: Canvas, editable: Tensor | None) -> Trail:
+    def _first(self, canvas: Canvas) -> Trail:
         """The trail of a canvas to start from."""
-        if editable is None:
-            whole = ~canvas.masked.any(1) & ~canvas.done
-            editable = canvas.masked | (whole[:, None] & (canvas.positions >= canvas.start[:, None]))
+        whole = ~canvas.masked.any(1) & ~canvas.done
+        editable = canvas.masked | (whole[:, None] & (canvas.positions >= canvas.start[:, None]))
         pad = (1, 0)
         valid = torch.nn.functional.pad(canvas.valid, pad, value=True)
         tokens = torch.nn.functional.pad(canvas.tokens, pad, value=self.backbone.mask_id)[valid]
@@ -605,25 +584,12 @@ def _made(rate: Tensor, kept: float | None, noise: Tensor) -> Tensor:
 # Watching it
 
 
-def edit_frames(
-    canvases: Iterator[EditCanvas], decode: Callable[[list[int]], str], *, row: int = 0, since: str = "pass"
-) -> Iterator[str]:
-    """Each canvas of a row as plain text, from `start` on, in which {+new+}, [-old-] and [-old-]{+new+} are marked.
-
-    since: what is marked, the changes of the last `pass`, or all since the `start`. decode maps token ids to text.
-    Raises ValueError for another value of since.
-    """
-    signs = {"kept": "{}", "gone": "[-{}-]", "new": "{{+{}+}}"}
-    for canvas in canvases:
-        found = edit_pieces(canvas, decode, row=row, since=since)
-        yield "".join(signs[kind].format(text) for kind, text in found)
-
-
 def edit_pieces(
     canvas: EditCanvas, decode: Callable[[list[int]], str], *, row: int = 0, since: str = "pass"
 ) -> list[tuple[str, str]]:
-    """A row's text from `start` on in pieces, each with what became of it: `kept`, `gone` or `new`; see `edit_frames`.
+    """A row's text from `start` on in pieces, each with what became of it: `kept`, `gone` or `new`.
 
+    since: what is marked, the changes of the last `pass`, or all since the `start`. decode maps token ids to text.
     Raises ValueError for another value of since.
     """
     if since not in ("pass", "start"):

@@ -44,11 +44,10 @@ class MDLM(Algorithm):
         canvas: Canvas,
         settings: GenerateSettings,
         *,
-        row_seeds: Tensor | None = None,
         finished: Callable[[Canvas], Tensor] | None = None,
     ) -> Iterator[Canvas]:
         """See `Algorithm.denoise`."""
-        return denoise_masked(backbone, canvas, settings, row_seeds=row_seeds, finished=finished)
+        return denoise_masked(backbone, canvas, settings, finished=finished)
 
     def complete(
         self,
@@ -56,11 +55,10 @@ class MDLM(Algorithm):
         canvas: Canvas,
         settings: GenerateSettings,
         *,
-        row_seeds: Tensor | None = None,
         ended: Callable[[list[int], int], bool] | None = None,
     ) -> Iterator[Completion]:
         """See `Algorithm.complete`; finished rows make room for waiting ones."""
-        return complete_masked(backbone, canvas, settings, row_seeds=row_seeds, ended=ended)
+        return complete_masked(backbone, canvas, settings, ended=ended)
 
     def nelbo(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[Score]:
         """See `Algorithm.nelbo`."""

@@ -35,13 +35,13 @@ class MLM(Algorithm):
         """Mean cross-entropy at masked tokens per row; denominator counts the targets. See `Algorithm.loss`."""
         return masked_loss(model, inputs, denominator=denominator)
 
-    def denoise(self, backbone, canvas, settings, *, row_seeds=None, finished=None):
+    def denoise(self, backbone, canvas, settings, *, finished=None):
         """See `MDLM.denoise`."""
-        return MDLM(self.recipe).denoise(backbone, canvas, settings, row_seeds=row_seeds, finished=finished)
+        return MDLM(self.recipe).denoise(backbone, canvas, settings, finished=finished)
 
-    def complete(self, backbone, canvas, settings, *, row_seeds=None, ended=None):
+    def complete(self, backbone, canvas, settings, *, ended=None):
         """See `MDLM.complete`."""
-        return MDLM(self.recipe).complete(backbone, canvas, settings, row_seeds=row_seeds, ended=ended)
+        return MDLM(self.recipe).complete(backbone, canvas, settings, ended=ended)
 
     def nelbo(self, backbone, prompts, targets, settings):
         """See `MDLM.nelbo`."""

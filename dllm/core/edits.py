@@ -70,12 +70,6 @@ Ragged = tuple[Tensor, Tensor]
 """Rows laid end to end: values [sum of lengths] long and lengths [S] long."""
 
 
-def ragged(rows: Sequence[Sequence[int]]) -> Ragged:
-    """Lists of tokens laid end to end."""
-    values = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    return values, torch.tensor([len(row) for row in rows], dtype=torch.long)
-
-
 def owners(lengths: Tensor) -> Tensor:
     """Which row each element of a ragged tensor belongs to: [sum of lengths] long."""
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
@@ -218,24 +212,6 @@ def open_gaps(given: Tensor, row: Tensor) -> Tensor:
     alone = torch.cat([edge, ~same]) & torch.cat([~same, edge])
     before = torch.cat([~given[1:] & same, ~edge])
     return ~given | before | alone
-
-
-def apply_edits(tokens: Tensor, lengths: Tensor, edits: Edits) -> Ragged:
-    """Rows [T], lengths [B] with all edits made at once: what is inserted stands behind its kept or replaced anchor."""
-    inserted = edits.kind == INSERT
-    changed = edits.place[~inserted]
-    tokens = tokens.index_copy(0, changed, edits.token[~inserted])
-    place, new = edits.place[inserted], edits.token[inserted]
-    before = torch.bincount(place, minlength=len(tokens)).cumsum(0)
-    position = torch.arange(len(tokens), device=tokens.device)
-    position[1:] += before[:-1]
-    result = tokens.new_empty(len(tokens) + len(new))
-    result[position] = tokens
-    result[place + 1 + torch.arange(len(new), device=tokens.device)] = new
-    row = torch.empty_like(result)
-    row[position] = owners(lengths)
-    row[place + 1 + torch.arange(len(new), device=tokens.device)] = owners(lengths)[place]
-    return strip(result, row, len(lengths))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from dllm.evaluation.stored import Answerer, Progress, StoredLM
 
 PACKAGE = Path(__file__).resolve().parents[1]
-DECIDES_ANSWERS = ("core", "models", "algorithms", "language_model.py", "evaluation/adapter.py", "evaluation/causal.py")
+DECIDES_ANSWERS = (
+    *("core", "models", "sampling", "algorithms", "language_model.py"),
+    *("evaluation/adapter.py", "evaluation/causal.py"),
+)
 """The code whose change makes stored answers unusable."""
 
 

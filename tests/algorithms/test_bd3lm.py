@@ -17,14 +17,16 @@ from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import canvas_for, infill_canvas
 from dllm.core.packing import block_layout, layout_of
-from dllm.core.reveal import REVEAL_RULES
 from dllm.models import attention as packed_attention
 from dllm.models.attention import KeyValues
 from dllm.models.forward import Scores, block_hidden, head_logits, packed_hidden, packed_logits
+from dllm.sampling.reveal import REVEAL_RULES
 from tests.algorithms.test_mdlm_training import every_noise, raw_bound, repeated
 from tests.models.families import CASES, VOCAB, ragged, stock_model
 from tests.oracles import ToyBackbone, enumerated_nelbo, tabular_backbone
+from tests.samplers import no_cache
 from tests.synchronisation import forbid_synchronisation
+from tests.training_loss import training_loss
 
 MASK = 4
 ROUNDING = 1e-5
@@ -65,7 +67,7 @@ def gradients(model, hidden):
 def terms_of(backbone, batch, noise, divisor=1.0, algorithm=BD3LM, prediction="in_place", **recipe):
     model = Scores(backbone.model, prediction)
     settings = {"mask_id": backbone.mask_id, "denominator": divisor}
-    return algorithm(Recipe(**recipe)).training_loss(model, batch, noise, **settings)
+    return training_loss(algorithm(Recipe(**recipe)), model, batch, noise, **settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,8 +255,9 @@ def test_flashattention_is_asked_the_same_when_sampling(case, prediction, monkey
     expected = sampled(BD3LM(), backbone, canvas_of(backbone), options)
     monkeypatch.setattr(packed_attention, "_block_kernel", lambda *_: packed_attention._flash_blocks)
     monkeypatch.setattr(packed_attention, "_varlen", lambda dropout: plain_varlen)
-    for algorithm in (BD3LM(), BD3LM(cached=False)):
-        assert sampled(algorithm, backbone, canvas_of(backbone), options).responses() == expected.responses()
+    assert sampled(BD3LM(), backbone, canvas_of(backbone), options).responses() == expected.responses()
+    with no_cache():
+        assert sampled(BD3LM(), backbone, canvas_of(backbone), options).responses() == expected.responses()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -279,10 +282,9 @@ def test_on_cuda_training_and_sampling_equal_the_cpu(case, dtype):
     backbone = replace(backbone_of(case), model=model, device=torch.device("cuda"))
     canvas = canvas_of(backbone)
     if dtype == torch.float32:
-        responses = [
-            sampled(BD3LM(cached=cached), backbone, canvas, settings()).responses() for cached in (True, False)
-        ]
-        assert responses[0] == responses[1]
+        with_cache = sampled(BD3LM(), backbone, canvas, settings()).responses()
+        with no_cache():
+            assert sampled(BD3LM(), backbone, canvas, settings()).responses() == with_cache
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,7 +371,8 @@ def test_sampling_with_the_cache_is_sampling_without_it_token_for_token(case, pr
     backbone = backbone_of(case, prediction, block_anchor=anchor)
     for options in OPTIONS:
         with_cache = sampled(BD3LM(), backbone, canvas_of(backbone), options)
-        without = sampled(BD3LM(cached=False), backbone, canvas_of(backbone), options)
+        with no_cache():
+            without = sampled(BD3LM(), backbone, canvas_of(backbone), options)
         assert with_cache.responses() == without.responses() and with_cache.nfe == without.nfe
         torch.testing.assert_close(with_cache.confidence, without.confidence, atol=1e-4, rtol=0)
         assert with_cache.computed < 0.7 * without.computed
@@ -421,7 +424,8 @@ def test_what_is_given_right_of_a_block_waits_for_its_own():
     rows = [[5, MASK, 7, MASK, MASK, 8, 9, 10, 11, 12, MASK, 13], [MASK, 6, 7, 8, 9, MASK, 5]]
     canvas = infill_canvas(rows, mask_id=MASK, pad_id=0)
     cached = sampled(BD3LM(), backbone, canvas, settings())
-    assert torch.equal(cached.tokens, sampled(BD3LM(cached=False), backbone, canvas, settings()).tokens)
+    with no_cache():
+        assert torch.equal(cached.tokens, sampled(BD3LM(), backbone, canvas, settings()).tokens)
     other = [[*rows[0][:4], MASK, 50, *rows[0][6:]], rows[1]]  # behind the first block, which holds positions 1 to 3
     moved = sampled(BD3LM(), backbone, infill_canvas(other, mask_id=MASK, pad_id=0), settings())
     assert torch.equal(moved.tokens[0, :4], cached.tokens[0, :4]) and torch.equal(moved.tokens[1], cached.tokens[1])
@@ -429,9 +433,11 @@ def test_what_is_given_right_of_a_block_waits_for_its_own():
 
 def test_guidance_goes_without_the_cache():
     backbone = backbone_of("llama")
-    for algorithm in (BD3LM(), BD3LM(cached=False)):
-        last = sampled(algorithm, backbone, canvas_of(backbone), settings(guidance=1.0))
-        assert last.nfe == 2 * last.step
+    guided = sampled(BD3LM(), backbone, canvas_of(backbone), settings(guidance=1.0))
+    assert guided.nfe == 2 * guided.step
+    with no_cache():
+        last = sampled(BD3LM(), backbone, canvas_of(backbone), settings(guidance=1.0))
+    assert torch.equal(last.tokens, guided.tokens) and last.computed == guided.computed
 
 
 def test_a_row_ends_at_its_eos():

@@ -7,18 +7,27 @@ import random
 import pytest
 import torch
 
-from dllm.algorithms.edit_flows import EditFlow, edit_canvas, edit_frames, edit_inputs
+from dllm.algorithms.edit_flows import EditFlow, edit_canvas, edit_inputs, edit_pieces, row_keys
 from dllm.config import EditSampling, EditSettings, GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.canvas import canvas_for, infill_canvas
-from dllm.core.edits import BLANK, DELETE, KAPPAS, Columns, outstanding
+from dllm.core.edits import BLANK, DELETE, KAPPAS, Columns, align, merge, outstanding, span_targets, spans_of, state_at
 from dllm.models.edit_heads import EditScores, attach_edit_heads, new_edit_heads
 from tests.algorithms.edit_toys import ExactEdits, LearntEdits, RandomEdits, toy_backbone
-from tests.core.test_edits import plain_distance
+from tests.core.test_edits import plain_distance, ragged
+from tests.samplers import numbered_rows
 from tests.stock import FIRST_WORD, stock_backbone
 from tests.synchronisation import forbid_synchronisation
+from tests.training_loss import training_loss
 
 A, B = 0, 1
+
+
+@pytest.fixture
+def numbered():
+    """Rows that begin alike are independent samples."""
+    with numbered_rows():
+        yield
 
 
 def batch_of(rows, prompts=0, first_id=0) -> Batch:
@@ -67,27 +76,23 @@ def close(share: float, expected: float, count: int) -> bool:
 
 @pytest.mark.parametrize("schedule", KAPPAS)
 @pytest.mark.parametrize("reverse", [0.0, 0.7])
-def test_a_single_insertion_is_still_to_be_made_at_t_with_probability_1_minus_kappa(schedule, reverse):
+def test_a_single_insertion_is_still_to_be_made_at_t_with_probability_1_minus_kappa(schedule, reverse, numbered):
     """T1, at any number of steps, and with steps that go too far and back."""
     rows, steps = 3000, 5
     backbone = exact({((BLANK,), (A,)): 1.0}, schedule=schedule)
     sampler = GenerateSettings(steps=steps, edits=EditSampling(reverse=reverse))
-    canvases = list(
-        flow(schedule).denoise(backbone, empty_canvas(backbone, rows), sampler, row_seeds=torch.arange(rows))
-    )
+    canvases = list(flow(schedule).denoise(backbone, empty_canvas(backbone, rows), sampler))
     for step, canvas in enumerate(canvases[: steps + 1]):
         share = sum(text == (A,) for text in texts_of(canvas)) / rows
         assert close(share, float(KAPPAS[schedule].value(torch.tensor(step / steps))), rows)
     assert set(texts_of(canvases[-1])) == {(A,)}
 
 
-def test_of_n_insertions_n_kappa_are_made_by_t():
+def test_of_n_insertions_n_kappa_are_made_by_t(numbered):
     """T2. One pass makes at most one insertion right of a token, so the steps are fine."""
     rows, steps, text = 400, 150, (0, 1, 2, 3)
     backbone = exact({((BLANK,) * 4, text): 1.0}, symbols=4, schedule="linear")
-    canvases = flow("linear").denoise(
-        backbone, empty_canvas(backbone, rows), GenerateSettings(steps=steps), row_seeds=torch.arange(rows)
-    )
+    canvases = flow("linear").denoise(backbone, empty_canvas(backbone, rows), GenerateSettings(steps=steps))
     for step, canvas in enumerate(itertools.islice(canvases, steps + 1)):
         if step % 30 == 0:
             present = canvas.length.float().mean().item() / 4
@@ -95,22 +100,22 @@ def test_of_n_insertions_n_kappa_are_made_by_t():
     assert set(texts_of(canvas)) == {text}
 
 
-def test_a_single_deletion_is_still_to_be_made_at_t_with_probability_1_minus_kappa():
+def test_a_single_deletion_is_still_to_be_made_at_t_with_probability_1_minus_kappa(numbered):
     """T3."""
     rows, steps = 3000, 4
     backbone = exact({((A,), (BLANK,)): 1.0})
     canvas = edit_canvas([[A]] * rows, pad_id=backbone.pad_id)
-    canvases = list(flow().denoise(backbone, canvas, GenerateSettings(steps=steps), row_seeds=torch.arange(rows)))
+    canvases = list(flow().denoise(backbone, canvas, GenerateSettings(steps=steps)))
     for step, canvas in enumerate(canvases[: steps + 1]):
         assert close((canvas.length == 0).float().mean().item(), (step / steps) ** 3, rows)
     assert set(texts_of(canvases[-1])) == {()}
 
 
-def test_a_text_of_a_s_becomes_one_of_b_s_by_substitutions_alone():
+def test_a_text_of_a_s_becomes_one_of_b_s_by_substitutions_alone(numbered):
     """T4."""
     backbone = exact({((A,) * 4, (B,) * 4): 1.0})
     canvas = edit_canvas([[A] * 4] * 200, pad_id=backbone.pad_id)
-    canvases = list(flow().denoise(backbone, canvas, GenerateSettings(steps=6), row_seeds=torch.arange(200)))
+    canvases = list(flow().denoise(backbone, canvas, GenerateSettings(steps=6)))
     assert all((canvas.length == 4).all() for canvas in canvases)
     assert set(texts_of(canvases[-1])) == {(B,) * 4}
 
@@ -120,7 +125,7 @@ FROM_EMPTY = {((BLANK,) * len(text), text): p for text, p in LANGUAGE.items()}
 
 
 @pytest.mark.parametrize("reverse", [0.0, 1.0])
-def test_fine_steps_with_the_posterior_rates_end_in_the_data_distribution(reverse):
+def test_fine_steps_with_the_posterior_rates_end_in_the_data_distribution(reverse, numbered):
     """T5, its second half."""
     rows, steps = 3000, 120
     backbone = exact(FROM_EMPTY)
@@ -129,7 +134,6 @@ def test_fine_steps_with_the_posterior_rates_end_in_the_data_distribution(revers
         backbone,
         empty_canvas(backbone, rows),
         GenerateSettings(steps=steps, temperature=1.0, edits=EditSampling(reverse=reverse, finish=0)),
-        row_seeds=torch.arange(rows),
     )
     shares = shares_of(texts_of(last))
     wrong = sum(abs(shares.get(text, 0) - p) for text, p in LANGUAGE.items()) / 2
@@ -156,7 +160,7 @@ def test_the_loss_is_least_at_the_posterior_rates():
         level = torch.tensor(times)[(noise.level * len(times)).long()] / 0.999
         noise = Noise(level, torch.rand(noise.place.shape, generator=generator))
         optimizer.zero_grad()
-        algorithm.training_loss(table, batch, noise, mask_id=2, denominator=float(rows)).loss.backward()
+        training_loss(algorithm, table, batch, noise, mask_id=2, denominator=float(rows)).loss.backward()
         optimizer.step()
     for text, t in itertools.product(LANGUAGE, times):
         if truth.probability(text, t) > 0.03:
@@ -234,12 +238,12 @@ def test_a_row_in_a_batch_has_the_loss_it_has_alone():
     batch = random_batch(1)
     algorithm, model = flow(starts=["empty", "masked", "noisy"]), RandomEdits(5)
     noise = noise_of(batch)
-    together = algorithm.training_loss(model, batch, noise, mask_id=4, denominator=1.0).rows
+    together = training_loss(algorithm, model, batch, noise, mask_id=4, denominator=1.0).rows
     for row in (0, 13, 29):
         length = int(batch.attention[row].sum())
         one = Batch(*(x[row : row + 1, :length] if x.dim() == 2 else x[row : row + 1] for x in vars(batch).values()))
         alone = Noise(noise.level[row : row + 1], noise.place[row : row + 1, :length])
-        terms = algorithm.training_loss(model, one, alone, mask_id=4, denominator=1.0)
+        terms = training_loss(algorithm, model, one, alone, mask_id=4, denominator=1.0)
         torch.testing.assert_close(terms.rows, together[row : row + 1])
 
 
@@ -253,7 +257,7 @@ def test_the_loss_is_normalised_as_the_recipe_says(normalisation):
         inputs.edits.sum(-1)
     ).sum(-1)
     per_row = rows / batch.maskable.sum(-1).clamp(min=1) if normalisation == "sequence" else rows
-    loss = algorithm.training_loss(model, batch, noise_of(batch), mask_id=4, denominator=3.0).loss
+    loss = training_loss(algorithm, model, batch, noise_of(batch), mask_id=4, denominator=3.0).loss
     torch.testing.assert_close(loss, per_row.sum() / 3)
 
 
@@ -271,18 +275,22 @@ def test_only_targets_are_edited_and_insertions_stand_beside_them():
     assert inputs.targets.tolist() == [2, 3] and inputs.which.tolist() == [0, 0]  # they share an anchor, and a softmax
 
 
+def inputs_from(sources, batch, noise, mask_id):
+    """The inputs of rows with one run of targets each, whose starts are the given lists of tokens."""
+    algorithm, spans = flow(), spans_of(batch.maskable)
+    aligned = align(ragged(sources), span_targets(batch.tokens, spans, torch.ones_like(spans.row, dtype=torch.bool)))
+    columns = merge(batch.tokens, batch.attention & ~batch.maskable, spans, [aligned], mask_id)
+    kappa, t = KAPPAS["cubic"], noise.level * algorithm.edits.time_ceiling
+    weight = kappa.weight(t)
+    return edit_inputs(columns, state_at(columns, kappa.value(t), row_keys(noise)), t, weight, weight, pad_id=mask_id)
+
+
 def test_a_given_source_is_edited_into_the_target():
     batch = batch_of([[7, 1, 2, 3]], 1)
-    inputs = flow().corrupt(batch, Noise(torch.zeros(1), torch.zeros(1, 4)), mask_id=9, sources=[[1, 5, 3, 4]])
+    inputs = inputs_from([[1, 5, 3, 4]], batch, Noise(torch.zeros(1), torch.zeros(1, 4)), 9)
     assert inputs.tokens.tolist() == [[9, 7, 1, 5, 3, 4]]
     assert inputs.edits.nonzero().tolist() == [[3, 2], [5, 1]]  # 5 becomes 2, 4 goes
     assert inputs.targets.tolist() == [2]
-
-
-def test_a_source_for_a_row_without_one_run_of_targets_is_an_error():
-    batch = batch_of([[7, 1]], 2)
-    with pytest.raises(ValueError, match=r"sources\[0\]: its row has 0 runs of targets"):
-        flow().corrupt(batch, noise_of(batch), mask_id=9, sources=[[1]])
 
 
 def test_a_row_that_would_outgrow_the_context_starts_from_nothing():
@@ -311,7 +319,7 @@ def test_equivalent_anchors_give_the_same_loss():
 
 def test_a_batch_without_targets_costs_nothing():
     batch = batch_of([[1, 2], [3]], [2, 1])
-    terms = flow().training_loss(RandomEdits(4), batch, noise_of(batch), mask_id=4, denominator=1.0)
+    terms = training_loss(flow(), RandomEdits(4), batch, noise_of(batch), mask_id=4, denominator=1.0)
     assert terms.loss == 0 and terms.masked == 0 and terms.rows.tolist() == [0, 0]
 
 
@@ -369,13 +377,12 @@ def test_a_row_in_a_batch_equals_the_row_alone(reverse, guidance):
         assert together[-1].responses()[row] == alone[-1].responses()[0]  # it stays as it is when it is done
 
 
-def test_two_runs_are_the_same_and_another_seed_is_not():
+def test_two_runs_are_the_same_and_another_seed_is_not(numbered):
     backbone, algorithm = busy(), flow()
     canvas = edit_canvas([[0, 1, 2, 3]] * 3, pad_id=backbone.pad_id)
-    seeds = torch.arange(3)
-    first = [texts_of(c) for c in run(algorithm, backbone, canvas, row_seeds=seeds)]
-    assert first == [texts_of(c) for c in run(algorithm, backbone, canvas, row_seeds=seeds)]
-    assert first != [texts_of(c) for c in run(algorithm, backbone, canvas, settings(seed=1), row_seeds=seeds)]
+    first = [texts_of(c) for c in run(algorithm, backbone, canvas)]
+    assert first == [texts_of(c) for c in run(algorithm, backbone, canvas)]
+    assert first != [texts_of(c) for c in run(algorithm, backbone, canvas, settings(seed=1))]
     assert len(set(first[-1])) > 1
 
 
@@ -409,15 +416,6 @@ def test_an_infilled_canvas_changes_where_its_masks_were_alone():
     assert lengths[0] == 4 and max(lengths) > 6
 
 
-def test_positions_to_edit_can_be_named():
-    backbone = busy()
-    canvas = edit_canvas([[0, 1, 2, 3]], pad_id=backbone.pad_id)
-    editable = torch.tensor([[False, False, True, False]])
-    *_, last = run(flow(), backbone, canvas, editable=editable)
-    row = last.tokens[0].tolist()
-    assert row[:2] == [0, 1] and row[-1] == 3 and row != [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize(
     "masks, starts, kept",
     [("auto", ["empty"], False), ("auto", ["masked"], True), ("keep", ["empty"], True), ("drop", ["masked"], False)],
@@ -431,11 +429,11 @@ def test_a_canvas_of_masks_starts_with_or_without_them(masks, starts, kept):
     assert int(first.masked.sum()) == (5 if kept else 0)
 
 
-def test_from_masks_every_mask_becomes_a_token_or_goes():
+def test_from_masks_every_mask_becomes_a_token_or_goes(numbered):
     pairs = {((4, 4, 4), (0, 1, BLANK)): 0.5, ((4, 4, 4), (BLANK, 2, 3)): 0.5}
     backbone = toy_backbone(ExactEdits(pairs, 4, KAPPAS["cubic"].value))
     canvas = canvas_for([[]] * 300, 3, mask_id=4, pad_id=6)
-    canvases = run(flow(starts=["masked"]), backbone, canvas, settings(steps=200), row_seeds=torch.arange(300))
+    canvases = run(flow(starts=["masked"]), backbone, canvas, settings(steps=200))
     shares = shares_of(texts_of(canvases[-1]))
     # two edits in one step can give a mixture of both texts, from which no rates lead on
     assert shares[(0, 1)] + shares[(2, 3)] > 0.97
@@ -525,7 +523,7 @@ def test_a_stock_model_learns_to_insert_delete_and_substitute(kind, tmp_path):
             group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         drafts, texts = draft_and_text(32, seed=step)
         batch = batch_of(texts)
-        inputs = algorithm.corrupt(batch, noise_of(batch, seed=step), mask_id=backbone.mask_id, sources=drafts)
+        inputs = inputs_from(drafts, batch, noise_of(batch, seed=step), backbone.mask_id)
         optimizer.zero_grad()
         algorithm.loss(scores, inputs, denominator=float(batch.maskable.sum())).loss.backward()
         torch.nn.utils.clip_grad_norm_(scores.parameters(), 1.0)
@@ -559,12 +557,14 @@ def test_frames_show_a_sentence_becoming_another(space):
             " ".join(words) if space == "between" else "".join(f" {w}" if space == "before" else f"{w} " for w in words)
         )
 
+    def marked(canvas, since):
+        signs = {"kept": "{}", "gone": "[-{}-]", "new": "{{+{}+}}"}
+        return "".join(signs[kind].format(text) for kind, text in edit_pieces(canvas, decode, since=since))
+
     def frames(since):
         canvases = flow().denoise(backbone, edit_canvas([[0, 1, 3, 6]], pad_id=9), settings(steps=8))
-        return [
-            frame.replace(" -]", "-] ").replace(" +}", "+} ").strip()
-            for frame in edit_frames(canvases, decode, since=since)
-        ]
+        found = [marked(canvas, since) for canvas in canvases]
+        return [frame.replace(" -]", "-] ").replace(" +}", "+} ").strip() for frame in found]
 
     whole = frames("start")
     assert whole[0] == "the cat sat down"

@@ -14,9 +14,10 @@ from dllm.algorithms.denoising import complete_masked, denoise_masked
 from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings
 from dllm.core.canvas import canvas_for, infill_canvas
-from dllm.core.reveal import PARALLEL_RULES, REVEAL_RULES
+from dllm.sampling.reveal import PARALLEL_RULES, REVEAL_RULES
 from tests.oracles import markov_backbone, tabular_backbone
 from tests.plain_sampler import plain_row
+from tests.samplers import numbered_rows
 from tests.stock import stock_backbone
 from tests.synchronisation import forbid_synchronisation
 
@@ -217,7 +218,8 @@ def test_seeds_change_a_sample_and_repeating_does_not():
     canvas = canvas_of(backbone, [[1], [1]], [8, 8])
     twins = drained(backbone, canvas, settings(temperature=1.0))
     assert torch.equal(twins.tokens[0], twins.tokens[1])
-    apart = drained(backbone, canvas, settings(temperature=1.0), row_seeds=torch.arange(2))
+    with numbered_rows():
+        apart = drained(backbone, canvas, settings(temperature=1.0))
     assert not torch.equal(apart.tokens[0], apart.tokens[1])
 
 
@@ -233,12 +235,12 @@ def test_one_token_per_pass_in_random_order_samples_the_markov_chain_exactly():
     backbone, n = markov_backbone(), 5000
     canvas = canvas_of(backbone, [[]] * n, [4] * n)
     options = settings(reveal_rule="random", temperature=1.0)
-    statistic, freedom = chi_square(
-        drained(backbone, canvas, options, row_seeds=torch.arange(n)).tokens, backbone, 3, 4
-    )
+    with numbered_rows():
+        last = drained(backbone, canvas, options)
+        at_once = drained(backbone, canvas, options.model_copy(update={"steps": 1}))
+    statistic, freedom = chi_square(last.tokens, backbone, 3, 4)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
-    at_once = options.model_copy(update={"steps": 1})
-    wrong, _ = chi_square(drained(backbone, canvas, at_once, row_seeds=torch.arange(n)).tokens, backbone, 3, 4)
+    wrong, _ = chi_square(at_once.tokens, backbone, 3, 4)
     assert wrong > 2 * statistic  # all tokens in one pass are independent, which a chain is not
 
 
@@ -247,7 +249,8 @@ def test_rows_that_take_turns_sample_the_markov_chain_exactly(guidance):
     backbone, n = markov_backbone(), 4000
     canvas = canvas_of(backbone, [[]] * n, [4] * n)
     options = settings(reveal_rule="random", temperature=1.0, batch_size=700, guidance=guidance, batch_tokens=4096)
-    rows = sorted(complete_masked(backbone, canvas, options, row_seeds=torch.arange(n)), key=lambda row: row.number)
+    with numbered_rows():
+        rows = sorted(complete_masked(backbone, canvas, options), key=lambda row: row.number)
     statistic, freedom = chi_square(torch.tensor([row.tokens for row in rows]), backbone, 3, 4)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # guidance moves nothing where there is no prompt
 
@@ -455,7 +458,7 @@ def test_a_hidden_canvas_grows_block_by_block():
     for row, prompt in enumerate([[0, 1], [2]]):
         grown = list(prompt)
         for _ in range(3):  # the plain version: a canvas of one block, over and over
-            *_, block = denoise_masked(backbone, canvas_of(backbone, [grown], 2), settings, row_seeds=torch.tensor([0]))
+            *_, block = denoise_masked(backbone, canvas_of(backbone, [grown], 2), settings)
             grown = block.tokens[0, : len(grown) + 2].tolist()
         assert whole.tokens[row, : len(grown)].tolist() == grown
 

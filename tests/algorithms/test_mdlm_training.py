@@ -16,6 +16,7 @@ from dllm.core.losses import denominator
 from dllm.core.schedules import SCHEDULES
 from dllm.models.forward import Scores
 from tests.oracles import markov_backbone, tabular_backbone
+from tests.training_loss import training_loss
 
 TARGET = [2, 0, 1, 1]
 
@@ -50,8 +51,8 @@ def raw_bound(backbone, prompt, target):
 
 def loss_of(backbone, recipe, batch, noise, divisor=None):
     model = Scores(backbone.model)
-    return MDLM(recipe).training_loss(
-        model, batch, noise, mask_id=backbone.mask_id, denominator=divisor or len(batch.tokens)
+    return training_loss(
+        MDLM(recipe), model, batch, noise, mask_id=backbone.mask_id, denominator=divisor or len(batch.tokens)
     )
 
 
@@ -150,8 +151,8 @@ def test_the_nll_of_a_loss_is_summed_over_its_masked_tokens():
 def test_mlm_masks_its_share_of_every_row():
     backbone, batch = tabular_backbone(3), repeated([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], 40)
     noise = row_noise(0, 0, batch.sample_ids, 10)
-    terms = MLM(Recipe(), 0.25).training_loss(
-        Scores(backbone.model), batch, noise, mask_id=backbone.mask_id, denominator=400.0
+    terms = training_loss(
+        MLM(Recipe(), 0.25), Scores(backbone.model), batch, noise, mask_id=backbone.mask_id, denominator=400.0
     )
     assert terms.masked == 3 * 40
     assert terms.loss.item() == pytest.approx(terms.nll.item() / 120, rel=1e-5)  # the mean over masked tokens
@@ -173,7 +174,7 @@ def test_ar_scores_every_target_but_the_first_of_a_row_from_the_left():
     batch = repeated(row, 2)
     noise = row_noise(0, 0, batch.sample_ids, 5)
     counted = AR().counted(batch.maskable.sum(-1), torch.zeros(2, dtype=torch.long))
-    terms = AR().training_loss(Scores(Causal(), "next"), batch, noise, mask_id=3, denominator=float(counted.sum()))
+    terms = training_loss(AR(), Scores(Causal(), "next"), batch, noise, mask_id=3, denominator=float(counted.sum()))
     from_the_left = model.initial[0].log().item() - model.log_probability(row)
     assert terms.masked == 8 and terms.nll.item() == pytest.approx(2 * from_the_left, abs=1e-5)
     # ten tokens, of which eight have a prediction: the loss is the mean over these

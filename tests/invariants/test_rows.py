@@ -12,6 +12,7 @@ from dllm.data.collate import ResponseEnd, collate, target_counts
 from dllm.data.tokens import TokenRows
 from dllm.models.forward import Scores, hidden_states, logits_at
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
+from tests.training_loss import training_loss
 
 LENGTHS, PROMPTS = (9, 14, 5, 14, 3, 11), (3, 6, 1, 2, 1, 4)
 SPLITS = ([0], [1, 2, 3], [4, 5])
@@ -60,8 +61,8 @@ def loss_and_gradients(backbone, recipe, end, parts):
     for part in parts:
         batch = collate(rows, numpy.array(part), pad_id=backbone.pad_id, end=end, epoch=1, fill_to=max(LENGTHS))
         noise = row_noise(3, 1, batch.sample_ids, batch.tokens.shape[1])
-        terms = MDLM(recipe).training_loss(
-            Scores(backbone.model), batch, noise, mask_id=backbone.mask_id, denominator=total
+        terms = training_loss(
+            MDLM(recipe), Scores(backbone.model), batch, noise, mask_id=backbone.mask_id, denominator=total
         )
         terms.loss.backward()
         loss, per_row[part] = loss + terms.loss.item(), terms.rows

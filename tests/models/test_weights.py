@@ -354,13 +354,15 @@ def test_llada2_samples_its_blocks_of_32_with_a_cache_as_its_architecture_says(s
     from dllm.algorithms.bd3lm import BD3LM
     from dllm.config import GenerateSettings, LikelihoodSettings
     from dllm.core.canvas import canvas_for
+    from tests.samplers import no_cache
 
     backbone = load(saved["LLaDA2"], device="cpu").backbone
     given = torch.randint(256, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     canvas = canvas_for([given], 40, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
     settings = GenerateSettings(block_size=7, steps=12, early_stop=False)  # a sampler's block size does not count here
     (cached,) = BD3LM().complete(backbone, canvas, settings)
-    (plain,) = BD3LM(cached=False).complete(backbone, canvas, settings)
+    with no_cache():
+        (plain,) = BD3LM().complete(backbone, canvas, settings)
     assert cached.tokens == plain.tokens and cached.computed < 0.7 * plain.computed
     weights, row = dict(read_tensors(saved["LLaDA2"])), [*given, *cached.tokens]
     low = (len(row) - 1) // 32 * 32  # the bound of the last block, one token masked, by the published architecture

@@ -4,9 +4,9 @@ import numpy
 import pytest
 
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.blocks import block_passes
 from dllm.core.likelihood import estimator_for, likelihood_design
 from dllm.planning.passes import estimator, generation_passes, likelihood_passes, question_passes
+from dllm.sampling.plan import block_passes
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 30, 48)
 

@@ -21,6 +21,7 @@ from dllm.training.step import training_step
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 from tests.synchronisation import forbid_synchronisation
 from tests.training.conftest import run_config
+from tests.training_loss import training_loss
 
 LENGTHS = (9, 14, 5, 14, 3, 11, 40, 22)
 LAYOUTS = {
@@ -181,7 +182,7 @@ def test_the_pipeline_and_the_composed_training_loss_give_the_same_bits(director
     scores = Scores(backbone.model)
     batch = collate(data.rows, part.numbers, pad_id=data.pad_id, end=data.end, fill_to=40)
     noise = row_noise(config.seed, 0, batch.sample_ids, batch.tokens.shape[1])
-    whole = MDLM().training_loss(scores, batch, noise, mask_id=data.mask_id, denominator=part.denominator)
+    whole = training_loss(MDLM(), scores, batch, noise, mask_id=data.mask_id, denominator=part.denominator)
     piped = MDLM().loss(scores, part.inputs, denominator=part.denominator)
     assert torch.equal(whole.loss, piped.loss) and torch.equal(whole.rows, piped.rows)
     assert whole.masked == piped.masked == len(part.inputs.row)
