@@ -21,13 +21,15 @@ from bench.measure import Result, compare, interleaved
 from bench.options import Options
 from bench.training import Sizes, run_config
 from bench.workloads import VOCABULARY, as_backbone, chat_lengths, rows_of_lengths
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.batch import row_noise
 from dllm.core.canvas import canvas_for
 from dllm.core.corrupt import exact_count
 from dllm.data.collate import collate
+from dllm.likelihood.scorer import MaskedScorer
 from dllm.models.load import Backbone
+from dllm.objectives.mdlm import MDLM
+from dllm.sampling.sampler import MaskedSampler
 from dllm.training.engine import Engine, scores_for
 from dllm.training.pipeline import Part, Source, training_parts
 from dllm.training.step import training_step
@@ -110,7 +112,7 @@ def _backbone(name: str) -> Backbone:
 
 
 def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
-    backbone, algorithm = _backbone(name), MDLM()
+    backbone, objective = _backbone(name), MDLM()
     vocabulary, row_tokens = backbone.vocab_size, 512 if options.quick else ROW_TOKENS
     # uneven rows, as chat data has them, at most `length` tokens
     lengths = chat_lengths(4096, mean=0.6 * length, longest=length)
@@ -120,7 +122,7 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     config = run_config(sizes, bf16=True, micro_batch_tokens=row_tokens)
     AcceleratorState._reset_state(reset_partial_state=True)
     engine = Engine(Accelerator(), scores_for(config, backbone.model, "in_place"), config.optimizer, bf16=True)
-    source = Source(rows, algorithm, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
+    source = Source(rows, objective, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
     made = training_parts(source, config, first=0, last=1)
     parts: list[Part] = list(made)
     if _device() == "cuda":
@@ -131,7 +133,7 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     total = float(lengths.sum())
 
     def ours() -> None:
-        training_step(engine, algorithm, parts)
+        training_step(engine, objective, parts)
 
     def theirs() -> None:
         for numbers in batches:
@@ -176,7 +178,7 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
 
 def _inference(name: str, options: Options) -> tuple[list, dict]:
     """Generated tokens and scored requests per second, in bf16 weights; the alternative runs on fewer rows."""
-    backbone, algorithm = _backbone(name), MDLM()
+    backbone = _backbone(name)
     backbone.model.to(torch.bfloat16).eval()
     random = numpy.random.default_rng(0)
     count, longest, new = (2, 40, 16) if options.quick else (128, 256, 128)
@@ -187,14 +189,14 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
 
     def generate() -> None:
         ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": _device()}
-        for _ in algorithm.denoise(backbone, canvas_for(prompts, settings.max_new_tokens, **ids), settings):
+        for _ in MaskedSampler().denoise(backbone, canvas_for(prompts, settings.max_new_tokens, **ids), settings):
             pass
 
     def one_row() -> None:
         _sample_row_cuda(backbone, prompts[0], settings)
 
     def score() -> None:
-        algorithm.nelbo(backbone, prompts, targets, LikelihoodSettings())
+        MaskedScorer().nelbo(backbone, prompts, targets, LikelihoodSettings())
 
     times = interleaved({"generate": generate, "one row": one_row, "score": score}, options.repeats(3), at_most=90)
     per_token = {

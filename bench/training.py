@@ -19,7 +19,6 @@ from bench.measure import Growth, Result, Row, Times, compare, growth, interleav
 from bench.memory import peak_mib
 from bench.options import Options
 from bench.workloads import VOCABULARY, chat_lengths, encoder, rows_of_lengths
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import ModelEntry, OptimizerSettings, Recipe, RunConfig
 from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
@@ -27,6 +26,7 @@ from dllm.core.losses import dense_masked_loss
 from dllm.data.collate import ResponseEnd, collate, epoch_batches
 from dllm.data.tokens import TokenRows
 from dllm.models.load import Backbone
+from dllm.objectives.mdlm import MDLM
 from dllm.training.engine import Engine, scores_for
 from dllm.training.pipeline import Ahead, Part, Source, training_parts
 from dllm.training.step import training_step
@@ -71,12 +71,12 @@ class Trainer:
         AcceleratorState._reset_state(reset_partial_state=False)
         scores = scores_for(self.config, self.backbone.model, "in_place")
         self.engine = Engine(Accelerator(cpu=True), scores, self.config.optimizer, bf16=bf16)
-        self.algorithm = MDLM(self.config.recipe)
+        self.objective = MDLM(self.config.recipe)
         self.end = ResponseEnd("one", self.backbone.eos_id, longest=sizes.longest)
 
     def source(self, rows: TokenRows) -> Source:
         """The rows as our pipeline reads them."""
-        return Source(rows, self.algorithm, self.end, pad_id=self.backbone.pad_id, mask_id=self.backbone.mask_id)
+        return Source(rows, self.objective, self.end, pad_id=self.backbone.pad_id, mask_id=self.backbone.mask_id)
 
     def parts(self, rows: TokenRows, steps: int = 1) -> Iterator[Part]:
         """Our micro-batches."""
@@ -84,7 +84,7 @@ class Trainer:
 
     def ours(self, rows: TokenRows) -> float:
         """Our step; returns its loss."""
-        return float(training_step(self.engine, self.algorithm, self.parts(rows)).loss)
+        return float(training_step(self.engine, self.objective, self.parts(rows)).loss)
 
     def common(self, rows: TokenRows, batches: list[ndarray], loss: Callable[..., Tensor] = masked_loss) -> float:
         """The common step: `batches` of rows padded to their longest; returns its loss."""
@@ -378,7 +378,7 @@ def _ungrouped(sizes: Sizes, packed: Trainer, options: Options) -> Row:
 
     def job(model) -> Callable[[], None]:
         def run() -> None:
-            packed.algorithm.loss(model, inputs, denominator=1.0).loss.backward()
+            packed.objective.loss(model, inputs, denominator=1.0).loss.backward()
             model.zero_grad()
 
         return run
@@ -406,7 +406,7 @@ def _prefetch(sizes: Sizes, options: Options) -> Row:
 
     def run(parts: Iterator[Part]) -> None:
         for _ in range(steps):
-            training_step(trainer.engine, trainer.algorithm, _one_step(parts))
+            training_step(trainer.engine, trainer.objective, _one_step(parts))
 
     def ahead() -> None:
         with Ahead(trainer.parts(rows, steps)) as parts:

@@ -12,11 +12,12 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
+from dllm.algorithms import ALGORITHMS, algorithm_named
 from dllm.provenance import write_atomically
 
 CONFIG_FILES = ("models", "datasets", "experiments", "benchmarks", "reported")
@@ -26,6 +27,14 @@ class Settings(BaseModel):
     """A frozen, strict settings object: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+AlgorithmName = Annotated[
+    str,
+    AfterValidator(lambda name: algorithm_named(name).name),
+    WithJsonSchema({"enum": list(ALGORITHMS), "type": "string"}),
+]
+"""The name of a row in the table of algorithms."""
 
 
 def option(default: Any = ..., text: str = "", **limits: Any) -> Any:
@@ -385,7 +394,7 @@ class RunEntry(Settings):
     """One training run; `init` names a model or another run, which is the edge of the graph."""
 
     like: str | None = option(None, "another run whose settings are taken where this entry has none")
-    algorithm: Literal["mdlm", "bd3lm", "mlm", "ar", "edit_flows"] = option(
+    algorithm: AlgorithmName = option(
         "mdlm",
         "masked diffusion, the same block after block, masked LM, next-token prediction, or insertions, deletions and "
         "substitutions",
@@ -423,7 +432,7 @@ class RunEntry(Settings):
             raise ValueError("needs exactly one of `epochs` and `steps`")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.length:
             raise ValueError(too_few_tokens(self.micro_batch_tokens, self.length))
-        check_edit_flows(self)
+        algorithm_named(self.algorithm).check_run(self)
         check_adapter(self)
         quantized = self.adapter is not None and self.adapter.kind == "qlora"
         if fault := launch_fault(self.launch, self.optimizer.name, quantized=quantized):
@@ -459,28 +468,6 @@ def launch_fault(
             "with parameters: fp32, or launch with ddp or fsdp"
         )
     return None
-
-
-def check_edit_flows(run: RunEntry | RunConfig) -> None:
-    """Raise ValueError, one line, for a run of `edit_flows` with options that it has not."""
-    if run.algorithm != "edit_flows":
-        return
-    if run.head_chunk is not None:
-        raise ValueError(f"head_chunk = {run.head_chunk} is not for algorithm = 'edit_flows'; leave it out")
-    if run.layout != "packed":
-        raise ValueError(f"layout = {run.layout!r} is not for algorithm = 'edit_flows'; allowed: packed")
-
-
-def one_response_end(algorithm: str, recipe: Recipe) -> str | None:
-    """The end of the line for a recipe whose responses end otherwise than `edit_flows` needs, or None if all is well.
-
-    Its responses find their own length: EOS to a boundary would be edits that mean nothing.
-    """
-    if algorithm != "edit_flows" or recipe.response_end == "one":
-        return None
-    return (
-        f"has response_end = {recipe.response_end!r}; algorithm = 'edit_flows' allows `one` only: take another recipe"
-    )
 
 
 def too_few_tokens(micro_batch_tokens: int, length: int) -> str:
@@ -688,7 +675,7 @@ class RunConfig(Settings):
     """What `dllm train` is told, and nothing else."""
 
     name: str
-    algorithm: Literal["mdlm", "bd3lm", "mlm", "ar", "edit_flows"]
+    algorithm: AlgorithmName
     init: str
     init_path: str
     model: ModelEntry
@@ -717,10 +704,10 @@ class RunConfig(Settings):
     adapter: AdapterSettings | None = None
 
     @model_validator(mode="after")
-    def what_edit_flows_takes(self) -> RunConfig:
+    def what_the_algorithm_takes(self) -> RunConfig:
         check_adapter(self)
-        check_edit_flows(self)
-        if fault := one_response_end(self.algorithm, self.recipe):
+        algorithm_named(self.algorithm).check_run(self)
+        if fault := algorithm_named(self.algorithm).recipe_fault(self.recipe):
             raise ValueError(f"recipe {self.recipe_name!r} {fault}")
         return self
 
@@ -1019,20 +1006,7 @@ def _check_references(project: Project, origin) -> None:
             )
         if entry.recipe not in project.recipes:
             fail("runs", name, "recipe", entry.recipe, "not a recipe", list(project.recipes))
-        normalisation = project.recipes[entry.recipe].normalisation
-        if entry.algorithm not in ("mdlm", "bd3lm") and normalisation != "token":
-            raise ConfigError(
-                f"{origin(('runs', name, 'recipe'))}: runs.{name}.recipe = {entry.recipe!r} has normalisation = "
-                f"{normalisation!r}; algorithm = {entry.algorithm!r} allows `token` only: take another recipe"
-            )
-        recipe = project.recipes[entry.recipe]
-        if entry.algorithm != "bd3lm" and (recipe.time_low, recipe.time_high) != (0, 1):
-            raise ConfigError(
-                f"{origin(('runs', name, 'recipe'))}: runs.{name}.recipe = {entry.recipe!r} trains on the times from "
-                f"{recipe.time_low:g} to {recipe.time_high:g}, which algorithm = {entry.algorithm!r} does not; "
-                "allowed: 0 to 1; take another recipe"
-            )
-        if fault := one_response_end(entry.algorithm, project.recipes[entry.recipe]):
+        if fault := algorithm_named(entry.algorithm).recipe_fault(project.recipes[entry.recipe]):
             raise ConfigError(f"{origin(('runs', name, 'recipe'))}: runs.{name}.recipe = {entry.recipe!r} {fault}")
         seen, at = [name], entry.init
         while at in project.runs:

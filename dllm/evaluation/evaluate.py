@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm.algorithms import ALGORITHMS
 from dllm.config import did_you_mean, digest
 from dllm.evaluation.scores import summarise
 from dllm.evaluation.settings import EvaluationConfig
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DECIDES_ANSWERS = (
-    *("core", "models", "sampling", "algorithms", "language_model.py"),
+    *("algorithms.py", "core", "models", "sampling", "likelihood", "language_model.py"),
     *("evaluation/adapter.py", "evaluation/causal.py"),
 )
 """The code whose change makes stored answers unusable."""
@@ -190,8 +191,9 @@ def check_kind(config: EvaluationConfig, checkpoint: Path) -> None:
 
     family = family_of(checkpoint)
     trained = read_sidecar(checkpoint).get("algorithm") or (family and family.algorithm)
-    if trained and (trained == "ar") != (config.model_kind == "hf"):
-        right = "hf" if trained == "ar" else "dllm"
+    causal = trained in ALGORITHMS and ALGORITHMS[trained].causal
+    if trained and causal != (config.model_kind == "hf"):
+        right = "hf" if causal else "dllm"
         raise ValueError(
             f"{config.run}: kind = {config.model_kind!r} does not score a checkpoint trained with {trained!r}, such as "
             f"{config.checkpoint}; allowed: {right}; set kind: {right} in its entry of evaluations"

@@ -4,13 +4,13 @@ import numpy
 import pytest
 import torch
 
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import Recipe
 from dllm.core.batch import row_noise
 from dllm.core.losses import denominator
 from dllm.data.collate import ResponseEnd, collate, target_counts
 from dllm.data.tokens import TokenRows
 from dllm.models.forward import Scores, hidden_states, logits_at
+from dllm.objectives.mdlm import MDLM
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 from tests.training_loss import training_loss
 

@@ -6,8 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dllm.algorithms import algorithm_class
-from dllm.algorithms.mdlm import MDLM
+from dllm.algorithms import algorithm_named
 from dllm.config import OptimizerSettings, Recipe
 from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
@@ -15,6 +14,7 @@ from dllm.core.losses import dense_masked_loss
 from dllm.data.collate import ResponseEnd, collate
 from dllm.data.tokens import TokenRows
 from dllm.models.forward import Scores, _KeptNll, head_logits, hidden_states
+from dllm.objectives.mdlm import MDLM
 from dllm.training.engine import Engine, scores_for
 from dllm.training.pipeline import Source, training_parts
 from dllm.training.step import training_step
@@ -63,7 +63,7 @@ def gradients_of(directory, kind, name="mdlm", *, recipe=None, ranks=1, **change
     backbone = stock_backbone(directory, kind, causal=causal)
     backbone.model.zero_grad()
     recipe = recipe or Recipe()
-    algorithm = algorithm_class(name)(recipe)
+    algorithm = algorithm_named(name).part("objective")(recipe)
     config = run_config(length=48, algorithm=name, recipe=recipe.model_dump(), **changes)
     scores = scores_for(config, backbone.model, "next" if causal else backbone.prediction)
     loss = 0.0
@@ -130,7 +130,7 @@ def test_a_step_never_makes_the_host_wait(directory, optimizer, name, changes):
     backbone = stock_backbone(directory, kind, causal=name == "ar")
     config = run_config(length=48, micro_batch_size=3, algorithm=name, **changes)
     config = config.model_copy(update={"optimizer": OptimizerSettings(name=optimizer)})
-    algorithm, engine = algorithm_class(name)(Recipe()), engine_for(backbone, config)
+    algorithm, engine = algorithm_named(name).part("objective")(Recipe()), engine_for(backbone, config)
     parts = list(training_parts(source_for(backbone, algorithm), config, first=0, last=1))
     assert len(parts) == 3
     with forbid_synchronisation():

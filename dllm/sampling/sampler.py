@@ -1,30 +1,125 @@
 """Denoising with a masked diffusion model: sampling, infilling and greedy decoding are the same step.
 
 One pass: score the masked positions of each row's active block, propose a token for each, reveal the best few
-(`algorithms.decoding`). Here it is repeated: over a fixed batch whose canvas is watched (`denoise_masked`), or over any
+(`sampling.step`). Here it is repeated: over a fixed batch whose canvas is watched (`denoise_masked`), or over any
 number of rows that take the places of those that end (`complete_masked`).
 Source: Nie et al. 2025 (arXiv:2502.09992), algorithm 5.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
 from numpy import ndarray
 from torch import Tensor
 
-from dllm.algorithms.decoding import Decoder, LiveRows, merged
 from dllm.config import GenerateSettings
 from dllm.core.blocks import BlockRule
-from dllm.core.canvas import Canvas, Completion
+from dllm.core.canvas import Canvas, Completion, first_position
 from dllm.models.load import Backbone
+from dllm.sampling.step import Decoder, LiveRows, block_rule, merged
 
 _PASSES_PER_READING = 4
 """How many passes of a row lie between two looks at it on an accelerator, where looking takes a copy to the host."""
+
+
+class Sampler(ABC):
+    """The one interface of sampling. A sampler has no state but its frozen settings; its subclasses are final."""
+
+    @abstractmethod
+    def denoise(
+        self,
+        backbone: Backbone,
+        canvas: Canvas,
+        settings: GenerateSettings,
+        *,
+        finished: Callable[[Canvas], Tensor] | None = None,
+    ) -> Iterator[Canvas]:
+        """The given canvas, then the canvas after every change. Sampling, infilling and chat are this loop.
+
+        `finished` says which rows [B] may stop early.
+        """
+
+    @abstractmethod
+    def complete(
+        self,
+        backbone: Backbone,
+        canvas: Canvas,
+        settings: GenerateSettings,
+        *,
+        ended: Callable[[list[int], int], bool] | None = None,
+    ) -> Iterator[Completion]:
+        """Every row of a canvas, which may be many and on the host, in the order in which they are done.
+
+        `ended` says whether a response ends early, given its tokens up to its first mask, the last n of which are new.
+        """
+
+
+@dataclass(frozen=True)
+class MaskedSampler(Sampler):
+    """Reveals masks, block by block.
+
+    rule: how rows are cut into blocks of a model that attends block-causally, from a backbone and `block_size` of the
+    settings; None: a model sees all that is there. Given tokens right of a block then do not help to fill it.
+    """
+
+    rule: Callable[[Backbone, int | None], BlockRule] | None = None
+
+    def denoise(self, backbone, canvas, settings, *, finished=None) -> Iterator[Canvas]:
+        """See `Sampler.denoise`."""
+        return denoise_masked(backbone, canvas, settings, finished=finished, rule=self._rule(backbone, settings))
+
+    def complete(self, backbone, canvas, settings, *, ended=None) -> Iterator[Completion]:
+        """See `Sampler.complete`; finished rows make room for waiting ones."""
+        return complete_masked(backbone, canvas, settings, ended=ended, rule=self._rule(backbone, settings))
+
+    def _rule(self, backbone: Backbone, settings: GenerateSettings) -> BlockRule | None:
+        if self.rule is None:
+            return None
+        # keys and values of finished blocks are kept, which is exact: there is nothing that `reuse` could approximate
+        reject_options("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
+        return self.rule(backbone, settings.block_size)
+
+
+def block_sampler() -> MaskedSampler:
+    """The sampler of models that attend block-causally."""
+    return MaskedSampler(block_rule)
+
+
+def reject_options(algorithm: str, settings: GenerateSettings, allowed: dict[str, tuple]) -> None:
+    """Raise ValueError, one line, for a sampler's option with a value that an algorithm has no use for.
+
+    allowed: the values of each option that mean something to it.
+    """
+    for name, values in allowed.items():
+        if (value := getattr(settings, name)) not in values:
+            raise ValueError(
+                f"{name} = {value!r} means nothing to algorithm = {algorithm!r}; allowed: "
+                f"{', '.join(map(str, values))}; leave it out"
+            )
+
+
+def finished_by(ended: Callable[[list[int], int], bool]) -> Callable[[Canvas], Tensor]:
+    """`ended` of `Sampler.complete` as `finished` of `Sampler.denoise`: rows [B] are asked when they have grown."""
+    seen: dict[int, int] = {}
+
+    def finished(canvas: Canvas) -> Tensor:
+        known = first_position(canvas.masked).minimum(canvas.length).tolist()
+        found = [False] * len(known)
+        rows = zip(canvas.start.tolist(), known, canvas.done.tolist(), strict=True)
+        for row, (start, end, done) in enumerate(rows):
+            if not done and end > seen.get(row, start):
+                response = canvas.tokens[row, start:end].tolist()
+                found[row] = ended(response, end - seen.get(row, start))
+                seen[row] = end
+        return torch.tensor(found)
+
+    return finished
 
 
 def denoise_masked(

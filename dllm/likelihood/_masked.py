@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dllm.algorithms.denoising import denoise_masked
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import Canvas, Score, canvas_for
@@ -36,6 +35,7 @@ from dllm.core.packing import Layout, block_layout, layout_of, part_of
 from dllm.core.spans import SpanRows
 from dllm.models.forward import packed_hidden, packed_logits, packs
 from dllm.models.load import Backbone
+from dllm.sampling.sampler import denoise_masked
 
 Rows = Sequence[Sequence[int]]
 

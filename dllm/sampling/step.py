@@ -16,7 +16,8 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from dllm.config import GenerateSettings
+from dllm.algorithms import trained_blocks
+from dllm.config import GenerateSettings, Recipe
 from dllm.core.blocks import BlockRows, BlockRule
 from dllm.core.canvas import Canvas
 from dllm.core.noise import keyed_hash, token_hash
@@ -314,6 +315,18 @@ class Decoder:
             logits = bare + (guidance + 1) * (logits - bare)
         logits[:, backbone.mask_id] = -torch.inf
         return logits
+
+
+def block_rule(backbone: Backbone, block_size: int | None = None) -> BlockRule:
+    """How a backbone's rows are cut into blocks, if it attends block-causally.
+
+    Its blocks are those that it was trained with, whatever the settings; `block_size` (none: that of a default recipe)
+    counts for a model that was not trained in blocks.
+    """
+    sidecar = backbone.sidecar
+    if trained_blocks(sidecar.get("algorithm")) == "trained":
+        return BlockRule(int(sidecar["block_size"]), sidecar.get("block_anchor", "response"))
+    return BlockRule(block_size or Recipe().block_size, Recipe().block_anchor)
 
 
 def _hides_ahead(backbone: Backbone, masked: ndarray, length: ndarray, settings: GenerateSettings) -> ndarray:

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from dllm.algorithms import scoring
-from dllm.algorithms.bd3lm import BD3LM
-from dllm.algorithms.scoring import nelbo_masked
-from dllm.config import LikelihoodSettings, Recipe
+from dllm.config import LikelihoodSettings
 from dllm.core.blocks import BlockRule
 from dllm.core.likelihood import estimate, likelihood_design
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.core.packing import block_layout
+from dllm.likelihood import _masked as scoring
+from dllm.likelihood._masked import nelbo_masked
+from dllm.likelihood.scorer import MaskedScorer
 from dllm.models.forward import block_hidden, head_logits, hidden_states
+from dllm.sampling.step import block_rule
 from tests.models.families import VOCAB, stock_model
 from tests.models.test_spans import rows_of
 from tests.oracles import ToyBackbone, tabular_backbone
@@ -154,4 +155,4 @@ def test_models_that_cannot_compute_parts_of_rows_are_refused_in_one_line():
     refused("DebertaV2ForMaskedLM computes attention in a way of its own", backbone_of("deberta-v2"))
     refused("this model works block by block", backbone_of(), rule=BlockRule(4))
     with pytest.raises(ValueError, match="block by block"):
-        BD3LM(Recipe()).nelbo(backbone_of(sidecar={"block_size": 4}), PROMPTS[:1], TARGETS[:1], settings_of())
+        MaskedScorer(block_rule).nelbo(backbone_of(sidecar={"block_size": 4}), PROMPTS[:1], TARGETS[:1], settings_of())

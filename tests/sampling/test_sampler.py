@@ -7,17 +7,15 @@ import numpy
 import pytest
 import torch
 
-from dllm.algorithms import denoising
-from dllm.algorithms.base import Algorithm
-from dllm.algorithms.decoding import Decoder
-from dllm.algorithms.denoising import complete_masked, denoise_masked
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings
 from dllm.core.canvas import canvas_for, infill_canvas
+from dllm.sampling import sampler as denoising
 from dllm.sampling.reveal import PARALLEL_RULES, REVEAL_RULES
+from dllm.sampling.sampler import MaskedSampler, complete_masked, denoise_masked
+from dllm.sampling.step import Decoder
 from tests.oracles import markov_backbone, tabular_backbone
 from tests.plain_sampler import plain_row
-from tests.samplers import numbered_rows
+from tests.samplers import in_batches, numbered_rows
 from tests.stock import stock_backbone
 from tests.synchronisation import forbid_synchronisation
 
@@ -405,8 +403,8 @@ def test_batches_one_after_the_other_give_the_same_rows():
         return 2 in tokens[-fresh:]
 
     canvas = canvas_of(backbone)
-    plain = Algorithm.complete(MDLM(), backbone, canvas, options, ended=ended)
-    better = MDLM().complete(backbone, canvas, options, ended=ended)
+    plain = in_batches(MaskedSampler(), backbone, canvas, options, ended=ended)
+    better = MaskedSampler().complete(backbone, canvas, options, ended=ended)
     first, second = (sorted((r.number, r.tokens, r.passes) for r in rows) for rows in (plain, better))
     assert first == second
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dllm.algorithms import scoring
-from dllm.algorithms.denoising import denoise_masked
-from dllm.algorithms.scoring import greedy_match_masked, nelbo_masked
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import canvas_for
 from dllm.core.noise import keyed_uniform
+from dllm.likelihood import _masked as scoring
+from dllm.likelihood._masked import greedy_match_masked, nelbo_masked
+from dllm.sampling.sampler import denoise_masked
 from tests.oracles import enumerated_nelbo, markov_backbone, tabular_backbone
 
 ESTIMATORS = ["enumerate", "chain", "cover", "lattice", "mc"]
