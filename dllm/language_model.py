@@ -13,12 +13,12 @@ import torch
 
 from dllm.algorithms import ALGORITHMS, Algorithm, algorithm_for
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.canvas import Canvas, Score, canvas_for
+from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for
 from dllm.models.forward import compute_in
 from dllm.models.load import Backbone, load_backbone
 from dllm.models.tokenizers import chat_text, check_messages, encode_chat, encode_text
 from dllm.sampling.edits import EditCanvas, EditSampler, edit_canvas
-from dllm.sampling.sampler import Sampler, finished_by
+from dllm.sampling.sampler import Sampler
 
 END_OF_TURN = "[/Answer]"
 """The end of turn of a checkpoint without a sidecar, if its chat template writes it."""
@@ -107,10 +107,9 @@ class DiffusionLM:
         if not rows:
             return []
         found: list[Answer] = [Answer("", 0, 0)] * len(rows)
-        ended = partial(self._has_ended, self._ends(settings.stop)) if settings.early_stop else None
         # the rows wait on the host
         canvas = self._canvas(rows, settings, "cpu")
-        for row in self.sampler.complete(self.backbone, canvas, settings, ended=ended):
+        for row in self.sampler.complete(self.backbone, canvas, settings, ended=self._ended(settings)):
             text = self.decode(row.tokens, settings.stop)
             prompt = prompts[row.number]
             is_chat = not isinstance(prompt, str) and isinstance(prompt[0], dict)
@@ -131,9 +130,7 @@ class DiffusionLM:
         """
         settings = settings or GenerateSettings()
         canvas = self._canvas(self._prompt_rows(prompts, settings), settings, self.backbone.device)
-        ended = partial(self._has_ended, self._ends(settings.stop))
-        finished = finished_by(ended) if settings.early_stop else None
-        return self.sampler.denoise(self.backbone, canvas, settings, finished=finished)
+        return self.sampler.denoise(self.backbone, canvas, settings, ended=self._ended(settings))
 
     def edits(
         self, draft: str, prompt: Prompt | None = None, settings: GenerateSettings | None = None
@@ -171,12 +168,17 @@ class DiffusionLM:
         ids = {"mask_id": self.backbone.mask_id, "pad_id": self.backbone.pad_id}
         return canvas_for(rows, settings.max_new_tokens, device=device, **ids)
 
-    def _has_ended(self, marks: Sequence[str], tokens: list[int], fresh: int) -> bool:
-        """Whether a response has an end of turn or one of the marks, which the last `fresh` tokens may have completed.
+    def _ended(self, settings: GenerateSettings) -> Ended | None:
+        """What ends a row early: the end of turn, EOS, or a stop string."""
+        return partial(self._has_ended, self._ends(settings.stop)) if settings.early_stop else None
+
+    def _has_ended(self, marks: Sequence[str], row: Progress) -> bool:
+        """Whether a response has an end of turn or one of the marks, which its new tokens may have completed.
 
         Text is decoded only if one of these holds the last character of a mark.
         """
-        news = tokens[len(tokens) - fresh :]
+        tokens = row.response[: row.known]
+        news = tokens[row.known - row.new :]
         if not self._end_ids.isdisjoint(news):
             return True
         last = {mark[-1] for mark in marks}

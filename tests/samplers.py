@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dllm.core.canvas import Completion
-from dllm.sampling.sampler import finished_by
 
 
 @contextmanager
@@ -22,7 +21,7 @@ def numbered_rows():
 def in_batches(sampler, backbone, canvas, settings, ended=None):
     """Completions of one batch after the other: the plain version of rows that take each other's places."""
     for rows in torch.arange(len(canvas.tokens)).split(settings.batch_size):
-        frames = sampler.denoise(backbone, canvas.taken(rows, "cpu"), settings, finished=ended and finished_by(ended))
+        frames = sampler.denoise(backbone, canvas.taken(rows, "cpu"), settings, ended=ended)
         last = next(frames)
         passes, done = torch.zeros_like(last.start), last.done
         for last in frames:

@@ -34,7 +34,7 @@ class AllMasked(Objective):
 class AtOnce(Sampler):
     """Fills every mask with one token."""
 
-    def denoise(self, backbone, canvas, settings, *, finished=None):
+    def denoise(self, backbone, canvas, settings, *, ended=None):
         yield canvas
         tokens = canvas.tokens.masked_fill(canvas.masked, backbone.eos_id + 7)
         done = torch.ones_like(canvas.done)

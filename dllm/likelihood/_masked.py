@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.blocks import BlockRows, BlockRule
-from dllm.core.canvas import Canvas, Score, canvas_for
+from dllm.core.canvas import Progress, Score, canvas_for
 from dllm.core.likelihood import (
     WITH_EFFORT,
     Design,
@@ -35,7 +35,7 @@ from dllm.core.packing import Layout, block_layout, layout_of, part_of
 from dllm.core.spans import SpanRows
 from dllm.models.forward import packed_hidden, packed_logits, packs
 from dllm.models.load import Backbone
-from dllm.sampling.sampler import denoise_masked
+from dllm.sampling.sampler import MaskedSampler
 
 Rows = Sequence[Sequence[int]]
 
@@ -132,15 +132,15 @@ def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows, rule: BlockR
     counts = [len(target) for target in targets]
     ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": backbone.device}
     canvas = canvas_for(prompts, counts, **ids)
-    wanted = pad_sequence([torch.tensor([*p, *t]) for p, t in zip(prompts, targets, strict=True)], batch_first=True)
-    wanted = wanted.to(canvas.tokens.device)
 
-    def differs(canvas: Canvas) -> Tensor:
-        return (canvas.valid & ~canvas.masked & (canvas.tokens != wanted)).any(1)
+    def differs(row: Progress) -> bool:
+        pairs = zip(row.response, targets[row.number], strict=True)
+        return any(token not in (wanted, backbone.mask_id) for token, wanted in pairs)
 
     settings = GenerateSettings(max_new_tokens=max(counts), block_size=max(counts), early_stop=False)
-    *_, last = denoise_masked(backbone, canvas, settings, finished=differs, rule=rule)
-    return ~differs(last)
+    *_, last = MaskedSampler(rule and (lambda *_: rule)).denoise(backbone, canvas, settings, ended=differs)
+    pairs = zip(last.responses(), targets, strict=True)
+    return torch.tensor([response == list(target) for response, target in pairs])
 
 
 @dataclass(frozen=True)

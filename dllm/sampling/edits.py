@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dllm.config import EditSettings, GenerateSettings
-from dllm.core.canvas import Canvas, Completion, infill_canvas
+from dllm.core.canvas import Canvas, Completion, Ended, infill_canvas
 from dllm.core.edits import BLANK, DELETE, INSERT, KAPPAS, SUBSTITUTE, Edits, open_gaps, rank_within, starts_of
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import Layout, layout_of
@@ -108,19 +108,14 @@ class EditSampler(Sampler):
     edits: EditSettings = EditSettings()
 
     def denoise(
-        self,
-        backbone: Backbone,
-        canvas: Canvas,
-        settings: GenerateSettings,
-        *,
-        finished: Callable[[Canvas], Tensor] | None = None,
+        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
     ) -> Iterator[EditCanvas]:
         """The canvas to start from, then the canvas after every pass; its rows grow and shrink.
 
         The masks of a row are edited, or, in a row that has none and is not done (`edit_canvas`), everything from
         `start` on. `settings.edits.masks` says whether masks are edited or taken out first. A row takes
         `settings.steps` passes (none: `max_new_tokens`), and has at most `max_new_tokens` tokens from `start` on, or as
-        many as it came with. `finished` is not asked: a row ends when its time is up. A row's tokens do not depend on
+        many as it came with. `ended` is not asked: a row ends when its time is up. A row's tokens do not depend on
         its batch-mates. Raises ValueError for a model without edit heads, for a row longer than the model's context,
         and for options that concern masks.
         """
@@ -128,12 +123,7 @@ class EditSampler(Sampler):
         return _Passes(self.trained_with(backbone), backbone, settings).canvases(canvas)
 
     def complete(
-        self,
-        backbone: Backbone,
-        canvas: Canvas,
-        settings: GenerateSettings,
-        *,
-        ended: Callable[[list[int], int], bool] | None = None,
+        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
     ) -> Iterator[Completion]:
         """See `Sampler.complete`: one batch of `settings.batch_size` rows follows the other; `ended` is not asked."""
         for rows in canvas.length.argsort(descending=True, stable=True).split(settings.batch_size):

@@ -1,8 +1,8 @@
-"""Denoising with a masked diffusion model: sampling, infilling and greedy decoding are the same step.
+"""Sampling: passes over the rows of a canvas until none has a mask; infilling and greedy decoding are the same loop.
 
 One pass: score the masked positions of each row's active block, propose a token for each, reveal the best few
-(`sampling.step`). Here it is repeated: over a fixed batch whose canvas is watched (`denoise_masked`), or over any
-number of rows that take the places of those that end (`complete_masked`).
+(`sampling.step`). Here it is repeated, over rows that all start together and whose canvas is shown (`denoise`), or over
+any number of rows that take the places of those that end (`complete`).
 Source: Nie et al. 2025 (arXiv:2502.09992), algorithm 5.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dllm.config import GenerateSettings
 from dllm.core.blocks import BlockRule
-from dllm.core.canvas import Canvas, Completion, first_position
+from dllm.core.canvas import Canvas, Completion, Ended, Progress
 from dllm.models.load import Backbone
-from dllm.sampling.step import Decoder, LiveRows, block_rule, merged
+from dllm.sampling.step import DenoisingStep, RunningRows, block_rule, merged
 
 _PASSES_PER_READING = 4
 """How many passes of a row lie between two looks at it on an accelerator, where looking takes a copy to the host."""
@@ -33,30 +33,21 @@ class Sampler(ABC):
 
     @abstractmethod
     def denoise(
-        self,
-        backbone: Backbone,
-        canvas: Canvas,
-        settings: GenerateSettings,
-        *,
-        finished: Callable[[Canvas], Tensor] | None = None,
+        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
     ) -> Iterator[Canvas]:
-        """The given canvas, then the canvas after every change. Sampling, infilling and chat are this loop.
+        """The given canvas, then the canvas after every change, all rows together.
 
-        `finished` says which rows [B] may stop early.
+        A row's tokens depend on the model, the settings and its own given tokens only, not on its batch-mates. Every
+        canvas has the full size, and one that was handed out is never changed. `ended` ends rows early.
         """
 
     @abstractmethod
     def complete(
-        self,
-        backbone: Backbone,
-        canvas: Canvas,
-        settings: GenerateSettings,
-        *,
-        ended: Callable[[list[int], int], bool] | None = None,
+        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
     ) -> Iterator[Completion]:
         """Every row of a canvas, which may be many and on the host, in the order in which they are done.
 
-        `ended` says whether a response ends early, given its tokens up to its first mask, the last n of which are new.
+        At most `settings.batch_size` rows are computed together. A row's tokens and passes are those of the row alone.
         """
 
 
@@ -66,24 +57,60 @@ class MaskedSampler(Sampler):
 
     rule: how rows are cut into blocks of a model that attends block-causally, from a backbone and `block_size` of the
     settings; None: a model sees all that is there. Given tokens right of a block then do not help to fill it.
+    Both members raise ValueError if a row is longer than the model's context, or `steps` is less than the blocks of a
+    row.
     """
 
     rule: Callable[[Backbone, int | None], BlockRule] | None = None
 
-    def denoise(self, backbone, canvas, settings, *, finished=None) -> Iterator[Canvas]:
-        """See `Sampler.denoise`."""
-        return denoise_masked(backbone, canvas, settings, finished=finished, rule=self._rule(backbone, settings))
+    def denoise(
+        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
+    ) -> Iterator[Canvas]:
+        """See `Sampler.denoise`; `ended` is asked after every pass."""
+        step = self._step(backbone, canvas, settings)
+        yield canvas
+        rows = step.plan.open.nonzero()[0]
+        tracker = CompletionTracker(step, ended, at_once=ended is not None)
+        for running, completions in _passes(step, tracker, rows, step.length, len(rows), step.length.sum()):
+            if len(running):
+                if completions:
+                    over = numpy.isin(running.numbers, [completion.number for completion in completions])
+                    running.end(torch.from_numpy(over).to(step.device), backbone.eos_id)
+                canvas = replace(
+                    merged(canvas, running),
+                    step=canvas.step + 1,
+                    nfe=canvas.nfe + step.passes_per_step,
+                    computed=int(step.computed.sum()),
+                )
+                yield canvas
 
-    def complete(self, backbone, canvas, settings, *, ended=None) -> Iterator[Completion]:
-        """See `Sampler.complete`; finished rows make room for waiting ones."""
-        return complete_masked(backbone, canvas, settings, ended=ended, rule=self._rule(backbone, settings))
+    def complete(
+        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
+    ) -> Iterator[Completion]:
+        """See `Sampler.complete`; the longest rows come first, and a row that is done makes room for the next.
 
-    def _rule(self, backbone: Backbone, settings: GenerateSettings) -> BlockRule | None:
+        Rows that are computed together have `settings.batch_tokens` tokens at most. `ended` is asked after every pass
+        (on an accelerator: every few passes of the row, and at the ends of its blocks). Raises ValueError if a row is
+        longer than the token budget, too.
+        """
+        step = self._step(backbone, canvas, settings)
+        cost = step.length * step.passes_per_step
+        _check_budget(cost, settings)
+        for number in (~step.plan.open).nonzero()[0]:
+            response = canvas.tokens[number, step.start[number] : step.length[number]]
+            yield Completion(int(number), response.tolist(), 0, 0)
+        rows = sorted(step.plan.open.nonzero()[0], key=lambda number: -cost[number])
+        tracker = CompletionTracker(step, ended)
+        for _, completions in _passes(step, tracker, rows, cost, settings.batch_size, settings.batch_tokens):
+            yield from completions
+
+    def _step(self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings) -> DenoisingStep:
+        _check_context(canvas, backbone.max_length)
         if self.rule is None:
-            return None
+            return DenoisingStep(backbone, canvas, settings)
         # keys and values of finished blocks are kept, which is exact: there is nothing that `reuse` could approximate
         reject_options("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
-        return self.rule(backbone, settings.block_size)
+        return DenoisingStep(backbone, canvas, settings, rule=self.rule(backbone, settings.block_size))
 
 
 def block_sampler() -> MaskedSampler:
@@ -104,177 +131,99 @@ def reject_options(algorithm: str, settings: GenerateSettings, allowed: dict[str
             )
 
 
-def finished_by(ended: Callable[[list[int], int], bool]) -> Callable[[Canvas], Tensor]:
-    """`ended` of `Sampler.complete` as `finished` of `Sampler.denoise`: rows [B] are asked when they have grown."""
-    seen: dict[int, int] = {}
+def _passes(
+    step: DenoisingStep, tracker: CompletionTracker, rows: ndarray, cost: ndarray, most_rows: int, most_cost: int
+) -> Iterator[tuple[RunningRows, list[Completion]]]:
+    """The running rows after each pass, and the completions found there; the last ones may come without a pass.
 
-    def finished(canvas: Canvas) -> Tensor:
-        known = first_position(canvas.masked).minimum(canvas.length).tolist()
-        found = [False] * len(known)
-        rows = zip(canvas.start.tolist(), known, canvas.done.tolist(), strict=True)
-        for row, (start, end, done) in enumerate(rows):
-            if not done and end > seen.get(row, start):
-                response = canvas.tokens[row, start:end].tolist()
-                found[row] = ended(response, end - seen.get(row, start))
-                seen[row] = end
-        return torch.tensor(found)
-
-    return finished
-
-
-def denoise_masked(
-    backbone: Backbone,
-    canvas: Canvas,
-    settings: GenerateSettings,
-    *,
-    finished: Callable[[Canvas], Tensor] | None = None,
-    rule: BlockRule | None = None,
-) -> Iterator[Canvas]:
-    """Yield the given canvas, then the canvas after every pass, until no row has a mask.
-
-    A row's tokens depend on the model, the settings and its own given tokens only, not on its batch-mates.
-    `finished` maps a canvas to [B] bool, rows that may stop early (a stop string in the decoded text, say); their
-    remaining masks become EOS, as behind a revealed EOS. Rows that are done leave the batch; every canvas yielded has
-    the full size.
-    rule, for a model that attends block-causally, as in `Decoder`.
-    Raises ValueError if a row is longer than the model's context, or `steps` is less than the blocks of a row.
+    rows: the numbers of all rows, in the order in which they start. At most `most_rows` run together, and no more than
+    cost `most_cost`; cost: of each row of the canvas.
     """
-    check_context(canvas, backbone.max_length)
-    decoder = Decoder(backbone, canvas, settings, rule=rule)
-    yield canvas
-    live = decoder.rows(decoder.plan.open.nonzero()[0], canvas.tokens.shape[1])
-    watch = _Watch(decoder) if settings.early_stop or finished else None
-    while len(live):
-        decoder.step(live)
-        canvas = merged(canvas, live)
-        if finished is not None:
-            live.end(finished(canvas).to(decoder.device).index_select(0, live.index), backbone.eos_id)
-            canvas = merged(canvas, live)
-        canvas = replace(
-            canvas,
-            step=canvas.step + 1,
-            nfe=canvas.nfe + decoder.passes_per_step,
-            computed=int(decoder.computed.sum()),
-        )
-        yield canvas
-        stays = decoder.plan.open[live.numbers]
-        if watch is not None:
-            stays &= ~watch.done(live)[live.numbers]
-        live = live.kept(stays)
+    waiting, running = deque(rows), None
+    while waiting or tracker.pending or running is None or len(running):
+        running = _with_waiting(step, running, waiting, cost, most_rows, most_cost)
+        if len(running):
+            tracker.look(running, step.run(running))
+        yield running, list(tracker.completions(wait=not len(running)))
+        running = running.kept(step.plan.open[running.numbers] & ~tracker.complete[running.numbers])
 
 
-def complete_masked(
-    backbone: Backbone,
-    canvas: Canvas,
-    settings: GenerateSettings,
-    *,
-    ended: Callable[[list[int], int], bool] | None = None,
-    rule: BlockRule | None = None,
-) -> Iterator[Completion]:
-    """Denoise all rows of a canvas, which may be many and on the host, and yield each when it is done.
-
-    At most `settings.batch_size` rows with `settings.batch_tokens` tokens are denoised together, the longest first; a
-    row that is done makes room for the next. A row's tokens and passes are those of the row alone.
-    `ended` says whether a response ends early, given its tokens up to its first mask, the last n of which are new; it
-    is asked once after every pass that made them grow (on an accelerator: every few passes of the row, and at the ends
-    of its blocks). rule as in `Decoder`. Raises ValueError if a row is longer than the model's context or
-    the token budget, or `steps` is less than the blocks of a row.
-    """
-    check_context(canvas, backbone.max_length)
-    decoder = Decoder(backbone, canvas, settings, rule=rule)
-    cost = decoder.length * decoder.passes_per_step
-    _check_budget(cost, settings)
-    for number in (~decoder.plan.open).nonzero()[0]:
-        response = canvas.tokens[number, decoder.start[number] : decoder.length[number]]
-        yield Completion(int(number), response.tolist(), 0, 0)
-    waiting = deque(sorted(decoder.plan.open.nonzero()[0], key=lambda number: -cost[number]))
-    watch, live = _Watch(decoder), None
-    while waiting or watch.pending or live is None or len(live):
-        live = _filled_up(decoder, live, waiting, cost)
-        if len(live):
-            watch.look(live, decoder.step(live))
-        yield from watch.completions(ended, wait=not len(live))
-        live = live.kept(decoder.plan.open[live.numbers] & ~watch.complete[live.numbers])
-
-
-def _filled_up(decoder: Decoder, live: LiveRows | None, waiting: deque[int], cost: ndarray) -> LiveRows:
-    """The live rows with as many of the waiting ones as there is room for."""
-    settings, numbers = decoder.settings, []
-    used = 0 if live is None else int(cost[live.numbers].sum())
-    rows = 0 if live is None else len(live)
-    while waiting and rows + len(numbers) < settings.batch_size and used + cost[waiting[0]] <= settings.batch_tokens:
+def _with_waiting(
+    step: DenoisingStep,
+    running: RunningRows | None,
+    waiting: deque[int],
+    cost: ndarray,
+    most_rows: int,
+    most_cost: int,
+) -> RunningRows:
+    """The running rows with as many of the waiting ones as there is room for."""
+    numbers: list[int] = []
+    used = 0 if running is None else int(cost[running.numbers].sum())
+    rows = 0 if running is None else len(running)
+    while waiting and rows + len(numbers) < most_rows and used + cost[waiting[0]] <= most_cost:
         used += cost[waiting[0]]
         numbers.append(waiting.popleft())
-    if live is not None and not numbers:
-        return live
+    if running is not None and not numbers:
+        return running
     taken = numpy.array(numbers, dtype=numpy.int64)
-    fresh = decoder.rows(taken, int(decoder.length[taken].max(initial=0)))
-    return live.joined(fresh, decoder.backbone.pad_id) if live is not None and len(live) else fresh
+    fresh = step.rows(taken, int(step.length[taken].max(initial=0)))
+    return running.joined(fresh, step.backbone.pad_id) if running is not None and len(running) else fresh
 
 
-class _Watch:
+class CompletionTracker:
     """Finds out which rows are done, on the host, without making the device wait.
 
     On a CPU looking is free and happens after every pass. On an accelerator the rows are copied to the host every few
     passes, and what arrives later is the state of the pass at which the copy was asked for: rows done in the meantime
-    change no more, so that nothing depends on when it arrives.
+    change no more, so that nothing depends on when it arrives. at_once: wait for a copy after every pass.
     """
 
-    def __init__(self, decoder: Decoder):
-        self.decoder = decoder
-        self.every = 1 if decoder.device.type == "cpu" else _PASSES_PER_READING
+    def __init__(self, step: DenoisingStep, ended: Ended | None, *, at_once: bool = False):
+        self.step, self.ended, self.at_once = step, ended, at_once
+        self.every = 1 if at_once or step.device.type == "cpu" else _PASSES_PER_READING
         self.pending: deque[_Reading] = deque()
-        self.complete = numpy.zeros(len(decoder.start), dtype=bool)
-        self.known = decoder.start.copy()
+        self.complete = numpy.zeros(len(step.start), dtype=bool)
+        self.known = numpy.zeros_like(step.start)
 
-    def done(self, live: LiveRows) -> ndarray:
-        """[R] bool: rows of a fixed batch that are known to be done."""
-        if self.decoder.plan.step.max() % self.every == 0:
-            self.pending.append(_Reading(live.numbers, live.numbers, [live.done]))
-        while self.pending and self.pending[0].is_there():
-            reading = self.pending.popleft()
-            self.complete[reading.numbers[reading.arrays()[0]]] = True
-        return self.complete
-
-    def look(self, live: LiveRows, block_ended: ndarray) -> None:
-        """Ask for the state of the live rows after a pass, if it is time for one of them; block_ended [B] bool."""
-        due = block_ended | (self.decoder.plan.step[live.numbers] % self.every == 0)
+    def look(self, running: RunningRows, block_ended: ndarray) -> None:
+        """Ask for the state of the running rows after a pass, if it is time for one of them; block_ended [B] bool."""
+        due = block_ended | (self.step.plan.step[running.numbers] % self.every == 0)
         if due.any():
-            state = [live.done, live.passes, live.tokens, live.masked]
-            self.pending.append(_Reading(live.numbers, live.numbers[due], state))
+            state = [running.done, running.passes, running.tokens, running.masked]
+            self.pending.append(_Reading(running.numbers, running.numbers[due], state))
 
-    def completions(self, ended: Callable[[list[int], int], bool] | None, wait: bool) -> Iterator[Completion]:
+    def completions(self, *, wait: bool) -> Iterator[Completion]:
         """Rows found to be complete in what has arrived; `wait` for all that was asked for."""
-        while self.pending and (wait or self.pending[0].is_there()):
+        while self.pending and (wait or self.at_once or self.pending[0].ready()):
             reading = self.pending.popleft()
             done, passes, tokens, masked = reading.arrays()
             numbers = reading.numbers
             over = done & ~self.complete[numbers]
-            if ended is not None:
-                over |= self._stopped(reading, tokens, numpy.where(done, 0, masked.argmax(1)), ended)
+            if self.ended is not None:
+                over |= self._stopped(reading, done, tokens, masked)
             self.complete[numbers[over]] = True
             for row in over.nonzero()[0]:
                 number = int(numbers[row])
-                response = slice(self.decoder.start[number], self.decoder.length[number])
+                response = slice(self.step.start[number], self.step.length[number])
                 left = masked[row, response]
                 yield Completion(
                     number,
-                    numpy.where(left, self.decoder.backbone.eos_id, tokens[row, response]).tolist(),
-                    int(passes[row]) * self.decoder.passes_per_step,
-                    int(self.decoder.computed[number]),
+                    numpy.where(left, self.step.backbone.eos_id, tokens[row, response]).tolist(),
+                    int(passes[row]) * self.step.passes_per_step,
+                    int(self.step.computed[number]),
                 )
 
-    def _stopped(
-        self, reading: _Reading, tokens: ndarray, known: ndarray, ended: Callable[[list[int], int], bool]
-    ) -> ndarray:
-        """[B] bool: rows whose response, known up to a position [B], has grown and says that it ends."""
+    def _stopped(self, reading: _Reading, done: ndarray, tokens: ndarray, masked: ndarray) -> ndarray:
+        """[B] bool: rows with masks whose response says that it ends."""
         numbers, stopped = reading.numbers, numpy.zeros(len(reading.numbers), dtype=bool)
-        grown = (known > self.known[numbers]) & ~self.complete[numbers] & numpy.isin(numbers, reading.due)
-        for row in grown.nonzero()[0]:
-            number, end = numbers[row], known[row]
-            response = tokens[row, self.decoder.start[number] : end].tolist()
-            stopped[row] = ended(response, int(end - self.known[number]))
-            self.known[number] = end
+        first = masked.argmax(1)
+        for row in (~done & ~self.complete[numbers] & numpy.isin(numbers, reading.due)).nonzero()[0]:
+            number = int(numbers[row])
+            start = self.step.start[number]
+            known = max(0, int(first[row] - start))
+            response = tokens[row, start : self.step.length[number]].tolist()
+            stopped[row] = self.ended(Progress(number, response, known, known - int(self.known[number])))
+            self.known[number] = known
         return stopped
 
 
@@ -292,7 +241,7 @@ class _Reading:
         else:
             self._host = [tensor.cpu() for tensor in tensors]
 
-    def is_there(self) -> bool:
+    def ready(self) -> bool:
         """Whether reading it means no waiting."""
         return self._event is None or self._event.query()
 
@@ -303,7 +252,7 @@ class _Reading:
         return [tensor.numpy() for tensor in self._host]
 
 
-def check_context(canvas: Canvas, max_length: int) -> None:
+def _check_context(canvas: Canvas, max_length: int) -> None:
     """Raises ValueError if a row of a canvas is longer than the model's context."""
     longest = int(canvas.length.max())
     if longest > max_length:

@@ -10,7 +10,7 @@ from dllm.core.canvas import canvas_for
 from dllm.core.noise import keyed_uniform
 from dllm.likelihood import _masked as scoring
 from dllm.likelihood._masked import greedy_match_masked, nelbo_masked
-from dllm.sampling.sampler import denoise_masked
+from dllm.sampling.sampler import MaskedSampler
 from tests.oracles import enumerated_nelbo, markov_backbone, tabular_backbone
 
 ESTIMATORS = ["enumerate", "chain", "cover", "lattice", "mc"]
@@ -181,7 +181,7 @@ def test_the_order_of_requests_is_the_order_of_scores():
 def greedy(backbone, prompt, count):
     settings = GenerateSettings(block_size=count, early_stop=False)
     canvas = canvas_for([prompt], count, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
-    *_, last = denoise_masked(backbone, canvas, settings)
+    *_, last = MaskedSampler().denoise(backbone, canvas, settings)
     return last.responses()[0]
 
 

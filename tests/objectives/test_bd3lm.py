@@ -22,7 +22,7 @@ from dllm.objectives.bd3lm import BD3LM
 from dllm.objectives.mdlm import MDLM
 from dllm.sampling.reveal import REVEAL_RULES
 from dllm.sampling.sampler import MaskedSampler, block_sampler
-from dllm.sampling.step import Decoder, block_rule
+from dllm.sampling.step import DenoisingStep, block_rule
 from tests.models.families import CASES, VOCAB, ragged, stock_model
 from tests.objectives.test_mdlm import every_noise, raw_bound, repeated
 from tests.oracles import ToyBackbone, enumerated_nelbo, tabular_backbone
@@ -458,10 +458,10 @@ def test_keys_and_values_of_finished_blocks_are_those_of_the_whole_row():
     """What the cache holds of clean tokens is what a pass over all of them computes."""
     backbone = backbone_of("llama")
     rule, canvas = block_rule(backbone), canvas_of(backbone, [[5, 6, 7]], [12])
-    decoder = Decoder(backbone, canvas, settings(), rule=rule)
+    decoder = DenoisingStep(backbone, canvas, settings(), rule=rule)
     live = decoder.rows(decoder.plan.open.nonzero()[0], 15)
     while not decoder.plan.block[0] == 2 or not decoder.plan.left[0] == 1:
-        decoder.step(live)
+        decoder.run(live)
     whole = KeyValues()
     blocks = BlockRows.plain(rule, decoder.origin, decoder.length)
     packed_hidden(backbone.model, live.tokens, block_layout(blocks), cache=whole)
