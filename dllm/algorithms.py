@@ -73,15 +73,16 @@ class Algorithm:
         """Share of the targets that a training step of a run predicts."""
         return getattr(run, self.predicted) if isinstance(self.predicted, str) else self.predicted
 
-    def check_run(self, run: Any) -> None:
-        """Raise ValueError, one line, for a setting of a run that this algorithm has no use for."""
+    def run_error(self, run: Any) -> str | None:
+        """The line for a setting of a run that this algorithm has no use for, or None."""
         for key, allowed in self.run_allows.items():
             if (value := getattr(run, key)) not in allowed:
                 end = "leave it out" if allowed == (None,) else f"allowed: {', '.join(map(str, allowed))}"
-                raise ValueError(f"{key} = {value!r} is not for algorithm = {self.name!r}; {end}")
+                return f"{key} = {value!r} is not for algorithm = {self.name!r}; {end}"
+        return None
 
-    def recipe_fault(self, recipe: Any) -> str | None:
-        """The end of an error line about a recipe that this algorithm does not train with, or None if it does."""
+    def recipe_error(self, recipe: Any) -> str | None:
+        """The end of the line for a recipe that this algorithm does not train with, or None."""
         for key, allowed in self.recipe_allows.items():
             if (value := getattr(recipe, key)) not in allowed:
                 values = ", ".join(f"`{value}`" for value in allowed)

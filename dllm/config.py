@@ -432,7 +432,8 @@ class RunEntry(Settings):
             raise ValueError("needs exactly one of `epochs` and `steps`")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.length:
             raise ValueError(too_few_tokens(self.micro_batch_tokens, self.length))
-        algorithm_named(self.algorithm).check_run(self)
+        if error := algorithm_named(self.algorithm).run_error(self):
+            raise ValueError(error)
         check_adapter(self)
         quantized = self.adapter is not None and self.adapter.kind == "qlora"
         if fault := launch_fault(self.launch, self.optimizer.name, quantized=quantized):
@@ -706,8 +707,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def what_the_algorithm_takes(self) -> RunConfig:
         check_adapter(self)
-        algorithm_named(self.algorithm).check_run(self)
-        if fault := algorithm_named(self.algorithm).recipe_fault(self.recipe):
+        if error := algorithm_named(self.algorithm).run_error(self):
+            raise ValueError(error)
+        if fault := algorithm_named(self.algorithm).recipe_error(self.recipe):
             raise ValueError(f"recipe {self.recipe_name!r} {fault}")
         return self
 
@@ -1006,7 +1008,7 @@ def _check_references(project: Project, origin) -> None:
             )
         if entry.recipe not in project.recipes:
             fail("runs", name, "recipe", entry.recipe, "not a recipe", list(project.recipes))
-        if fault := algorithm_named(entry.algorithm).recipe_fault(project.recipes[entry.recipe]):
+        if fault := algorithm_named(entry.algorithm).recipe_error(project.recipes[entry.recipe]):
             raise ConfigError(f"{origin(('runs', name, 'recipe'))}: runs.{name}.recipe = {entry.recipe!r} {fault}")
         seen, at = [name], entry.init
         while at in project.runs:

@@ -38,9 +38,9 @@ def test_a_model_is_used_with_what_its_row_allows():
 
 
 def test_a_recipe_is_refused_in_the_words_of_the_row():
-    fault = algorithm_named("mdlm").recipe_fault(Recipe(time_low=0.4, time_high=0.6))
+    fault = algorithm_named("mdlm").recipe_error(Recipe(time_low=0.4, time_high=0.6))
     assert fault == "has time_low = 0.4; algorithm = 'mdlm' allows `0.0` only: take another recipe"
-    assert algorithm_named("bd3lm").recipe_fault(Recipe(time_low=0.4, time_high=0.6)) is None
+    assert algorithm_named("bd3lm").recipe_error(Recipe(time_low=0.4, time_high=0.6)) is None
 
 
 def test_the_table_imports_nothing_of_the_package():
