@@ -11,10 +11,11 @@ from bench.alternatives import sample_row
 from bench.measure import Growth, Result, Row, Times, compare, growth, interleaved, require
 from bench.options import Options
 from bench.workloads import chat_prompts, encoder, laptop
-from dllm.algorithms.mdlm import MDLM
+from dllm.algorithms import algorithm_named
 from dllm.config import GenerateSettings
 from dllm.core.canvas import canvas_for
 from dllm.language_model import Answer, DiffusionLM
+from dllm.sampling.sampler import MaskedSampler
 
 SAME = "same trained weights, fp32, threads, prompts, canvas, blocks, greedy choice, one token per pass"
 LONGEST_PROMPT = 32
@@ -175,7 +176,7 @@ def _never_ending(options: Options) -> Row:
     """A model of random weights with a large vocabulary: nothing ends early, the head is what costs."""
     vocabulary, count, new = (500, 2, 8) if options.quick else (50_368, 4, 32)
     backbone = encoder(vocabulary, layers=2 if options.quick else 6, context=256)
-    model = DiffusionLM(backbone, MDLM())
+    model = DiffusionLM(backbone, algorithm_named("mdlm"))
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, vocabulary, (20 + 15 * n,), generator=generator).tolist() for n in range(count)]
     settings = GenerateSettings(max_new_tokens=new, early_stop=False)
@@ -236,7 +237,7 @@ def one_by_one(model: DiffusionLM, prompts: list[list[int]], settings: GenerateS
 def tokens_of(backbone, prompts: list[list[int]], settings: GenerateSettings) -> list[list[int]]:
     """Ours, as token ids: every response, ends included."""
     canvas = canvas_for(prompts, settings.max_new_tokens, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
-    *_, last = MDLM().denoise(backbone, canvas, settings)
+    *_, last = MaskedSampler().denoise(backbone, canvas, settings)
     return last.responses()
 
 

@@ -21,14 +21,16 @@ from bench.measure import Result, compare, interleaved
 from bench.options import Options
 from bench.step import Sizes, run_config
 from bench.workloads import VOCABULARY, as_backbone, chat_lengths, rows_of_lengths
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.batch import row_noise
 from dllm.core.canvas import canvas_for
 from dllm.core.corrupt import exact_count
 from dllm.data.collate import collate
 from dllm.data.tokens import TokenRows
+from dllm.likelihood.scorer import MaskedScorer
 from dllm.models.load import Backbone
+from dllm.objectives.mdlm import MDLM
+from dllm.sampling.sampler import MaskedSampler
 from dllm.training.engine import Engine, scores_for
 from dllm.training.pipeline import Part, Source, training_parts
 from dllm.training.step import training_step
@@ -114,7 +116,7 @@ def _backbone(name: str) -> Backbone:
 
 def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     """A packed step in bf16 autocast against one in padded batches of 8 rows: the rows of the table and the facts."""
-    backbone, algorithm = _backbone(name), MDLM()
+    backbone, objective = _backbone(name), MDLM()
     vocabulary, row_tokens = backbone.vocab_size, 512 if options.quick else ROW_TOKENS
     # uneven rows, as chat data has them, at most `length` tokens
     lengths = chat_lengths(4096, mean=0.6 * length, longest=length)
@@ -123,12 +125,12 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     config = run_config(Sizes(vocabulary, rows=len(lengths), longest=length), bf16=True, micro_batch_tokens=row_tokens)
     AcceleratorState._reset_state(reset_partial_state=True)
     engine = Engine(Accelerator(), scores_for(config, backbone), config.optimizer, bf16=True)
-    source = Source(rows, algorithm, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
+    source = Source(rows, objective, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
     parts: list[Part] = list(training_parts(source, config, first=0, last=1))
     if _device() == "cuda":
         parts = [replace(part, inputs=part.inputs.pin_memory()) for part in parts]
     jobs = {
-        "ours": lambda: training_step(engine, algorithm, parts),
+        "ours": lambda: training_step(engine, objective, parts),
         "theirs": lambda: _padded_step(engine, backbone, rows),
     }
     times = interleaved(jobs, options.repeats(10), warmup=3, at_most=60)
@@ -178,7 +180,7 @@ def _padded_step(engine: Engine, backbone: Backbone, rows: TokenRows) -> None:
 
 def _inference(name: str, options: Options) -> tuple[list, dict]:
     """Generated tokens and scored requests per second, in bf16 weights; the alternative runs on fewer rows."""
-    backbone, algorithm = _backbone(name), MDLM()
+    backbone = _backbone(name)
     backbone.model.to(torch.bfloat16).eval()
     random = numpy.random.default_rng(0)
     count, longest, new = (2, 40, 16) if options.quick else (128, 256, 128)
@@ -189,7 +191,7 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
 
     def generate() -> None:
         ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": _device()}
-        for _ in algorithm.denoise(backbone, canvas_for(prompts, settings.max_new_tokens, **ids), settings):
+        for _ in MaskedSampler().denoise(backbone, canvas_for(prompts, settings.max_new_tokens, **ids), settings):
             pass
 
     def one_row() -> None:
@@ -197,7 +199,7 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
             sample_row(backbone.model, prompts[0], new, settings.block_size, backbone.mask_id)
 
     def score() -> None:
-        algorithm.nelbo(backbone, prompts, targets, LikelihoodSettings())
+        MaskedScorer().nelbo(backbone, prompts, targets, LikelihoodSettings())
 
     times = interleaved({"generate": generate, "one row": one_row, "score": score}, options.repeats(3), at_most=90)
     per_token = {

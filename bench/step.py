@@ -17,7 +17,6 @@ from torch import Tensor
 from bench.alternatives import masked_loss
 from bench.options import Options
 from bench.workloads import VOCABULARY, chat_lengths, encoder, rows_of_lengths
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import ModelEntry, OptimizerSettings, Recipe, RunConfig
 from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
@@ -26,6 +25,7 @@ from dllm.core.memory import LOGITS_BYTES
 from dllm.data.collate import ResponseEnd, collate, epoch_batches
 from dllm.data.tokens import TokenRows
 from dllm.models.load import Backbone
+from dllm.objectives.mdlm import MDLM
 from dllm.training.engine import Engine, scores_for
 from dllm.training.pipeline import Part, Source, training_parts
 from dllm.training.step import training_step
@@ -76,12 +76,12 @@ class Trainer:
         AcceleratorState._reset_state(reset_partial_state=False)
         scores = scores_for(self.config, self.backbone)
         self.engine = Engine(Accelerator(cpu=True), scores, self.config.optimizer, bf16=bf16)
-        self.algorithm = MDLM(self.config.recipe)
+        self.objective = MDLM(self.config.recipe)
         self.end = ResponseEnd("one", self.backbone.eos_id, longest=sizes.longest)
 
     def source(self, rows: TokenRows) -> Source:
         """The rows as our pipeline reads them."""
-        return Source(rows, self.algorithm, self.end, pad_id=self.backbone.pad_id, mask_id=self.backbone.mask_id)
+        return Source(rows, self.objective, self.end, pad_id=self.backbone.pad_id, mask_id=self.backbone.mask_id)
 
     def parts(self, rows: TokenRows, steps: int = 1) -> Iterator[Part]:
         """Our micro-batches."""
@@ -91,7 +91,7 @@ class Trainer:
         """Our step; returns its loss."""
         usual, LOGITS_BYTES["cpu"] = LOGITS_BYTES["cpu"], self.budget
         try:
-            return float(training_step(self.engine, self.algorithm, self.parts(rows)).loss)
+            return float(training_step(self.engine, self.objective, self.parts(rows)).loss)
         finally:
             LOGITS_BYTES["cpu"] = usual
 

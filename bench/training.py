@@ -192,7 +192,7 @@ def _ungrouped(sizes: Sizes, packed: Trainer, options: Options) -> Row:
 
     def job(model) -> Callable[[], None]:
         def run() -> None:
-            packed.algorithm.loss(model, inputs, denominator=1.0).loss.backward()
+            packed.objective.loss(model, inputs, denominator=1.0).loss.backward()
             model.zero_grad()
 
         return run
@@ -220,7 +220,7 @@ def _prefetch(sizes: Sizes, options: Options) -> Row:
 
     def run(parts: Iterator[Part]) -> None:
         for _ in range(steps):
-            training_step(trainer.engine, trainer.algorithm, _one_step(parts))
+            training_step(trainer.engine, trainer.objective, _one_step(parts))
 
     def ahead() -> None:
         with Ahead(trainer.parts(rows, steps)) as parts:

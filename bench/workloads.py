@@ -16,7 +16,7 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedToke
 
 from bench.measure import say
 from bench.options import Options
-from dllm.algorithms.mdlm import MDLM
+from dllm.algorithms import algorithm_named
 from dllm.data.tokens import TokenRows, open_rows
 from dllm.language_model import DiffusionLM, load
 from dllm.models.backbone import Backbone
@@ -87,7 +87,7 @@ def _stand_in() -> Laptop:
     lengths = numpy.array([40 + number % 9 for number in range(64)])
     rows = rows_of_lengths(lengths, len(tokens), prompt_share=0.2)
     questions = [[Request(rows.row(n)[:20].tolist(), [letter]) for letter in (5, 6, 7, 8)] for n in range(8)]
-    return Laptop(DiffusionLM(backbone, MDLM()), rows, questions)
+    return Laptop(DiffusionLM(backbone, algorithm_named("mdlm")), rows, questions)
 
 
 def letter_questions(laptop: Laptop, count: int) -> list[list[Request]]:

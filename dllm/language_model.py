@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from dllm.algorithms import ALGORITHMS, algorithm_class, algorithm_for
-from dllm.algorithms.base import Algorithm, finished_by
-from dllm.algorithms.edit_flows import EditCanvas, EditFlow, edit_canvas
+from dllm.algorithms import ALGORITHMS, Algorithm, algorithm_for
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.canvas import Canvas, Score, canvas_for
+from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for
 from dllm.models.backbone import Backbone
 from dllm.models.load import for_inference, load_backbone
 from dllm.models.tokenizers import chat_text, check_messages, encode_chat, encode_text
+from dllm.sampling.edits import EditCanvas, EditSampler, edit_canvas
+from dllm.sampling.sampler import Sampler
 
 END_OF_TURN = "[/Answer]"
 """The end of turn of a checkpoint without a sidecar, if its chat template writes it."""
@@ -60,7 +60,7 @@ def load(
     """
     backbone = load_backbone(path_or_hub_id, revision=revision, device=device or best_device(), dtype=dtype)
     backbone = for_inference(backbone, mixed=mixed)
-    return DiffusionLM(backbone, algorithm_for(backbone.sidecar.get("algorithm", "mdlm"), algorithm)())
+    return DiffusionLM(backbone, algorithm_for(backbone.sidecar.get("algorithm", "mdlm"), algorithm))
 
 
 def best_device() -> str:
@@ -72,7 +72,7 @@ def best_device() -> str:
 
 @dataclass(frozen=True)
 class DiffusionLM:
-    """A backbone and the algorithm that samples and scores with it."""
+    """A backbone, and the row of the algorithm that samples and scores with it."""
 
     backbone: Backbone
     algorithm: Algorithm
@@ -80,7 +80,12 @@ class DiffusionLM:
     @property
     def max_length(self) -> int:
         """Longest row, prompt and answer together, in tokens."""
-        return self.backbone.max_length - self.algorithm.front
+        return self.backbone.max_length - self.algorithm.prefix_positions
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """What samples with it. Raises ValueError, one line, if nothing does."""
+        return self.algorithm.part("sampler")()
 
     # ----------------------------------------------------------------------------------------------------------------
     # Generation
@@ -102,10 +107,9 @@ class DiffusionLM:
         if not rows:
             return []
         found: list[Answer] = [Answer("", 0, 0)] * len(rows)
-        ended = partial(self._has_ended, self._ends(settings.stop)) if settings.early_stop else None
         # the rows wait on the host
         canvas = self._canvas(rows, settings, "cpu")
-        for row in self.algorithm.complete(self.backbone, canvas, settings, ended=ended):
+        for row in self.sampler.complete(self.backbone, canvas, settings, ended=self._ended(settings)):
             text = self.decode(row.tokens, settings.stop)
             prompt = prompts[row.number]
             is_chat = not isinstance(prompt, str) and isinstance(prompt[0], dict)
@@ -126,9 +130,7 @@ class DiffusionLM:
         """
         settings = settings or GenerateSettings()
         canvas = self._canvas(self._prompt_rows(prompts, settings), settings, self.backbone.device)
-        ended = partial(self._has_ended, self._ends(settings.stop))
-        finished = finished_by(ended) if settings.early_stop else None
-        return self.algorithm.denoise(self.backbone, canvas, settings, finished=finished)
+        return self.sampler.denoise(self.backbone, canvas, settings, ended=self._ended(settings))
 
     def edits(
         self, draft: str, prompt: Prompt | None = None, settings: GenerateSettings | None = None
@@ -136,10 +138,10 @@ class DiffusionLM:
         """A text on its way to a better one: the canvas of the draft, then the canvas after every pass.
 
         The draft answers a conversation, continues a text or token ids, or stands alone (prompt: None). What each pass
-        changes is shown by `algorithms.edit_flows.edit_pieces`; `decode(canvas.responses()[0])` is the text so far.
+        changes is shown by `sampling.edits.edit_pieces`; `decode(canvas.responses()[0])` is the text so far.
         Raises ValueError, one line, for a model that does not edit, or a draft that does not fit into its context.
         """
-        if not isinstance(self.algorithm, EditFlow):
+        if not isinstance(self.sampler, EditSampler):
             trained = self.backbone.sidecar.get("algorithm", "mdlm")
             raise ValueError(
                 f"a draft can be edited by a model trained with edit_flows only; this one was trained with {trained}"
@@ -160,18 +162,23 @@ class DiffusionLM:
                 "tokens; shorten them"
             )
         canvas = edit_canvas([[*given, *tokens]], len(given), pad_id=self.backbone.pad_id, device=self.backbone.device)
-        return self.algorithm.denoise(self.backbone, canvas, settings)
+        return self.sampler.denoise(self.backbone, canvas, settings)
 
     def _canvas(self, rows: list[list[int]], settings: GenerateSettings, device: torch.device | str) -> Canvas:
         ids = {"mask_id": self.backbone.mask_id, "pad_id": self.backbone.pad_id}
         return canvas_for(rows, settings.max_new_tokens, device=device, **ids)
 
-    def _has_ended(self, marks: Sequence[str], tokens: list[int], fresh: int) -> bool:
-        """Whether a response has an end of turn or one of the marks, which the last `fresh` tokens may have completed.
+    def _ended(self, settings: GenerateSettings) -> Ended | None:
+        """What ends a row early: the end of turn, EOS, or a stop string."""
+        return partial(self._has_ended, self._ends(settings.stop)) if settings.early_stop else None
+
+    def _has_ended(self, marks: Sequence[str], row: Progress) -> bool:
+        """Whether a response has an end of turn or one of the marks, which its new tokens may have completed.
 
         Text is decoded only if one of these holds the last character of a mark.
         """
-        news = tokens[len(tokens) - fresh :]
+        tokens = row.response[: row.known]
+        news = tokens[row.known - row.new :]
         if not self._end_ids.isdisjoint(news):
             return True
         last = {mark[-1] for mark in marks}
@@ -208,7 +215,8 @@ class DiffusionLM:
         """
         self._check_trained()
         rows, aims = self._pairs(prompts, targets)
-        return self.algorithm.nelbo(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+        scorer = self.algorithm.part("scorer")()
+        return scorer.nelbo(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
 
     def greedy_match(
         self,
@@ -219,13 +227,14 @@ class DiffusionLM:
         """Whether greedy decoding of exactly the target's length, one token per pass, gives the target."""
         self._check_trained()
         rows, aims = self._pairs(prompts, targets)
-        return self.algorithm.greedy_match(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+        scorer = self.algorithm.part("scorer")()
+        return scorer.greedy_match(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
 
     def _check_trained(self) -> None:
         """Raise ValueError, one line, if the checkpoint was trained with another algorithm: no score of it is meant."""
         trained = self.backbone.sidecar.get("algorithm")
-        if trained in ALGORITHMS and not isinstance(self.algorithm, algorithm_class(trained)):
-            name = next(name for name in ALGORITHMS if isinstance(self.algorithm, algorithm_class(name)))
+        name = self.algorithm.name
+        if trained in ALGORITHMS and trained != name:
             raise ValueError(
                 f"algorithm = {name!r} cannot score a checkpoint trained with {trained!r}: it would be the bound of a "
                 f"model that was never trained; leave the algorithm out, or train with {name!r}"

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
 
+from pydantic import WithJsonSchema  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from dllm import config  # noqa: E402
@@ -110,9 +111,20 @@ def section(where: str, model: type[Settings]) -> str:
     lines = [f"### {model.__name__}: {where}", "", inspect.getdoc(model).splitlines()[0], ""]
     lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        cells = (f"`{name}`", type_text(field.annotation) + limits_text(field), default_text(field), field.description)
+        cells = (
+            f"`{name}`",
+            (choices_text(field) or type_text(field.annotation)) + limits_text(field),
+            default_text(field),
+            field.description,
+        )
         lines.append(f"| {' | '.join((cell or '').replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
+
+
+def choices_text(field: FieldInfo) -> str:
+    """The names that a table allows, where a setting is one of them."""
+    found = [name for part in field.metadata if isinstance(part, WithJsonSchema) for name in part.json_schema["enum"]]
+    return ", ".join(f"`{name}`" for name in found)
 
 
 def type_text(annotation: Any) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from dllm.algorithms.edit_flows import EditFlow
 from dllm.config import EditSettings
 from dllm.core.batch import Batch, row_noise
 from dllm.models.edit_heads import HEADS_FILE
 from dllm.models.load import SIDECAR, load_backbone
+from dllm.objectives.edit_flows import EditFlows, save_heads, trained_module
 from tests.toys import LEARNT, save_toy
+from tests.training_loss import training_loss
 
 STARTS = EditSettings(schedule="linear", starts=["empty", "noisy"], adapter_rank=8)
 
@@ -21,13 +23,14 @@ def save_edit_toy(directory: Path, *, steps: int = 0, seed: int = 0, **sidecar) 
     """Save a toy with edit heads, trained on `LEARNT` for some steps, and return its directory."""
     path = save_toy(directory, response_end="one", **sidecar)
     backbone = load_backbone(path)
-    algorithm = EditFlow(edits=STARTS, longest=backbone.max_length, seed=seed)
-    scores = algorithm.scores(backbone).train()
+    config = SimpleNamespace(edits=STARTS, seed=seed)
+    objective = EditFlows(edits=STARTS, max_length=backbone.max_length)
+    scores = trained_module(config, backbone.model, backbone.prediction).train()
     batch = learnt_batch(backbone)
     optimizer = torch.optim.AdamW(scores.parameters(), lr=5e-3)
     for step in range(steps):
         noise = row_noise(seed, step, batch.sample_ids, batch.tokens.shape[1])
-        terms = algorithm.training_loss(scores, batch, noise, mask_id=backbone.mask_id, denominator=100.0)
+        terms = training_loss(objective, scores, batch, noise, mask_id=backbone.mask_id, denominator=100.0)
         optimizer.zero_grad()
         terms.loss.backward()
         torch.nn.utils.clip_grad_norm_(scores.parameters(), 1.0)
@@ -36,7 +39,7 @@ def save_edit_toy(directory: Path, *, steps: int = 0, seed: int = 0, **sidecar) 
     noted = (
         json.loads((path / SIDECAR).read_text())
         | {"algorithm": "edit_flows"}
-        | algorithm.save(scores, scores.state_dict(), path)
+        | save_heads(config, scores, scores.state_dict(), path)
     )
     (path / SIDECAR).write_text(json.dumps(noted))
     assert (path / HEADS_FILE).exists()

@@ -12,10 +12,11 @@ from bench.measure import compare, growth, interleaved, quartiles, require
 from bench.options import Options
 from bench.page import verdict
 from bench.workloads import chat_lengths, encoder, laptop
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import canvas_for
 from dllm.core.losses import dense_masked_loss
+from dllm.likelihood.scorer import MaskedScorer
+from dllm.sampling.sampler import MaskedSampler
 
 FACTS = {"name": "work", "against": "other", "held_equal": "all", "correct": "yes"}
 
@@ -75,7 +76,7 @@ def test_the_common_sampler_gives_the_tokens_of_ours(backbone):
     prompts = [[7, 8, 9], list(range(10, 22))]
     settings = GenerateSettings(max_new_tokens=16, block_size=8, early_stop=False)
     canvas = canvas_for(prompts, 16, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
-    *_, last = MDLM().denoise(backbone, canvas, settings)
+    *_, last = MaskedSampler().denoise(backbone, canvas, settings)
     assert last.responses() == [sample_row(backbone.model, prompt, 16, 8, backbone.mask_id) for prompt in prompts]
 
 
@@ -85,7 +86,7 @@ def test_the_common_estimator_has_the_expectation_of_ours(backbone):
     drawn = [
         monte_carlo(backbone.model, prompt, target, backbone.mask_id, draws=32, generator=generator) for _ in range(60)
     ]
-    exact = MDLM().nelbo(backbone, [prompt], [target], LikelihoodSettings(estimator="enumerate"))[0].nats
+    exact = MaskedScorer().nelbo(backbone, [prompt], [target], LikelihoodSettings(estimator="enumerate"))[0].nats
     mean, error = torch.tensor(drawn).mean(), torch.tensor(drawn).std() / 60**0.5
     assert abs(mean - exact) < 4 * error + 1e-3  # four standard errors: one false alarm in 16,000
 

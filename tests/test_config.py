@@ -3,12 +3,10 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
 
-from dllm.algorithms import ALGORITHMS
 from dllm.config import (
     ConfigError,
     RunConfig,
@@ -21,7 +19,6 @@ from dllm.config import (
     run_configs,
     write_when_changed,
 )
-from dllm.config.rules import RULES, AlgorithmName
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "workflow"))  # as the Snakefile does
@@ -235,10 +232,6 @@ def test_the_systems_of_both_sizes_are_planned_whole(overlays):
 def test_what_a_row_changes_of_a_sampler_is_checked():
     with pytest.raises(ConfigError, match="evaluations.gpt2.generation: stpes is not a setting. Did you mean 'steps'"):
         project({"evaluations": {"gpt2": {"generation": {"stpes": 3}}}})
-
-
-def test_every_algorithm_says_what_its_recipes_and_runs_may_say():
-    assert set(RULES) == set(get_args(AlgorithmName)) == set(ALGORITHMS)
 
 
 def test_reading_the_configuration_imports_no_torch():

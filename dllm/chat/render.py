@@ -98,7 +98,7 @@ def canvas_text(found: Sequence[Piece], end: str = "") -> Text:
 
 
 def edit_text(found: Sequence[tuple[str, str]], *, colours: bool = True) -> Text:
-    """Pieces of an edited text (`algorithms.edit_flows.edit_pieces`) on one line.
+    """Pieces of an edited text (`sampling.edits.edit_pieces`) on one line.
 
     With colours, what is gone is struck through and what is new is bold; else they read [-gone-] and {+new+}.
     """

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from rapidfuzz.distance import Levenshtein
 
-from dllm.algorithms.edit_flows import EditCanvas
 from dllm.chat.render import Piece, pieces
 from dllm.chat.session import Message
 from dllm.config import GenerateSettings, SampleConfig
 from dllm.language_model import DiffusionLM
+from dllm.sampling.edits import EditCanvas
 
 
 def samples(model: DiffusionLM, config: SampleConfig) -> dict:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from dllm.algorithms import trained_blocks
 from dllm.config import GenerateSettings, did_you_mean
 
 Message = dict[str, str]
@@ -178,8 +179,8 @@ def check_block(size: int, sidecar: dict, words: str) -> None:
 
     sidecar: the record of the model's training.
     """
-    if sidecar.get("algorithm") == "edit_flows":
-        raise ValueError(f"{words}: a model trained with edit_flows has no blocks; leave it out")
-    trained = sidecar.get("block_size")
-    if sidecar.get("algorithm") == "bd3lm" and size != trained:
+    blocks, trained = trained_blocks(sidecar.get("algorithm")), sidecar.get("block_size")
+    if blocks == "none":
+        raise ValueError(f"{words}: a model trained with {sidecar['algorithm']} has no blocks; leave it out")
+    if blocks == "trained" and size != trained:
         raise ValueError(f"{words}: this model was trained in blocks of {trained}; leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dllm.algorithms import trained_blocks
 from dllm.config import GenerateSettings, did_you_mean
 
 CHAT_TOKENS = 128
@@ -62,8 +63,9 @@ def chat_context(sidecar: dict, max_length: int) -> int:
 def chat_generation(sidecar: dict, context: int) -> GenerateSettings:
     """How a chat samples unless told otherwise: half the context at most, in the blocks that training ended rows at."""
     tokens = max(1, min(CHAT_TOKENS, context // 2))
-    if sidecar.get("algorithm") == "edit_flows":  # it has no blocks, and what it draws must not be the same everywhere
+    blocks = trained_blocks(sidecar.get("algorithm"))
+    if blocks == "none":  # it has no blocks, and what it draws must not be the same everywhere
         return GenerateSettings(max_new_tokens=tokens, block_size=tokens, temperature=EDIT_TEMPERATURE)
-    in_blocks = sidecar.get("response_end") == "block" or sidecar.get("algorithm") == "bd3lm"
+    in_blocks = sidecar.get("response_end") == "block" or blocks == "trained"
     block = sidecar.get("block_size") if in_blocks else None
     return GenerateSettings(max_new_tokens=tokens, block_size=block or GenerateSettings().block_size)

@@ -15,8 +15,8 @@ import torch
 
 from dllm.chat.session import check_steps
 from dllm.config import GenerateSettings, SpeedConfig, overlaid
-from dllm.core.reveal import PARALLEL_RULES
 from dllm.language_model import Answer, DiffusionLM
+from dllm.sampling.reveal import PARALLEL_RULES
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

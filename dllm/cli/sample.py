@@ -102,9 +102,9 @@ def _edit(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from dllm.algorithms.edit_flows import edit_pieces
     from dllm.chat.render import edit_text
     from dllm.chat.settings import chat_context, chat_generation, find_checkpoint
+    from dllm.sampling.edits import edit_pieces
 
     model = open_model(find_checkpoint(args.model), args.device)
     sidecar = model.backbone.sidecar

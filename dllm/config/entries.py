@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 from pydantic import model_validator
 
 from dllm.config.rules import (
-    AlgorithmName,
     adapter_error,
     budget_error,
     launch_fault,
@@ -22,6 +21,7 @@ from dllm.config.rules import (
 from dllm.config.settings import (
     DECODING_OPTIONS,
     AdapterSettings,
+    AlgorithmName,
     EditSettings,
     GenerateSettings,
     OptimizerSettings,

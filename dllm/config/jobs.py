@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from dllm.algorithms import algorithm_named
 from dllm.config.entries import (
     BenchmarkEntry,
     DatasetEntry,
@@ -22,7 +23,7 @@ from dllm.config.entries import (
     SpeedSettings,
     TaskSettings,
 )
-from dllm.config.rules import raise_first, recipe_error
+from dllm.config.rules import raise_first
 from dllm.config.settings import Recipe, Scorer, Settings, option, overlaid
 from dllm.provenance import write_atomically
 
@@ -83,7 +84,7 @@ class RunConfig(Job, RunSettings):
 
     @model_validator(mode="after")
     def the_recipe_is_allowed(self) -> RunConfig:
-        if error := recipe_error(self.algorithm, self.recipe):
+        if error := algorithm_named(self.algorithm).recipe_error(self.recipe):
             raise_first(f"recipe {self.recipe_name!r} {error}")
         return self
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dllm.algorithms import algorithm_named
 from dllm.config.entries import NAME, Project
-from dllm.config.rules import recipe_error
 from dllm.config.settings import GenerateSettings, did_you_mean, overlaid
 
 Problem = tuple[tuple[str, ...], str]
@@ -124,7 +124,7 @@ def _streamed_data(project: Project) -> Iterator[Problem]:
 def _recipes_of_algorithms(project: Project) -> Iterator[Problem]:
     """A run's recipe asks nothing that its algorithm does not allow."""
     for name, run in project.runs.items():
-        if error := recipe_error(run.algorithm, project.recipes[run.recipe]):
+        if error := algorithm_named(run.algorithm).recipe_error(project.recipes[run.recipe]):
             yield ("runs", name, "recipe"), f"runs.{name}.recipe = {run.recipe!r} {error}"
 
 

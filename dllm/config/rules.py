@@ -1,61 +1,13 @@
 """Rules that several settings obey together, each checked in one place. A function returns the error's text, or None.
 
-The table RULES says what each algorithm allows; everything else here concerns devices and memory.
+What an algorithm allows is in its row of `dllm.algorithms`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from dllm.config.settings import AdapterSettings, OptimizerSettings, Recipe
-
-AlgorithmName = Literal["mdlm", "bd3lm", "mlm", "ar", "edit_flows"]
-
-
-@dataclass(frozen=True)
-class AlgorithmRules:
-    """What the recipes and runs of one algorithm may say."""
-
-    normalisations: tuple[str, ...] = ("token",)
-    clipped_times: bool = False
-    """Whether it can be trained on a part of the diffusion times (`time_low`, `time_high`)."""
-    response_ends: tuple[str, ...] = ("fill", "block", "one")
-
-
-RULES: dict[str, AlgorithmRules] = {
-    "mdlm": AlgorithmRules(normalisations=("token", "sequence", "batch")),
-    "bd3lm": AlgorithmRules(normalisations=("token", "sequence", "batch"), clipped_times=True),
-    "mlm": AlgorithmRules(),
-    "ar": AlgorithmRules(),
-    # its responses find their own length: EOS up to a boundary would be edits without a meaning
-    "edit_flows": AlgorithmRules(response_ends=("one",)),
-}
-
-
-def recipe_error(algorithm: AlgorithmName, recipe: Recipe) -> str | None:
-    """The end of the line for a recipe that an algorithm does not allow."""
-    rules = RULES[algorithm]
-    if recipe.normalisation not in rules.normalisations:
-        return (
-            f"has normalisation = {recipe.normalisation!r}; algorithm = {algorithm!r} allows "
-            f"{_listed(rules.normalisations)} only: take another recipe"
-        )
-    if not rules.clipped_times and (recipe.time_low, recipe.time_high) != (0, 1):
-        return (
-            f"trains on the times from {recipe.time_low:g} to {recipe.time_high:g}, which algorithm = {algorithm!r} "
-            "does not; allowed: 0 to 1; take another recipe"
-        )
-    if recipe.response_end not in rules.response_ends:
-        return (
-            f"has response_end = {recipe.response_end!r}; algorithm = {algorithm!r} allows "
-            f"{_listed(rules.response_ends)} only: take another recipe"
-        )
-    return None
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+from dllm.config.settings import AdapterSettings, OptimizerSettings
 
 
 def budget_error(epochs: float | None, steps: int | None) -> str | None:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+
+from dllm.algorithms import ALGORITHMS, algorithm_named
 
 
 class Settings(BaseModel):
     """A frozen, strict settings object: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+AlgorithmName = Annotated[
+    str,
+    AfterValidator(lambda name: algorithm_named(name).name),
+    WithJsonSchema({"enum": list(ALGORITHMS), "type": "string"}),
+]
+"""The name of a row in the table of algorithms."""
 
 
 def option(default: Any = ..., text: str = "", **limits: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +64,24 @@ class Completion:
     tokens: list[int]
     passes: int
     computed: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A row that is not done, as whoever may end it sees it after a pass.
+
+    number: of the row; response: its tokens from `start` on, the mask token where they are masked; known: how many of
+    them stand before the first mask; new: how many of these were not known when it was last looked at.
+    """
+
+    number: int
+    response: list[int]
+    known: int
+    new: int
+
+
+Ended = Callable[[Progress], bool]
+"""Whether a response ends here: a stop string in its text, say. What is still masked then becomes EOS."""
 
 
 @dataclass(frozen=True)

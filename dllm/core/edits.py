@@ -8,13 +8,15 @@ Source: Havasi et al. 2025 (arXiv:2506.09018).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from dllm.core.batch import Noise
 from dllm.core.noise import keyed_hash, keyed_uniform
+from dllm.core.packing import Layout, layout_of
 
 BLANK = -1
 """No token: what a column holds before an insertion and after a deletion."""
@@ -45,12 +47,6 @@ class Columns:
 
 Ragged = tuple[Tensor, Tensor]
 """Rows laid end to end: values [sum of lengths] long and lengths [S] long."""
-
-
-def ragged(rows: Sequence[Sequence[int]]) -> Ragged:
-    """Lists of tokens laid end to end."""
-    values = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    return values, torch.tensor([len(row) for row in rows], dtype=torch.long)
 
 
 def owners(lengths: Tensor) -> Tensor:
@@ -197,24 +193,6 @@ def open_gaps(given: Tensor, row: Tensor) -> Tensor:
     return ~given | before | alone
 
 
-def apply_edits(tokens: Tensor, lengths: Tensor, edits: Edits) -> Ragged:
-    """Rows [T], lengths [B] with all edits made at once: what is inserted stands behind its kept or replaced anchor."""
-    inserted = edits.kind == INSERT
-    changed = edits.place[~inserted]
-    tokens = tokens.index_copy(0, changed, edits.token[~inserted])
-    place, new = edits.place[inserted], edits.token[inserted]
-    before = torch.bincount(place, minlength=len(tokens)).cumsum(0)
-    position = torch.arange(len(tokens), device=tokens.device)
-    position[1:] += before[:-1]
-    result = tokens.new_empty(len(tokens) + len(new))
-    result[position] = tokens
-    result[place + 1 + torch.arange(len(new), device=tokens.device)] = new
-    row = torch.empty_like(result)
-    row[position] = owners(lengths)
-    row[place + 1 + torch.arange(len(new), device=tokens.device)] = owners(lengths)[place]
-    return strip(result, row, len(lengths))
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # From a batch of texts to columns
 
@@ -274,3 +252,82 @@ def span_targets(tokens: Tensor, spans: Spans, which: Tensor) -> Ragged:
     first = (spans.row * tokens.shape[1] + spans.first)[which]
     index = torch.arange(len(span)) - starts_of(count)[span]
     return tokens.flatten()[first[span] + index], count
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the loss needs
+
+
+@dataclass(frozen=True, eq=False)
+class EditInputs:
+    """Rows on their way from x_0 to x_1, and the edits they still need.
+
+    tokens [B, L] long: x_t behind a front token; layout: its T tokens laid end to end; time [B]; insertable, editable
+    [T] bool: where rates count; edits [T, 3]: outstanding insertions right of each token, deletions, substitutions.
+    The LM head runs at U places: place [U] long, insert [U] bool; the N new tokens are targets [N], each with its
+    distribution which [N] and its place slot [N] in [B, width] (width host integer). weight [B]: w(t); share [B]: what
+    one nat of a row counts in the loss before the denominator.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    time: Tensor
+    insertable: Tensor
+    editable: Tensor
+    edits: Tensor
+    place: Tensor
+    insert: Tensor
+    which: Tensor
+    targets: Tensor
+    slot: Tensor
+    weight: Tensor
+    share: Tensor
+    width: int
+
+    def to(self, device: torch.device | str) -> EditInputs:
+        """The same inputs on a device."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> EditInputs:
+        """The same inputs in page-locked memory."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, change: Callable) -> EditInputs:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: change(v) for n, v in values.items() if not isinstance(v, int)})
+
+
+def row_keys(noise: Noise) -> Tensor:
+    """One key [B] per row, from its level and its first place: what a row's own noise is drawn from."""
+    bits = [(value.double() * 2**24).long() for value in (noise.level, noise.place[:, 0])]
+    return keyed_hash(*bits)
+
+
+def edit_inputs(columns: Columns, z_t: Tensor, time: Tensor, weight: Tensor, share: Tensor, *, pad_id: int):
+    """The inputs for aligned rows in the state z_t [C] at time [B]; weight, share [B] as in `EditInputs`."""
+    here = z_t != BLANK
+    row = columns.row[here]
+    layout = layout_of(torch.bincount(row, minlength=columns.rows).tolist())
+    edits = outstanding(columns, z_t)
+    table = torch.zeros(len(row), 3).index_put((edits.place, edits.kind), torch.ones(()), accumulate=True)
+    named = edits.kind != DELETE
+    spots, which = torch.unique(edits.place[named] * 2 + (edits.kind[named] == INSERT), return_inverse=True)
+    of_row = row[edits.place[named]]
+    count = torch.bincount(of_row, minlength=columns.rows)
+    width = int(count.max())
+    return EditInputs(
+        tokens=layout.unpack(z_t[here], pad_id),
+        layout=layout,
+        time=time,
+        insertable=open_gaps(columns.given, columns.row)[here],
+        editable=~columns.given[here],
+        edits=table,
+        place=spots // 2,
+        insert=spots % 2 == 1,
+        which=which,
+        targets=edits.token[named],
+        slot=of_row * width + torch.arange(len(of_row)) - starts_of(count)[of_row],
+        weight=weight,
+        share=share,
+        width=width,
+    )

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm.algorithms import ALGORITHMS
 from dllm.config import EvaluationConfig, did_you_mean, digest
 from dllm.evaluation.code_tasks import add_outcomes, prepare_code_tasks
 from dllm.evaluation.scores import summarise
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     from dllm.evaluation.stored import Answerer, Progress, StoredLM
 
 PACKAGE = Path(__file__).resolve().parents[1]
-DECIDES_ANSWERS = ("core", "models", "algorithms", "language_model.py", "evaluation/adapter.py", "evaluation/causal.py")
+DECIDES_ANSWERS = (
+    *("algorithms.py", "core", "models", "sampling", "likelihood", "language_model.py"),
+    *("evaluation/adapter.py", "evaluation/causal.py"),
+)
 """The code whose change makes stored answers unusable."""
 
 
@@ -208,8 +212,9 @@ def check_kind(config: EvaluationConfig, checkpoint: Path) -> None:
 
     family = family_of(checkpoint)
     trained = read_sidecar(checkpoint).get("algorithm") or (family and family.algorithm)
-    if trained and (trained == "ar") != (config.model_kind == "hf"):
-        right = "hf" if trained == "ar" else "dllm"
+    causal = trained in ALGORITHMS and ALGORITHMS[trained].causal
+    if trained and causal != (config.model_kind == "hf"):
+        right = "hf" if causal else "dllm"
         raise ValueError(
             f"{config.run}: kind = {config.model_kind!r} does not score a checkpoint trained with {trained!r}, such as "
             f"{config.checkpoint}; allowed: {right}; set kind: {right} in its entry of evaluations"

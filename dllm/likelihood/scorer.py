@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from dllm.algorithms.denoising import denoise_masked
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.attention_pattern import BlockRule
-from dllm.core.canvas import Canvas, Score, canvas_for
+from dllm.core.canvas import Progress, Score, canvas_for
 from dllm.likelihood.designs import estimate
 from dllm.likelihood.requests import (
     Group,
@@ -31,6 +29,7 @@ from dllm.likelihood.requests import (
     token_batches,
 )
 from dllm.models.backbone import Backbone
+from dllm.sampling.sampler import MaskedSampler
 
 HOST_TOKENS = 4096
 """Most tokens of a forward batch on a CPU, whatever the budget: with more, activations fall out of its cache."""
@@ -101,15 +100,15 @@ def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows, rule: BlockR
     counts = [len(target) for target in targets]
     ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": backbone.device}
     canvas = canvas_for(prompts, counts, **ids)
-    wanted = pad_sequence([torch.tensor([*p, *t]) for p, t in zip(prompts, targets, strict=True)], batch_first=True)
-    wanted = wanted.to(canvas.tokens.device)
 
-    def differs(canvas: Canvas) -> Tensor:
-        return (canvas.valid & ~canvas.masked & (canvas.tokens != wanted)).any(1)
+    def differs(row: Progress) -> bool:
+        pairs = zip(row.response, targets[row.number], strict=True)
+        return any(token not in (wanted, backbone.mask_id) for token, wanted in pairs)
 
     settings = GenerateSettings(max_new_tokens=max(counts), block_size=max(counts), early_stop=False)
-    *_, last = denoise_masked(backbone, canvas, settings, finished=differs, rule=rule)
-    return (~differs(last)).cpu().numpy()
+    *_, last = MaskedSampler(rule and (lambda *_: rule)).denoise(backbone, canvas, settings, ended=differs)
+    pairs = zip(last.responses(), targets, strict=True)
+    return numpy.array([response == list(target) for response, target in pairs])
 
 
 @torch.no_grad()

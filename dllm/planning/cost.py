@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dllm.algorithms import algorithm_named
 from dllm.config import BenchmarkSize, GenerateSettings, Recipe, RunEntry, Scorer, Shape
 from dllm.core.memory import logits_at_once
 from dllm.planning.data import Prepared
@@ -47,9 +48,6 @@ GPU_HOST_GIB = 5.0
 
 QLORA_BYTES = 0.52
 """Bytes of a weight in four bits, with its share of the doubly quantized scales (arXiv:2305.14314)."""
-
-DOUBLED = ("bd3lm",)
-"""Algorithms that forward a corrupted copy of the targets behind the clean row."""
 
 CAUSAL_ROWS = 32
 """Rows of a causal model that are scored together."""
@@ -112,10 +110,10 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
     rows = steps * run.global_batch_size
     mean = data.train.tokens / max(1.0, data.train.rows)
     end = _end_tokens(run, recipe, data)
-    share = {"mdlm": 0.5, "mlm": run.mlm_share, "ar": 1.0}.get(run.algorithm, 0.5)
+    algorithm = algorithm_named(run.algorithm)
+    share, causal = algorithm.predicted_share(run), algorithm.causal
     targets = data.train.targets / max(1.0, data.train.rows) + end
-    causal = run.algorithm == "ar"
-    width, doubled = min(run.length, data.train.weighted_length + end), 2 if run.algorithm in DOUBLED else 1
+    width, doubled = min(run.length, data.train.weighted_length + end), 2 if algorithm.blocks == "trained" else 1
     forward, head = forward_flops(shape, width, causal=causal), head_flops(shape)
     checkpointing = run.activation_checkpointing
     times = TRAINING if run.adapter is None else TRAINING - 1
@@ -165,7 +163,7 @@ def forwarded_tokens(run: RunEntry, recipe: Recipe, row: float, targets: float) 
     clean (`core.attention_pattern.BlockRows.doubled`). With blocks counted from the row's start, the first holds some
     prompt.
     """
-    if run.algorithm not in DOUBLED or targets <= 0:
+    if algorithm_named(run.algorithm).blocks != "trained" or targets <= 0:
         return row
     prompt = row - targets
     shared = min(prompt, (recipe.block_size - 1) / 2) if recipe.block_anchor == "row" else 0.0
@@ -184,7 +182,7 @@ def _end_tokens(run: RunEntry, recipe: Recipe, data: Prepared) -> float:
     """EOS tokens that end a mean response; 0 in text."""
     if data.train.targets >= data.train.tokens:
         return 0.0
-    kind = "one" if run.algorithm == "ar" else recipe.response_end
+    kind = "one" if algorithm_named(run.algorithm).causal else recipe.response_end
     if kind == "block":
         return (recipe.block_size + 1) / 2 + recipe.extra_blocks * recipe.block_size / 2
     mean = data.train.tokens / max(1.0, data.train.rows)

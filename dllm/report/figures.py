@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from dllm.algorithms import ALGORITHMS
 from dllm.report import curves
 from dllm.report.claims import halving_ratios
 from dllm.report.format import fixed, range_of
 from dllm.report.load import read_speed, scores
 from dllm.report.plan import ReportPlan
 from dllm.report.style import INK, PALETTE, QUIET, RC, WIDTH, Look, head, looks
-from dllm.report.systems import ALGORITHMS, systems_frame
+from dllm.report.systems import algorithm_label, systems_frame
 from dllm.report.tables import TOY, as_csv
 
 
@@ -151,7 +152,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     panels[0].tick_params(axis="y", labelcolor=INK)
     panels[0].set_ylim(-0.6, len(frame) - 0.4)
     handles = [
-        Line2D([], [], color=look.color, marker=look.marker, linewidth=1.6, label=ALGORITHMS.get(name, name))
+        Line2D([], [], color=look.color, marker=look.marker, linewidth=1.6, label=algorithm_label(name))
         for name, look in found.items()
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.3, label="chance"))
@@ -165,7 +166,8 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
 
 def _bound_title(frame: pd.DataFrame) -> str:
     """`Lowest bound of a diffusion model: LLaDA, 3.6 nats`."""
-    bounds = frame[frame["algorithm"] != "ar"].dropna(subset=["nats"])
+    causal = [name for name, row in ALGORITHMS.items() if row.causal]
+    bounds = frame[~frame["algorithm"].isin(causal)].dropna(subset=["nats"])
     if bounds.empty:
         return "Systems side by side"
     best = bounds.loc[bounds["nats"].idxmin()]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dllm.algorithms import ALGORITHMS, algorithm_named
 from dllm.report.load import (
     final_answer_nats,
     read_evaluation,
@@ -14,15 +15,10 @@ from dllm.report.load import (
 )
 from dllm.report.plan import ReportPlan, System
 
-ALGORITHMS = {
-    "ar": "next token",
-    "mdlm": "masks",
-    "bd3lm": "blocks",
-    "edit_flows": "edits",
-    "mlm": "masked LM",
-    "": "as published",
-}
-"""How the report calls an algorithm."""
+
+def algorithm_label(name: str) -> str:
+    """How the report calls an algorithm; empty: of a model that was not trained here."""
+    return algorithm_named(name).label if name else "as published"
 
 
 def systems_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
@@ -77,8 +73,8 @@ def _row(workdir: Path, plan: ReportPlan, system: System) -> dict:
         "tokens": sum(record["tokens"] for record in records) if records else float("nan"),
         **dict.fromkeys(("nats", "nats_low", "nats_high"), float("nan")),
     }
-    # what edits are trained on bounds no likelihood
-    if metrics and system.algorithm != "edit_flows" and (found := final_answer_nats(metrics[-1])):
+    trained = ALGORITHMS.get(system.algorithm)
+    if metrics and trained and trained.has_likelihood and (found := final_answer_nats(metrics[-1])):
         row |= {"nats": found.value, "nats_low": found.low, "nats_high": found.high}
     for benchmark in plan.system_benchmarks():
         keys = ("", "_low", "_high", "_chance", "_passes")

@@ -18,7 +18,7 @@ from dllm.report.format import fixed, interval, quantity, signed_interval
 from dllm.report.load import final_losses, scores
 from dllm.report.plan import ReportPlan
 from dllm.report.statistics import against_chance
-from dllm.report.systems import ALGORITHMS, answers_frame, systems_frame
+from dllm.report.systems import algorithm_label, answers_frame, systems_frame
 
 TOY = "Toy data and models."
 MARKS = {"above": "▲", "below": "▼", "near": "", "": ""}
@@ -186,7 +186,7 @@ def systems_table(workdir: Path, plan: ReportPlan) -> Table:
         rows.append(
             (
                 Cell(row["label"]),
-                Cell(ALGORITHMS.get(row["algorithm"], row["algorithm"])),
+                Cell(algorithm_label(row["algorithm"])),
                 Cell(quantity(row["parameters"])),
                 Cell(fixed(row["steps"], 0)),
                 Cell(quantity(row["tokens"])),

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
 
-from dllm.algorithms.base import Algorithm
 from dllm.config import OptimizerSettings, RunConfig
 from dllm.core.batch import LossTerms
 from dllm.models.backbone import Backbone, TokenNLL
+from dllm.objectives.objective import Objective
 from dllm.training.backends import backend_for
 from dllm.training.pipeline import Part
 
@@ -28,7 +28,8 @@ DATA_PARALLEL = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_
 def scores_for(config: RunConfig, backbone: Backbone, make: Callable[[Backbone], nn.Module] = TokenNLL) -> nn.Module:
     """The module that is trained, in training mode, with the run's choices of memory and compilation.
 
-    make: `Algorithm.scores`. Raises ValueError, one line, if the architecture does not offer activation checkpointing.
+    make: makes it, from the model and its prediction. Raises ValueError, one line, if the architecture does not offer
+    activation checkpointing.
     """
     model = backbone.model
     if config.activation_checkpointing:
@@ -74,15 +75,15 @@ class Engine:
         """Whether this process writes files and talks."""
         return self.accelerator.is_main_process
 
-    def forward(self, algorithm: Algorithm, part: Part) -> LossTerms:
+    def forward(self, objective: Objective, part: Part) -> LossTerms:
         """The terms of a micro-batch, in the run's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return algorithm.loss(self.model, part.inputs.to(self.device), denominator=part.denominator)
+            return objective.loss(self.model, part.inputs.to(self.device), denominator=part.denominator)
 
-    def accumulate(self, algorithm: Algorithm, part: Part, *, scale: float) -> LossTerms:
+    def accumulate(self, objective: Objective, part: Part, *, scale: float) -> LossTerms:
         """Forward and backward of `scale` times the loss; the processes' gradients are averaged."""
         with self.backend.part(part.last):
-            terms = self.forward(algorithm, part)
+            terms = self.forward(objective, part)
             self.backend.backward(terms.loss * scale)
         return terms
 

@@ -18,13 +18,13 @@ import numpy
 import torch
 from numpy import ndarray
 
-from dllm.algorithms.base import Algorithm
 from dllm.config import RunConfig
 from dllm.core.batch import Inputs, Noise, evaluation_noise, row_noise
 from dllm.core.losses import denominator
 from dllm.data.collate import ResponseEnd, collate, epoch_batches, row_lengths, row_widths, target_counts
 from dllm.data.stream import StreamedRows
 from dllm.data.tokens import TokenRows
+from dllm.objectives.objective import Objective
 
 AHEAD = 4
 """Micro-batches made ahead of the step."""
@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch: the algorithm's inputs, what its summed loss is divided by, and whether it ends its step.
+    """A micro-batch: the objective's inputs, what its summed loss is divided by, and whether it ends its step.
 
     numbers: the rows in it; tokens: tokens of the whole global batch on disk, the same on every rank; counts: false
     for one that another rank evaluates, forwarded to keep the ranks in step.
@@ -60,13 +60,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """One split of a run's data as its algorithm sees it.
+    """One split of a run's data as its objective sees it.
 
     stream: where the rows of training steps come from, if they are not on disk; `rows` is then the step's alone.
     """
 
     rows: TokenRows
-    algorithm: Algorithm
+    objective: Objective
     end: ResponseEnd | None
     pad_id: int
     mask_id: int
@@ -76,17 +76,17 @@ class Source:
         """The rows `numbers` as inputs; noise is a function of (sample ids, width)."""
         batch = collate(self.rows, numbers, pad_id=self.pad_id, end=self.end, epoch=epoch, fill_to=fill_to)
         drawn: Noise = noise(batch.sample_ids, batch.tokens.shape[1])
-        return self.algorithm.corrupt(batch, drawn, mask_id=self.mask_id)
+        return self.objective.corrupt(batch, drawn, mask_id=self.mask_id)
 
     def forwarded(self, numbers: ndarray, epoch: int, fill_to: int) -> ndarray:
         """How many tokens each row sends through the model, [B]."""
         lengths = row_lengths(self.rows, numbers, self.end, epoch, fill_to)
-        return self.algorithm.forwarded(lengths, self.rows.prompts[numbers])
+        return self.objective.forward_lengths(lengths, self.rows.prompts[numbers])
 
     def counted(self, numbers: ndarray, epoch: int = 0) -> torch.Tensor:
         """How many targets of each row the loss counts, [B] long."""
         targets = torch.from_numpy(target_counts(self.rows, numbers, self.end, epoch))
-        return self.algorithm.counted(targets, torch.from_numpy(self.rows.prompts[numbers]))
+        return self.objective.target_counts(targets, torch.from_numpy(self.rows.prompts[numbers]))
 
 
 def training_parts(

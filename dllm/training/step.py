@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dllm.algorithms.base import Algorithm
+from dllm.objectives.objective import Objective
 from dllm.training.engine import Engine
 from dllm.training.pipeline import Part
 
@@ -24,7 +24,7 @@ class StepNumbers:
     gradient_norm: Tensor
 
 
-def training_step(engine: Engine, algorithm: Algorithm, parts: Iterable[Part], *, scale: float = 1.0) -> StepNumbers:
+def training_step(engine: Engine, objective: Objective, parts: Iterable[Part], *, scale: float = 1.0) -> StepNumbers:
     """Train on the micro-batches of one step, of which there must be at least one and the last one marked so.
 
     scale: what the loss is multiplied by for the gradient (a wrapper that averages over processes wants their number
@@ -33,7 +33,7 @@ def training_step(engine: Engine, algorithm: Algorithm, parts: Iterable[Part], *
     loss = nll = 0.0
     masked = tokens = 0
     for part in parts:
-        terms = engine.accumulate(algorithm, part, scale=scale)
+        terms = engine.accumulate(objective, part, scale=scale)
         loss, nll = loss + terms.loss.detach(), nll + terms.nll
         masked, tokens = masked + terms.masked, part.tokens
     return StepNumbers(loss, nll, masked, tokens, engine.update())

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -29,16 +30,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dllm import provenance
-from dllm.algorithms import algorithm_class
-from dllm.algorithms.base import Algorithm, part_of_state
+from dllm.algorithms import algorithm_named, resolved
 from dllm.config import RunConfig, digest, read_yaml, write_when_changed
 from dllm.core.precision import has_fast_bf16
 from dllm.data.collate import ResponseEnd
 from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import TokenRows, open_rows
 from dllm.models.adapters import attach_adapter, merge_adapter, save_adapter
-from dllm.models.load import SIDECAR, Backbone, load_backbone
+from dllm.models.backbone import Backbone, TokenNLL
+from dllm.models.load import SIDECAR, load_backbone
 from dllm.models.published import family_of
+from dllm.objectives.objective import Objective, part_of_state
 from dllm.training.engine import DATA_PARALLEL, Engine, scores_for
 from dllm.training.optimizer import set_learning_rate, share_of_peak
 from dllm.training.pipeline import Ahead, Part, Source, evaluation_parts, steps_per_epoch, training_parts
@@ -185,15 +187,16 @@ class _Run:
         state: StateDirectory,
     ):
         self.config, self.plan, self.backbone, self.state = config, plan, backbone, state
-        self.algorithm = _algorithm(config, backbone)
-        _check_budget(config, self.algorithm)
+        self.algorithm, self.objective = algorithm_named(config.algorithm), _objective(config, backbone)
+        _check_budget(config, self.objective)
         end = _response_end(config, train_rows, backbone)
         ids = {"pad_id": backbone.pad_id, "mask_id": backbone.mask_id}
-        self.train_source = Source(train_rows, self.algorithm, end, **ids)
+        self.train_source = Source(train_rows, self.objective, end, **ids)
         # test responses end as training ones do, without the random extra blocks
-        self.test_source = Source(test_rows, self.algorithm, end and replace(end, extra_blocks=0), **ids)
-        shifted = replace(backbone, prediction="next") if config.algorithm == "ar" else backbone
-        scores = scores_for(config, shifted, self.algorithm.scores)
+        self.test_source = Source(test_rows, self.objective, end and replace(end, extra_blocks=0), **ids)
+        shifted = replace(backbone, prediction="next") if self.algorithm.causal else backbone
+        module = resolved(self.algorithm.module)
+        scores = scores_for(config, shifted, partial(module, config) if module else TokenNLL)
         self.parameters = sum(p.numel() for p in scores.parameters())
         products = product_dtype(config, accelerator.device)
         bf16 = products == "bf16" and config.recipe.parameters == "fp32"  # bf16 parameters need no autocast
@@ -264,7 +267,7 @@ class _Run:
         self.rate = set_learning_rate(
             self.engine.optimizers, share_of_peak(step, self.plan.schedule_steps, self.config.optimizer.warmup_share)
         )
-        numbers = training_step(self.engine, self.algorithm, _until_last(self.parts), scale=self._gradient_scale)
+        numbers = training_step(self.engine, self.objective, _until_last(self.parts), scale=self._gradient_scale)
         self.tokens += numbers.tokens
         return numbers
 
@@ -303,7 +306,7 @@ class _Run:
         rows = numpy.arange(min(len(source.rows), limit or len(source.rows)))
         drawn = config.recipe.eval_noise == "drawn" and not final
         if not drawn:
-            source = replace(source, algorithm=_algorithm(config, self.backbone, exact=True))
+            source = replace(source, objective=_objective(config, self.backbone, exact=True))
         layout = {"rank": engine.rank, "ranks": engine.ranks}
         # published fault F6: other masks at every evaluation
         parts = evaluation_parts(source, config, rows, draw_seed=config.seed + step if drawn else None, **layout)
@@ -311,7 +314,7 @@ class _Run:
         engine.model.eval()
         with Ahead(parts, pin=self._pins) as parts:
             for part in parts:
-                rows_of = engine.forward(source.algorithm, part).rows
+                rows_of = engine.forward(source.objective, part).rows
                 if part.counts:
                     found.append((part.numbers, rows_of))
         engine.model.train()
@@ -448,20 +451,20 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _algorithm(config: RunConfig, backbone: Backbone, *, exact: bool = False) -> Algorithm:
-    """The run's algorithm; `exact` swaps in the least noisy unbiased estimate, for evaluation."""
-    cls = algorithm_class(config.algorithm)
+def _objective(config: RunConfig, backbone: Backbone, *, exact: bool = False) -> Objective:
+    """The run's objective; `exact` swaps in the least noisy unbiased estimate, for evaluation."""
     bound = {"corruption": "exact", "weight": "elbo", "time_low": 0.0, "time_high": 1.0}
     recipe = config.recipe.model_copy(update=bound) if exact else config.recipe
-    if config.algorithm == "edit_flows":
-        return cls(recipe, config.edits, longest=backbone.max_length, seed=config.seed)
-    return cls(recipe, config.mlm_share) if config.algorithm == "mlm" else cls(recipe)
+    algorithm, known = algorithm_named(config.algorithm), {"max_length": backbone.max_length, **vars(config)}
+    return algorithm.part("objective")(recipe, **{name: known[name] for name in algorithm.takes})
 
 
 def _start(config: RunConfig, workdir: Path) -> Backbone:
     """The backbone that a run starts from."""
     dtype = torch.bfloat16 if config.recipe.parameters == "bf16" else torch.float32
-    return load_backbone(workdir / config.init_path, dtype=dtype, entry=config.model, causal=config.algorithm == "ar")
+    return load_backbone(
+        workdir / config.init_path, dtype=dtype, entry=config.model, causal=algorithm_named(config.algorithm).causal
+    )
 
 
 def _adapted(config: RunConfig, backbone: Backbone, device: torch.device) -> Backbone:
@@ -474,7 +477,7 @@ def _adapted(config: RunConfig, backbone: Backbone, device: torch.device) -> Bac
         seed=config.seed,
         device=device,
         bf16=config.recipe.autocast == "bf16" and has_fast_bf16(device),
-        causal=config.algorithm == "ar",
+        causal=algorithm_named(config.algorithm).causal,
     )
 
 
@@ -483,7 +486,7 @@ def _response_end(config: RunConfig, rows: TokenRows, backbone: Backbone) -> Res
     if not rows.prompts.any():
         return None
     recipe = config.recipe
-    kind = "one" if config.algorithm == "ar" else recipe.response_end
+    kind = "one" if algorithm_named(config.algorithm).causal else recipe.response_end
     return ResponseEnd(
         kind, backbone.eos_id, recipe.block_size, recipe.extra_blocks, config.seed, longest=config.length
     )
@@ -501,7 +504,7 @@ def product_dtype(config: RunConfig, device: torch.device) -> str:
 
 def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
     """Rows and their ends fit the model's positions, and the data was tokenized with its vocabulary."""
-    room = backbone.max_length - algorithm_class(config.algorithm).front
+    room = backbone.max_length - algorithm_named(config.algorithm).prefix_positions
     if config.length > room:
         raise ValueError(
             f"{config.name}: length = {config.length} is longer than the model allows ({room}); "
@@ -526,9 +529,9 @@ def _check_blocks(config: RunConfig, init: Path) -> None:
         )
 
 
-def _check_budget(config: RunConfig, algorithm: Algorithm) -> None:
-    """Raise ValueError if the tokens that an algorithm forwards for the longest row may not fit into a micro-batch."""
-    most = algorithm.forwarded(numpy.array([config.length]), numpy.array([0])).item()
+def _check_budget(config: RunConfig, objective: Objective) -> None:
+    """Raise ValueError if the tokens that an objective forwards for the longest row may not fit into a micro-batch."""
+    most = objective.forward_lengths(numpy.array([config.length]), numpy.array([0])).item()
     if config.micro_batch_tokens is not None and config.micro_batch_tokens < most:
         raise ValueError(
             f"{config.name}: micro_batch_tokens = {config.micro_batch_tokens} is smaller than the longest row, for "
@@ -628,7 +631,7 @@ def _finish(run: _Run, weights: dict[str, Tensor], target: Path, workdir: Path) 
         "algorithm": config.algorithm,
         "run": config.name,
         "family": run.backbone.family,
-        "prediction": "next" if config.algorithm == "ar" else run.backbone.prediction,
+        "prediction": "next" if run.algorithm.causal else run.backbone.prediction,
         "response_end": config.recipe.response_end,
         "block_size": config.recipe.block_size,
         "block_anchor": config.recipe.block_anchor,
@@ -636,8 +639,9 @@ def _finish(run: _Run, weights: dict[str, Tensor], target: Path, workdir: Path) 
         "products": product_dtype(config, accelerator.device),
         "special_tokens": {"mask": entry.mask_token, "eos": entry.end_token, "end_of_turn": entry.end_of_turn},
         "chat_template": entry.chat_template,
-        **run.algorithm.save(run.engine.backend.scores, weights, scratch / "model"),
     }
+    if run.algorithm.save:
+        sidecar |= resolved(run.algorithm.save)(config, run.engine.backend.scores, weights, scratch / "model")
     (scratch / "model" / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
     write_when_changed(scratch / "config.yaml", config)
     shutil.copy2(run.state.path / "metrics.jsonl", scratch / "metrics.jsonl")

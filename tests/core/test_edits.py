@@ -8,24 +8,20 @@ import torch
 
 from dllm.core.edits import (
     BLANK,
-    DELETE,
     INSERT,
-    SUBSTITUTE,
     Columns,
-    Edits,
     align,
     align_at_random,
-    apply_edits,
     faulty_rows,
     mask_rows,
     merge,
     open_gaps,
     outstanding,
     owners,
-    ragged,
     span_keys,
     span_targets,
     spans_of,
+    starts_of,
     state_at,
     strip,
 )
@@ -33,6 +29,12 @@ from dllm.core.noise import keyed_hash
 from dllm.core.schedules import KAPPAS
 
 FRONT = 99
+
+
+def ragged(rows):
+    """Lists of tokens laid end to end."""
+    values = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return values, torch.tensor([len(row) for row in rows], dtype=torch.long)
 
 
 def plain_distance(before: list[int], after: list[int]) -> int:
@@ -148,28 +150,18 @@ def test_the_outstanding_edits_applied_to_x_t_give_x_1(kind, kappa):
     tokens, lengths = strip(z_t, columns.row, rows)
     edits = outstanding(columns, z_t)
     assert (edits.place.diff() >= 0).all()
-    assert split(*apply_edits(tokens, lengths, edits)) == [[FRONT, *target] for target in targets]
+    first = starts_of(lengths)
+    row = owners(lengths)[edits.place].tolist()
+    flat = list(zip(edits.place.tolist(), edits.kind.tolist(), edits.token.tolist(), strict=True))
+    each = [[] for _ in range(rows)]
+    for number, (place, edit, token) in zip(row, flat, strict=True):
+        each[number].append((place - int(first[number]), edit, token))
+    found = [plain_apply(text, edits) for text, edits in zip(split(tokens, lengths), each, strict=True)]
+    assert found == [[FRONT, *target] for target in targets]
     if kappa == 0:
         assert split(tokens, lengths) == [[FRONT, *source] for source in sources]
     if kappa == 1:
         assert not len(edits.place)
-
-
-def test_edits_are_applied_as_the_plain_loop_does():
-    draw = random.Random(0)
-    rows = [[FRONT, *row] for row in random_rows(400, 9)]
-    each, flat, first = [], [], 0
-    for row in rows:
-        edits = []
-        for place in range(len(row)):
-            if place and draw.random() < 0.5:
-                edits.append((place, DELETE, BLANK) if draw.random() < 0.5 else (place, SUBSTITUTE, draw.randrange(9)))
-            edits += [(place, INSERT, draw.randrange(9)) for _ in range(draw.randrange(3))]
-        each.append(edits)
-        flat += [(place + first, kind, token) for place, kind, token in edits]
-        first += len(row)
-    result = apply_edits(*ragged(rows), Edits(*torch.tensor(flat).unbind(1)))
-    assert split(*result) == [plain_apply(row, edits) for row, edits in zip(rows, each, strict=True)]
 
 
 def test_several_insertions_share_the_token_to_their_left_as_anchor():

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dllm.algorithms.mdlm import masked_loss
 from dllm.core.batch import Batch, masked_inputs
 from dllm.core.corrupt import apply_mask
 from dllm.core.losses import denominator, dense_masked_loss, row_shares
 from dllm.models.backbone import TokenNLL
+from dllm.objectives.mdlm import MDLM
 from tests.stock import FIRST_WORD, stock_backbone
 
 
@@ -29,7 +29,7 @@ def test_the_masked_only_loss_is_the_dense_loss_in_values_and_gradients(director
     batch = Batch(tokens, attention, attention, torch.arange(5))
 
     x_t = apply_mask(tokens, masked, backbone.mask_id)
-    ours = masked_loss(TokenNLL(backbone), masked_inputs(batch, x_t, masked, share, share), denominator=7.0).loss
+    ours = MDLM().loss(TokenNLL(backbone), masked_inputs(batch, x_t, masked, share, share), denominator=7.0).loss
     ours.backward()
     gradients = {name: p.grad.clone() for name, p in backbone.model.named_parameters() if p.grad is not None}
     backbone.model.zero_grad()
@@ -49,7 +49,7 @@ def test_a_batch_with_nothing_masked_has_loss_0_and_a_gradient(directory):
     everything, nothing = torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)
     batch = Batch(torch.full((2, 4), FIRST_WORD), everything, everything, torch.arange(2))
     inputs = masked_inputs(batch, batch.tokens, nothing, torch.ones(2), torch.ones(2))
-    terms = masked_loss(TokenNLL(backbone), inputs, denominator=8.0)
+    terms = MDLM().loss(TokenNLL(backbone), inputs, denominator=8.0)
     terms.loss.backward()
     assert terms.loss == 0 and terms.masked == 0 and terms.rows.tolist() == [0, 0]
 

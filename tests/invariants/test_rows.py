@@ -4,15 +4,16 @@ import numpy
 import pytest
 import torch
 
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import Recipe
 from dllm.core.batch import row_noise
 from dllm.core.losses import denominator
 from dllm.data.collate import ResponseEnd, collate, target_counts
 from dllm.data.tokens import TokenRows
 from dllm.models.backbone import TokenNLL
+from dllm.objectives.mdlm import MDLM
 from tests.plain_forward import hidden_states, logits_at
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
+from tests.training_loss import training_loss
 
 LENGTHS, PROMPTS = (9, 14, 5, 14, 3, 11), (3, 6, 1, 2, 1, 4)
 SPLITS = ([0], [1, 2, 3], [4, 5])
@@ -61,8 +62,8 @@ def loss_and_gradients(backbone, recipe, end, parts):
     for part in parts:
         batch = collate(rows, numpy.array(part), pad_id=backbone.pad_id, end=end, epoch=1, fill_to=max(LENGTHS))
         noise = row_noise(3, 1, batch.sample_ids, batch.tokens.shape[1])
-        terms = MDLM(recipe).training_loss(
-            TokenNLL(backbone), batch, noise, mask_id=backbone.mask_id, denominator=total
+        terms = training_loss(
+            MDLM(recipe), TokenNLL(backbone), batch, noise, mask_id=backbone.mask_id, denominator=total
         )
         terms.loss.backward()
         loss, per_row[part] = loss + terms.loss.item(), terms.rows

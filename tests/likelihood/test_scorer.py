@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dllm.algorithms.denoising import denoise_masked
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import canvas_for
 from dllm.core.noise import keyed_uniform
 from dllm.likelihood import requests, scorer
 from dllm.likelihood.scorer import MaskedScorer
+from dllm.sampling.sampler import MaskedSampler
 from tests.oracles import enumerated_nelbo, markov_backbone, tabular_backbone
 
 nelbo, greedy_match = MaskedScorer().nelbo, MaskedScorer().greedy_match
@@ -179,7 +179,7 @@ def test_the_order_of_requests_is_the_order_of_scores():
 def greedy(backbone, prompt, count):
     settings = GenerateSettings(block_size=count, early_stop=False)
     canvas = canvas_for([prompt], count, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
-    *_, last = denoise_masked(backbone, canvas, settings)
+    *_, last = MaskedSampler().denoise(backbone, canvas, settings)
     return last.responses()[0]
 
 

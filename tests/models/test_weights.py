@@ -351,16 +351,19 @@ def test_every_entry_of_the_configuration_agrees_with_its_family():
 @pytest.mark.parametrize("prompt", [3, 40])
 def test_llada2_samples_its_blocks_of_32_with_a_cache_as_its_architecture_says(saved, prompt):
     """Blocks are counted from the row, so the first one holds the end of the prompt; against plain torch."""
-    from dllm.algorithms.bd3lm import BD3LM
     from dllm.config import GenerateSettings, LikelihoodSettings
     from dllm.core.canvas import canvas_for
+    from dllm.likelihood.blocks import block_scorer
+    from dllm.sampling.sampler import block_sampler
+    from tests.samplers import no_cache
 
     backbone = load(saved["LLaDA2"], device="cpu").backbone
     given = torch.randint(256, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     canvas = canvas_for([given], 40, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
     settings = GenerateSettings(block_size=7, steps=12, early_stop=False)  # a sampler's block size does not count here
-    (cached,) = BD3LM().complete(backbone, canvas, settings)
-    (plain,) = BD3LM(cached=False).complete(backbone, canvas, settings)
+    (cached,) = block_sampler().complete(backbone, canvas, settings)
+    with no_cache():
+        (plain,) = block_sampler().complete(backbone, canvas, settings)
     assert cached.tokens == plain.tokens and cached.computed < 0.7 * plain.computed
     weights, row = dict(read_tensors(saved["LLaDA2"])), [*given, *cached.tokens]
     low = (len(row) - 1) // 32 * 32  # the bound of the last block, one token masked, by the published architecture
@@ -370,5 +373,5 @@ def test_llada2_samples_its_blocks_of_32_with_a_cache_as_its_architecture_says(s
     logits[backbone.mask_id] = -torch.inf
     expected = -float(logits.log_softmax(-1)[row[last]])
     assert low < last
-    (score,) = BD3LM().nelbo(backbone, [row[:last]], [row[last:]], LikelihoodSettings())
+    (score,) = block_scorer().nelbo(backbone, [row[:last]], [row[last:]], LikelihoodSettings())
     assert score.nats == pytest.approx(expected, abs=1e-4) and score.passes == 1

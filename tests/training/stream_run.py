@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy
 
-from dllm.algorithms import algorithm_class
 from dllm.config import DataPart, DatasetEntry, DownloadConfig, PrepareConfig
 from dllm.data import stream
 from dllm.data.download import download
@@ -19,6 +18,7 @@ from dllm.data.prepare import prepare
 from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import open_rows
 from dllm.models.tokenizers import load_tokenizer
+from dllm.objectives.mdlm import MDLM
 from dllm.training import trainer
 from dllm.training.pipeline import Source, training_parts
 from dllm.training.trainer import train
@@ -74,10 +74,10 @@ def resumed_rows(workdir: Path, steps: int, at: list[int]) -> dict[int, list]:
 def shares(workdir: Path, ranks: int) -> list[list[tuple]]:
     """(rows of the global batch, its tokens, denominator) of the micro-batches that each of `ranks` processes takes."""
     config = run_config(data="web", data_path="data/web", length=LENGTH, steps=30)
-    algorithm = algorithm_class("mdlm")(config.recipe)
+    objective = MDLM(config.recipe)
     found = []
     for rank in range(ranks):
-        source = Source(open_rows(workdir / "data/web", "test"), algorithm, None, 0, 4, stream=reader(workdir))
+        source = Source(open_rows(workdir / "data/web", "test"), objective, None, 0, 4, stream=reader(workdir))
         parts = training_parts(source, config, first=3, last=8, rank=rank, ranks=ranks)
         found.append([(part.numbers.tolist(), part.tokens, float(part.denominator)) for part in parts])
     return found

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import dllm
-from dllm.algorithms.edit_flows import EditFlow
-from dllm.algorithms.mdlm import MDLM
+from dllm.algorithms import algorithm_named
 from dllm.config import (
     ConfigError,
     EditSettings,
@@ -21,6 +20,7 @@ from dllm.config import (
 from dllm.language_model import DiffusionLM
 from dllm.models.edit_heads import HEADS_FILE, save_edit_heads
 from dllm.models.load import SIDECAR, load_backbone
+from dllm.objectives.edit_flows import trained_module
 from dllm.training import trainer
 from dllm.training.optimizer import build_optimizers
 from dllm.training.trainer import train
@@ -76,7 +76,7 @@ def test_a_run_learns_and_leaves_a_stock_model_its_heads_and_how_it_was_trained(
 def test_a_trained_run_samples_edits_and_chats(workdir):
     train(edit_config(), workdir, quiet=True)
     model = dllm.load(workdir / "runs/run/model", device="cpu")
-    assert isinstance(model.algorithm, EditFlow) and model.algorithm.trained_with(model.backbone) == STARTS
+    assert model.algorithm.name == "edit_flows" and model.sampler.trained_with(model.backbone) == STARTS
     settings = GenerateSettings(max_new_tokens=6, steps=4, temperature=1.0)
     turns = [{"role": "user", "content": "who sees the cat ?"}]
     assert len(model.generate([turns, "the cat"], settings)) == 2
@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_the_heads_of_the_run_it_starts_from(workdir):
 
 def test_muon_leaves_the_heads_to_adamw(workdir):
     backbone = load_backbone(workdir / "downloads/toy-model")
-    scores = EditFlow(edits=STARTS).scores(backbone)
+    scores = trained_module(edit_config("run"), backbone.model, "in_place")
     adamw, muon = build_optimizers(scores, OptimizerSettings(name="muon", learning_rate=1e-3))
     held = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert all(id(p) in held for p in scores.heads.parameters())
@@ -210,6 +210,6 @@ def test_a_likelihood_and_a_draft_for_another_algorithm_are_one_clear_line(workd
     for ask in (model.nelbo, model.greedy_match):
         with pytest.raises(ValueError, match="algorithm = 'edit_flows' has no estimator of the likelihood"):
             ask(["the cat"], ["sees"])
-    masked = DiffusionLM(load_backbone(workdir / "downloads/toy-model"), MDLM())
+    masked = DiffusionLM(load_backbone(workdir / "downloads/toy-model"), algorithm_named("mdlm"))
     with pytest.raises(ValueError, match="a model trained with edit_flows only; this one was trained with mdlm"):
         masked.edits("the cat")

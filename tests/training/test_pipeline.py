@@ -6,11 +6,11 @@ import numpy
 import pytest
 import torch
 
-from dllm.algorithms.ar import AR
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import Recipe
 from dllm.data.collate import ResponseEnd, epoch_batches, row_lengths, row_widths, target_counts
 from dllm.data.tokens import TokenRows
+from dllm.objectives.ar import AR
+from dllm.objectives.mdlm import MDLM
 from dllm.training.pipeline import (
     Ahead,
     Limits,

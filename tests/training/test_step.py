@@ -8,8 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dllm.algorithms import algorithm_class
-from dllm.algorithms.mdlm import MDLM
+from dllm.algorithms import algorithm_named
 from dllm.config import OptimizerSettings, Recipe
 from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
@@ -19,6 +18,7 @@ from dllm.data.tokens import TokenRows
 from dllm.models import heads
 from dllm.models.backbone import Backbone, TokenNLL
 from dllm.models.heads import _HeadNLL, head_logits
+from dllm.objectives.mdlm import MDLM
 from dllm.training.engine import Engine, scores_for
 from dllm.training.pipeline import Source, training_parts
 from dllm.training.step import training_step
@@ -27,6 +27,7 @@ from tests.plain_forward import hidden_states, plain_hidden
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 from tests.synchronisation import forbid_synchronisation
 from tests.training.conftest import run_config
+from tests.training_loss import training_loss
 
 LENGTHS = (9, 14, 5, 14, 3, 11, 40, 22)
 LAYOUTS = {
@@ -78,7 +79,7 @@ def gradients_of(directory, kind, name="mdlm", *, recipe=None, ranks=1, plain=Fa
     if plain:
         backbone = Plain(**vars(backbone))
     recipe = recipe or Recipe()
-    algorithm = algorithm_class(name)(recipe)
+    algorithm = algorithm_named(name).part("objective")(recipe)
     config = run_config(length=48, algorithm=name, recipe=recipe.model_dump(), **changes)
     scores = scores_for(config, replace(backbone, prediction="next") if causal else backbone)
     loss = 0.0
@@ -151,7 +152,7 @@ def test_a_step_never_makes_the_host_wait(directory, optimizer, name, changes, m
     backbone = stock_backbone(directory, kind, causal=name == "ar")
     config = run_config(length=48, micro_batch_size=3, algorithm=name, **changes)
     config = config.model_copy(update={"optimizer": OptimizerSettings(name=optimizer)})
-    algorithm, engine = algorithm_class(name)(Recipe()), engine_for(backbone, config)
+    algorithm, engine = algorithm_named(name).part("objective")(Recipe()), engine_for(backbone, config)
     parts = list(training_parts(source_for(backbone, algorithm), config, first=0, last=1))
     assert len(parts) == 3
     with forbid_synchronisation():
@@ -206,7 +207,7 @@ def test_the_pipeline_and_the_composed_training_loss_give_the_same_bits(director
     scores = TokenNLL(backbone)
     batch = collate(data.rows, part.numbers, pad_id=data.pad_id, end=data.end, fill_to=40)
     noise = row_noise(config.seed, 0, batch.sample_ids, batch.tokens.shape[1])
-    whole = MDLM().training_loss(scores, batch, noise, mask_id=data.mask_id, denominator=part.denominator)
+    whole = training_loss(MDLM(), scores, batch, noise, mask_id=data.mask_id, denominator=part.denominator)
     piped = MDLM().loss(scores, part.inputs, denominator=part.denominator)
     assert torch.equal(whole.loss, piped.loss) and torch.equal(whole.rows, piped.rows)
     assert whole.masked == piped.masked == len(part.inputs.row)

@@ -2,31 +2,36 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from dllm.algorithms.base import Algorithm
-from dllm.algorithms.bd3lm import BD3LM
-from dllm.algorithms.decoding import Decoder
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.canvas import canvas_for, infill_canvas
 from dllm.core.packing import block_layout, layout_of
-from dllm.core.reveal import REVEAL_RULES
+from dllm.likelihood.blocks import block_scorer
 from dllm.models import attention, kernel_by_row, kernels
+from dllm.models import attention as packed_attention
 from dllm.models.backbone import TokenNLL
 from dllm.models.heads import head_logits
 from dllm.models.kv_cache import KVCache
-from tests.algorithms.test_mdlm_training import every_noise, raw_bound, repeated
+from dllm.objectives.bd3lm import BD3LM
+from dllm.objectives.mdlm import MDLM
+from dllm.sampling.reveal import REVEAL_RULES
+from dllm.sampling.sampler import MaskedSampler, block_sampler
+from dllm.sampling.step import DenoisingStep, block_rule
 from tests.models.families import CASES, VOCAB, ragged, stock_model
+from tests.objectives.test_mdlm import every_noise, raw_bound, repeated
 from tests.oracles import enumerated_nelbo, tabular_backbone
 from tests.plain_forward import block_hidden, door
+from tests.samplers import in_batches, no_cache
 from tests.synchronisation import forbid_synchronisation
+from tests.training_loss import training_loss
 
 MASK = 4
 ROUNDING = 1e-5
@@ -67,7 +72,7 @@ def gradients(model, hidden):
 def terms_of(backbone, batch, noise, divisor=1.0, algorithm=BD3LM, prediction="in_place", **recipe):
     model = TokenNLL(replace(backbone, prediction=prediction))
     settings = {"mask_id": backbone.mask_id, "denominator": divisor}
-    return algorithm(Recipe(**recipe)).training_loss(model, batch, noise, **settings)
+    return training_loss(algorithm(Recipe(**recipe)), model, batch, noise, **settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,11 +257,12 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window, options):
 @pytest.mark.parametrize(("case", "prediction"), [("bert", "in_place"), ("llama", "in_place"), ("qwen3", "next")])
 def test_flashattention_is_asked_the_same_when_sampling(case, prediction, monkeypatch):
     backbone, options = backbone_of(case, prediction), settings(steps=6, temperature=1.0)
-    expected = sampled(BD3LM(), backbone, canvas_of(backbone), options)
-    monkeypatch.setattr(attention, "kernel_for", lambda *_, **__: kernels._flash_blocks)
-    monkeypatch.setattr(kernels, "_varlen", lambda dropout: plain_varlen)
-    for algorithm in (BD3LM(), BD3LM(cached=False)):
-        assert sampled(algorithm, backbone, canvas_of(backbone), options).responses() == expected.responses()
+    expected = sampled(block_sampler(), backbone, canvas_of(backbone), options)
+    monkeypatch.setattr(packed_attention, "_block_kernel", lambda *_: packed_attention._flash_blocks)
+    monkeypatch.setattr(packed_attention, "_varlen", lambda dropout: plain_varlen)
+    assert sampled(block_sampler(), backbone, canvas_of(backbone), options).responses() == expected.responses()
+    with no_cache():
+        assert sampled(block_sampler(), backbone, canvas_of(backbone), options).responses() == expected.responses()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -281,10 +287,9 @@ def test_on_cuda_training_and_sampling_equal_the_cpu(case, dtype):
     backbone = replace(backbone_of(case), model=model, device=torch.device("cuda"))
     canvas = canvas_of(backbone)
     if dtype == torch.float32:
-        responses = [
-            sampled(BD3LM(cached=cached), backbone, canvas, settings()).responses() for cached in (True, False)
-        ]
-        assert responses[0] == responses[1]
+        with_cache = sampled(block_sampler(), backbone, canvas, settings()).responses()
+        with no_cache():
+            assert sampled(block_sampler(), backbone, canvas, settings()).responses() == with_cache
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,8 +375,9 @@ OPTIONS = [
 def test_sampling_with_the_cache_is_sampling_without_it_token_for_token(case, prediction, anchor):
     backbone = backbone_of(case, prediction, block_anchor=anchor)
     for options in OPTIONS:
-        with_cache = sampled(BD3LM(), backbone, canvas_of(backbone), options)
-        without = sampled(BD3LM(cached=False), backbone, canvas_of(backbone), options)
+        with_cache = sampled(block_sampler(), backbone, canvas_of(backbone), options)
+        with no_cache():
+            without = sampled(block_sampler(), backbone, canvas_of(backbone), options)
         assert with_cache.responses() == without.responses() and with_cache.nfe == without.nfe
         torch.testing.assert_close(with_cache.confidence, without.confidence, atol=1e-4, rtol=0)
         assert with_cache.computed < 0.7 * without.computed
@@ -382,8 +388,8 @@ def test_sampling_with_the_cache_is_sampling_without_it_token_for_token(case, pr
 def test_a_row_depends_neither_on_its_batch_mates_nor_on_when_it_joins_them(options, batch_size):
     backbone = backbone_of("modernbert")
     options = options.model_copy(update={"batch_size": batch_size})
-    fixed = sampled(BD3LM(), backbone, canvas_of(backbone), options).responses()
-    for complete in (BD3LM().complete, lambda *a: Algorithm.complete(BD3LM(), *a)):
+    fixed = sampled(block_sampler(), backbone, canvas_of(backbone), options).responses()
+    for complete in (block_sampler().complete, partial(in_batches, block_sampler())):
         rows = {row.number: row.tokens for row in complete(backbone, canvas_of(backbone), options)}
         assert [rows[number] for number in range(len(ROWS))] == fixed
 
@@ -393,7 +399,7 @@ def test_a_row_depends_neither_on_its_batch_mates_nor_on_when_it_joins_them(opti
 def test_every_pass_scores_what_the_stock_class_scores_with_a_dense_mask(prediction):
     """One token per pass, greedily: the whole row in the definition's own words."""
     backbone = backbone_of("llama", prediction)
-    found = sampled(BD3LM(), backbone, canvas_of(backbone, [[5, 6, 7]], [10]), settings())
+    found = sampled(block_sampler(), backbone, canvas_of(backbone, [[5, 6, 7]], [10]), settings())
     row = [5, 6, 7] + [MASK] * 10
     for low in (3, 7, 11):
         while MASK in row[low : low + 4]:
@@ -414,7 +420,10 @@ def test_one_block_samples_as_masked_diffusion_does(case):
     backbone = backbone_of(case, block_size=40, block_anchor="row")
     canvas = canvas_of(backbone)
     for options in (settings(block_size=40, temperature=1.0), settings(block_size=40, steps=4)):
-        ours, plain = sampled(BD3LM(), backbone, canvas, options), sampled(MDLM(), backbone, canvas, options)
+        ours, plain = (
+            sampled(block_sampler(), backbone, canvas, options),
+            sampled(MaskedSampler(), backbone, canvas, options),
+        )
         assert ours.responses() == plain.responses() and ours.nfe == plain.nfe
 
 
@@ -422,25 +431,28 @@ def test_what_is_given_right_of_a_block_waits_for_its_own():
     backbone = backbone_of("llama", block_size=3)
     rows = [[5, MASK, 7, MASK, MASK, 8, 9, 10, 11, 12, MASK, 13], [MASK, 6, 7, 8, 9, MASK, 5]]
     canvas = infill_canvas(rows, mask_id=MASK, pad_id=0)
-    cached = sampled(BD3LM(), backbone, canvas, settings())
-    assert torch.equal(cached.tokens, sampled(BD3LM(cached=False), backbone, canvas, settings()).tokens)
+    cached = sampled(block_sampler(), backbone, canvas, settings())
+    with no_cache():
+        assert torch.equal(cached.tokens, sampled(block_sampler(), backbone, canvas, settings()).tokens)
     other = [[*rows[0][:4], MASK, 50, *rows[0][6:]], rows[1]]  # behind the first block, which holds positions 1 to 3
-    moved = sampled(BD3LM(), backbone, infill_canvas(other, mask_id=MASK, pad_id=0), settings())
+    moved = sampled(block_sampler(), backbone, infill_canvas(other, mask_id=MASK, pad_id=0), settings())
     assert torch.equal(moved.tokens[0, :4], cached.tokens[0, :4]) and torch.equal(moved.tokens[1], cached.tokens[1])
 
 
 def test_guidance_goes_without_the_cache():
     backbone = backbone_of("llama")
-    for algorithm in (BD3LM(), BD3LM(cached=False)):
-        last = sampled(algorithm, backbone, canvas_of(backbone), settings(guidance=1.0))
-        assert last.nfe == 2 * last.step
+    guided = sampled(block_sampler(), backbone, canvas_of(backbone), settings(guidance=1.0))
+    assert guided.nfe == 2 * guided.step
+    with no_cache():
+        last = sampled(block_sampler(), backbone, canvas_of(backbone), settings(guidance=1.0))
+    assert torch.equal(last.tokens, guided.tokens) and last.computed == guided.computed
 
 
 def test_a_row_ends_at_its_eos():
     backbone = backbone_of("llama")
     shifted = backbone.model.get_output_embeddings()
     shifted.bias = torch.nn.Parameter(torch.zeros(VOCAB).index_fill(0, torch.tensor([backbone.eos_id]), 30.0))
-    (row,) = BD3LM().complete(backbone, canvas_of(backbone, [[5, 6]], [12]), settings(early_stop=True))
+    (row,) = block_sampler().complete(backbone, canvas_of(backbone, [[5, 6]], [12]), settings(early_stop=True))
     assert row.tokens == [backbone.eos_id] * 12 and row.passes <= 4
 
 
@@ -448,12 +460,11 @@ def test_a_row_ends_at_its_eos():
 def test_keys_and_values_of_finished_blocks_are_those_of_the_whole_row():
     """What the cache holds of clean tokens is what a pass over all of them computes."""
     backbone = backbone_of("llama")
-    algorithm = BD3LM()
-    rule, canvas = algorithm.rule(backbone), canvas_of(backbone, [[5, 6, 7]], [12])
-    decoder = Decoder(backbone, canvas, settings(), rule=rule)
+    rule, canvas = block_rule(backbone), canvas_of(backbone, [[5, 6, 7]], [12])
+    decoder = DenoisingStep(backbone, canvas, settings(), rule=rule)
     live = decoder.rows(decoder.plan.open.nonzero()[0], 15)
     while not decoder.plan.block[0] == 2 or not decoder.plan.left[0] == 1:
-        decoder.step(live)
+        decoder.run(live)
     whole = KVCache()
     blocks = BlockRows.plain(rule, decoder.origin, decoder.length)
     backbone.hidden(live.tokens, block_layout(blocks), cache=whole)
@@ -477,7 +488,7 @@ SCORED = [
 def test_short_blocks_are_scored_exactly():
     backbone = replace(tabular_backbone(seed=1), sidecar={"algorithm": "bd3lm", "block_size": 3})
     prompts, targets = [[0, 1], [0, 1], [], [3]], [[1, 2, 3, 0, 0], [1, 2, 3, 0, 1], [0, 3, 3], [1, 1, 2, 0, 1, 2, 3]]
-    scores = BD3LM().nelbo(backbone, prompts, targets, LikelihoodSettings())
+    scores = block_scorer().nelbo(backbone, prompts, targets, LikelihoodSettings())
     for prompt, target, score in zip(prompts, targets, scores, strict=True):
         expected = block_bound(backbone, prompt, target, 3, enumerated_nelbo)
         assert score.nats == pytest.approx(expected, abs=1e-4) and score.standard_error == 0  # fp32 logits
@@ -490,7 +501,7 @@ def test_a_score_is_the_blocks_bound_by_the_stock_class_with_a_dense_mask(case, 
     """By enumeration of all masks of all blocks; requests share clean tokens and differ in where blocks begin."""
     backbone = backbone_of(case, prediction, block_size=2, block_anchor=anchor)
     prompts, targets = zip(*SCORED, strict=True)
-    scores = BD3LM().nelbo(backbone, prompts, targets, LikelihoodSettings())
+    scores = block_scorer().nelbo(backbone, prompts, targets, LikelihoodSettings())
     for (prompt, target), score in zip(SCORED, scores, strict=True):
         assert score.nats == pytest.approx(plain_score(backbone, prompt, target, anchor), abs=1e-3)
         assert score.standard_error == 0
@@ -519,9 +530,9 @@ def test_a_score_depends_neither_on_the_batch_nor_on_the_other_requests(batch_to
     backbone = backbone_of("modernbert", block_size=4)
     prompts, targets = zip(*SCORED, strict=True)
     options = LikelihoodSettings(budget=9, batch_tokens=batch_tokens)
-    together = BD3LM().nelbo(backbone, prompts, targets, options)
+    together = block_scorer().nelbo(backbone, prompts, targets, options)
     for prompt, target, score in zip(prompts, targets, together, strict=True):
-        (alone,) = BD3LM().nelbo(backbone, [prompt], [target], options)
+        (alone,) = block_scorer().nelbo(backbone, [prompt], [target], options)
         assert score.nats == pytest.approx(alone.nats, abs=1e-3)
         assert score.standard_error == pytest.approx(alone.standard_error, abs=1e-3)
 
@@ -529,7 +540,7 @@ def test_a_score_depends_neither_on_the_batch_nor_on_the_other_requests(batch_to
 def test_blocks_of_one_token_are_scored_as_the_chain_rule():
     backbone, causal = backbone_of("llama", block_size=1, block_anchor="row"), stock_model("llama-causal")
     prompt, target = [5, 6, 7], [8, 9, 10, 11]
-    (score,) = BD3LM().nelbo(backbone, [prompt], [target], LikelihoodSettings())
+    (score,) = block_scorer().nelbo(backbone, [prompt], [target], LikelihoodSettings())
     total = 0.0
     with torch.no_grad():
         for i, token in enumerate(target):
@@ -542,9 +553,9 @@ def test_blocks_of_one_token_are_scored_as_the_chain_rule():
 def test_greedy_match_is_what_greedy_sampling_gives():
     backbone = backbone_of("llama")
     canvas = canvas_of(backbone, [[5, 6, 7]], [10])
-    (target,) = sampled(BD3LM(), backbone, canvas, settings()).responses()
+    (target,) = sampled(block_sampler(), backbone, canvas, settings()).responses()
     other = [*target[:-1], (target[-1] + 1) % VOCAB]
-    found = BD3LM().greedy_match(backbone, [[5, 6, 7]] * 2, [target, other], LikelihoodSettings())
+    found = block_scorer().greedy_match(backbone, [[5, 6, 7]] * 2, [target, other], LikelihoodSettings())
     assert found == [True, False]
 
 
@@ -585,5 +596,5 @@ def test_noise_of_one_row_is_that_of_the_row_in_any_width():
 def test_options_that_mean_nothing_in_blocks_are_refused(option, value):
     backbone = backbone_of(*STOCK[0])
     with pytest.raises(ValueError, match=f"{option} = '{value}' means nothing to algorithm = 'bd3lm'") as fault:
-        sampled(BD3LM(), backbone, canvas_of(backbone), settings(**{option: value}))
+        sampled(block_sampler(), backbone, canvas_of(backbone), settings(**{option: value}))
     assert "\n" not in str(fault.value)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dllm.core.canvas import canvas_for, first_position, infill_canvas
-from dllm.core.reveal import (
+from dllm.sampling.reveal import (
     PARALLEL_RULES,
     REVEAL_RULES,
     choose_positions,

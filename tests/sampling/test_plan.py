@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from dllm.core.blocks import block_passes, plan_blocks, transfer_counts
+from dllm.sampling.plan import block_passes, plan_blocks, transfer_counts
 
 
 def planned(masked, start, block_size, steps=None):

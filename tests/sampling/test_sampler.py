@@ -7,16 +7,15 @@ import numpy
 import pytest
 import torch
 
-from dllm.algorithms import denoising
-from dllm.algorithms.base import Algorithm
-from dllm.algorithms.decoding import Decoder
-from dllm.algorithms.denoising import complete_masked, denoise_masked
-from dllm.algorithms.mdlm import MDLM
 from dllm.config import GenerateSettings
 from dllm.core.canvas import canvas_for, infill_canvas
-from dllm.core.reveal import PARALLEL_RULES, REVEAL_RULES
+from dllm.sampling import sampler as denoising
+from dllm.sampling.reveal import PARALLEL_RULES, REVEAL_RULES
+from dllm.sampling.sampler import MaskedSampler
+from dllm.sampling.step import DenoisingStep
 from tests.oracles import markov_backbone, tabular_backbone
 from tests.plain_sampler import plain_row
+from tests.samplers import in_batches, numbered_rows
 from tests.stock import stock_backbone
 from tests.synchronisation import forbid_synchronisation
 
@@ -33,7 +32,7 @@ def canvas_of(backbone, prompts=PROMPTS, counts=COUNTS):
 
 
 def drained(backbone, canvas, options, **keywords):
-    *_, last = denoise_masked(backbone, canvas, options, **keywords)
+    *_, last = MaskedSampler().denoise(backbone, canvas, options, **keywords)
     return last
 
 
@@ -62,7 +61,7 @@ def test_the_sampler_does_what_the_plain_one_does(options):
     m, options = backbone.mask_id, options.model_copy(update={"early_stop": False})
     rows = [[*prompt, *[m] * count] for prompt, count in zip(PROMPTS, COUNTS, strict=True)] + [[m, 1, m, m, 2, m]]
     canvas = infill_canvas(rows, mask_id=m, pad_id=backbone.pad_id)
-    done = {row.number: row for row in complete_masked(backbone, canvas, options)}
+    done = {row.number: row for row in MaskedSampler().complete(backbone, canvas, options)}
     together = drained(backbone, canvas, options).tokens.tolist()
     for number, row in enumerate(rows):
         start = canvas.start[number].item()
@@ -92,7 +91,7 @@ def test_masks_anywhere_are_filled_and_nothing_else_changes():
 def test_revealed_counts_follow_the_quotas_block_by_block(rule):
     backbone = tabular_backbone()
     options = settings(reveal_rule=rule, steps=5, threshold=1.0)
-    frames = list(denoise_masked(backbone, canvas_of(backbone, [[1, 2]], [10]), options))
+    frames = list(MaskedSampler().denoise(backbone, canvas_of(backbone, [[1, 2]], [10]), options))
     assert [frame.masked.sum().item() for frame in frames] == [10, 8, 6, 4, 2, 0]  # blocks 4, 4, 2 in 2, 2, 1 passes
     for before, after in itertools.pairwise(frames):
         changed = (before.masked & ~after.masked).nonzero()[:, 1]
@@ -123,7 +122,7 @@ def test_a_parallel_rule_reveals_at_least_the_quota_and_at_least_one(rule):
 
 def test_rows_that_are_done_leave_the_batch():
     backbone = tabular_backbone()
-    frames = list(denoise_masked(backbone, canvas_of(backbone), settings()))
+    frames = list(MaskedSampler().denoise(backbone, canvas_of(backbone), settings()))
     assert backbone.model.forwarded == sum(COUNTS)
     assert all(frame.tokens.shape == frames[0].tokens.shape for frame in frames)
 
@@ -193,10 +192,10 @@ def test_stopping_early_keeps_the_answer_and_saves_passes(rule):
 def test_a_finished_row_is_filled_with_the_end():
     backbone = tabular_backbone()
 
-    def after_two(canvas):
-        return (canvas.valid & ~canvas.masked).sum(1) - canvas.start >= 2
+    def after_two(row):
+        return sum(token != backbone.mask_id for token in row.response) >= 2
 
-    last = drained(backbone, canvas_of(backbone, [[1], [0, 0]], [6, 5]), settings(), finished=after_two)
+    last = drained(backbone, canvas_of(backbone, [[1], [0, 0]], [6, 5]), settings(), ended=after_two)
     assert last.nfe == 2 and last.done.all()
     assert all(response.count(backbone.eos_id) >= n for response, n in zip(last.responses(), (4, 3), strict=True))
 
@@ -205,7 +204,7 @@ def test_the_prompt_never_changes_and_the_mask_token_is_never_revealed():
     backbone = tabular_backbone(seed=2)
     canvas = canvas_of(backbone)
     for options in every_option():
-        for frame in denoise_masked(backbone, canvas, options):
+        for frame in MaskedSampler().denoise(backbone, canvas, options):
             assert torch.equal(frame.tokens[~canvas.masked], canvas.tokens[~canvas.masked])
             assert torch.equal(frame.masked, (frame.tokens == backbone.mask_id) & frame.valid)
 
@@ -217,7 +216,8 @@ def test_seeds_change_a_sample_and_repeating_does_not():
     canvas = canvas_of(backbone, [[1], [1]], [8, 8])
     twins = drained(backbone, canvas, settings(temperature=1.0))
     assert torch.equal(twins.tokens[0], twins.tokens[1])
-    apart = drained(backbone, canvas, settings(temperature=1.0), row_seeds=torch.arange(2))
+    with numbered_rows():
+        apart = drained(backbone, canvas, settings(temperature=1.0))
     assert not torch.equal(apart.tokens[0], apart.tokens[1])
 
 
@@ -233,12 +233,12 @@ def test_one_token_per_pass_in_random_order_samples_the_markov_chain_exactly():
     backbone, n = markov_backbone(), 5000
     canvas = canvas_of(backbone, [[]] * n, [4] * n)
     options = settings(reveal_rule="random", temperature=1.0)
-    statistic, freedom = chi_square(
-        drained(backbone, canvas, options, row_seeds=torch.arange(n)).tokens, backbone, 3, 4
-    )
+    with numbered_rows():
+        last = drained(backbone, canvas, options)
+        at_once = drained(backbone, canvas, options.model_copy(update={"steps": 1}))
+    statistic, freedom = chi_square(last.tokens, backbone, 3, 4)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
-    at_once = options.model_copy(update={"steps": 1})
-    wrong, _ = chi_square(drained(backbone, canvas, at_once, row_seeds=torch.arange(n)).tokens, backbone, 3, 4)
+    wrong, _ = chi_square(at_once.tokens, backbone, 3, 4)
     assert wrong > 2 * statistic  # all tokens in one pass are independent, which a chain is not
 
 
@@ -247,13 +247,14 @@ def test_rows_that_take_turns_sample_the_markov_chain_exactly(guidance):
     backbone, n = markov_backbone(), 4000
     canvas = canvas_of(backbone, [[]] * n, [4] * n)
     options = settings(reveal_rule="random", temperature=1.0, batch_size=700, guidance=guidance, batch_tokens=4096)
-    rows = sorted(complete_masked(backbone, canvas, options, row_seeds=torch.arange(n)), key=lambda row: row.number)
+    with numbered_rows():
+        rows = sorted(MaskedSampler().complete(backbone, canvas, options), key=lambda row: row.number)
     statistic, freedom = chi_square(torch.tensor([row.tokens for row in rows]), backbone, 3, 4)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # guidance moves nothing where there is no prompt
 
 
 def completed(backbone, prompts, counts, options, **keywords):
-    rows = list(complete_masked(backbone, canvas_of(backbone, prompts, counts), options, **keywords))
+    rows = list(MaskedSampler().complete(backbone, canvas_of(backbone, prompts, counts), options, **keywords))
     assert sorted(row.number for row in rows) == list(range(len(prompts)))
     return [(row.tokens, row.passes, row.computed) for row in sorted(rows, key=lambda row: row.number)]
 
@@ -279,8 +280,10 @@ def test_a_row_that_takes_the_place_of_another_equals_the_row_alone(options):
 
 def test_rows_never_exceed_the_budget_and_places_are_filled_at_once(monkeypatch):
     backbone, seen = tabular_backbone(), []
-    step = Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, live: seen.append(self.length[live.numbers]) or step(self, live))
+    step = DenoisingStep.run
+    monkeypatch.setattr(
+        DenoisingStep, "run", lambda self, live: seen.append(self.length[live.numbers]) or step(self, live)
+    )
     completed(backbone, PROMPTS, COUNTS, settings(batch_tokens=24))
     lengths = sorted((len(p) + n for p, n in zip(PROMPTS, COUNTS, strict=True)), reverse=True)
     assert max(length.sum() for length in seen) <= 24
@@ -299,8 +302,8 @@ def test_looking_at_the_rows_seldom_and_late_changes_nothing(options, monkeypatc
     """As on an accelerator: copies are asked for every few passes and arrive some passes later."""
     backbone = eager_to_end(tabular_backbone(seed=3))
 
-    def ended(tokens, fresh):
-        return 2 in tokens[-fresh:]
+    def ended(row):
+        return 2 in row.response[: row.known]
 
     expected = completed(backbone, PROMPTS, COUNTS, options)
     seldom = [completed(backbone, [p], [n], options, ended=ended)[0] for p, n in zip(PROMPTS, COUNTS, strict=True)]
@@ -310,18 +313,18 @@ def test_looking_at_the_rows_seldom_and_late_changes_nothing(options, monkeypatc
             super().__init__(numbers, due, [tensor.clone() for tensor in tensors])
             self.asked = 0
 
-        def is_there(self):
+        def ready(self):
             self.asked += 1
             return self.asked > 3
 
-    watch = denoising._Watch.__init__
+    watch = denoising.CompletionTracker.__init__
 
-    def seldom_looking(self, decoder):
-        watch(self, decoder)
+    def seldom_looking(self, *args, **keywords):
+        watch(self, *args, **keywords)
         self.every = 4
 
     monkeypatch.setattr(denoising, "_Reading", Late)
-    monkeypatch.setattr(denoising._Watch, "__init__", seldom_looking)
+    monkeypatch.setattr(denoising.CompletionTracker, "__init__", seldom_looking)
     for size in (1, 3, 5):
         late = options.model_copy(update={"batch_size": size})
         assert [row[:2] for row in completed(backbone, PROMPTS, COUNTS, late)] == [row[:2] for row in expected]
@@ -338,11 +341,11 @@ def test_a_step_never_waits_for_the_device(options):
     if options.reveal_rule in PARALLEL_RULES:
         pytest.skip("how many tokens were revealed is read once per pass")
     backbone = tabular_backbone(seed=3)
-    decoder = Decoder(backbone, canvas_of(backbone), options)
+    decoder = DenoisingStep(backbone, canvas_of(backbone), options)
     live = decoder.rows(numpy.arange(len(PROMPTS)), 12)
     for _ in range(3):
         with forbid_synchronisation():
-            decoder.step(live)
+            decoder.run(live)
             live = live.kept(decoder.plan.open[live.numbers])
 
 
@@ -350,11 +353,11 @@ def test_a_step_never_waits_for_the_device(options):
 @pytest.mark.parametrize("kind", ["modernbert", "llama"])
 def test_a_step_of_a_stock_model_never_waits_for_the_device(kind, changes, tmp_path):
     backbone = stock_backbone(tmp_path, kind)
-    decoder = Decoder(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings(**changes))
+    decoder = DenoisingStep(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings(**changes))
     live = decoder.rows(numpy.arange(2), 13)
     for _ in range(5):
         with forbid_synchronisation():
-            decoder.step(live)
+            decoder.run(live)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -370,12 +373,12 @@ def test_an_accelerator_samples_what_the_cpu_does(options, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_an_accelerator_is_only_asked_for(tmp_path):
     backbone = stock_backbone(tmp_path, "bert", device="cuda")
-    decoder = Decoder(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings())
+    decoder = DenoisingStep(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings())
     live = decoder.rows(numpy.arange(2), 13)
-    decoder.step(live)
+    decoder.run(live)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        decoder.step(live)
+        decoder.run(live)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -383,10 +386,12 @@ def test_a_step_on_an_accelerator_is_only_asked_for(tmp_path):
 def test_a_response_ends_where_its_known_beginning_says_so():
     backbone, asked = tabular_backbone(seed=3), []
 
-    def ended(tokens, fresh):
-        assert 0 < fresh <= len(tokens) and backbone.mask_id not in tokens
-        asked.append((len(tokens), fresh))
-        return len(tokens) >= 3
+    def ended(row):
+        known = row.response[: row.known]
+        assert 0 <= row.new <= row.known and backbone.mask_id not in known
+        assert len(row.response) == COUNTS[row.number] and row.response[row.known] == backbone.mask_id
+        asked.append(row)
+        return row.known >= 3
 
     found = completed(backbone, PROMPTS, COUNTS, settings(), ended=ended)
     full = completed(backbone, PROMPTS, COUNTS, settings())
@@ -398,12 +403,12 @@ def test_a_response_ends_where_its_known_beginning_says_so():
 def test_batches_one_after_the_other_give_the_same_rows():
     backbone, options = eager_to_end(tabular_backbone(seed=3)), settings(early_stop=True, batch_size=2)
 
-    def ended(tokens, fresh):
-        return 2 in tokens[-fresh:]
+    def ended(row):
+        return 2 in row.response[: row.known]
 
     canvas = canvas_of(backbone)
-    plain = Algorithm.complete(MDLM(), backbone, canvas, options, ended=ended)
-    better = MDLM().complete(backbone, canvas, options, ended=ended)
+    plain = in_batches(MaskedSampler(), backbone, canvas, options, ended=ended)
+    better = MaskedSampler().complete(backbone, canvas, options, ended=ended)
     first, second = (sorted((r.number, r.tokens, r.passes) for r in rows) for rows in (plain, better))
     assert first == second
 
@@ -438,24 +443,24 @@ def test_reuse_computes_the_block_or_also_what_follows(tmp_path):
 def test_a_canvas_without_masks_is_given_back():
     backbone = tabular_backbone()
     canvas = canvas_of(backbone, [[1, 2]], [0])
-    frames = list(denoise_masked(backbone, canvas, settings()))
+    frames = list(MaskedSampler().denoise(backbone, canvas, settings()))
     assert len(frames) == 1 and frames[0] is canvas and backbone.model.forwarded == 0
 
 
 def test_a_row_beyond_the_context_is_an_error():
     backbone = replace(tabular_backbone(), max_length=8)
     with pytest.raises(ValueError, match="take 10 positions, the model has 8"):
-        next(denoise_masked(backbone, canvas_of(backbone, [[1] * 4], [6]), settings()))
+        next(MaskedSampler().denoise(backbone, canvas_of(backbone, [[1] * 4], [6]), settings()))
 
 
 def test_a_hidden_canvas_grows_block_by_block():
     backbone = tabular_backbone(sidecar={"response_end": "block"})
     settings = GenerateSettings(max_new_tokens=6, block_size=2, early_stop=False)
-    *_, whole = denoise_masked(backbone, canvas_of(backbone, [[0, 1], [2]], 6), settings)
+    *_, whole = MaskedSampler().denoise(backbone, canvas_of(backbone, [[0, 1], [2]], 6), settings)
     for row, prompt in enumerate([[0, 1], [2]]):
         grown = list(prompt)
         for _ in range(3):  # the plain version: a canvas of one block, over and over
-            *_, block = denoise_masked(backbone, canvas_of(backbone, [grown], 2), settings, row_seeds=torch.tensor([0]))
+            *_, block = MaskedSampler().denoise(backbone, canvas_of(backbone, [grown], 2), settings)
             grown = block.tokens[0, : len(grown) + 2].tolist()
         assert whole.tokens[row, : len(grown)].tolist() == grown
 
@@ -465,13 +470,13 @@ def test_what_stands_ahead_is_hidden_only_where_training_ended_at_blocks_and_not
     automatic = GenerateSettings(max_new_tokens=6, block_size=2, early_stop=False)
 
     def last(backbone, settings):
-        return [*denoise_masked(backbone, canvas_of(backbone, [[0, 1]], 6), settings)][-1].tokens.tolist()
+        return [*MaskedSampler().denoise(backbone, canvas_of(backbone, [[0, 1]], 6), settings)][-1].tokens.tolist()
 
     assert last(trained, automatic) == last(other, automatic.model_copy(update={"ahead": "hidden"}))
     assert last(other, automatic) == last(trained, automatic.model_copy(update={"ahead": "visible"}))
     assert last(trained, automatic) != last(other, automatic)
     mask = trained.mask_id
     kept = infill_canvas([[0, mask, mask, mask, 3]], mask_id=mask, pad_id=trained.pad_id)
-    *_, infilled = denoise_masked(trained, kept, automatic)
-    *_, plain = denoise_masked(other, kept, automatic)
+    *_, infilled = MaskedSampler().denoise(trained, kept, automatic)
+    *_, plain = MaskedSampler().denoise(other, kept, automatic)
     assert infilled.tokens.tolist() == plain.tokens.tolist()

@@ -1,4 +1,4 @@
-"""Blocks: semi-autoregressive order, and how many tokens a pass reveals.
+"""Plan: semi-autoregressive order, and how many tokens a pass reveals.
 
 A response is cut into blocks of equal size, counted from its start. The leftmost block with masks is active; what
 stands right of it stays masked. All of this is arithmetic on counts that the host knows in advance, so it is done

@@ -1,326 +1,33 @@
-"""Edit Flows: texts are grown and corrected by insertions, deletions and substitutions.
+"""Sampling with Edit Flows: rows grow and are corrected, all edits of a pass at once.
 
-A text x_1 is aligned with a start x_0 (nothing, masks, a faulty text, or a given one); at time t each edit between them
-has been made with probability kappa(t). The model sees x_t and t and gives, per token, normalised rates to insert right
-of it, to delete it and to substitute it, and what to put there. Its loss is the Bregman divergence of its rates, times
-w(t), from those of the edits still to be made:
-
-    w(t) (sum of all rates at x_t  -  sum over outstanding edits e of log(rate(e) Q(token of e))) ,
-    w(t) = kappa'(t) / (1 - kappa(t)) , t uniform in [0, time_ceiling) .
-
-At its minimum a rate to insert is the expected number of tokens still missing right of a token, and a rate to delete or
-substitute the probability that this is still to be done. Every row gets a front token (the mask token), so that an
-insertion always has an anchor. There is no estimator of the likelihood.
-Source: Havasi et al. 2025 (arXiv:2506.09018).
+In a pass from time t to s, each edit that the model thinks outstanding is made with the probability that an outstanding
+edit is made in between (`_made`). Every row has a front token, so that an insertion always has an anchor.
+Source: Havasi et al. 2025 (arXiv:2506.09018); the model and its rates are in `objectives.edit_flows`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dllm.algorithms.base import Algorithm, Rows, part_of_state, refuse
-from dllm.config import EditSettings, GenerateSettings, LikelihoodSettings, Recipe
-from dllm.core.batch import Batch, LossTerms, Noise
-from dllm.core.canvas import Canvas, infill_canvas
-from dllm.core.edits import (
-    BLANK,
-    DELETE,
-    INSERT,
-    SUBSTITUTE,
-    Columns,
-    Edits,
-    Spans,
-    align,
-    align_at_random,
-    faulty_rows,
-    mask_rows,
-    merge,
-    open_gaps,
-    outstanding,
-    owners,
-    ragged,
-    rank_within,
-    span_keys,
-    span_targets,
-    spans_of,
-    starts_of,
-    state_at,
-)
-from dllm.core.losses import row_shares
+from dllm.config import EditSettings, GenerateSettings
+from dllm.core.canvas import Canvas, Completion, Ended, infill_canvas
+from dllm.core.edits import BLANK, DELETE, INSERT, SUBSTITUTE, Edits, open_gaps, rank_within, starts_of
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import Layout, layout_of
-from dllm.core.reveal import propose_tokens, token_confidence
 from dllm.core.schedules import KAPPAS
-from dllm.models.edit_heads import (
-    EditLoss,
-    TimedHidden,
-    edit_loss,
-    new_edit_heads,
-    save_edit_heads,
-)
-from dllm.models.load import Backbone
+from dllm.models.backbone import Backbone
+from dllm.models.edit_heads import TimedHidden, edit_loss
+from dllm.sampling.reveal import propose_tokens, token_confidence
+from dllm.sampling.sampler import Sampler, reject_options
 
-_START_STREAM = 6
 _INSERT_STREAM, _EDIT_STREAM, _KIND_STREAM, _ROOM_STREAM, _NEW_STREAM, _OLD_STREAM, _UNDO_STREAM = range(7)
 
 _HEAD_ROWS = 4096
 """Most tokens drawn at once: their logits are all held."""
-
-
-@dataclass(frozen=True, eq=False)
-class EditInputs:
-    """Rows on their way from x_0 to x_1, and the edits they still need.
-
-    tokens [B, L] long: x_t behind a front token; layout: its T tokens laid end to end; time [B]; insertable, editable
-    [T] bool: where rates count; edits [T, 3]: outstanding insertions right of each token, deletions, substitutions.
-    The LM head runs at U places: place [U] long, insert [U] bool; the N new tokens are targets [N], each with its
-    distribution which [N] and its place slot [N] in [B, width] (width host integer). weight [B]: w(t); share [B]: what
-    one nat of a row counts in the loss before the denominator.
-    """
-
-    tokens: Tensor
-    layout: Layout
-    time: Tensor
-    insertable: Tensor
-    editable: Tensor
-    edits: Tensor
-    place: Tensor
-    insert: Tensor
-    which: Tensor
-    targets: Tensor
-    slot: Tensor
-    weight: Tensor
-    share: Tensor
-    width: int
-
-    def to(self, device: torch.device | str) -> EditInputs:
-        """The same inputs on a device."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
-
-    def pin_memory(self) -> EditInputs:
-        """The same inputs in page-locked memory."""
-        return self._each(lambda value: value.pin_memory())
-
-    def _each(self, change: Callable) -> EditInputs:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: change(v) for n, v in values.items() if not isinstance(v, int)})
-
-
-@dataclass(frozen=True)
-class EditFlow(Algorithm):
-    """Edit Flows. A checkpoint's sidecar says how it was trained (`edits`), and goes before `edits` in sampling.
-
-    seed: of new edit heads; longest: the model's context in tokens; in training, a row that would outgrow it starts
-    from nothing (none: no limit). A row of L tokens takes L + 1.
-    """
-
-    recipe: Recipe = Recipe()
-    edits: EditSettings = EditSettings()
-    longest: int | None = None
-    seed: int = 0
-
-    front: ClassVar[int] = 1
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Training
-
-    def scores(self, backbone: Backbone) -> EditLoss:
-        """A backbone with its edit heads, or with new ones; see `Algorithm.scores`.
-
-        Raises ValueError for heads of another rank than `edits.adapter_rank`.
-        """
-        heads = backbone.edit_heads or new_edit_heads(backbone.model, self.edits.adapter_rank, self.seed)
-        if heads.sizes["rank"] != self.edits.adapter_rank:
-            raise ValueError(
-                f"edits.adapter_rank = {self.edits.adapter_rank}, but the edit heads of the checkpoint to start from "
-                f"have {heads.sizes['rank']}; set it to that, or start from another checkpoint"
-            )
-        return EditLoss(backbone, heads)
-
-    def save(self, scores: EditLoss, weights: dict[str, Tensor], directory: Path) -> dict[str, Any]:
-        """Write the edit heads; see `Algorithm.save`."""
-        save_edit_heads(scores.heads, directory, part_of_state(weights, "heads"))
-        return {"edits": self.edits.model_dump()}
-
-    def corrupt(
-        self, batch: Batch, noise: Noise, *, mask_id: int, sources: Sequence[Sequence[int]] | None = None
-    ) -> EditInputs:
-        """x_t of each row, and its outstanding edits. Targets are edited, all other tokens are context.
-
-        sources gives each row its start, one list of tokens per row, in the place of `edits.starts`.
-        Raises ValueError if a row with a source has not exactly one run of targets, or for a row longer than `longest`.
-        """
-        spans = spans_of(batch.maskable & batch.attention)
-        keys = row_keys(noise)
-        given = batch.attention & ~batch.maskable
-        if sources is None:
-            kinds = (keyed_uniform(keys, _START_STREAM) * len(self.edits.starts)).long()
-            columns = merge(
-                batch.tokens, given, spans, self._starts(batch.tokens, spans, keys, kinds, mask_id), mask_id
-            )
-            if (long := self._outgrown(columns)).any():
-                aligned = self._starts(batch.tokens, spans, keys, kinds.masked_fill(long, -1), mask_id)
-                columns = merge(batch.tokens, given, spans, aligned, mask_id)
-        else:
-            _check_sources(sources, spans)
-            target = span_targets(batch.tokens, spans, torch.ones_like(spans.row, dtype=torch.bool))
-            aligned = [align(ragged([sources[row] for row in spans.row.tolist()]), target)]
-            columns = merge(batch.tokens, given, spans, aligned, mask_id)
-        if (long := self._outgrown(columns)).any():
-            raise ValueError(
-                f"row {int(long.long().argmax())} of the batch takes more than the model's {self.longest} positions, "
-                "one of which is its front token; train with shorter rows"
-            )
-        t = noise.level * self.edits.time_ceiling
-        weight = KAPPAS[self.edits.schedule].weight(t)
-        targets = batch.maskable.sum(-1)
-        # the model is told t: whatever times count more, the rates at the minimum are the same
-        counted = weight if self.recipe.weight == "elbo" else (targets > 0).float()
-        share = row_shares(counted, targets, self.recipe.normalisation)
-        z_t = state_at(columns, KAPPAS[self.edits.schedule].value(t), keys)
-        return edit_inputs(columns, z_t, t, weight, share, pad_id=mask_id)
-
-    def _outgrown(self, columns: Columns) -> Tensor:
-        """Rows [B] whose x_t could be longer than the model's context."""
-        count = torch.bincount(columns.row, minlength=columns.rows)
-        return torch.zeros_like(count, dtype=torch.bool) if self.longest is None else count > self.longest
-
-    def _starts(
-        self, tokens: Tensor, spans: Spans, keys: Tensor, kinds: Tensor, mask_id: int
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The aligned columns of every span, kind of start by kind of start; kinds [B] (-1: from nothing)."""
-        aligned = []
-        for number, start in enumerate(["empty", *self.edits.starts], -1):
-            which = kinds[spans.row] == number
-            target, noise = span_targets(tokens, spans, which), span_keys(keys, spans)[which]
-            if start == "empty":
-                z_0, z_1, span = torch.full_like(target[0], BLANK), target[0], owners(target[1])
-            elif start == "masked":
-                z_0, z_1, span = align_at_random(mask_rows(noise, self.edits.masks, mask_id), target, noise)
-            else:
-                z_0, z_1, span = align(faulty_rows(target, noise, self.edits.fault_share), target)
-            aligned.append((z_0, z_1, which.nonzero()[:, 0][span]))
-        return aligned
-
-    def loss(self, model, inputs: EditInputs, *, denominator: float) -> LossTerms:
-        """The Bregman loss of the module's docstring over `denominator`; model is a `models.edit_heads.EditLoss`.
-
-        In `LossTerms`, nll and masked count the new tokens; rows are the divergences in nats, up to a constant of the
-        data where several outstanding insertions are the same. See `Algorithm.loss`.
-        """
-        log_rates, nll = model(
-            inputs.tokens, inputs.layout, inputs.time, inputs.place, inputs.insert, inputs.which, inputs.targets
-        )
-        counted = torch.stack([inputs.insertable, inputs.editable, inputs.editable], -1)
-        rates = log_rates.masked_fill(~counted, -torch.inf).exp()
-        per_token = (rates - inputs.edits * log_rates).sum(-1)
-        missing = inputs.layout.unpack(inputs.edits.sum(-1)).sum(-1)
-        rows, width = inputs.tokens.shape[0], inputs.width
-        new = nll.new_zeros(rows * width).index_copy(0, inputs.slot, nll).view(rows, width).sum(-1)
-        divergence = inputs.layout.unpack(per_token).sum(-1) + new
-        return LossTerms(
-            loss=(divergence * inputs.share).sum() / denominator,
-            nll=nll.detach().sum(),
-            masked=len(inputs.targets),
-            rows=(divergence.detach() - missing) * inputs.weight,
-        )
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Sampling
-
-    def denoise(
-        self,
-        backbone: Backbone,
-        canvas: Canvas,
-        settings: GenerateSettings,
-        *,
-        row_seeds: Tensor | None = None,
-        finished: Callable[[Canvas], Tensor] | None = None,
-        editable: Tensor | None = None,
-    ) -> Iterator[EditCanvas]:
-        """The canvas to start from, then the canvas after every pass; its rows grow and shrink.
-
-        Edited are the positions `editable` [B, L]; by default the masks of a row, or, in a row that has none and is
-        not done (`edit_canvas`), everything from `start`. `settings.edits.masks` says whether masks are edited or
-        taken out first. A row takes `settings.steps` passes (none: `max_new_tokens`), and has at most
-        `max_new_tokens` tokens from `start` on, or as many as it came with. `finished` is not asked: a row ends when
-        its time is up. A row's tokens do not depend on its batch-mates. Raises ValueError for a model without edit
-        heads, for a row longer than the model's context, and for options that concern masks.
-        """
-        refuse("edit_flows", settings, {"reveal_rule": ("confidence",), "reuse": ("none",), "ahead": ("auto",)})
-        return _Sampler(self, backbone, settings).canvases(canvas, row_seeds, editable)
-
-    def trained_with(self, backbone: Backbone) -> EditSettings:
-        """How a checkpoint was trained: what its sidecar says, or else these settings."""
-        noted = backbone.sidecar.get("edits")
-        return self.edits if noted is None else EditSettings(**noted)
-
-    def nelbo(self, backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings):
-        """Raises ValueError: no bound on the likelihood of a text is known that one could compute."""
-        raise ValueError(_NO_LIKELIHOOD)
-
-    def greedy_match(self, backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings):
-        """Raises ValueError, as `nelbo`."""
-        raise ValueError(_NO_LIKELIHOOD)
-
-
-_NO_LIKELIHOOD = (
-    "algorithm = 'edit_flows' has no estimator of the likelihood; evaluate it on benchmarks that generate, or score "
-    "with mdlm"
-)
-
-
-def row_keys(noise: Noise) -> Tensor:
-    """One key [B] per row, from its level and its first place: what a row's own noise is drawn from."""
-    bits = [(value.double() * 2**24).long() for value in (noise.level, noise.place[:, 0])]
-    return keyed_hash(*bits)
-
-
-def edit_inputs(columns: Columns, z_t: Tensor, time: Tensor, weight: Tensor, share: Tensor, *, pad_id: int):
-    """The inputs for aligned rows in the state z_t [C] at time [B]; weight, share [B] as in `EditInputs`."""
-    here = z_t != BLANK
-    row = columns.row[here]
-    layout = layout_of(torch.bincount(row, minlength=columns.rows).tolist())
-    edits = outstanding(columns, z_t)
-    table = torch.zeros(len(row), 3).index_put((edits.place, edits.kind), torch.ones(()), accumulate=True)
-    named = edits.kind != DELETE
-    spots, which = torch.unique(edits.place[named] * 2 + (edits.kind[named] == INSERT), return_inverse=True)
-    of_row = row[edits.place[named]]
-    count = torch.bincount(of_row, minlength=columns.rows)
-    width = int(count.max())
-    return EditInputs(
-        tokens=layout.unpack(z_t[here], pad_id),
-        layout=layout,
-        time=time,
-        insertable=open_gaps(columns.given, columns.row)[here],
-        editable=~columns.given[here],
-        edits=table,
-        place=spots // 2,
-        insert=spots % 2 == 1,
-        which=which,
-        targets=edits.token[named],
-        slot=of_row * width + torch.arange(len(of_row)) - starts_of(count)[of_row],
-        weight=weight,
-        share=share,
-        width=width,
-    )
-
-
-def _check_sources(sources: Sequence[Sequence[int]], spans: Spans) -> None:
-    runs = torch.bincount(spans.row, minlength=len(sources)).tolist()
-    for row, count in enumerate(runs):
-        if count != 1:
-            raise ValueError(f"sources[{row}]: its row has {count} runs of targets; a source needs exactly one")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,7 +80,7 @@ class EditCanvas(Canvas):
 
 
 def edit_canvas(
-    rows: Rows, start: int | Sequence[int] = 0, *, pad_id: int, device: torch.device | str = "cpu"
+    rows: Sequence[Sequence[int]], start: int | Sequence[int] = 0, *, pad_id: int, device: torch.device | str = "cpu"
 ) -> Canvas:
     """A canvas of texts to be edited from position `start` on (one number or one per row); what is left of it stays.
 
@@ -395,22 +102,62 @@ class _Scored:
     log_rates: Tensor
 
 
-class _Sampler:
-    """One call of `EditFlow.denoise`: the model, the settings, and nothing that changes from pass to pass."""
+@dataclass(frozen=True)
+class EditSampler(Sampler):
+    """Edits rows pass by pass. A checkpoint's sidecar says how it was trained, and goes before `edits`."""
 
-    def __init__(self, algorithm: EditFlow, backbone: Backbone, settings: GenerateSettings):
-        trained = algorithm.trained_with(backbone)
+    edits: EditSettings = EditSettings()
+
+    def denoise(
+        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
+    ) -> Iterator[EditCanvas]:
+        """The canvas to start from, then the canvas after every pass; its rows grow and shrink.
+
+        The masks of a row are edited, or, in a row that has none and is not done (`edit_canvas`), everything from
+        `start` on. `settings.edits.masks` says whether masks are edited or taken out first. A row takes
+        `settings.steps` passes (none: `max_new_tokens`), and has at most `max_new_tokens` tokens from `start` on, or as
+        many as it came with. `ended` is not asked: a row ends when its time is up. A row's tokens do not depend on
+        its batch-mates. Raises ValueError for a model without edit heads, for a row longer than the model's context,
+        and for options that concern masks.
+        """
+        reject_options("edit_flows", settings, {"reveal_rule": ("confidence",), "reuse": ("none",), "ahead": ("auto",)})
+        return _Passes(self.trained_with(backbone), backbone, settings).canvases(canvas)
+
+    def complete(
+        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
+    ) -> Iterator[Completion]:
+        """See `Sampler.complete`: one batch of `settings.batch_size` rows follows the other; `ended` is not asked."""
+        for rows in canvas.length.argsort(descending=True, stable=True).split(settings.batch_size):
+            frames = self.denoise(backbone, canvas.taken(rows, backbone.device), settings)
+            last = next(frames)
+            passes, done = torch.zeros_like(last.start), last.done
+            for last in frames:
+                passes, done = torch.where(done, passes, last.nfe), last.done
+            share = last.computed // len(rows)
+            for row, response, nfe in zip(rows.tolist(), last.responses(), passes.tolist(), strict=True):
+                yield Completion(row, response, nfe, share)
+
+    def trained_with(self, backbone: Backbone) -> EditSettings:
+        """How a checkpoint was trained: what its sidecar says, or else these settings."""
+        noted = backbone.sidecar.get("edits")
+        return self.edits if noted is None else EditSettings(**noted)
+
+
+class _Passes:
+    """One call of `EditSampler.denoise`: the model, the settings, and nothing that changes from pass to pass."""
+
+    def __init__(self, trained: EditSettings, backbone: Backbone, settings: GenerateSettings):
         self.backbone, self.settings, self.sampling = backbone, settings, settings.edits
         self.model = edit_loss(backbone)
         self.kappa, self.latest = KAPPAS[trained.schedule].value, trained.time_ceiling
         self.keeps_masks = {"keep": True, "drop": False, "auto": "masked" in trained.starts}[self.sampling.masks]
 
     @torch.no_grad()
-    def canvases(self, canvas: Canvas, row_seeds: Tensor | None, editable: Tensor | None) -> Iterator[EditCanvas]:
+    def canvases(self, canvas: Canvas) -> Iterator[EditCanvas]:
         room = self._room(canvas).masked_fill(canvas.done, -1)
         given = canvas.valid & ~canvas.masked
-        keys = keyed_hash(self.settings.seed, token_hash(canvas.tokens, given) if row_seeds is None else row_seeds)
-        trail = self._first(canvas, editable)
+        keys = keyed_hash(self.settings.seed, token_hash(canvas.tokens, given))
+        trail = self._first(canvas)
         canvas = self._canvas(canvas, trail, canvas.done)
         yield canvas
         steps = self.settings.steps or self.settings.max_new_tokens
@@ -442,11 +189,10 @@ class _Sampler:
             )
         return torch.maximum(canvas.length, canvas.start + self.settings.max_new_tokens).clamp(max=most) + 1
 
-    def _first(self, canvas: Canvas, editable: Tensor | None) -> Trail:
+    def _first(self, canvas: Canvas) -> Trail:
         """The trail of a canvas to start from."""
-        if editable is None:
-            whole = ~canvas.masked.any(1) & ~canvas.done
-            editable = canvas.masked | (whole[:, None] & (canvas.positions >= canvas.start[:, None]))
+        whole = ~canvas.masked.any(1) & ~canvas.done
+        editable = canvas.masked | (whole[:, None] & (canvas.positions >= canvas.start[:, None]))
         pad = (1, 0)
         valid = torch.nn.functional.pad(canvas.valid, pad, value=True)
         tokens = torch.nn.functional.pad(canvas.tokens, pad, value=self.backbone.mask_id)[valid]
@@ -604,25 +350,12 @@ def _made(rate: Tensor, kept: float | None, noise: Tensor) -> Tensor:
 # Watching it
 
 
-def edit_frames(
-    canvases: Iterator[EditCanvas], decode: Callable[[list[int]], str], *, row: int = 0, since: str = "pass"
-) -> Iterator[str]:
-    """Each canvas of a row as plain text, from `start` on, in which {+new+}, [-old-] and [-old-]{+new+} are marked.
-
-    since: what is marked, the changes of the last `pass`, or all since the `start`. decode maps token ids to text.
-    Raises ValueError for another value of since.
-    """
-    signs = {"kept": "{}", "gone": "[-{}-]", "new": "{{+{}+}}"}
-    for canvas in canvases:
-        found = edit_pieces(canvas, decode, row=row, since=since)
-        yield "".join(signs[kind].format(text) for kind, text in found)
-
-
 def edit_pieces(
     canvas: EditCanvas, decode: Callable[[list[int]], str], *, row: int = 0, since: str = "pass"
 ) -> list[tuple[str, str]]:
-    """A row's text from `start` on in pieces, each with what became of it: `kept`, `gone` or `new`; see `edit_frames`.
+    """A row's text from `start` on in pieces, each with what became of it: `kept`, `gone` or `new`.
 
+    since: what is marked, the changes of the last `pass`, or all since the `start`. decode maps token ids to text.
     Raises ValueError for another value of since.
     """
     if since not in ("pass", "start"):

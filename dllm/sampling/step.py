@@ -1,9 +1,9 @@
 """One denoising pass over ragged rows, wherever each of them stands: the step that all sampling shares.
 
-The host knows in advance which block of a row is active and how many tokens a pass reveals (`core.blocks`), so it lays
-out every index of a pass itself, and nothing in a pass waits for the device. Only rules that reveal a varying number of
-tokens report it, one small tensor per pass. What a row becomes depends on its own pass number, key and tokens, and not
-on its batch-mates or on when it joined them.
+The host knows in advance which block of a row is active and how many tokens a pass reveals (`sampling.plan`), so it
+lays out every index of a pass itself, and nothing in a pass waits for the device. Only rules that reveal a varying
+number of tokens report it, one small tensor per pass. What a row becomes depends on its own pass number, key and
+tokens, and not on its batch-mates or on when it joined them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from dllm.config import GenerateSettings
+from dllm.algorithms import trained_blocks
+from dllm.config import GenerateSettings, Recipe
 from dllm.core.attention_pattern import BlockRows, BlockRule
-from dllm.core.blocks import BlockPlan, plan_blocks
 from dllm.core.canvas import Canvas
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.core.packing import Layout, block_layout, layout_of, part_of
-from dllm.core.reveal import (
+from dllm.models.backbone import Backbone
+from dllm.models.kv_cache import KVCache
+from dllm.sampling.plan import BlockPlan, plan_blocks
+from dllm.sampling.reveal import (
     PARALLEL_RULES,
     REVEAL_RULES,
     choose_positions,
@@ -31,15 +34,13 @@ from dllm.core.reveal import (
     token_confidence,
     token_noise,
 )
-from dllm.models.backbone import Backbone
-from dllm.models.kv_cache import KVCache
 
 _HEAD_LOGITS = {"cpu": 2**22, "cuda": 2**28}
 """Most logits held at a time: on a CPU what its cache holds, so that softmax does not read them from memory again."""
 
 
 @dataclass(frozen=True, eq=False)
-class LiveRows:
+class RunningRows:
     """B rows that are being denoised. A pass changes the tensors in place.
 
     numbers [B]: which rows of the plan they are (host). index [B] long: the same, on the device. tokens [B, L] long;
@@ -60,20 +61,20 @@ class LiveRows:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def kept(self, keep: ndarray) -> LiveRows:
+    def kept(self, keep: ndarray) -> RunningRows:
         """Only the rows [B] bool to keep."""
         if keep.all():
             return self
         rows = to_device(keep.nonzero()[0], self.tokens.device)
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return LiveRows(
+        return RunningRows(
             **{
                 name: part[keep] if isinstance(part, ndarray) else part.index_select(0, rows)
                 for name, part in parts.items()
             }
         )
 
-    def joined(self, others: LiveRows, pad_id: int) -> LiveRows:
+    def joined(self, others: RunningRows, pad_id: int) -> RunningRows:
         """These rows and then the others, all as wide as the widest."""
         width = max(self.tokens.shape[1], others.tokens.shape[1])
         padding = {"tokens": pad_id, "confidence": 1.0}
@@ -86,7 +87,7 @@ class LiveRows:
                 parts[name] = torch.cat([_widened(part, width, padding.get(name, False)) for part in pair])
             else:
                 parts[name] = torch.cat(pair)
-        return LiveRows(**parts)
+        return RunningRows(**parts)
 
     def end(self, ended: Tensor, eos_id: int) -> None:
         """Fill the masks of ended rows [B] with EOS; rows without masks are done."""
@@ -97,7 +98,7 @@ class LiveRows:
         torch.any(self.masked, 1, out=self.done).logical_not_()
 
 
-class Decoder:
+class DenoisingStep:
     """The rows of a canvas, their plan, and the pass that takes some of them one step further."""
 
     def __init__(
@@ -105,20 +106,17 @@ class Decoder:
         backbone: Backbone,
         canvas: Canvas,
         settings: GenerateSettings,
-        row_seeds: Tensor | None = None,
         *,
         rule: BlockRule | None = None,
-        cached: bool = True,
     ):
         """rule: how rows are cut into blocks of a model that attends block-causally; None: it sees all that is there.
 
-        cached: keep the keys and values of its finished blocks, which is exact; it is not done under guidance.
+        The keys and values of its finished blocks are kept, which is exact; they are not kept under guidance.
         Raises ValueError if `steps` is less than the blocks of a row.
         """
         self.backbone, self.settings, self.device = backbone, settings, torch.device(backbone.device)
         given = canvas.valid & ~canvas.masked
-        seeds = token_hash(canvas.tokens, given) if row_seeds is None else row_seeds.to(canvas.tokens.device)
-        self.keys = keyed_hash(settings.seed, seeds)
+        self.keys = keyed_hash(settings.seed, token_hash(canvas.tokens, given))
         self.canvas = canvas
         masked, self.start, self.length = (x.cpu().numpy() for x in (canvas.masked, canvas.start, canvas.length))
         self.rule, origin, size = rule, self.start, settings.block_size
@@ -130,7 +128,7 @@ class Decoder:
         self.hidden = _hides_ahead(backbone, masked, self.length, settings) | (rule is not None)
         self.computed = numpy.zeros(len(masked), dtype=numpy.int64)
         self._layouts: dict[tuple, Layout] = {}
-        reuses = settings.reuse != "none" if rule is None else cached and not settings.guidance
+        reuses = settings.reuse != "none" if rule is None else not settings.guidance
         self._cache = KVCache() if reuses else None
         self._cached = numpy.zeros(0, dtype=numpy.int64)
         self._finished = numpy.zeros_like(self.length)  # clean tokens of each row whose keys and values are stored
@@ -140,7 +138,7 @@ class Decoder:
         """Forward passes of one step: a guided one takes two."""
         return 2 if self.settings.guidance else 1
 
-    def rows(self, numbers: ndarray, width: int) -> LiveRows:
+    def rows(self, numbers: ndarray, width: int) -> RunningRows:
         """Rows of the canvas, by number, at their beginning, `width` positions of each."""
         canvas = self.canvas
         at = to_device(numbers, canvas.tokens.device)
@@ -153,7 +151,7 @@ class Decoder:
             "done": canvas.done[at],
         }
         taken = {name: part.to(self.device, non_blocking=True) for name, part in taken.items()}
-        return LiveRows(
+        return RunningRows(
             numbers=numbers,
             index=to_device(numbers, self.device),
             passes=torch.zeros(len(numbers), dtype=torch.long, device=self.device),
@@ -161,9 +159,9 @@ class Decoder:
         )
 
     @torch.no_grad()
-    def step(self, live: LiveRows) -> ndarray:
-        """One pass: reveal tokens of every live row that is not done. Returns [B] bool: which ended their block."""
-        plan, settings, rows = self.plan, self.settings, live.numbers
+    def run(self, running: RunningRows) -> ndarray:
+        """One pass: reveal tokens of every running row that is not done. Returns [B] bool: which ended their block."""
+        plan, settings, rows = self.plan, self.settings, running.numbers
         window, masks = plan.window(rows)
         left, count = plan.left[rows], plan.counts(rows)
         row = numpy.repeat(numpy.arange(len(rows)), left)
@@ -174,7 +172,7 @@ class Decoder:
         # the positions still masked, from left to right: as many as the host expects, or none in a row that is done
         size = window.shape[1]
         places = torch.arange(size, device=self.device)
-        still = live.masked.gather(1, window) & (places < masks[:, None])
+        still = running.masked.gather(1, window) & (places < masks[:, None])
         rank = torch.where(still, still.cumsum(1) - 1, size)
         # (of a row that has ended, unknown to the host as yet, some place of the block stands in)
         window = window[:, :1].repeat(1, size + 1).scatter_(1, rank, window)[:, :size]
@@ -182,19 +180,19 @@ class Decoder:
         place = row * size + column
         position = window.flatten().index_select(0, place)
 
-        keys = live.keys.index_select(0, row)
-        tokens, confidence, score = self._propose(live, row, position, keys, step.index_select(0, row))
+        keys = running.keys.index_select(0, row)
+        tokens, confidence, score = self._propose(running, row, position, keys, step.index_select(0, row))
         table = score.new_full((len(rows), size), -torch.inf)
         table.view(-1).index_copy_(0, place, score)
         chosen = choose_positions(table, candidate, least, self._sure)
 
-        live.passes.add_(~live.done)
-        self._reveal(live, row * live.tokens.shape[1] + position, chosen.flatten()[place], tokens, confidence)
+        running.passes.add_(~running.done)
+        self._reveal(running, row * running.tokens.shape[1] + position, chosen.flatten()[place], tokens, confidence)
         if settings.early_stop:
-            eos = (live.tokens == self.backbone.eos_id) & live.response & ~live.masked
-            live.end((eos & (live.masked.cumsum(1) == 0)).any(1), self.backbone.eos_id)
+            eos = (running.tokens == self.backbone.eos_id) & running.response & ~running.masked
+            running.end((eos & (running.masked.cumsum(1) == 0)).any(1), self.backbone.eos_id)
         else:
-            torch.any(live.masked, 1, out=live.done).logical_not_()
+            torch.any(running.masked, 1, out=running.done).logical_not_()
         revealed = chosen.sum(1).cpu().numpy() if settings.reveal_rule in PARALLEL_RULES else count
         return plan.advance(rows, numpy.minimum(revealed, left))
 
@@ -205,30 +203,30 @@ class Decoder:
             return torch.zeros_like(ranked[:, 0], dtype=torch.long)
         return PARALLEL_RULES[rule](ranked, getattr(self.settings, rule))
 
-    def _reveal(self, live: LiveRows, flat: Tensor, chosen: Tensor, tokens: Tensor, confidence: Tensor) -> None:
+    def _reveal(self, running: RunningRows, flat: Tensor, chosen: Tensor, tokens: Tensor, confidence: Tensor) -> None:
         """Write what was chosen [N] among the proposals at `flat` [N], row * L + position."""
-        for canvas, values in ((live.tokens, tokens), (live.confidence, confidence), (live.masked, None)):
+        for canvas, values in ((running.tokens, tokens), (running.confidence, confidence), (running.masked, None)):
             canvas = canvas.view(-1)
             before = canvas.index_select(0, flat)
             after = before & ~chosen if values is None else torch.where(chosen, values, before)
             canvas.index_copy_(0, flat, after)
 
     def _propose(
-        self, live: LiveRows, row: Tensor, position: Tensor, keys: Tensor, step: Tensor
+        self, running: RunningRows, row: Tensor, position: Tensor, keys: Tensor, step: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Token, its probability and its score under the reveal rule for each candidate [N].
 
         The head runs on a part of the candidates at a time, so that memory does not grow with their number.
         """
         settings = self.settings
-        hidden, layout = self._forward(live)
+        hidden, layout = self._forward(running)
         noise = token_noise(keys, position, step) if settings.temperature > 0 else None
         order = position_noise(keys, position, step) if settings.reveal_rule == "random" else None
         size = max(1, _HEAD_LOGITS.get(self.device.type, 2**26) // self.backbone.vocab_size)
         found = []
         for low in range(0, len(row), size):
             part = slice(low, low + size)
-            logits = self._logits(hidden, layout, len(live), row[part], position[part])
+            logits = self._logits(hidden, layout, len(running), row[part], position[part])
             drawn = None if noise is None else noise[part]
             proposed = propose_tokens(logits, drawn, temperature=settings.temperature, top_p=settings.top_p)
             confidence = token_confidence(logits, proposed)
@@ -236,19 +234,19 @@ class Decoder:
             found.append((proposed, confidence, rule(logits, confidence, None if order is None else order[part])))
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
-    def _forward(self, live: LiveRows) -> tuple[Tensor, Layout]:
+    def _forward(self, running: RunningRows) -> tuple[Tensor, Layout]:
         """Hidden states [T, D] of what this pass computes, and its layout."""
-        plan, rows = self.plan, live.numbers
+        plan, rows = self.plan, running.numbers
         block = plan.block[rows]
         lengths = numpy.where(
             self.hidden[rows], numpy.minimum(self.length[rows], plan.end[rows, block]), self.length[rows]
         )
-        tokens, width = live.tokens, live.tokens.shape[1]
+        tokens, width = running.tokens, running.tokens.shape[1]
         if self._cache is None:
             copies = self.passes_per_step
             layout = self._rows_layout(numpy.tile(rows, copies), numpy.tile(lengths, copies), width)
             if self.settings.guidance:
-                bare = torch.where(live.response, tokens, self.backbone.mask_id)
+                bare = torch.where(running.response, tokens, self.backbone.mask_id)
                 tokens = torch.cat([tokens, bare])
             self.computed[rows] += lengths * copies
             return self.backbone.hidden(tokens, layout), layout
@@ -309,6 +307,18 @@ class Decoder:
         return logits
 
 
+def block_rule(backbone: Backbone, block_size: int | None = None) -> BlockRule:
+    """How a backbone's rows are cut into blocks, if it attends block-causally.
+
+    Its blocks are those that it was trained with, whatever the settings; `block_size` (none: that of a default recipe)
+    counts for a model that was not trained in blocks.
+    """
+    sidecar = backbone.sidecar
+    if trained_blocks(sidecar.get("algorithm")) == "trained":
+        return BlockRule(int(sidecar["block_size"]), sidecar.get("block_anchor", "response"))
+    return BlockRule(block_size or Recipe().block_size, Recipe().block_anchor)
+
+
 def _hides_ahead(backbone: Backbone, masked: ndarray, length: ndarray, settings: GenerateSettings) -> ndarray:
     """Rows [R] in which the positions right of the active block are not there yet (never if a given token is there)."""
     hidden = settings.ahead == "hidden"
@@ -334,12 +344,18 @@ def _widened(values: Tensor, width: int, fill) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
 
 
-def merged(canvas: Canvas, live: LiveRows) -> Canvas:
-    """The canvas with the live rows as they are now; a canvas that was handed out is never changed."""
+def merged(canvas: Canvas, running: RunningRows) -> Canvas:
+    """The canvas with the running rows as they are now; a canvas that was handed out is never changed."""
+
+    def placed(rows: Tensor, new: Tensor) -> Tensor:
+        rows = rows.clone()
+        rows[running.index, : new.shape[1]] = new
+        return rows
+
     return replace(
         canvas,
-        tokens=canvas.tokens.index_copy(0, live.index, live.tokens),
-        masked=canvas.masked.index_copy(0, live.index, live.masked),
-        confidence=canvas.confidence.index_copy(0, live.index, live.confidence),
-        done=canvas.done.index_copy(0, live.index, live.done),
+        tokens=placed(canvas.tokens, running.tokens),
+        masked=placed(canvas.masked, running.masked),
+        confidence=placed(canvas.confidence, running.confidence),
+        done=canvas.done.index_copy(0, running.index, running.done),
     )

@@ -5,18 +5,17 @@ import itertools
 import pytest
 import torch
 
-from dllm.algorithms import ALGORITHMS, algorithm_class
-from dllm.algorithms.ar import AR
-from dllm.algorithms.base import Algorithm
-from dllm.algorithms.mdlm import MDLM
-from dllm.algorithms.mlm import MLM
-from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
+from dllm.config import Recipe
 from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.losses import denominator
 from dllm.core.schedules import SCHEDULES
 from dllm.models.backbone import TokenNLL
+from dllm.objectives.ar import AR
+from dllm.objectives.mdlm import MDLM
+from dllm.objectives.mlm import MLM
 from tests.oracles import markov_backbone, tabular_backbone
 from tests.toys import ToyBackbone
+from tests.training_loss import training_loss
 
 TARGET = [2, 0, 1, 1]
 
@@ -51,8 +50,8 @@ def raw_bound(backbone, prompt, target):
 
 def loss_of(backbone, recipe, batch, noise, divisor=None):
     model = TokenNLL(backbone)
-    return MDLM(recipe).training_loss(
-        model, batch, noise, mask_id=backbone.mask_id, denominator=divisor or len(batch.tokens)
+    return training_loss(
+        MDLM(recipe), model, batch, noise, mask_id=backbone.mask_id, denominator=divisor or len(batch.tokens)
     )
 
 
@@ -151,8 +150,8 @@ def test_the_nll_of_a_loss_is_summed_over_its_masked_tokens():
 def test_mlm_masks_its_share_of_every_row():
     backbone, batch = tabular_backbone(3), repeated([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], 40)
     noise = row_noise(0, 0, batch.sample_ids, 10)
-    terms = MLM(Recipe(), 0.25).training_loss(
-        TokenNLL(backbone), batch, noise, mask_id=backbone.mask_id, denominator=400.0
+    terms = training_loss(
+        MLM(Recipe(), 0.25), TokenNLL(backbone), batch, noise, mask_id=backbone.mask_id, denominator=400.0
     )
     assert terms.masked == 3 * 40
     assert terms.loss.item() == pytest.approx(terms.nll.item() / 120, rel=1e-5)  # the mean over masked tokens
@@ -172,23 +171,9 @@ def test_ar_scores_every_target_but_the_first_of_a_row_from_the_left():
     row = [0, 2, 1, 1, 0]
     batch = repeated(row, 2)
     noise = row_noise(0, 0, batch.sample_ids, 5)
-    counted = AR().counted(batch.maskable.sum(-1), torch.zeros(2, dtype=torch.long))
-    terms = AR().training_loss(TokenNLL(backbone), batch, noise, mask_id=3, denominator=float(counted.sum()))
+    counted = AR().target_counts(batch.maskable.sum(-1), torch.zeros(2, dtype=torch.long))
+    terms = training_loss(AR(), TokenNLL(backbone), batch, noise, mask_id=3, denominator=float(counted.sum()))
     from_the_left = model.initial[0].log().item() - model.log_probability(row)
     assert terms.masked == 8 and terms.nll.item() == pytest.approx(2 * from_the_left, abs=1e-5)
     # ten tokens, of which eight have a prediction: the loss is the mean over these
     assert terms.loss.item() == pytest.approx(from_the_left / 4, abs=1e-5)
-
-
-def test_ar_says_that_it_neither_denoises_nor_has_a_bound():
-    with pytest.raises(ValueError, match="'ar' does not denoise"):
-        AR().denoise(None, None, GenerateSettings())
-    for method in (AR().nelbo, AR().greedy_match):
-        with pytest.raises(ValueError, match="'ar' has no diffusion bound; evaluate it with kind: hf"):
-            method(None, [], [], LikelihoodSettings())
-
-
-def test_every_registered_algorithm_is_there_and_another_is_an_error():
-    assert all(issubclass(algorithm_class(name), Algorithm) for name in ALGORITHMS)
-    with pytest.raises(ValueError, match=f"algorithm = 'gan'; allowed: {', '.join(ALGORITHMS)}"):
-        algorithm_class("gan")

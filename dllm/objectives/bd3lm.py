@@ -10,7 +10,6 @@ Source: Arriola et al. 2025 (arXiv:2503.09573).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -18,16 +17,13 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from dllm.algorithms.base import Algorithm, refuse
-from dllm.algorithms.denoising import complete_masked, denoise_masked
-from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
+from dllm.config import Recipe
 from dllm.core.attention_pattern import BlockRows, BlockRule
-from dllm.core.batch import Batch, LossTerms, MaskedInputs, Noise, weighted_terms
-from dllm.core.canvas import Canvas, Completion, Score
+from dllm.core.batch import Batch, MaskedInputs, Noise
 from dllm.core.corrupt import apply_mask, block_levels, corrupted
 from dllm.core.losses import row_shares
 from dllm.core.packing import block_layout
-from dllm.likelihood.scorer import MaskedScorer
+from dllm.objectives.objective import Objective
 
 
 class BlockInputs(MaskedInputs):
@@ -43,19 +39,13 @@ class BlockInputs(MaskedInputs):
 
 
 @dataclass(frozen=True)
-class BD3LM(Algorithm):
-    """Block diffusion with the switches of a recipe.
-
-    Blocks are those a checkpoint was trained with (its sidecar says), whatever the settings; a model that was not
-    trained so is taken with `block_size` of the sampler or the recipe. cached: keep the keys and values of finished
-    blocks when sampling, which changes no result; so there is nothing that `reuse` could approximate.
-    """
+class BD3LM(Objective):
+    """Block diffusion with the switches of a recipe, whose `block_size` and `block_anchor` say what its blocks are."""
 
     recipe: Recipe = Recipe()
-    cached: bool = True
 
     def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> BlockInputs:
-        """The batch with some targets of every block masked, each block at a time of its own; see `Algorithm.corrupt`.
+        """The batch with some targets of every block masked, each block at a time of its own; see `Objective.corrupt`.
 
         The times of a row's blocks are spread evenly over the recipe's range, in random order.
         """
@@ -79,7 +69,7 @@ class BD3LM(Algorithm):
             share=share[row, position],
         )
 
-    def forwarded(self, lengths: ndarray, prompts: ndarray) -> ndarray:
+    def forward_lengths(self, lengths: ndarray, prompts: ndarray) -> ndarray:
         """Clean and corrupted tokens."""
         rule = BlockRule(self.recipe.block_size, self.recipe.block_anchor)
         return BlockRows.doubled(rule, prompts.astype(numpy.int64), lengths.astype(numpy.int64)).lengths
@@ -101,56 +91,6 @@ class BD3LM(Algorithm):
         number = ((torch.arange(length) - start[:, None]).clamp(min=0) // size).clamp(max=count - 1)
         weight = found.weight.view(rows, count).gather(1, number)
         return masked > 0, weight
-
-    def loss(self, model, inputs: BlockInputs, *, denominator: float) -> LossTerms:
-        """Cross-entropy at masked tokens, each block with its weight, over `denominator`; see `Algorithm.loss`."""
-        nll = model(inputs.tokens, inputs.layout, inputs.row, inputs.position, inputs.targets)
-        return weighted_terms(nll, inputs, denominator)
-
-    def denoise(
-        self,
-        backbone,
-        canvas: Canvas,
-        settings: GenerateSettings,
-        *,
-        row_seeds: Tensor | None = None,
-        finished: Callable[[Canvas], Tensor] | None = None,
-    ) -> Iterator[Canvas]:
-        """See `Algorithm.denoise`; given tokens right of a block do not help to fill it."""
-        refuse("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
-        rule = self.rule(backbone, settings.block_size)
-        how = {"rule": rule, "cached": self.cached}
-        return denoise_masked(backbone, canvas, settings, row_seeds=row_seeds, finished=finished, **how)
-
-    def complete(
-        self,
-        backbone,
-        canvas: Canvas,
-        settings: GenerateSettings,
-        *,
-        row_seeds: Tensor | None = None,
-        ended: Callable[[list[int], int], bool] | None = None,
-    ) -> Iterator[Completion]:
-        """See `Algorithm.complete`; finished rows make room for waiting ones."""
-        refuse("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
-        rule = self.rule(backbone, settings.block_size)
-        how = {"rule": rule, "cached": self.cached}
-        return complete_masked(backbone, canvas, settings, row_seeds=row_seeds, ended=ended, **how)
-
-    def nelbo(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[Score]:
-        """The sum over a target's blocks of their bounds, each given the prompt and the clean blocks before it."""
-        return MaskedScorer(self.rule).nelbo(backbone, prompts, targets, settings)
-
-    def greedy_match(self, backbone, prompts, targets, settings: LikelihoodSettings) -> list[bool]:
-        """Whether decoding block after block, one token per pass by confidence, gives the target."""
-        return MaskedScorer(self.rule).greedy_match(backbone, prompts, targets, settings)
-
-    def rule(self, backbone, block_size: int | None = None) -> BlockRule:
-        """How a backbone's rows are cut into blocks; block_size counts where it was not trained in blocks."""
-        sidecar = backbone.sidecar
-        if sidecar.get("algorithm") == "bd3lm":
-            return BlockRule(int(sidecar["block_size"]), sidecar.get("block_anchor", "response"))
-        return BlockRule(block_size or self.recipe.block_size, self.recipe.block_anchor)
 
 
 def _doubled(x_0: Tensor, x_t: Tensor, blocks: BlockRows, width: int) -> tuple[Tensor, Tensor]:
