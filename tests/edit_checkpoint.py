@@ -25,7 +25,7 @@ def save_edit_toy(directory: Path, *, steps: int = 0, seed: int = 0, **sidecar) 
     backbone = load_backbone(path)
     config = SimpleNamespace(edits=STARTS, seed=seed)
     objective = EditFlows(edits=STARTS, max_length=backbone.max_length)
-    scores = trained_module(config, backbone.model, backbone.prediction).train()
+    scores = trained_module(config, backbone).train()
     batch = learnt_batch(backbone)
     optimizer = torch.optim.AdamW(scores.parameters(), lr=5e-3)
     for step in range(steps):

@@ -198,7 +198,7 @@ def test_progress_ends_with_all_requests(workdir, echo):
         ({"further_metrics": ["f1"]}, "metric 'f1,none' .* does not come out of task 'choices'"),
         ({"filter": "strict"}, "metric 'acc,strict' "),
         ({"task_directory": "none"}, "task_directory = 'none' holds no task files"),
-        ({"data": "none"}, "data = 'none' is no directory"),
+        ({"data": "none"}, "data = 'none' is not a directory"),
         ({"data": None}, r"reads \{DATA\}, but the evaluation has no `data`"),
         ({"data": "tasks"}, "its data cannot be read"),
     ],

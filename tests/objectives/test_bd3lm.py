@@ -258,8 +258,8 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window, options):
 def test_flashattention_is_asked_the_same_when_sampling(case, prediction, monkeypatch):
     backbone, options = backbone_of(case, prediction), settings(steps=6, temperature=1.0)
     expected = sampled(block_sampler(), backbone, canvas_of(backbone), options)
-    monkeypatch.setattr(packed_attention, "_block_kernel", lambda *_: packed_attention._flash_blocks)
-    monkeypatch.setattr(packed_attention, "_varlen", lambda dropout: plain_varlen)
+    monkeypatch.setattr(attention, "kernel_for", lambda *_, **__: kernels._flash_blocks)
+    monkeypatch.setattr(kernels, "_varlen", lambda dropout: plain_varlen)
     assert sampled(block_sampler(), backbone, canvas_of(backbone), options).responses() == expected.responses()
     with no_cache():
         assert sampled(block_sampler(), backbone, canvas_of(backbone), options).responses() == expected.responses()

@@ -14,7 +14,6 @@ from dllm.core.canvas import canvas_for, infill_canvas
 from dllm.core.edits import (
     BLANK,
     DELETE,
-    KAPPAS,
     Columns,
     align,
     edit_inputs,
@@ -25,6 +24,7 @@ from dllm.core.edits import (
     spans_of,
     state_at,
 )
+from dllm.core.schedules import KAPPAS
 from dllm.models.edit_heads import EditLoss, new_edit_heads
 from dllm.objectives.edit_flows import EditFlows
 from dllm.sampling.edits import EditSampler, edit_canvas, edit_pieces

@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_the_heads_of_the_run_it_starts_from(workdir):
 
 def test_muon_leaves_the_heads_to_adamw(workdir):
     backbone = load_backbone(workdir / "downloads/toy-model")
-    scores = trained_module(edit_config("run"), backbone.model, "in_place")
+    scores = trained_module(edit_config("run"), backbone)
     adamw, muon = build_optimizers(scores, OptimizerSettings(name="muon", learning_rate=1e-3))
     held = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert all(id(p) in held for p in scores.heads.parameters())
