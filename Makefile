@@ -3,6 +3,7 @@
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
 # make systems  every kind of diffusion model, at toy size   make dvc   DVC, in an environment of its own
+# make docs     the pages and an API reference as a site, in build/docs/html
 # make unlock   after a run that was cut off: let the next one begin
 
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report systems test bench lint chat plan one-gpu clean install dvc unlock
+.PHONY: report systems test bench lint docs chat plan one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -68,6 +69,9 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/codespell dllm workflow slurm config docs README.md CONTRIBUTING.md CHANGELOG.md Makefile Snakefile
+
+docs: $(INSTALLED)
+	@$(BIN)/python docs/site/build.py
 
 chat: $(INSTALLED)
 	@$(BIN)/dllm chat
