@@ -18,7 +18,7 @@ $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report systems test bench lint docs chat plan one-gpu clean install dvc unlock
+.PHONY: report systems test bench lint types docs chat plan one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -69,6 +69,9 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/codespell dllm workflow slurm config docs README.md CONTRIBUTING.md CHANGELOG.md Makefile Snakefile
+
+types: $(INSTALLED)
+	$(BIN)/mypy
 
 docs: $(INSTALLED)
 	@$(BIN)/python docs/site/build.py

@@ -70,7 +70,7 @@ def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]
     files = sorted(Path(name) for name in glob.glob(str(path))) if "*" in str(path) else [path]
     if not files or not all(file.is_file() for file in files):
         raise ValueError(f"{path}: no such file of questions; fetch or make its dataset first")
-    found = []
+    found: list[Question] = []
     rows = ((source, number, line) for source in files for number, line in enumerate(_lines(source), 1))
     for file, number, line in rows:
         if len(found) == limit:
@@ -114,10 +114,10 @@ def measure(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) 
     for settings in plans:
         check_steps(settings)
     model.generate(prompts[: config.generation.batch_size], plans[-1])
-    for settings in plans:
+    for steps, settings in zip(config.steps, plans, strict=True):
         answers, seconds = _answered(model, prompts, settings)
         yield Measurement(
-            steps=settings.steps,
+            steps=steps,
             nfe=sum(answer.passes for answer in answers) / len(answers),
             seconds=seconds,
             tokens=sum(answer.tokens for answer in answers),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: 
         error = fault.errors()[0]
         if not error["loc"]:
             raise ValueError(error["msg"].removeprefix("Value error, ")) from None
-        option = next((name for name, field in OPTIONS.items() if field == error["loc"][0]), error["loc"][0])
+        option = next((name for name, field in OPTIONS.items() if field == error["loc"][0]), str(error["loc"][0]))
         raise ValueError(f"--{option.replace('_', '-')} {error['input']}: {error['msg'].lower()}") from None
     for name, rule in RULES.items():
         if name in given and settings.reveal_rule != rule:
@@ -114,7 +115,7 @@ def _known_device(name: str):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is no device; allowed: cpu, cuda, cuda:1, mps") from None
-    is_there = {"cpu": lambda: True, "mps": torch.backends.mps.is_available}
+    is_there: dict[str, Callable[[], bool]] = {"cpu": lambda: True, "mps": torch.backends.mps.is_available}
     is_there["cuda"] = lambda: torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     if not is_there.get(device.type, lambda: False)():
         raise ValueError(f"--device {name}: there is none on this machine; leave --device out")

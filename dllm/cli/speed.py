@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
         points.append(point(found))
         print(line(points[-1]), flush=True)
     options = []
-    for found in compare(model, config, questions):
-        options.append(compared(found))
+    for comparison in compare(model, config, questions):
+        options.append(compared(comparison))
         print(compared_line(options[-1]), flush=True)
     facts = collect(config_digest=digest(config), device=str(model.backbone.device), settings=config.model_dump())
     result = {"run": config.run, "points": points, "options": options, "provenance": facts}

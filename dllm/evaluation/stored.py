@@ -22,8 +22,10 @@ LIKELIHOODS_PER_CHUNK = 1024
 class Answerer(Protocol):
     """Who computes answers: a diffusion model's adapter or an autoregressive baseline."""
 
-    tokenizer_name: str
     model_seconds: float
+
+    @property
+    def tokenizer_name(self) -> str: ...
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
 

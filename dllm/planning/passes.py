@@ -93,7 +93,7 @@ def _two_levels(length: int, context: float, settings: LikelihoodSettings, first
         return float(versions)
     windows = _window_sizes(length, count, 0.9)
     if length <= ENUMERATED or versions <= settings.budget:
-        spans = length * 2 ** (length - 1)
+        spans = length * 2.0 ** (length - 1)
     else:
         cheap = _masks("lattice", length, settings)
         cheap = {k: cheap.get(k, 0.0) + draws for k, draws in windows.items()}

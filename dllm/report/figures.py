@@ -6,6 +6,7 @@ Wall times appear in `speed` only, so that two full runs write the same bytes fo
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import pandas as pd
@@ -131,7 +132,7 @@ def draw_pretraining(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """Training and evaluation loss of the encoders."""
     found = family_looks((entry.label, entry.encoder_family) for entry in plan.pretraining)
     ends = _final_points(frame, "eval")
-    best = min(ends, key=ends.get)
+    best = min(ends, key=ends.__getitem__)
     title = f"{best[0]} ends with the lowest evaluation loss, {fixed(ends[best], 2)} {LOSS_UNIT}"
     return _draw_curves(frame, found, title)
 
@@ -185,7 +186,7 @@ def draw_ablation_final(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
 def draw_chat(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """Training and evaluation loss of the chat models."""
     ends = _final_points(frame, "eval")
-    best = min(ends, key=ends.get)
+    best = min(ends, key=ends.__getitem__)
     title = f"{best[0]} ends with the lowest evaluation loss, {fixed(ends[best], 2)} {LOSS_UNIT}"
     if len(ends) == 1:
         title = f"The evaluation loss of {best[0]} ends at {fixed(ends[best], 2)} {LOSS_UNIT}"
@@ -270,7 +271,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
             if not pd.isna(row[name]):
                 axes.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color=look.color, linewidth=1.6)
                 axes.plot(row[name], y, look.marker, color=look.color, markersize=6)
-        chance = frame[f"{name}_chance"].dropna() if f"{name}_chance" in frame else []
+        chance = frame.get(f"{name}_chance", pd.Series(dtype=float)).dropna()
         if len(chance):
             axes.axvline(chance.iloc[0], color=INK, linewidth=1.3, zorder=1)
         axes.set_title(title, color=QUIET)
@@ -359,7 +360,7 @@ def _draw_curves(frame: pd.DataFrame, found: dict[str, Look], title: str) -> Fig
     if len(recipes) == 1:
         cells = [[row[0] for row in cells]]
     figure = Figure(figsize=(WIDTH, 0.75 + 2.95 * len(cells)))
-    sharey = "row" if len(recipes) > 1 else False
+    sharey: Literal["row", False] = "row" if len(recipes) > 1 else False
     panels = figure.subplots(len(cells), 2, squeeze=False, sharey=sharey, sharex=True)
     for axes_row, cell_row in zip(panels, cells, strict=True):
         for axes, (recipe, split) in zip(axes_row, cell_row, strict=True):

@@ -78,8 +78,8 @@ def _row(workdir: Path, plan: ReportPlan, system: System) -> dict:
         **dict.fromkeys(("nats", "nats_low", "nats_high"), float("nan")),
     }
     # what edits are trained on bounds no likelihood
-    if metrics and system.algorithm != "edit_flows" and (found := final_answer_nats(metrics[-1])):
-        row |= {"nats": found.value, "nats_low": found.low, "nats_high": found.high}
+    if metrics and system.algorithm != "edit_flows" and (nats := final_answer_nats(metrics[-1])):
+        row |= {"nats": nats.value, "nats_low": nats.low, "nats_high": nats.high}
     for benchmark in plan.system_benchmarks():
         keys = ("", "_low", "_high", "_chance", "_passes")
         row |= {f"{benchmark.name}{key}": float("nan") for key in keys}
