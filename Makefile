@@ -4,6 +4,7 @@
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
 # make systems  every kind of diffusion model, at toy size   make dvc   DVC, in an environment of its own
 # make docs     the pages and an API reference as a site, in build/docs/html
+# make showcase   after make report: its page, tables and figures into results/showcase, its scores into README.md
 # make unlock   after a run that was cut off: let the next one begin
 
 SHELL := /bin/bash
@@ -18,7 +19,7 @@ $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report systems test bench lint types docs chat plan one-gpu clean install dvc unlock
+.PHONY: report showcase systems test bench lint types docs chat plan one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -52,6 +53,10 @@ dvc: .venv-dvc/.installed
 report: $(INSTALLED)
 	@$(call run,laptop)
 	@echo "The report: $(abspath results/laptop/report/index.html)"
+
+showcase: $(INSTALLED)
+	@$(BIN)/python docs/showcase.py results/laptop
+	@echo "Shown in results/showcase and README.md: commit both."
 
 systems: $(INSTALLED)
 	@$(call run,systems,--configfile config/laptop.yaml config/systems.yaml)

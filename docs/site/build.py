@@ -18,11 +18,11 @@ from pathlib import Path
 from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "docs/images/*")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "docs/**/*.md", "docs/images/*")
 """What is copied, with its place kept: links between pages stay as they are."""
 SHOWN = ("LICENSE", "bench/results", "results/showcase")
 """What pages link to without being pages: served as it is."""
-PROJECT = ("CONTRIBUTING", "CHANGELOG", "docs/lab-log", "docs/decisions/index")
+PROJECT = ("CONTRIBUTING", "CHANGELOG", "docs/lab-log", "docs/decisions/index", "results/README")
 """Pages about the project. The other pages are the guide, in the order in which README.md links to them."""
 LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)")
 
