@@ -18,7 +18,8 @@ from pathlib import Path
 from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "docs/**/*.md", "docs/images/*")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "docs/**/*.md")
+IMAGES = ("docs/images/*", "results/showcase/film.svg")
 """What is copied, with its place kept: links between pages stay as they are."""
 SHOWN = ("LICENSE", "bench/results", "results/showcase")
 """What pages link to without being pages: served as it is."""
@@ -42,7 +43,7 @@ def build(out: Path) -> int:
 
 def copy_pages(source: Path) -> None:
     """Every page, its links turned into those of the site; README.md becomes index.md and bears the contents."""
-    for path in (path for pattern in PAGES for path in sorted(ROOT.glob(pattern))):
+    for path in (path for pattern in (*PAGES, *IMAGES) for path in sorted(ROOT.glob(pattern))):
         place = source / path.relative_to(ROOT)
         place.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":
