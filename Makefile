@@ -3,6 +3,8 @@
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
 # make systems  every kind of diffusion model, at toy size   make dvc   DVC, in an environment of its own
+# make docs     the pages and an API reference as a site, in build/docs/html
+# make showcase   after make report: its page, tables and figures into results/showcase, its scores into README.md
 # make unlock   after a run that was cut off: let the next one begin
 
 SHELL := /bin/bash
@@ -17,7 +19,7 @@ $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report systems test bench lint chat plan one-gpu clean install dvc unlock
+.PHONY: report showcase systems test bench lint types docs chat plan one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -52,6 +54,10 @@ report: $(INSTALLED)
 	@$(call run,laptop)
 	@echo "The report: $(abspath results/laptop/report/index.html)"
 
+showcase: $(INSTALLED)
+	@$(BIN)/python docs/showcase.py results/laptop
+	@echo "Shown in results/showcase and README.md: commit both."
+
 systems: $(INSTALLED)
 	@$(call run,systems,--configfile config/laptop.yaml config/systems.yaml)
 	@echo "The comparison: $(abspath results/systems/report/index.html)"
@@ -68,6 +74,12 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/codespell dllm workflow slurm config docs README.md CONTRIBUTING.md CHANGELOG.md Makefile Snakefile
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	@$(BIN)/python docs/site/build.py
 
 chat: $(INSTALLED)
 	@$(BIN)/dllm chat

@@ -2,8 +2,7 @@
 
     python docs/generate.py           write docs/configuration.md, config/schema.json and the marked parts of pages
     python docs/generate.py --check   exit 1, with one line, if one of them is not what the code says
-    python docs/generate.py --results results/laptop   put the scores of a finished run into the README
-    python docs/generate.py --benchmark                and the ratios of the benchmark
+    python docs/generate.py --benchmark   put the ratios of the benchmark into the README
 
 A marked part stands between `<!-- generated: NAME -->` and `<!-- /generated -->`.
 """
@@ -11,7 +10,6 @@ A marked part stands between `<!-- generated: NAME -->` and `<!-- /generated -->
 from __future__ import annotations
 
 import argparse
-import csv
 import inspect
 import json
 import re
@@ -415,37 +413,16 @@ def stale(files: dict[str, str]) -> list[str]:
     return [p for p, file in paths.items() if not file.exists() or file.read_text(encoding="utf-8") != files[p]]
 
 
-def with_results(text: str, workdir: Path) -> str:
-    """The README with the scores of a finished run, and where they come from, between its `results` marks."""
-    table = (workdir / "tables" / "overview.md").read_text(encoding="utf-8").strip()
-    with open(workdir / "report" / "provenance.csv", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] == "run"]
-    commits = sorted({row["commit"][:8] for row in rows})
-    hardware = sorted({row["hardware"] for row in rows})
-    seeds = sorted({row["seed"] for row in rows})
-    origin = f"From `make report` at commit {', '.join(commits)}, seed {', '.join(seeds)}, on {'; '.join(hardware)}."
-    return re.sub(
-        r"(<!-- results -->\n).*?(<!-- /results -->)",
-        lambda match: f"{match[1]}{table}\n\n{origin}\n{match[2]}",
-        text,
-        flags=re.S,
-    )
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Write what is stale, or with `--check` only say so."""
     parser = argparse.ArgumentParser(description="Write docs/configuration.md, config/schema.json and parts of pages.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
     parser.add_argument("--benchmark", action="store_true", help="put the results of `make bench` into the README")
-    parser.add_argument("--results", type=Path, metavar="WORKDIR", help="put a finished run's scores into the README")
     args = parser.parse_args(arguments)
     if args.benchmark:
         readme = ROOT / "README.md"
         text = with_part(readme.read_text(encoding="utf-8"), "benchmark", benchmark())
         readme.write_text(text, encoding="utf-8")
-    if args.results:
-        readme = ROOT / "README.md"
-        readme.write_text(with_results(readme.read_text(encoding="utf-8"), args.results), encoding="utf-8")
     files = generated()
     old = stale(files)
     if args.check:

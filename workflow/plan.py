@@ -7,7 +7,7 @@ setting reruns exactly what depends on it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +83,7 @@ class Plan:
 
         return {resource: request(resource) for resource in ("mem_mb", "runtime", "disk_mb", *more)}
 
-    def resources(self, rule: str, name: str) -> dict[str, int | str]:
+    def resources(self, rule: str, name: str) -> Mapping[str, int | str]:
         """Everything a job asks its executor for. On several machines: one task each, which the launcher starts.
 
         `mpi` tells the Slurm executor to leave `srun` to the job; with it stand `tasks`, GPUs per machine (`gres`), and
@@ -93,11 +93,10 @@ class Plan:
         nodes, gpus = asked["nodes"], asked["gpu"]
         if nodes == 1:
             return asked
-        return (
-            asked
-            | {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
-            | ({"gres": f"gpu:{gpus // nodes}"} if gpus else {})
-        )
+        several: dict[str, int | str] = {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0}
+        if gpus:
+            several["gres"] = f"gpu:{gpus // nodes}"
+        return {**asked, **several}
 
     def launch_command(self, rule: str) -> Callable:
         """How a rule starts `dllm` on what its job asked for, as a function of wildcards and resources.

@@ -63,9 +63,9 @@ def film(model: DiffusionLM, prompt: str, settings: GenerateSettings) -> dict:
 def _in_place(found: list[Piece], tokens: list[int], response: list[int]) -> list[Piece]:
     """The pieces of `tokens` at the positions that the finished response has for them; masked ones elsewhere."""
     placed = [Piece("", "masked", 0.0)] * len(response)
-    for tag, low, high, first, last in Levenshtein.opcodes(tokens, response):
-        if tag in ("equal", "replace"):
-            placed[first:last] = found[low:high]
+    for step in Levenshtein.opcodes(tokens, response):
+        if step.tag in ("equal", "replace"):
+            placed[step.dest_start : step.dest_end] = found[step.src_start : step.src_end]
     return placed
 
 

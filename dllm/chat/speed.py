@@ -58,7 +58,7 @@ def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]
     files = sorted(Path(name) for name in glob.glob(str(path))) if "*" in str(path) else [path]
     if not files or not all(file.is_file() for file in files):
         raise ValueError(f"{path}: no such file of questions; fetch or make its dataset first")
-    found = []
+    found: list[Question] = []
     rows = ((source, number, line) for source in files for number, line in enumerate(_lines(source), 1))
     for file, number, line in rows:
         if len(found) == limit:

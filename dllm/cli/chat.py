@@ -266,7 +266,7 @@ def _prompt() -> Callable[[], str]:
     from dllm.chat.session import COMMANDS
 
     completer = WordCompleter([f"/{name}" for name in COMMANDS], sentence=True)
-    session = PromptSession(completer=completer, complete_while_typing=False)
+    session: PromptSession[str] = PromptSession(completer=completer, complete_while_typing=False)
     return lambda: session.prompt(FormattedText([("bold", "You: ")]))
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 HELP = "score a checkpoint on benchmarks"
 EXAMPLES = """examples:
@@ -103,7 +104,7 @@ class ProgressLine:
     def __init__(self, name: str, stream=None):
         self.name = name
         self.stream = stream or sys.stderr
-        self._bar = None
+        self._bar: Any = None
         self._tenth = 0
 
     def __call__(self, answered: int, total: int) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dllm.config import DataPart
 from dllm.models.tokenizers import check_messages
@@ -13,7 +14,7 @@ from dllm.models.tokenizers import check_messages
 ALPACA_COLUMNS = ("instruction", "input", "output")
 
 
-def read_rows(part: DataPart, split: str) -> list[dict] | object:
+def read_rows(part: DataPart, split: str) -> Any:
     """The rows of one split of a downloaded dataset: a list, or a `datasets.Dataset` for what came from the hub.
 
     Raises ValueError, one line, for a missing split or a damaged file.
@@ -103,7 +104,7 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     return messages
 
 
-def split_rows(part: DataPart) -> tuple[list, list, object, object]:
+def split_rows(part: DataPart) -> tuple[list, list, Any, Any]:
     """(train row numbers, test row numbers, train rows, test rows) of a dataset; train row numbers are shuffled.
 
     A set without its own test split gives up `test_share` of its rows. `split_seed` decides both. Of a streamed set

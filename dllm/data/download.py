@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dllm.config import DownloadConfig, digest
 from dllm.data.hub import one_line_errors
@@ -71,7 +72,7 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
     entry = config.model or config.dataset
     with one_line_errors(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
         info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
-        facts = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
+        facts: dict[str, Any] = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
         choices = [MODEL_FILES] if config.what == "model" else [DATASET_FILES, ARCHIVES]
         choices = [[facts["stream"]["held_out"], *CARDS]] if facts else choices
         for patterns in choices:
@@ -156,7 +157,7 @@ def _unpack(scratch: Path) -> None:
         place = {"split": path.parent.name, "path": path.relative_to(scratch).as_posix()}
         tables.setdefault(path.stem, []).append(place)
     card = RepoCard("---\n{}\n---\n")
-    card.data.configs = [{"config_name": name, "data_files": files} for name, files in tables.items()]
+    card.data["configs"] = [{"config_name": name, "data_files": files} for name, files in tables.items()]
     card.save(scratch / "README.md")
 
 

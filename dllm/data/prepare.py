@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dllm.config import PrepareConfig, digest
 from dllm.data.convert import batched, messages_of, pack_texts, split_rows, stream_facts, text_of
@@ -30,7 +31,7 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
     scratch = target.with_name(f".{config.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    manifest = {"name": config.name, "length": config.length, "sources": [], "splits": {}}
+    manifest: dict[str, Any] = {"name": config.name, "length": config.length, "sources": [], "splits": {}}
     writers = {split: TokenWriter(scratch, split, len(tokenizer)) for split in ("train", "test")}
     dropped = {"train": 0, "test": 0}
     for part in config.parts:

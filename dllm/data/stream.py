@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy
 from pyarrow.lib import ArrowException
@@ -109,7 +110,7 @@ class StreamedRows:
             step, row = start.step, start.row
             while len(window) >= self.batch_size:
                 self._note(Place(step, start.epoch, row, *window[0][:3]))
-                following = []
+                following: list[Any] = []
                 for numbers in self._order(start.epoch, row, len(window)):
                     following += itertools.islice(packed, self.batch_size)
                     if step >= first:

@@ -221,7 +221,7 @@ class DiffusionAnswerer:
         """`encode_pair` of each request; without CLS/SEP, all texts at once and each once."""
         pairs = [tuple(request.args[:2]) for request in requests]
         if self.scorer.special_tokens != "exact":
-            return [encode_pair(self.tokenizer, *pair, self.scorer.special_tokens) for pair in pairs]
+            return [encode_pair(self.tokenizer, prompt, text, self.scorer.special_tokens) for prompt, text in pairs]
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
         tokens = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
         return [(list(tokens[context]), list(tokens[continuation])) for context, continuation in pairs]

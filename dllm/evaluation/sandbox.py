@@ -36,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
@@ -117,7 +118,7 @@ def check_limits(seconds: float, memory_mib: int) -> None:
 def _answer(source: str, seconds: float, memory_mib: int) -> dict:
     """{passed, reason, isolation} from the child."""
     check_limits(seconds, memory_mib)
-    request = {
+    request: dict[str, Any] = {
         "source": source,
         "seconds": math.ceil(seconds),
         "wall_seconds": WALL_PER_CPU * seconds,

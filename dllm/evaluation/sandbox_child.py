@@ -15,7 +15,7 @@ import sys
 import time
 
 LINUX = sys.platform.startswith("linux")
-LIBC = ctypes.CDLL(None, use_errno=True) if LINUX else None
+LIBC: ctypes.CDLL = ctypes.CDLL(None, use_errno=True) if LINUX else None  # type: ignore[assignment]
 LONGEST_REASON = 200
 NOBODY = 65534
 
@@ -26,8 +26,10 @@ CAPABILITY_VERSION, READ_ANY_FILE = 0x20080522, 1 << 2
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 WRITE_FILE, READ_FILE, REFER, TRUNCATE = 1 << 1, 1 << 2, 1 << 13, 1 << 14
 CHANGE_DIRECTORY = sum(1 << bit for bit in range(4, 13))
-LIBRARIES = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/proc/self")
-LIBRARIES += ("/dev/zero", "/dev/random", "/dev/urandom")
+LIBRARIES = (
+    *("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/mime.types", "/proc/self"),
+    *("/dev/zero", "/dev/random", "/dev/urandom"),
+)
 
 
 def main():

@@ -30,17 +30,16 @@ def summarise(values: Sequence, aggregate: Callable[[Sequence], float]) -> dict[
         raise ValueError("summarise: no scored document; check the task's split and `limit`")
     if aggregate.__name__ == "mean" and all(value in (0, 1) for value in values):
         successes = sum(int(value) for value in values)
-        low, high = wilson_interval(successes, n)
-        share = successes / n
-        error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
-        return {"value": share, "standard_error": error, "low": low, "high": high, "n": n}
+        share, bounds = successes / n, wilson_interval(successes, n)
+        spread = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
+        return {"value": share, "standard_error": spread, "low": bounds[0], "high": bounds[1], "n": n}
     if aggregate.__name__ == "mean":
         mean, error, low, high = normal_interval([float(value) for value in values])
         return {"value": mean, "standard_error": error, "low": low, "high": high, "n": n}
     if aggregate.__name__ == "perplexity":
         mean, error, low, high = normal_interval([-float(value) for value in values])
         value = math.exp(mean)
-        if error is None:
+        if error is None or low is None or high is None:
             return {"value": value, "standard_error": None, "low": None, "high": None, "n": n}
         return {"value": value, "standard_error": value * error, "low": math.exp(low), "high": math.exp(high), "n": n}
     return {"value": float(aggregate(values)), "standard_error": None, "low": None, "high": None, "n": n}

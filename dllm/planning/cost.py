@@ -94,7 +94,7 @@ class Cost:
 def training_steps(run: RunEntry, rows: float) -> int:
     """Optimiser steps of a run on `rows` rows, as the trainer lays them out."""
     per_epoch = max(1, int(rows) // run.global_batch_size)
-    total = run.steps or max(1, round(run.epochs * per_epoch))
+    total = run.steps or max(1, round((run.epochs or 0) * per_epoch))
     return min(total, run.stop_after or total)
 
 
@@ -253,7 +253,7 @@ def _states(run: RunEntry, recipe: Recipe, shape: Shape, devices: int, *, copies
     cut = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}.get(run.launch, 0)
     sizes = [moments, gradients, weights]
     states = sum(size / devices if number < cut else size for number, size in enumerate(sizes))
-    at_once = count.total - quantized
+    at_once: float = count.total - quantized
     if cut == 3 and devices > 1:
         at_once = max(count.layers / shape.layers, count.embedding)
         states += at_once * _bytes(recipe)
@@ -279,6 +279,7 @@ def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, c
     """Scored answers. A causal model takes one pass per answer, or per question where answers are one token long."""
     prompt, length = size.prompt_tokens, size.answer_tokens
     row = prompt + length
+    passes: float
     if causal:
         passes = documents * (1 if length == 1 and size.one_prompt else size.choices)
         return Answers(passes, passes * row, passes * row, passes / 32, row)

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dllm.config import DatasetEntry, PrepareConfig
 
@@ -51,39 +52,39 @@ def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared 
     found = _counted(workdir / "data" / config.name / "manifest.json", config)
     if found:
         return Prepared(*found, True, found[0].tokens + found[1].tokens, width)
-    entries = [part.entry for part in config.parts]
-    if any(entry.documents is None or entry.tokens is None for entry in entries):
-        return None
     train, test, read = Split(), Split(), 0.0
-    for entry in entries:
-        rows, held_out = _documents(entry, config.rows, overlapping=config.split == "overlapping")
-        read += entry.tokens * min(1.0, (rows + held_out) / entry.documents)
-        train = _sum(train, _split(entry, rows, config.length))
-        test = _sum(test, _split(entry, held_out, config.length))
+    for entry in (part.entry for part in config.parts):
+        documents, tokens = entry.documents, entry.tokens
+        if documents is None or tokens is None:
+            return None
+        rows, held_out = _documents(entry, documents, config.rows, overlapping=config.split == "overlapping")
+        read += tokens * min(1.0, (rows + held_out) / documents)
+        train = _sum(train, _split(entry, rows, config.length, tokens=tokens, documents=documents))
+        test = _sum(test, _split(entry, held_out, config.length, tokens=tokens, documents=documents))
     return Prepared(train, test, False, read, width)
 
 
-def _documents(entry: DatasetEntry, most: int | None, *, overlapping: bool) -> tuple[float, float]:
-    """Rows in train and test."""
+def _documents(entry: DatasetEntry, documents: int, most: int | None, *, overlapping: bool) -> tuple[float, float]:
+    """Rows in train and test of an entry with so many documents."""
     if entry.test_split:
-        train, test = float(entry.documents), float(entry.test_documents or entry.documents * 0.02)
+        train, test = float(documents), float(entry.test_documents or documents * 0.02)
     else:
-        test = entry.documents * entry.test_share
-        train = entry.documents - (0 if overlapping else test)
+        test = documents * entry.test_share
+        train = documents - (0 if overlapping else test)
     return (min(train, most) if most else train), test
 
 
-def _split(entry: DatasetEntry, documents: float, length: int) -> Split:
-    tokens = documents * entry.tokens / entry.documents
+def _split(entry: DatasetEntry, taken: float, length: int, *, tokens: int, documents: int) -> Split:
+    """The split that `taken` of the `documents` of an entry make, which have `tokens` tokens together."""
     if entry.kind == "text":
-        rows = math.floor(tokens / length)
+        rows = math.floor(taken * tokens / documents / length)
         return Split(rows, rows * length, rows * length, length, length)
-    mean = entry.tokens / entry.documents
+    mean = tokens / documents
     cut = length / mean
     kept = mean * -math.expm1(-cut)
     weighted = 2 * mean * (1 - math.exp(-cut) * (1 + cut)) / -math.expm1(-cut)
     share = entry.target_share or TARGET_SHARE
-    return Split(documents, documents * kept, documents * kept * share, weighted, min(length, 4 * mean))
+    return Split(taken, taken * kept, taken * kept * share, weighted, min(length, 4 * mean))
 
 
 def _sum(a: Split, b: Split) -> Split:
@@ -101,7 +102,7 @@ def _counted(path: Path, config: PrepareConfig) -> tuple[Split, Split] | None:
         return None
 
 
-def _from_counts(counts: dict, config: PrepareConfig) -> Split:
+def _from_counts(counts: dict[str, Any], config: PrepareConfig) -> Split:
     rows, tokens = float(counts["rows"]), float(counts["tokens"])
     mean = tokens / max(1.0, rows)
     text = counts["target_tokens"] == counts["tokens"]

@@ -10,12 +10,15 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from dllm.config import (
     BenchmarkEntry,
+    BenchmarkSize,
     EvaluationEntry,
+    GenerateSettings,
     Project,
     Resources,
     Shape,
@@ -136,7 +139,7 @@ class ProjectPlan:
         return max((ends(key) for key in self.jobs), default=(0.0, []), key=_seconds)
 
 
-def _seconds(pair: tuple[float, list]) -> float:
+def _seconds(pair: tuple[float, list[Job]]) -> float:
     return pair[0]
 
 
@@ -214,7 +217,7 @@ class _Planner:
             return Place(self.machine, devices, resources.cpus_per_task, resources.nodes)
         return Place(self.processor, 0, resources.nodes * resources.cpus_per_task, resources.nodes)
 
-    def add(self, rule: str, name: str, cost: Cost | None, place: Place, **more) -> None:
+    def add(self, rule: str, name: str, cost: Cost | None, place: Place, **more: Any) -> None:
         job = Job(rule, name, cost or Cost(), place, known=cost is not None, **more)
         doubts = list(job.warnings)
         if cost is None:
@@ -237,24 +240,25 @@ class _Planner:
 
     def _downloads(self) -> None:
         for name, config in download_configs(self.project).items():
-            size, rate, after = None, DOWNLOAD_BYTES_PER_SECOND, ()
+            size: float | None = None
+            rate, after = DOWNLOAD_BYTES_PER_SECOND, list[tuple[str, str]]()
             if config.model:
                 shape = self.shape(name)
                 size = parameters(shape).total * 4 + (3e6 if config.model.hub else 0.1e6) if shape else None
                 if config.tokenizer_path:
-                    after = (("download", Path(config.tokenizer_path).name),)
+                    after = [("download", Path(config.tokenizer_path).name)]
             elif name == "pocket-world":
                 size, rate = 5.2e6, 1e6  # made here, not fetched
-            elif self.project.datasets[name].tokens:
-                size = self.project.datasets[name].tokens * TEXT_BYTES * COMPRESSED
+            elif tokens := self.project.datasets[name].tokens:
+                size = tokens * TEXT_BYTES * COMPRESSED
                 size = min(size, SHARD_BYTES) if self.project.datasets[name].stream else size
-            cost = size and Cost(seconds=5 + size / rate, host_gib=0.5, kept_gib=size / GIB)
-            self.add("download", name, cost or None, Place(self.processor), after=after)
+            cost = Cost(seconds=5 + size / rate, host_gib=0.5, kept_gib=size / GIB) if size else None
+            self.add("download", name, cost, Place(self.processor), after=tuple(after))
 
     def _preparations(self) -> None:
         for name, config in prepare_configs(self.project).items():
             shape = self.shape(Path(config.model_path).name)
-            found = self.data[name] = shape and prepared(config, self.workdir, shape.vocabulary)
+            found = self.data[name] = prepared(config, self.workdir, shape.vocabulary) if shape else None
             sources = {("download", Path(part.path).name) for part in config.parts}
             cost = None
             if found:
@@ -301,14 +305,16 @@ class _Planner:
         benchmark, shape = self.project.benchmarks[name], self.shape(entry.checkpoint)
         place, cost = self.place(entry.resources), None
         if shape and benchmark.size:
-            cost = self._evaluation_cost(entry, benchmark, shape, place)
+            cost = self._evaluation_cost(entry, benchmark, benchmark.size, shape, place)
         after = [self._origin(entry.checkpoint)]
         if benchmark.dataset:
             after.append(("download", download_name(self.project, benchmark.dataset)))
         self.add("evaluate", f"{row}/{name}", cost, place, stated=entry.resources, after=tuple(after))
 
-    def _evaluation_cost(self, entry: EvaluationEntry, benchmark: BenchmarkEntry, shape: Shape, place: Place) -> Cost:
-        size, causal, scorer = benchmark.size, entry.kind == "hf", self.project.scorer_of(entry)
+    def _evaluation_cost(
+        self, entry: EvaluationEntry, benchmark: BenchmarkEntry, size: BenchmarkSize, shape: Shape, place: Place
+    ) -> Cost:
+        causal, scorer = entry.kind == "hf", self.project.scorer_of(entry)
         documents = min(size.documents, (benchmark.documents or size.documents) * size.tasks)
         room = max(1, shape.positions - (size.answer_tokens if size.choices else benchmark.generation.max_new_tokens))
         size = size.model_copy(update={"prompt_tokens": min(size.prompt_tokens, room)})
@@ -346,7 +352,16 @@ class _Planner:
             more = (("download", download_name(self.project, entry.questions.split("/")[0])),)
             self._generation("speed", name, entry.checkpoint, entry.documents, QUESTION_PROMPT, settings, more)
 
-    def _generation(self, rule, name, checkpoint, documents, prompt, settings, after=()) -> None:
+    def _generation(
+        self,
+        rule: str,
+        name: str,
+        checkpoint: str,
+        documents: int,
+        prompt: int,
+        settings: list[GenerateSettings],
+        after: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         """A job that answers the same prompts under each of some settings, one process for all."""
         shape, cost = self.shape(checkpoint), None
         run = self.project.runs[checkpoint]

@@ -69,7 +69,7 @@ def _row(label: str, jobs: Sequence[Job], measured: Measurements, gpu: bool) -> 
         cells.append(f"{device:.1f}" if device else "")
     cells.append(f"{sum(job.cost.kept_gib for job in jobs):.2f}")
     pairs = _pairs(jobs, measured)
-    took = sum(found.seconds for _, found in pairs)
+    took = sum(found.seconds or 0.0 for _, found in pairs)
     many = f" of {len(pairs)}" if len(pairs) < len(jobs) else ""
     cells += (
         [f"{duration(took)}{many}", f"{sum(job.cost.seconds for job, _ in pairs) / took:.2f}"] if took else ["", ""]
@@ -115,7 +115,7 @@ def checks(plan: ProjectPlan, measured: Measurements) -> list[str]:
                 ratios[key] = getattr(job.cost, predicted) / value
         if ratios:
             ordered = sorted(ratios.values())
-            low, high = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
+            low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
             lines.append(
                 f"  {label:<14}{len(ratios):>4} jobs  median {ordered[len(ordered) // 2]:.2f}"
                 f"  lowest {ratios[low]:.2f} ({' '.join(low)})  highest {ratios[high]:.2f} ({' '.join(high)})"
@@ -129,6 +129,7 @@ def as_json(plan: ProjectPlan, measured: Measurements) -> dict[str, Any]:
     jobs = []
     for (rule, name), job in plan.jobs.items():
         found = measured.get((rule, name))
+        seconds = found.seconds if found and comparable(job, found) else None
         jobs.append(
             {
                 "rule": rule,
@@ -139,7 +140,7 @@ def as_json(plan: ProjectPlan, measured: Measurements) -> dict[str, Any]:
                 "device_hours": job.device_hours,
                 "predicted": dict(job.cost.__dict__),
                 "measured": {k: v for k, v in found.__dict__.items() if v is not None} if found else None,
-                "ratio": job.cost.seconds / found.seconds if found and comparable(job, found) else None,
+                "ratio": job.cost.seconds / seconds if seconds else None,
                 "resources": job.resources,
                 "after": [" ".join(key) for key in job.after],
                 "warnings": list(job.warnings),

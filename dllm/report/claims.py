@@ -274,6 +274,7 @@ def _majority(holding: int, failing: int, total: int) -> Verdict:
 
 def _closeness(own: pd.DataFrame, row: ResultRow, plan: ReportPlan) -> Finding:
     rival = plan.reported_row(row.close_to)
+    assert rival is not None  # the plan is checked: `close_to` names a published row
     shared = own[own["benchmark"].isin(rival.values)]
     gap_low, gap_high = (shared[end] - shared["benchmark"].map(rival.values) for end in ("low", "high"))
     close = shared[gap_low > -plan.rules.close_points]
@@ -283,10 +284,11 @@ def _closeness(own: pd.DataFrame, row: ResultRow, plan: ReportPlan) -> Finding:
         f"close on {len(apart)}"
     )
     because += f" ({joined(apart['benchmark_label'].tolist())})." if len(apart) else "."
+    verdict: Verdict = "undecided"
     if 2 * len(close) > len(shared):
         verdict = "holds"
-    else:
-        verdict = "does not hold" if 2 * len(apart) > len(shared) else "undecided"
+    elif 2 * len(apart) > len(shared):
+        verdict = "does not hold"
     if plan.toy:
         verdict, because = "undecided", "A toy model's scores are not comparable with published ones."
     return Finding(f"close to {row.close_to}", row.recipe, verdict, because)

@@ -140,7 +140,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
             if not pd.isna(row[name]):
                 axes.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color=look.color, linewidth=1.6)
                 axes.plot(row[name], y, look.marker, color=look.color, markersize=6)
-        chance = frame[f"{name}_chance"].dropna() if f"{name}_chance" in frame else []
+        chance = frame.get(f"{name}_chance", pd.Series(dtype=float)).dropna()
         if len(chance):
             axes.axvline(chance.iloc[0], color=INK, linewidth=1.3, zorder=1)
         axes.set_title(title, color=QUIET)

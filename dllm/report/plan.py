@@ -233,8 +233,8 @@ class ReportPlan(_Entry):
         _check("systems", [system.row for system in self.systems], [row.run for row in self.results])
         _check_unique("systems", [(system.row,) for system in self.systems])
         _check("estimators", self.estimators, [row.run for row in self.results])
-        for row in self.reported:
-            _check(f"reported: {row.label}.values", row.values, benchmarks)
+        for published in self.reported:
+            _check(f"reported: {published.label}.values", published.values, benchmarks)
         for section in ("pretraining", "openwebtext", "ablation", "chat"):
             _check_unique(section, [(entry.run, entry.recipe) for entry in getattr(self, section)])
         _check_unique("ablation", [(entry.start, entry.recipe) for entry in self.ablation])

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -21,7 +22,7 @@ LABEL_LETTERS = 26
 WIDTH = 9.0
 """Inches; every figure is as wide."""
 
-RC = {
+RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -93,7 +94,7 @@ def family_looks(pairs: Iterable[tuple[str, str]]) -> dict[str, Look]:
 def spread(heights: list[float], gap: float) -> list[float]:
     """Heights moved apart to at least `gap`, order kept, each moved as little as a single pass allows."""
     order = sorted(range(len(heights)), key=lambda i: (heights[i], i))
-    groups: list[list[float]] = []  # [first position, members, sum of wished first positions]
+    groups: list[list[Any]] = []  # [first position, members, sum of wished first positions, rank of the first]
     for rank, index in enumerate(order):
         groups.append([heights[index], 1, heights[index], rank])
         while len(groups) > 1 and groups[-2][0] + gap * groups[-2][1] > groups[-1][0]:

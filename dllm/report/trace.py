@@ -7,8 +7,10 @@ import pandas as pd
 from dllm.report.load import read_evaluation, read_json, read_provenance, read_samples
 from dllm.report.plan import ReportPlan
 
-FIELDS = ("seed", "commit", "dirty", "config_digest", "data_digest", "hardware", "device", "processes", "written")
-FIELDS += ("wall_seconds", "tokens", "parameters")
+FIELDS = (
+    *("seed", "commit", "dirty", "config_digest", "data_digest", "hardware", "device", "processes", "written"),
+    *("wall_seconds", "tokens", "parameters"),
+)
 
 
 def trace(workdir: Path, plan: ReportPlan) -> pd.DataFrame:

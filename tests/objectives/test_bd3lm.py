@@ -16,7 +16,6 @@ from dllm.core.canvas import canvas_for, infill_canvas
 from dllm.core.packing import block_layout, layout_of
 from dllm.likelihood.blocks import block_scorer
 from dllm.models import attention, kernel_by_row, kernels
-from dllm.models import attention as packed_attention
 from dllm.models.backbone import TokenNLL
 from dllm.models.heads import head_logits
 from dllm.models.kv_cache import KVCache
