@@ -16,11 +16,20 @@ OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "block_size": ("block_size", int, "N", "tokens per block; blocks go from left to right"),
     "temperature": ("temperature", float, "T", "0 takes the most probable token (default)"),
     "top_p": ("top_p", float, "P", "draw from the smallest set with this probability"),
-    "reveal_rule": ("reveal_rule", str, "RULE", "which masked positions are revealed first (default: confidence)"),
+    "reveal_rule": (
+        *("reveal_rule", str, "RULE"),
+        "which masked positions are revealed first: confidence (default), entropy, margin or random; or threshold, "
+        "factor or entropy_bound, which reveal all that are sure enough, in fewer passes",
+    ),
     "threshold": ("threshold", float, "P", "rule threshold: reveal all that are at least so probable (default: 0.9)"),
     "factor": ("factor", float, "F", "rule factor: larger reveals more at once (default: 1)"),
     "entropy_bound": ("entropy_bound", float, "H", "rule entropy_bound: larger reveals more (default: 0.1 nats)"),
-    "reuse": ("reuse", str, "KIND", "approximation: prefix or dual keep what was computed outside the active block"),
+    "reuse": (
+        "reuse",
+        str,
+        "KIND",
+        "approximation: prefix or dual keep what was computed left of, or around, the active block",
+    ),
     "refresh": ("refresh", int, "N", "passes between refreshes of what is reused (default: once per block)"),
     "seed": ("seed", int, "N", "seed of the draws at a temperature above 0 (default: 0)"),
 }
