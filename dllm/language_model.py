@@ -241,7 +241,11 @@ class DiffusionLM:
             if not aim:
                 raise ValueError(f"targets[{number}] = {targets[number]!r} has no tokens; there is nothing to score")
         # no tokens at all are a prompt here: the likelihood of a text from its start
-        return [self.encode_prompt(p) if isinstance(p, str) or len(p) else [] for p in prompts], aims
+        rows = [self.encode_prompt(p) if isinstance(p, str) or len(p) else [] for p in prompts]
+        for name, lists in (("prompts", rows), ("targets", aims)):
+            for number, tokens in enumerate(lists):
+                _check_ids(f"{name}[{number}]", tokens, self.backbone.vocab_size)
+        return rows, aims
 
     # ----------------------------------------------------------------------------------------------------------------
     # Text and tokens
@@ -323,6 +327,7 @@ class DiffusionLM:
         rows = [self.encode_prompt(prompt) for prompt in prompts]
         room = self.max_length - settings.max_new_tokens
         for number, row in enumerate(rows):
+            _check_ids(f"prompts[{number}]", row, self.backbone.vocab_size)
             if len(row) > room:
                 raise ValueError(
                     f"prompts[{number}] has {len(row)} tokens; with max_new_tokens = {settings.max_new_tokens} the "
@@ -330,6 +335,16 @@ class DiffusionLM:
                     "or lower max_new_tokens"
                 )
         return rows
+
+
+def _check_ids(name: str, tokens: Sequence[int], vocabulary: int) -> None:
+    """Raise ValueError, one line, for a token id that the model does not have."""
+    for position, token in enumerate(tokens):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{name} has the token id {token} at position {position}; the model's vocabulary has {vocabulary} "
+                f"tokens: give ids from 0 to {vocabulary - 1}"
+            )
 
 
 def _check_list(values: object, name: str) -> None:

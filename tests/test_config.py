@@ -239,3 +239,40 @@ def test_every_algorithm_says_what_its_recipes_and_runs_may_say():
 def test_reading_the_configuration_imports_no_torch():
     code = "import sys, dllm.config, dllm.report.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+STRANGE = [float("inf"), float("-inf"), float("nan"), 1e39, -1e39, 1e-39, 10**20, -(10**20)]
+
+
+def numeric_settings():
+    """(class, its smallest valid content, name) of every setting that is a number."""
+    from dllm.config import settings as module
+
+    classes = [found for found in vars(module).values() if isinstance(found, type) and found.__name__ != "Settings"]
+    for found in [c for c in classes if issubclass(c, module.Settings)]:
+        for name, field in found.model_fields.items():
+            if {int, float} & ({field.annotation} | set(get_args(field.annotation))):
+                yield found, name
+
+
+def test_no_number_that_cannot_be_computed_with_is_taken():
+    """A strange number is refused, or it is a usual one of that setting (a share of 1e-39, say)."""
+    checked = 0
+    for model, name in numeric_settings():
+        for value in STRANGE:
+            try:
+                taken = getattr(model.model_validate({name: value}), name)
+            except ValueError as error:
+                assert "Traceback" not in str(error)
+                continue
+            checked += 1
+            assert 0 <= taken <= 1e-39, f"{model.__name__}.{name} = {value}"
+    assert checked < 20
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e39, 10**20])
+def test_a_strange_number_in_a_file_is_one_line_with_its_key(value):
+    for key in ("learning_rate", "weight_decay"):
+        with pytest.raises(ConfigError) as error:
+            project({"runs": {"chat-base": {"optimizer": {key: value}}}})
+        assert f"runs.chat-base.optimizer.{key}" in str(error.value) and "\n" not in str(error.value)

@@ -208,3 +208,15 @@ def test_a_checkpoint_without_a_sidecar_takes_the_end_of_turn_from_its_template(
 def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         dllm.load(tmp_path)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, 2**70])
+def test_a_token_id_that_the_model_lacks_is_one_line(model, token):
+    size = model.backbone.vocab_size
+    line = rf"\[1\] has the token id {token} at position 2; the model's vocabulary has {size} tokens"
+    with pytest.raises(ValueError, match=f"prompts{line}"):
+        model.generate([[5, 6], [7, 8, token]], settings())
+    with pytest.raises(ValueError, match=f"prompts{line}"):
+        model.nelbo([[5], [7, 8, token]], [[5], [6]])
+    with pytest.raises(ValueError, match=f"targets{line}"):
+        model.greedy_match([[5], [6]], [[5], [7, 8, token]])

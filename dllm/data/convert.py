@@ -22,15 +22,16 @@ def read_rows(part: DataPart, split: str) -> list[dict] | object:
     if entry.world:
         return read_jsonl(Path(part.path) / entry.world / f"{split}.jsonl")
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     try:
         if entry.stream:  # one shard of the set: the card's counts are those of all
             shards = [str(path) for path in sorted(Path(part.path).rglob("*.parquet"))]
             return load_dataset("parquet", data_files={split: shards}, split=split)
         return load_dataset(part.path, entry.config, split=split)
-    except (ValueError, OSError, DatasetGenerationError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (
+        Exception
+    ) as error:  # what is wrong with a file comes as an error of whoever reads it, StopIteration included
+        first = (str(error).strip() or f"{type(error).__name__}; a file may be empty").splitlines()[0]
         raise ValueError(f"{part.path}: split {split!r} of {part.name!r} cannot be read ({first})") from None
 
 

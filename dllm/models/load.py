@@ -330,7 +330,7 @@ def _config(directory: Path, published: Family | None):
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as fault:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as fault:
         raise ValueError(f"{directory}/config.json: cannot be used ({str(fault).splitlines()[0]})") from None
 
 

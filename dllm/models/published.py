@@ -274,8 +274,9 @@ def published_config(directory: str | Path) -> dict:
 
 def family_of(directory: str | Path) -> Family | None:
     """The family that a checkpoint's config.json names as its architecture; None for any other checkpoint."""
-    architectures = published_config(directory).get("architectures") or [None]
-    return next((family for family in PUBLISHED if architectures[0] in family.architectures), None)
+    stated = published_config(directory).get("architectures")
+    first = stated[0] if isinstance(stated, list) and stated else None
+    return next((family for family in PUBLISHED if first in family.architectures), None)
 
 
 def stock_config(family: Family, raw: dict):

@@ -45,7 +45,7 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     options = {"trust_remote_code": False} if kind == "AutoTokenizer" else {}
     try:
         tokenizer = getattr(transformers, kind).from_pretrained(str(path), **options)
-    except (OSError, ValueError, LookupError, TypeError) as fault:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as fault:
         first = str(fault).splitlines()[0]
         raise ValueError(f"{path}: no usable tokenizer ({first}); fetch or train the checkpoint again") from None
     if family and family.template:
@@ -61,7 +61,7 @@ def _is_plain(path: Path) -> bool:
     """
     try:
         stated = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
     plain = stated in ("PreTrainedTokenizerFast", "TokenizersBackend") and (path / "tokenizer.json").exists()
     return plain and ((path / SIDECAR).exists() or family_of(path) is not None)
