@@ -15,8 +15,9 @@ from dllm.algorithms import ALGORITHMS, algorithm_class, algorithm_for
 from dllm.algorithms.base import Algorithm, finished_by
 from dllm.algorithms.edit_flows import EditCanvas, EditFlow, edit_canvas
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.canvas import Canvas, Score, canvas_for
+from dllm.core.canvas import Canvas, Score, canvas_for, infill_canvas
 from dllm.models.forward import compute_in
+from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import Backbone, load_backbone
 from dllm.models.tokenizers import chat_text, check_messages, encode_chat, encode_text
 
@@ -130,6 +131,34 @@ class DiffusionLM:
         finished = finished_by(ended) if settings.early_stop else None
         return self.algorithm.denoise(self.backbone, canvas, settings, finished=finished)
 
+    def infill(self, texts: Sequence[str], settings: GenerateSettings | None = None) -> list[str]:
+        """Each text with its mask tokens (`[MASK]`) replaced by what the model puts there; the rest stays.
+
+        Everywhere else a mask token that a text spells is text. Raises ValueError, one line, for a model that fills no
+        masks, and for a text without one or longer than the model's context.
+        """
+        if isinstance(self.algorithm, EditFlow):
+            raise ValueError("a model trained with edit_flows edits a text; use `edits` instead of `infill`")
+        _check_list(texts, "texts")
+        tokenizer, mask = self.backbone.tokenizer, self.backbone.tokenizer.mask_token
+        rows = encode_marked(tokenizer, [marked(tokenizer, text, but=(mask,)) for text in texts])
+        for number, row in enumerate(rows):
+            if self.backbone.mask_id not in row or len(row) > self.max_length:
+                raise ValueError(
+                    f"texts[{number}] has {len(row)} tokens, {row.count(self.backbone.mask_id)} of them {mask}; it "
+                    f"needs one at least, and {self.max_length} tokens at most"
+                )
+        if not rows:
+            return []
+        settings = (settings or GenerateSettings()).model_copy(update={"early_stop": False})
+        ids = {"mask_id": self.backbone.mask_id, "pad_id": self.backbone.pad_id}
+        for last in self.algorithm.denoise(  # noqa: B007
+            self.backbone, infill_canvas(rows, device=self.backbone.device, **ids), settings
+        ):
+            pass
+        ends = zip(last.tokens.tolist(), last.length.tolist(), strict=True)
+        return [tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in ends]
+
     def edits(
         self, draft: str, prompt: Prompt | None = None, settings: GenerateSettings | None = None
     ) -> Iterator[EditCanvas]:
@@ -151,7 +180,7 @@ class DiffusionLM:
             turns = [*prompt, {"role": "assistant", "content": draft}]
             before = chat_text(self.backbone.tokenizer, list(prompt), add_generation_prompt=True)
             whole = chat_text(self.backbone.tokenizer, turns, add_generation_prompt=False)
-            tokens = [*self._encode_text(whole[len(before) :]), self.backbone.eos_id]
+            tokens = [*encode_marked(self.backbone.tokenizer, [whole[len(before) :]])[0], self.backbone.eos_id]
         else:
             tokens = self._encode_text(draft)
         if len(given) + len(tokens) > self.max_length:

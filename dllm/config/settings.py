@@ -270,7 +270,7 @@ class Recipe(Settings):
     autocast: Literal["bf16", "none"] = option("bf16", "dtype of the matrix products")
     schedule: Literal["linear", "cosine", "square", "sqrt"] = option("linear", "kept share alpha(t)")
     corruption: Literal["exact", "bernoulli"] = option("exact", "mask exactly k tokens, or each with probability t")
-    time_floor: float = option(1e-3, "smallest diffusion time of `bernoulli`", ge=1e-6, lt=1)
+    time_floor: float = option(1e-3, "smallest diffusion time of `bernoulli`", ge=1e-12, lt=1)
     weight: Literal["elbo", "uniform"] = option("elbo", "weight of a row's loss")
     normalisation: Literal["token", "sequence", "batch"] = option("token", "what the summed loss is divided by")
     denominator: Literal["global", "micro_batch"] = option("global", "over what it is counted (F5)")

@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 
 from dllm.config import GenerateSettings
 from dllm.evaluation.store import Answer
+from dllm.models.literal_text import unmarked
 from dllm.models.tokenizers import encode_text
 
 
@@ -31,8 +32,7 @@ class CausalAnswerer:
 
     def answers(self, kind: str, requests: list[Instance], repeats: Sequence[int] | None = None) -> list[Answer]:
         """Answers to requests of one kind, in their order."""
-        if kind == "generate_until":
-            requests = [self._own_length(request) for request in requests]
+        requests = [self._own_request(kind, request) for request in requests]
         call = getattr(self.model, kind)  # loads the model
         begun = time.perf_counter()
         found = call(requests, disable_tqdm=True)
@@ -51,10 +51,13 @@ class CausalAnswerer:
         most = self.generation.max_new_tokens
         return [{"answer": text, "passes": min(most, len(encode_text(self.tokenizer, text)) + 1)} for text in found]
 
-    def _own_length(self, request: Instance) -> Instance:
-        context, kwargs = request.args[:2]
-        kwargs = {**kwargs, "max_gen_toks": self.generation.max_new_tokens}
-        return Instance(request.request_type, request.doc, (context, kwargs), request.idx, metadata=request.metadata)
+    def _own_request(self, kind: str, request: Instance) -> Instance:
+        """A request as lm-eval's model reads it: without marks, and of our length."""
+        context, *rest = request.args
+        if kind == "generate_until":
+            rest = [{**rest[0], "max_gen_toks": self.generation.max_new_tokens}]
+        arguments = (unmarked(context), *rest)
+        return Instance(request.request_type, request.doc, arguments, request.idx, metadata=request.metadata)
 
 
 def open_causal(checkpoint: str, *, precision: str, device: str, batch_size: int):

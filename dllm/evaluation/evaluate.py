@@ -28,6 +28,7 @@ from dllm.evaluation.task_files import (
     reads_greedy,
     seed_examples,
 )
+from dllm.models.literal_text import unmarked
 from dllm.provenance import collect, file_digest, versions, write_atomically
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
         generation=config.generation,
         scorer=config.scorer,
         greedy_tasks=frozenset(name for name, task in tasks["tasks"].items() if reads_greedy(task)),
+        chat_template=config.chat_template,
     )
 
 
@@ -337,7 +339,7 @@ def _document(subtask: str, sample: dict, answers: list[dict]) -> dict[str, Any]
     row: dict[str, Any] = {
         "doc_id": sample["doc_id"],
         "subtask": subtask,
-        "prompt": prompts[0] if shared else prompts,
+        "prompt": unmarked(prompts[0]) if shared else [unmarked(prompt) for prompt in prompts],
         "prompt_sha256": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "target": _plain(sample["target"]),
     }

@@ -140,3 +140,36 @@ def test_forgetting_the_oldest_turns_is_said_once(model, capsys):
         chat.answer("Who are you?")
     assert capsys.readouterr().err.count("oldest turns are forgotten") == 1
     assert len(chat.session.conversation.turns) < 4
+
+
+@pytest.mark.parametrize("bad", ["\udcff", "Hello \ud800"])
+def test_a_message_that_is_no_text_fails_alone(model, capsys, bad):
+    chat = Chat(model, Session(SETTINGS, 64), Plain())
+    assert chat.talk(iter(["Who are you?", bad, "Who are you?"])) == 2
+    assert len(chat.session.conversation.turns) == 2
+    with pytest.raises(ValueError, match="is no text"):
+        chat.once(bad)
+
+
+def test_bytes_that_are_no_text_on_standard_input_fail_alone(project):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "dllm", "chat", "chat-toy", *OPTIONS],
+        input=b"Who are you?\n\xff\nWho are you?\n",
+        cwd=project,
+        capture_output=True,
+    )
+    assert done.returncode == 2 and done.stdout.count(b"Bot: ") == 2, done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_prompt_that_is_no_text_is_one_line(here, capsys):
+    assert main(["sample", "chat-toy", *OPTIONS, "\udcff"]) == 2
+    printed = capsys.readouterr().err
+    assert "is no text" in printed and printed.count("\n") == 1
+
+
+def test_a_mask_in_a_question_is_left_there(here, capsys):
+    assert main(["sample", "chat-toy", *OPTIONS, "Who are you? [MASK]"]) == 0
