@@ -276,3 +276,12 @@ def test_a_strange_number_in_a_file_is_one_line_with_its_key(value):
         with pytest.raises(ConfigError) as error:
             project({"runs": {"chat-base": {"optimizer": {key: value}}}})
         assert f"runs.chat-base.optimizer.{key}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_published_rows_have_all_examples_in_one_turn_and_ours_have_turns():
+    from dllm.config import evaluation_configs
+
+    jobs = evaluation_configs(load_project(CONFIG, CONFIG / "paper.yaml"))
+    assert jobs["chat-base", "gsm8k"].fewshot_as_multiturn and not jobs["chat-base", "hellaswag"].fewshot_as_multiturn
+    assert not jobs["chat-base-published", "gsm8k"].fewshot_as_multiturn
+    assert jobs["chat-base-published", "gsm8k"].chat_template and not jobs["gpt2", "gsm8k"].fewshot_as_multiturn

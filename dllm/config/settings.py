@@ -297,13 +297,16 @@ class Recipe(Settings):
 
 
 class Scorer(Settings):
-    """How a benchmark is scored: ours, or the published way (faults F2 to F4)."""
+    """How a benchmark is scored: ours, or the published way (faults F2 to F4 and F11)."""
 
     likelihood: LikelihoodSettings = option(LikelihoodSettings(), "estimator of the likelihood")
     special_tokens: Literal["exact", "reference-v0", "reference-v0.1"] = option(
         "exact", "`exact`: no CLS/SEP, each side of the boundary on its own; the others repeat the published splits"
     )
     bf16_scores: bool = option(False, "cross-entropy in bf16, as published")
+    fewshot_as_multiturn: bool = option(
+        True, "examples of a prompt in the chat template as turns of the conversation, not all in one user turn (F11)"
+    )
     precision: Literal["fp32", "mixed", "bf16"] = option(
         "fp32",
         "`mixed`: bf16 matrix products in the layers, weights, LM head and scores in fp32 (of an autoregressive model, "

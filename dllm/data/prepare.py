@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from dllm.config import PrepareConfig, digest
@@ -27,8 +29,30 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
     Raises ValueError, one line, for rows that cannot be used and for a split that ends up empty.
     """
     workdir = Path(workdir)
-    tokenizer = load_tokenizer(workdir / config.model_path, config.model)
     target = workdir / "data" / config.name
+    unpacked = target.with_name(f".{config.name}.rows")
+    with nullcontext() if all(part.entry.world for part in config.parts) else _rows_cached_below(unpacked):
+        return _prepare(config, workdir, target, progress)
+
+
+@contextmanager
+def _rows_cached_below(directory: Path) -> Iterator[None]:
+    """`datasets` unpacks rows here and not in the home directory; removed at the end."""
+    import datasets
+
+    shutil.rmtree(directory, ignore_errors=True)
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = directory.resolve()
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _prepare(config: PrepareConfig, workdir: Path, target: Path, progress) -> dict:
+    tokenizer = load_tokenizer(workdir / config.model_path, config.model)
     scratch = target.with_name(f".{config.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -58,7 +82,9 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
         if not manifest["splits"][split]["rows"]:
             raise ValueError(
                 f"{config.name}: the {split} split is empty after tokenizing; the rows are fewer or shorter than one "
-                f"row of length {config.length}, or every prompt is longer; lower `length` of the run"
+                f"row of length {config.length}, or every prompt is longer; "
+                + (f"raise `rows` = {config.rows} of the dataset, or " if config.rows and split == "train" else "")
+                + "lower `length` of the run"
             )
     manifest["rows_that_spell_control_tokens"] = spelt
     if config.parts[0].entry.stream:

@@ -27,6 +27,7 @@ from dllm.evaluation.task_files import (
     load_tasks,
     reads_greedy,
     seed_examples,
+    task_versions,
 )
 from dllm.models.literal_text import unmarked
 from dllm.provenance import collect, file_digest, versions, write_atomically
@@ -154,6 +155,7 @@ def _result(
             "checkpoint": content_digest(workdir / config.checkpoint),
             "data": content_digest(workdir / config.data) if config.data else config.revision,
             "task_definition": definition_digest(tasks),
+            "task_versions": task_versions(tasks),
             "prompts": digest({"prompts": [document["prompt_sha256"] for document in documents]}),
         },
     }
@@ -234,8 +236,8 @@ def answer_settings(config: EvaluationConfig) -> dict[str, Any]:
     return {
         "model_kind": config.model_kind,
         "chat_template": config.chat_template,
-        "fewshot_as_multiturn": config.fewshot_as_multiturn,
         **config.scorer.model_dump(mode="json"),
+        "fewshot_as_multiturn": config.fewshot_as_multiturn,
         "generation": config.generation.model_dump(mode="json"),
     }
 

@@ -23,6 +23,7 @@ from dllm.models.published import (
     family_of,
     published_config,
     read_tensors,
+    refuse_edited,
     save_published,
     stock_config,
     stock_tensors,
@@ -74,6 +75,8 @@ def load_backbone(
     directory = _local_directory(path_or_hub_id, revision)
     sidecar = read_sidecar(directory)
     published = None if sidecar else family_of(directory)
+    if published is not None:
+        refuse_edited(published, str(path_or_hub_id))
     config = _config(directory, published)
     if published is not None:
         sidecar = published.sidecar()
@@ -317,6 +320,7 @@ def _config(directory: Path, published: Family | None):
         raise ValueError(f"{directory}: no weights ({WEIGHTS[0]}); the checkpoint is incomplete: make it again")
     raw = published_config(directory)
     if published is not None:
+        refuse_edited(published, directory)
         try:
             return stock_config(published, raw)
         except ValueError as fault:
