@@ -285,3 +285,18 @@ def test_published_rows_have_all_examples_in_one_turn_and_ours_have_turns():
     assert jobs["chat-base", "gsm8k"].fewshot_as_multiturn and not jobs["chat-base", "hellaswag"].fewshot_as_multiturn
     assert not jobs["chat-base-published", "gsm8k"].fewshot_as_multiturn
     assert jobs["chat-base-published", "gsm8k"].chat_template and not jobs["gpt2", "gsm8k"].fewshot_as_multiturn
+
+
+def test_published_scores_without_a_column_are_left_out_and_misspelt_ones_are_not():
+    loaded = load_project(CONFIG, CONFIG / "paper.yaml", {"benchmarks": {"gsm8k": None}})
+    assert "gsm8k" not in loaded.benchmarks and not any("gsm8k" in row.scores for row in loaded.reported.values())
+    assert any("mmlu" in row.scores for row in loaded.reported.values())
+    with pytest.raises(ConfigError, match="gsm8kk"):
+        load_project(CONFIG, {"workdir": "x", "reported": {"gpt2": {"scores": {"gsm8kk": 1}}}})
+
+
+def test_a_name_that_an_overlay_removed_is_told_with_that_overlay(tmp_path):
+    (tmp_path / "less.yaml").write_text("workdir: x\ndatasets: {alpaca: null}\n")
+    with pytest.raises(ConfigError, match=r"= 'alpaca' is not a dataset.*less.yaml removes it") as error:
+        load_project(CONFIG, CONFIG / "paper.yaml", tmp_path / "less.yaml")
+    assert "\n" not in str(error.value)

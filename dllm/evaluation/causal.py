@@ -37,6 +37,7 @@ class CausalAnswerer:
         begun = time.perf_counter()
         found = call(requests, disable_tqdm=True)
         self.model_seconds += time.perf_counter() - begun
+        lost = [self._lost(kind, request) for request in requests]
         if kind == "loglikelihood":
             return [
                 {
@@ -44,12 +45,29 @@ class CausalAnswerer:
                     "standard_error": 0.0,
                     "estimator": "autoregressive",
                     "passes": 1,
+                    **({"truncated": n} if n else {}),
                 }
-                for value, greedy in found
+                for (value, greedy), n in zip(found, lost, strict=True)
             ]
         # one pass per token and one for the end
         most = self.generation.max_new_tokens
-        return [{"answer": text, "passes": min(most, len(encode_text(self.tokenizer, text)) + 1)} for text in found]
+        return [
+            {
+                "answer": text,
+                "passes": min(most, len(encode_text(self.tokenizer, text)) + 1),
+                **({"truncated": n} if n else {}),
+            }
+            for text, n in zip(found, lost, strict=True)
+        ]
+
+    def _lost(self, kind: str, request: Instance) -> int:
+        """How many tokens of a prompt lm-eval's model cuts off from the left."""
+        longest = self.model.max_length
+        if kind == "generate_until":
+            return max(0, len(self.model.tok_encode(request.args[0])) - (longest - self.generation.max_new_tokens))
+        if kind == "loglikelihood":  # the last token of a continuation is predicted and not read
+            return max(0, sum(len(self.model.tok_encode(text)) for text in request.args[:2]) - 1 - longest)
+        return 0
 
     def _own_request(self, kind: str, request: Instance) -> Instance:
         """A request as lm-eval's model reads it: without marks, and of our length."""
