@@ -13,8 +13,9 @@ import torch
 
 from dllm.algorithms import ALGORITHMS, Algorithm, algorithm_for
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for
+from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for, infill_canvas
 from dllm.models.backbone import Backbone
+from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
 from dllm.models.tokenizers import chat_text, check_messages, encode_chat, encode_text
 from dllm.sampling.edits import EditCanvas, EditSampler, edit_canvas
@@ -132,6 +133,32 @@ class DiffusionLM:
         canvas = self._canvas(self._prompt_rows(prompts, settings), settings, self.backbone.device)
         return self.sampler.denoise(self.backbone, canvas, settings, ended=self._ended(settings))
 
+    def infill(self, texts: Sequence[str], settings: GenerateSettings | None = None) -> list[str]:
+        """Each text with its mask tokens (`[MASK]`) replaced by what the model puts there; the rest stays.
+
+        Everywhere else a mask token that a text spells is text. Raises ValueError, one line, for a model that fills no
+        masks, and for a text without one or longer than the model's context.
+        """
+        if isinstance(self.sampler, EditSampler):
+            raise ValueError("a model trained with edit_flows edits a text; use `edits` instead of `infill`")
+        _check_list(texts, "texts")
+        tokenizer, mask = self.backbone.tokenizer, self.backbone.tokenizer.mask_token
+        rows = encode_marked(tokenizer, [marked(tokenizer, text, but=(mask,)) for text in texts])
+        for number, row in enumerate(rows):
+            if self.backbone.mask_id not in row or len(row) > self.max_length:
+                raise ValueError(
+                    f"texts[{number}] has {len(row)} tokens, {row.count(self.backbone.mask_id)} of them {mask}; it "
+                    f"needs one at least, and {self.max_length} tokens at most"
+                )
+        if not rows:
+            return []
+        settings = (settings or GenerateSettings()).model_copy(update={"early_stop": False})
+        ids = {"mask_id": self.backbone.mask_id, "pad_id": self.backbone.pad_id}
+        canvas = infill_canvas(rows, device=self.backbone.device, **ids)
+        *_, last = self.sampler.denoise(self.backbone, canvas, settings)
+        ends = zip(last.tokens.tolist(), last.length.tolist(), strict=True)
+        return [tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in ends]
+
     def edits(
         self, draft: str, prompt: Prompt | None = None, settings: GenerateSettings | None = None
     ) -> Iterator[EditCanvas]:
@@ -153,7 +180,7 @@ class DiffusionLM:
             turns = [*prompt, {"role": "assistant", "content": draft}]
             before = chat_text(self.backbone.tokenizer, list(prompt), add_generation_prompt=True)
             whole = chat_text(self.backbone.tokenizer, turns, add_generation_prompt=False)
-            tokens = [*self._encode_text(whole[len(before) :]), self.backbone.eos_id]
+            tokens = [*encode_marked(self.backbone.tokenizer, [whole[len(before) :]])[0], self.backbone.eos_id]
         else:
             tokens = self._encode_text(draft)
         if len(given) + len(tokens) > self.max_length:
@@ -250,7 +277,11 @@ class DiffusionLM:
             if not aim:
                 raise ValueError(f"targets[{number}] = {targets[number]!r} has no tokens; there is nothing to score")
         # no tokens at all are a prompt here: the likelihood of a text from its start
-        return [self.encode_prompt(p) if isinstance(p, str) or len(p) else [] for p in prompts], aims
+        rows = [self.encode_prompt(p) if isinstance(p, str) or len(p) else [] for p in prompts]
+        for name, lists in (("prompts", rows), ("targets", aims)):
+            for number, tokens in enumerate(lists):
+                _check_ids(f"{name}[{number}]", tokens, self.backbone.vocab_size)
+        return rows, aims
 
     # ----------------------------------------------------------------------------------------------------------------
     # Text and tokens
@@ -332,6 +363,7 @@ class DiffusionLM:
         rows = [self.encode_prompt(prompt) for prompt in prompts]
         room = self.max_length - settings.max_new_tokens
         for number, row in enumerate(rows):
+            _check_ids(f"prompts[{number}]", row, self.backbone.vocab_size)
             if len(row) > room:
                 raise ValueError(
                     f"prompts[{number}] has {len(row)} tokens; with max_new_tokens = {settings.max_new_tokens} the "
@@ -339,6 +371,16 @@ class DiffusionLM:
                     "or lower max_new_tokens"
                 )
         return rows
+
+
+def _check_ids(name: str, tokens: Sequence[int], vocabulary: int) -> None:
+    """Raise ValueError, one line, for a token id that the model does not have."""
+    for position, token in enumerate(tokens):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{name} has the token id {token} at position {position}; the model's vocabulary has {vocabulary} "
+                f"tokens: give ids from 0 to {vocabulary - 1}"
+            )
 
 
 def _check_list(values: object, name: str) -> None:

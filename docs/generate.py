@@ -295,7 +295,7 @@ def recipes() -> str:
     for key in ("estimator", "mc_draws", "mc_batch", "budget"):
         values = [getattr(scorer.likelihood, key) for scorer in scorers]
         lines.append(f"| scorer `likelihood.{key}` | {' | '.join(f'`{value}`' for value in values)} | |")
-    for key in ("special_tokens", "bf16_scores"):
+    for key in ("special_tokens", "bf16_scores", "fewshot_as_multiturn"):
         values = [json.dumps(getattr(scorer, key)).strip('"') for scorer in scorers]
         lines.append(f"| scorer `{key}` | {' | '.join(f'`{value}`' for value in values)} | |")
     return "\n".join(lines)

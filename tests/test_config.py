@@ -237,3 +237,64 @@ def test_what_a_row_changes_of_a_sampler_is_checked():
 def test_reading_the_configuration_imports_no_torch():
     code = "import sys, dllm.config, dllm.report.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+STRANGE = [float("inf"), float("-inf"), float("nan"), 1e39, -1e39, 1e-39, 10**20, -(10**20)]
+
+
+def numeric_settings():
+    """(class, its smallest valid content, name) of every setting that is a number."""
+    from dllm.config import settings as module
+
+    classes = [found for found in vars(module).values() if isinstance(found, type) and found.__name__ != "Settings"]
+    for found in [c for c in classes if issubclass(c, module.Settings)]:
+        for name, field in found.model_fields.items():
+            if {int, float} & ({field.annotation} | set(get_args(field.annotation))):
+                yield found, name
+
+
+def test_no_number_that_cannot_be_computed_with_is_taken():
+    """A strange number is refused, or it is a usual one of that setting (a share of 1e-39, say)."""
+    checked = 0
+    for model, name in numeric_settings():
+        for value in STRANGE:
+            try:
+                taken = getattr(model.model_validate({name: value}), name)
+            except ValueError as error:
+                assert "Traceback" not in str(error)
+                continue
+            checked += 1
+            assert 0 <= taken <= 1e-39, f"{model.__name__}.{name} = {value}"
+    assert checked < 20
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e39, 10**20])
+def test_a_strange_number_in_a_file_is_one_line_with_its_key(value):
+    for key in ("learning_rate", "weight_decay"):
+        with pytest.raises(ConfigError) as error:
+            project({"runs": {"chat-base": {"optimizer": {key: value}}}})
+        assert f"runs.chat-base.optimizer.{key}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_published_rows_have_all_examples_in_one_turn_and_ours_have_turns():
+    from dllm.config import evaluation_configs
+
+    jobs = evaluation_configs(load_project(CONFIG, CONFIG / "paper.yaml"))
+    assert jobs["chat-base", "gsm8k"].fewshot_as_multiturn and not jobs["chat-base", "hellaswag"].fewshot_as_multiturn
+    assert not jobs["chat-base-published", "gsm8k"].fewshot_as_multiturn
+    assert jobs["chat-base-published", "gsm8k"].chat_template and not jobs["gpt2", "gsm8k"].fewshot_as_multiturn
+
+
+def test_published_scores_without_a_column_are_left_out_and_misspelt_ones_are_not():
+    loaded = load_project(CONFIG, CONFIG / "paper.yaml", {"benchmarks": {"gsm8k": None}})
+    assert "gsm8k" not in loaded.benchmarks and not any("gsm8k" in row.scores for row in loaded.reported.values())
+    assert any("mmlu" in row.scores for row in loaded.reported.values())
+    with pytest.raises(ConfigError, match="gsm8kk"):
+        load_project(CONFIG, {"workdir": "x", "reported": {"gpt2": {"scores": {"gsm8kk": 1}}}})
+
+
+def test_a_name_that_an_overlay_removed_is_told_with_that_overlay(tmp_path):
+    (tmp_path / "less.yaml").write_text("workdir: x\ndatasets: {alpaca: null}\n")
+    with pytest.raises(ConfigError, match=r"= 'alpaca' is not a dataset.*less.yaml removes it") as error:
+        load_project(CONFIG, CONFIG / "paper.yaml", tmp_path / "less.yaml")
+    assert "\n" not in str(error.value)

@@ -207,3 +207,43 @@ def test_a_checkpoint_without_a_sidecar_takes_the_end_of_turn_from_its_template(
 def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         dllm.load(tmp_path)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, 2**70])
+def test_a_token_id_that_the_model_lacks_is_one_line(model, token):
+    size = model.backbone.vocab_size
+    line = rf"\[1\] has the token id {token} at position 2; the model's vocabulary has {size} tokens"
+    with pytest.raises(ValueError, match=f"prompts{line}"):
+        model.generate([[5, 6], [7, 8, token]], settings())
+    with pytest.raises(ValueError, match=f"prompts{line}"):
+        model.nelbo([[5], [7, 8, token]], [[5], [6]])
+    with pytest.raises(ValueError, match=f"targets{line}"):
+        model.greedy_match([[5], [6]], [[5], [7, 8, token]])
+
+
+def test_a_mask_in_a_prompt_is_text_or_given_and_never_filled(model):
+    tokenizer, mask = model.backbone.tokenizer, model.backbone.mask_id
+    for prompt in ("Who [MASK] you", turns("Who [MASK] you"), turns("[PAD] [MASK] [/Answer]")):
+        assert mask not in model.encode_prompt(prompt)
+    given = [*tokenizer("Who")["input_ids"], mask, *tokenizer("you")["input_ids"]]
+    for canvas in model.stream([given], settings(temperature=1.0)):
+        assert canvas.tokens[0, : len(given)].tolist() == given
+    assert not canvas.masked.any()
+    (answer,) = model.answers([given], settings())
+    assert answer.passes == 16, "a token per pass of the answer, and none for the prompt"
+
+
+def test_the_same_text_is_scored_wherever_it_stands(model):
+    score = model.nelbo(["Who [MASK] you"], ["I [MASK] toy"])[0]
+    assert score.nats > 0 and model.greedy_match(["Who"], ["[MASK] [PAD]"]) == [False]
+    ids = [model.encode_prompt(text) for text in ("Who [MASK] you", "I [MASK] toy")]
+    assert score == model.nelbo([ids[0]], [ids[1]])[0]
+
+
+def test_holes_inside_a_text_are_filled_on_demand(taught):
+    (text,) = taught.infill(["I am [MASK] toy"], settings())
+    assert text.startswith("I am") and text.endswith("toy") and "[MASK]" not in text
+    assert taught.infill([]) == []
+    for wrong in ("I am a toy", "[MASK] " * 200):
+        with pytest.raises(ValueError, match=r"texts\[0\] has \d+ tokens, \d+ of them \[MASK\]"):
+            taught.infill([wrong])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from dllm.algorithms import trained_blocks
-from dllm.config import GenerateSettings, did_you_mean
+from dllm.config import GenerateSettings, did_you_mean, overlaid
 
 Message = dict[str, str]
 
@@ -102,12 +102,11 @@ def _block(session: Session, argument: str) -> tuple[Session, str]:
 
 def _temperature(session: Session, argument: str) -> tuple[Session, str]:
     try:
-        temperature = float(argument)
+        return _with_settings(session, temperature=float(argument))
     except ValueError:
-        temperature = -1.0
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"/temperature takes a number of at least 0, e.g. 0.7; got {argument!r}")
-    return _with_settings(session, temperature=temperature)
+        raise ValueError(
+            f"/temperature takes a number of at least 0 (0, or 0.001 to 100), e.g. 0.7; got {argument!r}"
+        ) from None
 
 
 def _reset(session: Session, argument: str) -> tuple[Session, str]:
@@ -153,7 +152,7 @@ def described(settings: GenerateSettings) -> str:
 
 
 def _with_settings(session: Session, **changes) -> tuple[Session, str]:
-    settings = session.settings.model_copy(update=changes)
+    settings = overlaid(session.settings, changes)
     check_steps(settings)
     return replace(session, settings=settings), described(settings)
 

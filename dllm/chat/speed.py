@@ -97,7 +97,7 @@ def measure(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) 
 
     Raises ValueError, one line, if a number of steps is less than the blocks of the canvas.
     """
-    plans = {str(steps): config.generation.model_copy(update={"steps": steps}) for steps in config.steps}
+    plans = {str(steps): overlaid(config.generation, {"steps": steps}) for steps in config.steps}
     for settings in plans.values():
         check_steps(settings)
     model.generate(_prompts(config, questions)[: config.generation.batch_size], settings)

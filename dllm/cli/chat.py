@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm.cli.generation import add_device_argument, add_generation_arguments, open_model, with_options
+from dllm.cli.main import bug_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chat until the end of the input; 2 if a message could not be answered."""
+    """Chat until the end of the input; 2 if a message could not be answered, 70 if that was a bug."""
     from rich.console import Console
 
     from dllm.chat.session import Conversation, Session
@@ -100,6 +103,11 @@ class Chat:
             except ValueError as error:
                 status = 2
                 self.show.error(" ".join(str(error).split()))
+            except Exception as error:  # only this message fails: what was said before must not be lost
+                status = 70
+                self.show.error(bug_line(error))
+                if os.environ.get("DLLM_DEBUG"):
+                    self.show.note(traceback.format_exc())
             if self.session.ended:
                 break
         return 0 if isinstance(self.show, Live) else status
@@ -243,6 +251,8 @@ def _waiting(console: Console, text: str, live: bool):
 def _lines(live: bool) -> Iterator[str]:
     """What the user says, line by line, until the end of the input."""
     if not sys.stdin.isatty():
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text must not end the others
         yield from (line.strip() for line in sys.stdin)
         return
     read = _prompt() if live else _plain_prompt

@@ -1,6 +1,6 @@
 """The command `dllm`: finds the verb, prints help, turns a user's mistake into one line.
 
-Exit status: 0 done, 2 a user's mistake, 130 interrupted, 141 the reader of a pipe went away.
+Exit status: 0 done, 2 a user's mistake, 70 a bug of dllm, 130 interrupted, 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import NoReturn
 
@@ -77,6 +79,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _say(name, f"error: {_one_line(error)}")
         return 2
+    except Exception as error:
+        if os.environ.get("DLLM_DEBUG"):
+            raise
+        if _is_out_of_memory(error):
+            _say(name, f"error: out of memory ({_one_line(error)}); ask for smaller batches or shorter rows")
+            return 2
+        _say(name, f"error: {bug_line(error)}")
+        return 70
+
+
+def bug_line(error: Exception) -> str:
+    """What is said of an error that nobody foresaw: what it is, and where it was raised in this package."""
+    frames = extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "dllm" in Path(frame.filename).parts] or frames
+    where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    text = f"{type(error).__name__}: {_one_line(error)[:200]}"
+    return f"this is a bug of dllm ({text}{where}); DLLM_DEBUG=1 shows where it comes from, please report it"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def verb_parser(verb: str, module: ModuleType) -> Parser:

@@ -20,6 +20,8 @@ from dllm.config.rules import (
 )
 from dllm.config.settings import (
     DECODING_OPTIONS,
+    LARGEST_SEED,
+    MANY,
     AdapterSettings,
     AlgorithmName,
     EditSettings,
@@ -82,7 +84,7 @@ class ModelEntry(Pinned):
     published: Literal["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"] | None = option(
         None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
     )
-    seed: int = option(0, "seed of a new model's weights")
+    seed: int = option(0, "seed of a new model's weights", ge=0, le=LARGEST_SEED)
     tokenizer: str | None = option(None, "dataset that brings the tokenizer of a new model")
     family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
     prediction: Literal["in_place", "next"] = option("in_place", "whether position i scores token i or token i + 1")
@@ -115,12 +117,12 @@ class DatasetEntry(Pinned):
     world: str | None = option(
         None, "part of the synthetic world (wikitext, openwebtext, alpaca, tulu, smoltalk, code, all)"
     )
-    seed: int = option(0, "seed of the synthetic world")
+    seed: int = option(0, "seed of the synthetic world", ge=0, le=LARGEST_SEED)
     mix: list[str] | None = option(None, "names of datasets, concatenated split by split")
     kind: Literal["text", "alpaca", "messages", "benchmark", "world"] = option("text", "how a row is read")
     test_split: str | None = option(None, "name of the set's own test split")
     test_share: float = option(0.05, "share held out where the set has no test split", ge=0, lt=1)
-    split_seed: int = option(42, "seed of that split")
+    split_seed: int = option(42, "seed of that split", ge=0, le=LARGEST_SEED)
     append_eos: bool = option(True, "one EOS after every row of text")
     drop_unusable: bool = option(False, "drop rows without messages or with an empty turn, counted, and do not stop")
     rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
@@ -157,18 +159,18 @@ class RunSettings(Settings):
     )
     init: str = option(..., "model or run to start from")
     data: str = option(..., "dataset")
-    length: int = option(512, "longest row, in tokens", gt=0)
-    epochs: float | None = option(None, "passes over the data", gt=0)
-    steps: int | None = option(None, "optimiser steps", gt=0)
-    stop_after: int | None = option(None, "stop here although the schedule is laid out for all steps", gt=0)
-    global_batch_size: int = option(512, "rows per optimiser step, whatever the number of devices", gt=0)
-    micro_batch_size: int = option(64, "most rows per device and forward pass", gt=0)
+    length: int = option(512, "longest row, in tokens", gt=0, le=MANY)
+    epochs: float | None = option(None, "passes over the data", ge=1e-6, le=MANY)
+    steps: int | None = option(None, "optimiser steps", gt=0, le=10**9)
+    stop_after: int | None = option(None, "stop here although the schedule is laid out for all steps", gt=0, le=10**9)
+    global_batch_size: int = option(512, "rows per optimiser step, whatever the number of devices", gt=0, le=2**24)
+    micro_batch_size: int = option(64, "most rows per device and forward pass", gt=0, le=2**24)
     optimizer: OptimizerSettings = option(OptimizerSettings(), "optimiser and schedule")
-    seed: int = option(42, "seed of order and noise")
-    mlm_share: float = option(0.3, "share of tokens masked by `mlm`", gt=0, lt=1)
-    evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0)
+    seed: int = option(42, "seed of order and noise", ge=0, le=LARGEST_SEED)
+    mlm_share: float = option(0.3, "share of tokens masked by `mlm`", ge=1e-3, lt=1)
+    evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0, le=MANY)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
-    eval_draws: int = option(1, "noise draws per test row", gt=0)
+    eval_draws: int = option(1, "noise draws per test row", gt=0, le=MANY)
     micro_batch_tokens: int | None = option(
         None, "most tokens per device and forward pass; not used where the denominator is `micro_batch`", gt=0
     )
@@ -222,7 +224,7 @@ class TaskSettings(Settings):
     metric: str = option("acc", "headline metric, as lm-eval names it")
     filter: str = option("none", "filter of the headline metric")
     generation: GenerateSettings = option(GenerateSettings(), "sampler of generative tasks")
-    seed: int = option(1234, "seed of the examples in the prompt")
+    seed: int = option(1234, "seed of the examples in the prompt", ge=0, le=LARGEST_SEED)
 
 
 class BenchmarkEntry(TaskSettings):
@@ -337,7 +339,7 @@ class Project(Settings):
 
     workdir: str = option(..., "where everything of this configuration is written")
     cache: Literal["none", "dvc"] = option("none", "who keeps data and weights: DVC, or nobody but the work directory")
-    world_seed: int = option(0, "seed of the synthetic world")
+    world_seed: int = option(0, "seed of the synthetic world", ge=0, le=LARGEST_SEED)
     hardware: HardwareName = option("cpu", "what the plan assumes of a GPU job (`cpu`: of every job)")
     utilisation: float | None = option(None, "share of the hardware's peak that training reaches", gt=0, le=1)
     models: dict[str, ModelEntry] = option(..., "backbones")

@@ -265,7 +265,7 @@ def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConf
 def _evaluation(
     project: Project, row: str, entry: EvaluationEntry, name: str, benchmark: BenchmarkEntry
 ) -> EvaluationConfig:
-    miniature = benchmark.tasks_from == "miniature"
+    miniature, scorer = benchmark.tasks_from == "miniature", project.scorer_of(entry)
     data = None
     if benchmark.dataset:
         data = download_path(project, benchmark.dataset) + ("/benchmarks" if miniature else "")
@@ -278,13 +278,13 @@ def _evaluation(
         task_directory="miniature" if miniature else None,
         data=data,
         shots=benchmark.shots,
-        fewshot_as_multiturn=entry.chat_template and benchmark.shots > 0,
+        fewshot_as_multiturn=entry.chat_template and benchmark.shots > 0 and scorer.fewshot_as_multiturn,
         chat_template=entry.chat_template,
         further_metrics=benchmark.also,
         chance=benchmark.chance,
         limit=benchmark.documents,
         generation=overlaid(benchmark.generation, entry.generation),
-        scorer=project.scorer_of(entry),
+        scorer=scorer,
     )
 
 

@@ -120,23 +120,44 @@ def load_project(config_directory: str | Path, *overlays: str | Path | Mapping) 
     """
     merged: Mapping = {}
     origins: dict[Location, str] = {}
+    removals: dict[str, str] = {}
     last = ""
     for source in (*(Path(config_directory) / f"{stem}.yaml" for stem in CONFIG_FILES), *overlays):
         content, last = (source, "overlay") if isinstance(source, dict) else (read_yaml(source), str(source))
+        before = _entry_names(merged)
         _merge(merged, _emptied(merged, content, last), last, origins)
+        removals |= dict.fromkeys(before - _entry_names(merged), last)
 
     def origin(location: Location) -> str:
         known = (origins[location[:size]] for size in range(len(location), 0, -1) if location[:size] in origins)
         return next(known, last)
 
     _inherit(merged, origin)
+    _drop_scores_without_a_column(merged, removals)
     try:
         project = Project.model_validate(merged)
     except ValidationError as fault:
         raise ConfigError(_describe(fault, Project, origin)) from None
     for location, line in problems(project):
-        raise ConfigError(f"{origin(location)}: {line}")
+        removed = next((f"; {where} removes it" for gone, where in removals.items() if f"= {gone!r} " in line), "")
+        raise ConfigError(f"{origin(location)}: {line}{removed}")
     return project
+
+
+def _drop_scores_without_a_column(merged: Mapping, removals: dict[str, str]) -> None:
+    """Leave out published scores on benchmarks that an overlay removed."""
+    reported, benchmarks = merged.get("reported"), merged.get("benchmarks")
+    if not isinstance(reported, dict) or not isinstance(benchmarks, dict):
+        return
+    gone = removals.keys() - benchmarks.keys()
+    for row in reported.values():
+        if isinstance(row, dict) and isinstance(row.get("scores"), dict):
+            row["scores"] = {name: score for name, score in row["scores"].items() if name not in gone}
+
+
+def _entry_names(merged: Mapping) -> set[str]:
+    """Names of all entries of all sections."""
+    return {str(name) for section in merged.values() if isinstance(section, dict) for name in section}
 
 
 def _emptied(merged: Mapping, content: Mapping, source: str) -> Mapping:

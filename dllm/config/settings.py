@@ -3,18 +3,53 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from dllm.algorithms import ALGORITHMS, algorithm_named
 
+LARGEST = 2**53
+"""No number of any setting is larger; where less makes sense, the setting says so."""
+
+MANY = 10**6
+"""Most tokens of a row, passes, draws: far above any use, far below what overflows."""
+
+LARGEST_SEED = 2**32 - 1
+"""Of every generator of random numbers that is given one."""
+
 
 class Settings(BaseModel):
-    """A frozen, strict settings object: unknown keys and wrong types are errors."""
+    """A frozen, strict settings object: unknown keys, wrong types, infinities and what is no number are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def numbers_that_can_be_computed_with(self) -> Settings:
+        for name in type(self).model_fields:
+            for number in _numbers(getattr(self, name)):
+                if abs(number) > LARGEST:
+                    raise ValueError(f"{name} = {number}: input should be at most {LARGEST} in size")
+        return self
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in a value of plain data."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part)
 
 
 AlgorithmName = Annotated[
@@ -57,16 +92,18 @@ class EditSampling(Settings):
         "the canvas's masks at the start: `drop` removes them, `keep` edits them; `auto` keeps them if the model was "
         "trained on masked starts",
     )
-    reverse: float = option(0.0, "a corrector: each step goes further by this share and back again", ge=0)
-    finish: int = option(8, "most extra passes at the end, for edits that are probably still missing", ge=0)
+    reverse: float = option(0.0, "a corrector: each step goes further by this share and back again", ge=0, le=100)
+    finish: int = option(8, "most extra passes at the end, for edits that are probably still missing", ge=0, le=MANY)
 
 
 class GenerateSettings(Settings):
     """How a canvas of masks becomes text."""
 
-    max_new_tokens: int = option(128, "length of the canvas behind the prompt, in tokens", gt=0)
-    steps: int | None = option(None, "forward passes for the whole canvas; none means one token per pass", gt=0)
-    block_size: int = option(32, "tokens per block; the leftmost unfinished block is denoised first", gt=0)
+    max_new_tokens: int = option(128, "length of the canvas behind the prompt, in tokens", gt=0, le=MANY)
+    steps: int | None = option(
+        None, "forward passes for the whole canvas; none means one token per pass", gt=0, le=MANY
+    )
+    block_size: int = option(32, "tokens per block; the leftmost unfinished block is denoised first", gt=0, le=MANY)
     ahead: Literal["auto", "visible", "hidden"] = option(
         "auto",
         "whether the model sees the masks right of the active block; `auto` hides them from a model whose responses "
@@ -77,30 +114,47 @@ class GenerateSettings(Settings):
         "which masked positions are revealed first; the last three reveal all that are sure enough, in fewer passes",
     )
     threshold: float = option(0.9, "reveal every token of at least this probability (rule `threshold`)", ge=0, le=1)
-    factor: float = option(1.0, "reveal the n surest if the n-th is above 1 - factor / (n + 1) (rule `factor`)", gt=0)
+    factor: float = option(
+        1.0, "reveal the n surest if the n-th is above 1 - factor / (n + 1) (rule `factor`)", ge=1e-6, le=MANY
+    )
     entropy_bound: float = option(
         0.1,
         "reveal the surest positions whose entropies without the largest sum to at most this, in nats (rule "
         "`entropy_bound`)",
         ge=0,
+        le=MANY,
     )
-    temperature: float = option(0.0, "0 takes the most probable token", ge=0)
-    top_p: float = option(1.0, "draw from the smallest set of tokens with this probability", gt=0, le=1)
-    guidance: float = option(0.0, "classifier-free guidance scale; 0 is off", ge=0)
-    seed: int = option(0, "seed of the token draws; a row's draws depend on this and on its prompt only")
+    temperature: float = option(0.0, "0 takes the most probable token; else at least 0.001", ge=0, le=100)
+    top_p: float = option(1.0, "draw from the smallest set of tokens with this probability", ge=1e-6, le=1)
+    guidance: float = option(0.0, "classifier-free guidance scale; 0 is off", ge=0, le=100)
+    seed: int = option(
+        0,
+        "seed of the token draws; a row's draws depend on this and on its prompt only",
+        ge=-LARGEST_SEED,
+        le=LARGEST_SEED,
+    )
     stop: list[str] = option([], "strings that end an answer")
     early_stop: bool = option(True, "stop a row when its end is revealed and nothing left of it is masked")
-    batch_size: int = option(32, "most rows denoised together; it does not change a row's result", gt=0)
+    batch_size: int = option(32, "most rows denoised together; it does not change a row's result", gt=0, le=MANY)
     batch_tokens: int = option(
-        16384, "most tokens of the rows denoised together; it does not change a row's result", gt=0
+        16384, "most tokens of the rows denoised together; it does not change a row's result", gt=0, le=2**31
     )
     reuse: Literal["none", "prefix", "dual"] = option(
         "none",
         "approximation: between refreshes keep what was computed left of the active block (`prefix`), or on both sides "
         "of it (`dual`)",
     )
-    refresh: int | None = option(None, "passes from one refresh of `reuse` to the next; none: once per block", gt=0)
+    refresh: int | None = option(
+        None, "passes from one refresh of `reuse` to the next; none: once per block", gt=0, le=MANY
+    )
     edits: EditSampling = option(EditSampling(), "what concerns the algorithm `edit_flows` only")
+
+    @field_validator("temperature")
+    @classmethod
+    def logits_divided_by_it_are_finite(cls, temperature: float) -> float:
+        if 0 < temperature < 1e-3:
+            raise ValueError("input should be 0, or between 0.001 and 100")
+        return temperature
 
     @model_validator(mode="after")
     def one_kind_of_approximation(self) -> GenerateSettings:
@@ -154,17 +208,20 @@ class LikelihoodSettings(Settings):
         "`auto` takes all masks (`enumerate`, exact) where they fit the budget, else `lattice`, an unbiased estimate; "
         "`mc` is the published Monte Carlo estimate, too high by 1 to 2 % for targets of 4 to 8 tokens",
     )
-    budget: int = option(64, "most forward passes per target (or block of it) of `auto` and `lattice`", gt=0)
+    budget: int = option(64, "most forward passes per target (or block of it) of `auto` and `lattice`", gt=0, le=MANY)
     block_size: int | None = option(
         None,
         "score a target in blocks of so many tokens, each given the clean text before it (the bound of a decoder that "
         "finishes block after block); none: as a whole",
         gt=0,
+        le=MANY,
     )
-    mc_draws: int = option(128, "draws of the `mc` estimator", gt=0)
-    mc_batch: int = option(32, "draws per batch of the `mc` estimator; its mask counts are spread over a batch", gt=0)
-    seed: int = option(0, "seed of masks and orders")
-    batch_tokens: int = option(16384, "tokens per forward batch; it does not change a score", gt=0)
+    mc_draws: int = option(128, "draws of the `mc` estimator", gt=0, le=MANY)
+    mc_batch: int = option(
+        32, "draws per batch of the `mc` estimator; its mask counts are spread over a batch", gt=0, le=MANY
+    )
+    seed: int = option(0, "seed of masks and orders", ge=-LARGEST_SEED, le=LARGEST_SEED)
+    batch_tokens: int = option(16384, "tokens per forward batch; it does not change a score", gt=0, le=2**31)
 
     @model_validator(mode="before")
     @classmethod
@@ -181,10 +238,10 @@ class EditSettings(Settings):
     starts: list[Literal["empty", "masked", "noisy"]] = option(
         ["empty"], "what a text is edited from, drawn per sample: nothing, masks, or the text with faults", min_length=1
     )
-    masks: int = option(32, "most masks of a masked start; their number is drawn from 1 up to it", gt=0)
-    fault_share: float = option(0.5, "most faulty tokens of a noisy start, as a share", gt=0, le=1)
-    time_ceiling: float = option(0.999, "largest time; the weight of the loss is infinite at 1", gt=0, lt=1)
-    adapter_rank: int = option(64, "inner size of the adapters in front of the shared LM head", gt=0)
+    masks: int = option(32, "most masks of a masked start; their number is drawn from 1 up to it", gt=0, le=MANY)
+    fault_share: float = option(0.5, "most faulty tokens of a noisy start, as a share", ge=1e-6, le=1)
+    time_ceiling: float = option(0.999, "largest time; the weight of the loss is infinite at 1", ge=1e-3, lt=1)
+    adapter_rank: int = option(64, "inner size of the adapters in front of the shared LM head", gt=0, le=2**16)
 
 
 class AdapterSettings(Settings):
@@ -193,8 +250,8 @@ class AdapterSettings(Settings):
     kind: Literal["lora", "qlora"] = option(
         "lora", "`qlora` holds the frozen matrices in four bits (with bitsandbytes, launched with cpu or ddp)"
     )
-    rank: int = option(16, "inner size of an adapter", gt=0)
-    alpha: int = option(32, "adapters count alpha / rank", gt=0)
+    rank: int = option(16, "inner size of an adapter", gt=0, le=2**16)
+    alpha: int = option(32, "adapters count alpha / rank", gt=0, le=MANY)
     dropout: float = option(0.0, "share of an adapter's inputs that are dropped in training", ge=0, lt=1)
     targets: list[str] | None = option(
         None,
@@ -207,13 +264,22 @@ class OptimizerSettings(Settings):
     """The optimiser and its schedule: linear warm-up, then cosine to zero."""
 
     name: Literal["adamw", "muon"] = option("adamw", "`muon`: Muon for matrices inside layers, AdamW for the rest")
-    learning_rate: float = option(1e-4, "peak learning rate (of AdamW)", gt=0)
-    matrix_learning_rate: float | None = option(None, "peak learning rate of Muon; none means `learning_rate`", gt=0)
+    learning_rate: float = option(1e-4, "peak learning rate (of AdamW)", ge=1e-12, le=100)
+    matrix_learning_rate: float | None = option(
+        None, "peak learning rate of Muon; none means `learning_rate`", ge=1e-12, le=100
+    )
     betas: list[float] = option([0.9, 0.999], "AdamW's decay rates", min_length=2, max_length=2)
-    epsilon: float = option(1e-8, "AdamW's epsilon", gt=0)
-    weight_decay: float = option(0.0, "decoupled weight decay", ge=0)
-    clip: float = option(1.0, "gradient norm is clipped here", gt=0)
+    epsilon: float = option(1e-8, "AdamW's epsilon", ge=1e-30, le=1)
+    weight_decay: float = option(0.0, "decoupled weight decay", ge=0, le=100)
+    clip: float = option(1.0, "gradient norm is clipped here", ge=1e-9, le=1e12)
     warmup_share: float = option(0.1, "share of the steps spent on linear warm-up", ge=0, le=1)
+
+    @field_validator("betas")
+    @classmethod
+    def decay_rates(cls, betas: list[float]) -> list[float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each should be at least 0 and less than 1")
+        return betas
 
 
 class Recipe(Settings):
@@ -223,20 +289,20 @@ class Recipe(Settings):
     autocast: Literal["bf16", "none"] = option("bf16", "dtype of the matrix products")
     schedule: Literal["linear", "cosine", "square", "sqrt"] = option("linear", "kept share alpha(t)")
     corruption: Literal["exact", "bernoulli"] = option("exact", "mask exactly k tokens, or each with probability t")
-    time_floor: float = option(1e-3, "smallest diffusion time of `bernoulli`", gt=0, lt=1)
+    time_floor: float = option(1e-3, "smallest diffusion time of `bernoulli`", ge=1e-12, lt=1)
     weight: Literal["elbo", "uniform"] = option("elbo", "weight of a row's loss")
     normalisation: Literal["token", "sequence", "batch"] = option("token", "what the summed loss is divided by")
     denominator: Literal["global", "micro_batch"] = option("global", "over what it is counted (F5)")
     response_end: Literal["fill", "block", "one"] = option(
         "block", "EOS to the batch's longest row, to the block boundary, or a single EOS"
     )
-    block_size: int = option(32, "tokens per block, of `bd3lm` and of `response_end: block`", gt=0)
+    block_size: int = option(32, "tokens per block, of `bd3lm` and of `response_end: block`", gt=0, le=MANY)
     block_anchor: Literal["response", "row"] = option(
         "response", "where `bd3lm` counts its blocks from; the prompt is a block of its own, or cut up like the rest"
     )
     time_low: float = option(0.0, "least diffusion time that `bd3lm` trains on (clipped schedule)", ge=0, lt=1)
     time_high: float = option(1.0, "largest diffusion time that `bd3lm` trains on", gt=0, le=1)
-    extra_blocks: int = option(0, "up to this many further blocks of EOS, drawn per sample and epoch", ge=0)
+    extra_blocks: int = option(0, "up to this many further blocks of EOS, drawn per sample and epoch", ge=0, le=MANY)
     eval_noise: Literal["fixed", "drawn"] = option("fixed", "the same masks at every evaluation, or new ones (F6)")
     split: Literal["disjoint", "overlapping"] = option("disjoint", "`overlapping` leaves test rows in train (F7)")
 
@@ -250,13 +316,16 @@ class Recipe(Settings):
 
 
 class Scorer(Settings):
-    """How a benchmark is scored: ours, or the published way (faults F2 to F4)."""
+    """How a benchmark is scored: ours, or the published way (faults F2 to F4 and F11)."""
 
     likelihood: LikelihoodSettings = option(LikelihoodSettings(), "estimator of the likelihood")
     special_tokens: Literal["exact", "reference-v0", "reference-v0.1"] = option(
         "exact", "`exact`: no CLS/SEP, each side of the boundary on its own; the others repeat the published splits"
     )
     bf16_scores: bool = option(False, "cross-entropy in bf16, as published")
+    fewshot_as_multiturn: bool = option(
+        True, "examples of a prompt in the chat template as turns of the conversation, not all in one user turn (F11)"
+    )
     precision: Literal["fp32", "mixed", "bf16"] = option(
         "fp32",
         "`mixed`: bf16 matrix products in the layers, weights, LM head and scores in fp32 (of an autoregressive model, "
@@ -267,9 +336,9 @@ class Scorer(Settings):
 class Resources(Settings):
     """What a cluster job asks for; what is left out is predicted by `dllm plan`."""
 
-    nodes: int = option(1, "machines", gt=0)
-    gpus_per_node: int = option(0, "accelerators per machine", ge=0)
-    cpus_per_task: int = option(1, "cores per process group", gt=0)
-    memory_gib: int | None = option(None, "memory per machine; none means as predicted", gt=0)
-    runtime_minutes: int | None = option(None, "time limit; none means as predicted", gt=0)
-    disk_gib: int | None = option(None, "disk the job writes; none means as predicted", gt=0)
+    nodes: int = option(1, "machines", gt=0, le=MANY)
+    gpus_per_node: int = option(0, "accelerators per machine", ge=0, le=MANY)
+    cpus_per_task: int = option(1, "cores per process group", gt=0, le=MANY)
+    memory_gib: int | None = option(None, "memory per machine; none means as predicted", gt=0, le=MANY)
+    runtime_minutes: int | None = option(None, "time limit; none means as predicted", gt=0, le=MANY)
+    disk_gib: int | None = option(None, "disk the job writes; none means as predicted", gt=0, le=MANY)

@@ -107,6 +107,7 @@ def canvas_for(
 ) -> Canvas:
     """A canvas of `new_tokens` masks behind each prompt; `new_tokens` is one number or one per prompt.
 
+    A mask inside a prompt is given, like every token there: `infill_canvas` is for holes that are to be filled.
     Raises ValueError without prompts.
     """
     counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
@@ -123,7 +124,7 @@ def infill_canvas(
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
 ) -> Canvas:
-    """A canvas whose mask tokens, wherever they stand, are to be revealed; `start` [B] is the first mask by default.
+    """A canvas whose mask tokens from `start` [B] on are to be revealed; `start` is the first mask by default.
 
     Raises ValueError without rows.
     """
@@ -134,6 +135,8 @@ def infill_canvas(
     tokens = pad_sequence(each, batch_first=True, padding_value=pad_id).to(device)
     positions = torch.arange(tokens.shape[1], device=device)
     masked = (tokens == mask_id) & (positions < length[:, None])
+    if start is not None:
+        masked &= positions >= start[:, None]
     return Canvas(
         tokens=tokens,
         masked=masked,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm.config import DataPart
-from dllm.models.tokenizers import check_messages
+from dllm.models.literal_text import check_text
+from dllm.models.tokenizers import check_messages, encode_texts
 
 ALPACA_COLUMNS = ("instruction", "input", "output")
 
@@ -23,15 +24,16 @@ def read_rows(part: DataPart, split: str) -> Any:
     if entry.world:
         return read_jsonl(Path(part.path) / entry.world / f"{split}.jsonl")
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     try:
         if entry.stream:  # one shard of the set: the card's counts are those of all
             shards = [str(path) for path in sorted(Path(part.path).rglob("*.parquet"))]
             return load_dataset("parquet", data_files={split: shards}, split=split)
         return load_dataset(part.path, entry.config, split=split)
-    except (ValueError, OSError, DatasetGenerationError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (
+        Exception
+    ) as error:  # what is wrong with a file comes as an error of whoever reads it, StopIteration included
+        first = (str(error).strip() or f"{type(error).__name__}; a file may be empty").splitlines()[0]
         raise ValueError(f"{part.path}: split {split!r} of {part.name!r} cannot be read ({first})") from None
 
 
@@ -59,6 +61,7 @@ def text_of(row: dict, where: str) -> str:
     text = row.get("text")
     if not isinstance(text, str):
         raise ValueError(f"{where}: no text (column 'text' = {text!r}); a text dataset needs one string per row")
+    check_text(text, where)
     return text
 
 
@@ -68,7 +71,7 @@ def pack_texts(tokenizer, texts: list[str], carry: list[int], length: int, *, ap
     Texts are tokenized without special tokens; one EOS after each where `append_eos`.
     """
     end = [tokenizer.eos_token_id] if append_eos else []
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = encode_texts(tokenizer, texts)
     tokens = [*carry, *itertools.chain.from_iterable([*ids, *end] for ids in encoded)]
     whole = len(tokens) // length * length
     return [tokens[start : start + length] for start in range(0, whole, length)], tokens[whole:]
@@ -86,6 +89,7 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
         for column, value in zip(ALPACA_COLUMNS, (instruction, extra, output), strict=True):
             if not isinstance(value, str):
                 raise ValueError(f"{where}: column {column!r} = {value!r} is not a text; columns: {', '.join(row)}")
+            check_text(value, f"{where}: column {column!r}")
         user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
         messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
     else:
@@ -98,6 +102,8 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
             messages.pop()
         if not messages:
             raise ValueError(f"{where}: no turn of the assistant; a row needs one to learn from")
+        if len(messages) == 1:
+            raise ValueError(f"{where}: nothing stands before the answer; a row needs a turn of the user first")
     for message in messages:
         if message["role"] != "system" and not message["content"].strip():
             raise ValueError(f"{where}: empty text in a turn of role {message['role']!r}; drop or mend the row")

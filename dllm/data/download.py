@@ -75,6 +75,8 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
         facts: dict[str, Any] = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
         choices = [MODEL_FILES] if config.what == "model" else [DATASET_FILES, ARCHIVES]
         choices = [[facts["stream"]["held_out"], *CARDS]] if facts else choices
+        if not facts and (named := _files_of_configuration(config, scratch)):
+            choices = [[*named, *CARDS]]
         for patterns in choices:
             wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
             if list(filter_repo_objects(wanted, ignore_patterns=NO_DATA, key=lambda file: file.rfilename)):
@@ -143,7 +145,11 @@ def _licence(scratch: Path) -> str | None:
 
 
 def _unpack(scratch: Path) -> None:
-    """Unpack archives of `<split>/<configuration>.csv` files and describe them in the card, as `datasets` reads it."""
+    """Unpack archives of tables and describe them in the card, as `datasets` reads it.
+
+    A table is `<split>/<configuration>.csv` or `<split>/<configuration>_<split>.csv`. Its cells are texts: nothing is
+    left to a guess, under which 0.80 would become 0.8 and a table whose splits look different could not be read.
+    """
     import zipfile
 
     from huggingface_hub import RepoCard
@@ -154,11 +160,60 @@ def _unpack(scratch: Path) -> None:
         archive.unlink()
     tables: dict[str, list[dict]] = {}
     for path in sorted((scratch / "unpacked").rglob("*.csv")):
-        place = {"split": path.parent.name, "path": path.relative_to(scratch).as_posix()}
-        tables.setdefault(path.stem, []).append(place)
+        split, table = path.parent.name, _as_texts(path)
+        place = {"split": split, "path": table.relative_to(scratch).as_posix()}
+        tables.setdefault(path.stem.removesuffix(f"_{split}"), []).append(place)
     card = RepoCard("---\n{}\n---\n")
     card.data["configs"] = [{"config_name": name, "data_files": files} for name, files in tables.items()]
     card.save(scratch / "README.md")
+
+
+def _as_texts(path: Path) -> Path:
+    """A csv file as a parquet file of texts in its place. Raises ValueError that names the line of a torn row."""
+    import csv
+
+    import pyarrow
+    import pyarrow.parquet
+
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        names = [name or f"Unnamed: {number}" for number, name in enumerate(next(rows, []))]
+        table = []
+        for row in rows:
+            if len(row) != len(names) and row:
+                raise ValueError(f"{path}:{rows.line_num}: {len(row)} cells under {len(names)} columns; fetch it again")
+            table += [row] if row else []
+    columns = {name: pyarrow.array([row[i] for row in table], pyarrow.string()) for i, name in enumerate(names)}
+    target = path.with_suffix(".parquet")
+    pyarrow.parquet.write_table(pyarrow.table(columns), target)
+    path.unlink()
+    return target
+
+
+def _files_of_configuration(config: DownloadConfig, scratch: Path) -> list[str] | None:
+    """Patterns of the files that the card names for the entry's configuration; None: the card does not say."""
+    from huggingface_hub import RepoCard, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    entry = config.dataset
+    if entry is None or entry.config is None:
+        return None
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        card = hf_hub_download(entry.hub, "README.md", revision=entry.revision, repo_type="dataset", local_dir=scratch)
+    except EntryNotFoundError:
+        return None
+    stated = RepoCard.load(card, ignore_metadata_errors=True).data.get("configs") or []
+    mine = [found for found in stated if isinstance(found, dict) and found.get("config_name") == entry.config]
+    if stated and not mine:
+        names = ", ".join(str(found.get("config_name")) for found in stated if isinstance(found, dict))
+        raise ValueError(f"{entry.hub}: has no configuration {entry.config!r} ({names}); correct `config`")
+    files = mine[0].get("data_files") if mine else None
+    if files is None or mine[0].get("data_dir"):
+        return None
+    files = files if isinstance(files, list) else [files]
+    paths = [file["path"] if isinstance(file, dict) else file for file in files]
+    return [path for found in paths for path in (found if isinstance(found, list) else [found])]
 
 
 def _shards(config: DownloadConfig, info) -> dict:

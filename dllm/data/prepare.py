@@ -2,20 +2,24 @@
 
 Text is tokenized without special tokens, one EOS after each row, concatenated and cut into rows of equal length; the
 tail is dropped. Conversations become one row each: the prompt (everything before the last assistant turn, in the
-chat template) and the target (that turn); rows whose prompt fills the length are dropped, the others clipped.
+chat template) and the target (that turn); rows whose prompt fills the length are dropped, the others clipped. Text that
+spells a control token or a turn's mark is text all the same; the manifest counts such rows.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from dllm.config import PrepareConfig, digest
 from dllm.data.convert import batched, messages_of, pack_texts, split_rows, stream_facts, text_of
 from dllm.data.tokens import TokenWriter
-from dllm.models.tokenizers import chat_text, load_tokenizer
+from dllm.models.literal_text import count_spelling_control, encode_marked, literal_messages
+from dllm.models.tokenizers import load_tokenizer, rendered
 from dllm.provenance import read_record, replace_directory, write_record
 
 
@@ -26,14 +30,36 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
     Raises ValueError, one line, for rows that cannot be used and for a split that ends up empty.
     """
     workdir = Path(workdir)
-    tokenizer = load_tokenizer(workdir / config.model_path, config.model)
     target = workdir / "data" / config.name
+    unpacked = target.with_name(f".{config.name}.rows")
+    with nullcontext() if all(part.entry.world for part in config.parts) else _rows_cached_below(unpacked):
+        return _prepare(config, workdir, target, progress)
+
+
+@contextmanager
+def _rows_cached_below(directory: Path) -> Iterator[None]:
+    """`datasets` unpacks rows here and not in the home directory; removed at the end."""
+    import datasets
+
+    shutil.rmtree(directory, ignore_errors=True)
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = directory.resolve()
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _prepare(config: PrepareConfig, workdir: Path, target: Path, progress) -> dict:
+    tokenizer = load_tokenizer(workdir / config.model_path, config.model)
     scratch = target.with_name(f".{config.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     manifest: dict[str, Any] = {"name": config.name, "length": config.length, "sources": [], "splits": {}}
     writers = {split: TokenWriter(scratch, split, len(tokenizer)) for split in ("train", "test")}
-    dropped = {"train": 0, "test": 0}
+    dropped, spelt = {"train": 0, "test": 0}, {"train": 0, "test": 0}
     for part in config.parts:
         part = part.model_copy(update={"path": str(workdir / part.path)})
         train_numbers, test_numbers, train_rows, test_rows = split_rows(part)
@@ -43,7 +69,9 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
         for split, numbers, rows in (("train", train_numbers, train_rows), ("test", test_numbers, test_rows)):
             shown = progress(numbers, f"{part.name} {split}")
             write = _write_text if part.entry.kind == "text" else _write_conversations
-            dropped[split] += write(writers[split], tokenizer, config, part, shown, rows)
+            counts = write(writers[split], tokenizer, config, part, shown, rows)
+            dropped[split] += counts[0]
+            spelt[split] += counts[1]
         manifest["sources"].append(
             {"name": part.name, "train_rows": len(train_numbers), "test_rows": len(test_numbers)}
             | {k: v for k, v in part.entry.model_dump().items() if k in ("hub", "revision", "world", "licence") and v}
@@ -55,8 +83,11 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
         if not manifest["splits"][split]["rows"]:
             raise ValueError(
                 f"{config.name}: the {split} split is empty after tokenizing; the rows are fewer or shorter than one "
-                f"row of length {config.length}, or every prompt is longer; lower `length` of the run"
+                f"row of length {config.length}, or every prompt is longer; "
+                + (f"raise `rows` = {config.rows} of the dataset, or " if config.rows and split == "train" else "")
+                + "lower `length` of the run"
             )
+    manifest["rows_that_spell_control_tokens"] = spelt
     if config.parts[0].entry.stream:
         _describe_stream(config, workdir / config.parts[0].path, scratch, manifest)
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -85,47 +116,68 @@ def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifes
     }
 
 
-def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
-    """Concatenate and cut; returns how many rows were dropped, which is always 0."""
+def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> tuple[int, int]:
+    """Concatenate and cut; returns how many rows were dropped, always 0, and how many spell a control token."""
     carry: list[int] = []
+    spelt = 0
     for chunk in batched(list(numbers)):
         texts = [text_of(rows[i], f"{part.name} row {i}") for i in chunk]
         packed, carry = pack_texts(tokenizer, texts, carry, config.length, append_eos=part.entry.append_eos)
+        spelt += count_spelling_control(tokenizer, texts)
         for row in packed:
             writer.add(row)
-    return 0
+    return 0, spelt
 
 
-def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
-    """One row per conversation; returns how many were dropped: the prompt fills the length, or the row is unusable."""
-    dropped = 0
+def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> tuple[int, int]:
+    """One row per conversation; returns how many were dropped, and how many spell a control token or a turn's mark.
+
+    Dropped are rows whose prompt fills the length, and unusable ones.
+    """
+    dropped = spelt = 0
     for chunk in batched(list(numbers)):
-        conversations = _conversations(part, rows, chunk)
+        conversations = _conversations(tokenizer, part, rows, chunk)
         dropped += len(chunk) - len(conversations)
         if not conversations:
             continue
-        prompts = [chat_text(tokenizer, m[:-1], add_generation_prompt=True) for m in conversations]
-        whole = [chat_text(tokenizer, m, add_generation_prompt=False) for m in conversations]
+        prompts, whole, spell = zip(*conversations, strict=True)
+        spelt += sum(spell)
         for prompt, text in zip(prompts, whole, strict=True):
             if not text.startswith(prompt):
                 raise ValueError(f"{part.name}: the chat template does not continue its own generation prompt")
         answers = [text[len(prompt) :] for prompt, text in zip(prompts, whole, strict=True)]
-        encoded = tokenizer([*prompts, *answers], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = encode_marked(tokenizer, [*prompts, *answers])
         for prompt, answer in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
             if len(prompt) >= config.length:
                 dropped += 1
             else:
                 writer.add((prompt + answer)[: config.length], len(prompt))
-    return dropped
+    return dropped, spelt
 
 
-def _conversations(part, rows, numbers: list[int]) -> list[list[dict]]:
-    """The conversations of some rows; an unusable row is an error, unless the entry says to drop such rows."""
+def _conversations(tokenizer, part, rows, numbers: list[int]) -> list[tuple[str, str, bool]]:
+    """(prompt, whole text, whether it spells a control token or a turn's mark) of some rows, in the chat template.
+
+    An unusable row is an error, unless the entry says to drop such rows.
+    """
     conversations = []
     for number in numbers:
+        where = f"{part.name} row {number}"
         try:
-            conversations.append(messages_of(rows[number], part.entry.kind, f"{part.name} row {number}"))
+            messages = messages_of(rows[number], part.entry.kind, where)
+            conversations.append(_in_template(tokenizer, messages, where))
         except ValueError as error:
             if not part.entry.drop_unusable:
                 raise ValueError(f"{error}; or set drop_unusable: true in the entry of {part.name!r}") from None
     return conversations
+
+
+def _in_template(tokenizer, messages: list[dict], where: str) -> tuple[str, str, bool]:
+    """A conversation up to its last answer, the whole of it, and whether it spells what the template writes itself."""
+    literal = literal_messages(tokenizer, messages)
+    try:
+        prompt = rendered(tokenizer, literal[:-1], add_generation_prompt=True)
+        whole = rendered(tokenizer, literal, add_generation_prompt=False)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return prompt, whole, literal is not messages

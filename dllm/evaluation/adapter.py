@@ -27,6 +27,7 @@ from lm_eval.api.instance import Instance
 from dllm.config import GenerateSettings, LikelihoodSettings, Scorer
 from dllm.evaluation.store import Answer
 from dllm.likelihood.policy import estimator_for
+from dllm.models.literal_text import encode_marked, marked
 
 SpecialTokens = Literal["exact", "reference-v0", "reference-v0.1"]
 
@@ -50,12 +51,12 @@ class Model(Protocol):
 
 
 def encode(tokenizer, text: str, *, special_tokens: bool = False) -> list[int]:
-    """Token ids of a text, without CLS/SEP unless `special_tokens`."""
-    return list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+    """Token ids of a marked text, without CLS/SEP unless `special_tokens`."""
+    return encode_marked(tokenizer, [text], special_tokens=special_tokens)[0]
 
 
 def encode_prompt(tokenizer, prompt: str, special_tokens: SpecialTokens) -> list[int]:
-    """Token ids of a prompt to be continued.
+    """Token ids of a prompt to be continued, a marked text.
 
     `exact` and `reference-v0`: no CLS/SEP, as in training. `reference-v0.1`: CLS before and SEP behind it (fault F3).
     """
@@ -65,7 +66,7 @@ def encode_prompt(tokenizer, prompt: str, special_tokens: SpecialTokens) -> list
 def encode_pair(
     tokenizer, context: str, continuation: str, special_tokens: SpecialTokens
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of the continuation to be scored.
+    """Token ids of a context and of the continuation to be scored, both marked texts.
 
     `exact`: each on its own, without CLS/SEP. The reference modes repeat fault F2: blanks at the end of the context
     move to the continuation, context and whole text are tokenized with CLS/SEP, and the whole is cut at the length of
@@ -115,7 +116,7 @@ class DiffusionAnswerer:
     """Answers of a diffusion language model.
 
     open_model is called at the first request that needs the model; greedy_tasks names the tasks whose metrics read
-    `is_greedy` (None: all).
+    `is_greedy` (None: all); chat_template says whether contexts are conversations in the chat template.
     """
 
     def __init__(
@@ -126,11 +127,13 @@ class DiffusionAnswerer:
         generation: GenerateSettings,
         scorer: Scorer,
         greedy_tasks: frozenset[str] | None = None,
+        chat_template: bool = False,
     ):
         self.tokenizer = tokenizer
         self.generation = generation
         self.scorer = scorer
         self.greedy_tasks = greedy_tasks
+        self.chat_template = chat_template
         self.model_seconds = 0.0
         """Wall time spent in the model so far, without loading it."""
         self._open_model = open_model
@@ -186,7 +189,8 @@ class DiffusionAnswerer:
     def _rolling_loglikelihoods(self, requests: list[Instance]) -> list[Answer]:
         size = self.scorer.likelihood.block_size
         blocks = [
-            list(rolling_blocks(encode(self.tokenizer, r.args[0]), self.model.max_length, size)) for r in requests
+            list(rolling_blocks(encode(self.tokenizer, marked(self.tokenizer, r.args[0])), self.model.max_length, size))
+            for r in requests
         ]
         flat = [pair for pairs in blocks for pair in pairs]
         scores = iter(self._nelbo([context for context, _ in flat], [block for _, block in flat]))
@@ -219,12 +223,16 @@ class DiffusionAnswerer:
 
     def _encode_pairs(self, requests: list[Instance]) -> list[tuple[list[int], list[int]]]:
         """`encode_pair` of each request; without CLS/SEP, all texts at once and each once."""
-        pairs = [tuple(request.args[:2]) for request in requests]
+        pairs = [(self._context(request), marked(self.tokenizer, request.args[1])) for request in requests]
         if self.scorer.special_tokens != "exact":
             return [encode_pair(self.tokenizer, prompt, text, self.scorer.special_tokens) for prompt, text in pairs]
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        tokens = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        tokens = dict(zip(texts, encode_marked(self.tokenizer, texts), strict=True))
         return [(list(tokens[context]), list(tokens[continuation])) for context, continuation in pairs]
+
+    def _context(self, request: Instance) -> str:
+        """A request's context as a marked text: a conversation was marked when the chat template wrote it."""
+        return request.args[0] if self.chat_template else marked(self.tokenizer, request.args[0])
 
     def _estimator(self, length: int) -> str:
         """What a target of `length` tokens is scored by: of blocks, the first one."""
@@ -255,7 +263,7 @@ class DiffusionAnswerer:
             )
             prompts, lost = [], []
             for i in rows:
-                prompt = encode_prompt(self.tokenizer, requests[i].args[0], self.scorer.special_tokens)
+                prompt = encode_prompt(self.tokenizer, self._context(requests[i]), self.scorer.special_tokens)
                 prompt, n = fit(prompt, room)
                 prompts.append(prompt)
                 lost.append(n)

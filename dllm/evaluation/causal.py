@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 
 from dllm.config import GenerateSettings
 from dllm.evaluation.store import Answer
+from dllm.models.literal_text import unmarked
 from dllm.models.tokenizers import encode_text
 
 
@@ -31,12 +32,12 @@ class CausalAnswerer:
 
     def answers(self, kind: str, requests: list[Instance], repeats: Sequence[int] | None = None) -> list[Answer]:
         """Answers to requests of one kind, in their order."""
-        if kind == "generate_until":
-            requests = [self._own_length(request) for request in requests]
+        requests = [self._own_request(kind, request) for request in requests]
         call = getattr(self.model, kind)  # loads the model
         begun = time.perf_counter()
         found = call(requests, disable_tqdm=True)
         self.model_seconds += time.perf_counter() - begun
+        lost = [self._lost(kind, request) for request in requests]
         if kind == "loglikelihood":
             return [
                 {
@@ -44,17 +45,37 @@ class CausalAnswerer:
                     "standard_error": 0.0,
                     "estimator": "autoregressive",
                     "passes": 1,
+                    **({"truncated": n} if n else {}),
                 }
-                for value, greedy in found
+                for (value, greedy), n in zip(found, lost, strict=True)
             ]
         # one pass per token and one for the end
         most = self.generation.max_new_tokens
-        return [{"answer": text, "passes": min(most, len(encode_text(self.tokenizer, text)) + 1)} for text in found]
+        return [
+            {
+                "answer": text,
+                "passes": min(most, len(encode_text(self.tokenizer, text)) + 1),
+                **({"truncated": n} if n else {}),
+            }
+            for text, n in zip(found, lost, strict=True)
+        ]
 
-    def _own_length(self, request: Instance) -> Instance:
-        context, kwargs = request.args[:2]
-        kwargs = {**kwargs, "max_gen_toks": self.generation.max_new_tokens}
-        return Instance(request.request_type, request.doc, (context, kwargs), request.idx, metadata=request.metadata)
+    def _lost(self, kind: str, request: Instance) -> int:
+        """How many tokens of a prompt lm-eval's model cuts off from the left."""
+        longest = self.model.max_length
+        if kind == "generate_until":
+            return max(0, len(self.model.tok_encode(request.args[0])) - (longest - self.generation.max_new_tokens))
+        if kind == "loglikelihood":  # the last token of a continuation is predicted and not read
+            return max(0, sum(len(self.model.tok_encode(text)) for text in request.args[:2]) - 1 - longest)
+        return 0
+
+    def _own_request(self, kind: str, request: Instance) -> Instance:
+        """A request as lm-eval's model reads it: without marks, and of our length."""
+        context, *rest = request.args
+        if kind == "generate_until":
+            rest = [{**rest[0], "max_gen_toks": self.generation.max_new_tokens}]
+        arguments = (unmarked(context), *rest)
+        return Instance(request.request_type, request.doc, arguments, request.idx, metadata=request.metadata)
 
 
 def open_causal(checkpoint: str, *, precision: str, device: str, batch_size: int):

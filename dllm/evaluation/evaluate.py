@@ -28,7 +28,9 @@ from dllm.evaluation.task_files import (
     load_tasks,
     reads_greedy,
     seed_examples,
+    task_versions,
 )
+from dllm.models.literal_text import unmarked
 from dllm.provenance import collect, file_digest, versions, write_atomically
 
 if TYPE_CHECKING:
@@ -157,6 +159,7 @@ def _result(
             "checkpoint": content_digest(workdir / config.checkpoint),
             "data": content_digest(workdir / config.data) if config.data else config.revision,
             "task_definition": definition_digest(tasks),
+            "task_versions": task_versions(tasks),
             "prompts": digest({"prompts": [document["prompt_sha256"] for document in documents]}),
         },
     }
@@ -198,6 +201,7 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
         generation=config.generation,
         scorer=config.scorer,
         greedy_tasks=frozenset(name for name, task in tasks["tasks"].items() if reads_greedy(task)),
+        chat_template=config.chat_template,
     )
 
 
@@ -237,8 +241,8 @@ def answer_settings(config: EvaluationConfig) -> dict[str, Any]:
     return {
         "model_kind": config.model_kind,
         "chat_template": config.chat_template,
-        "fewshot_as_multiturn": config.fewshot_as_multiturn,
         **config.scorer.model_dump(mode="json"),
+        "fewshot_as_multiturn": config.fewshot_as_multiturn,
         "generation": config.generation.model_dump(mode="json"),
     }
 
@@ -342,7 +346,7 @@ def _document(subtask: str, sample: dict, answers: list[dict]) -> dict[str, Any]
     row: dict[str, Any] = {
         "doc_id": sample["doc_id"],
         "subtask": subtask,
-        "prompt": prompts[0] if shared else prompts,
+        "prompt": unmarked(prompts[0]) if shared else [unmarked(prompt) for prompt in prompts],
         "prompt_sha256": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "target": _plain(sample["target"]),
     }

@@ -70,11 +70,8 @@ class StoredLM(LM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation in the tokenizer's own template, as in training; open at its end for a begun answer."""
-        if add_generation_prompt:
-            return chat_text(self.answerer.tokenizer, chat_history, add_generation_prompt=True)
-        return self.answerer.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=False, continue_final_message=True
-        )
+        begun = {} if add_generation_prompt else {"continue_final_message": True}
+        return chat_text(self.answerer.tokenizer, chat_history, add_generation_prompt=add_generation_prompt, **begun)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [tuple(answer["answer"]) for answer in self._all("loglikelihood", requests)]
@@ -103,11 +100,25 @@ class StoredLM(LM):
         for keys in _chunks({key: request.args[0] for key, (request, _) in missing.items()}, size):
             chunk, repeats = zip(*(missing[key] for key in keys), strict=True)
             before = self.answerer.model_seconds
-            answers = self.answerer.answers(kind, list(chunk), list(repeats))
+            answers = self._answers(kind, list(chunk), list(repeats))
             self.store.write(dict(zip(keys, answers, strict=True)), self.answerer.model_seconds - before)
             self.computed += len(keys)
             answered += len(keys)
             self.progress(answered, len(wanted))
+
+    def _answers(self, kind: str, requests: list[Instance], repeats: list[int]) -> list[Answer]:
+        """Answers to some requests. Raises ValueError that names task and document if one cannot be answered."""
+        try:
+            return self.answerer.answers(kind, requests, repeats)
+        except ValueError:
+            return [self._answer(kind, *one) for one in zip(requests, repeats, strict=True)]
+
+    def _answer(self, kind: str, request: Instance, repeat: int) -> Answer:
+        try:
+            return self.answerer.answers(kind, [request], [repeat])[0]
+        except ValueError as error:
+            document = f"{request.task_name}, document {request.doc_id}: "
+            raise ValueError(document + str(error).removeprefix(document)) from None
 
     def wait_for(self, kind: str, requests: list[Instance], *, seconds_between: float = 1.0) -> None:
         """Return once other processes have stored the answers to all requests."""

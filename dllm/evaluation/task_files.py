@@ -150,6 +150,12 @@ def definition_digest(tasks: dict) -> str:
     return digest(definitions)
 
 
+def task_versions(tasks: dict) -> dict[str, str | None]:
+    """The version that lm-eval gives each task."""
+    found = {name: (task.dump_config().get("metadata") or {}).get("version") for name, task in tasks["tasks"].items()}
+    return {name: None if version is None else str(version) for name, version in sorted(found.items())}
+
+
 def _portable(value) -> str:
     """A function by its name: its address in memory says nothing."""
     return getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))

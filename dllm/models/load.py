@@ -25,6 +25,7 @@ from dllm.models.published import (
     family_of,
     published_config,
     read_tensors,
+    refuse_edited,
     save_published,
     stock_config,
     stock_tensors,
@@ -55,6 +56,8 @@ def load_backbone(
     directory = _local_directory(path_or_hub_id, revision)
     sidecar = read_sidecar(directory)
     published = None if sidecar else family_of(directory)
+    if published is not None:
+        refuse_edited(published, str(path_or_hub_id))
     config = _config(directory, published)
     if published is not None:
         sidecar = published.sidecar()
@@ -300,6 +303,7 @@ def _config(directory: Path, published: Family | None):
         raise ValueError(f"{directory}: no weights ({WEIGHTS[0]}); the checkpoint is incomplete: make it again")
     raw = published_config(directory)
     if published is not None:
+        refuse_edited(published, directory)
         try:
             return stock_config(published, raw)
         except ValueError as fault:
@@ -313,7 +317,7 @@ def _config(directory: Path, published: Family | None):
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as fault:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as fault:
         raise ValueError(f"{directory}/config.json: cannot be used ({str(fault).splitlines()[0]})") from None
 
 

@@ -35,6 +35,9 @@ Names = dict[str, str | tuple[str, ...]]
 SIDECAR = "dllm.json"
 """What training notes beside a checkpoint."""
 
+EDITED = re.compile(r"LLaDA-?2\.[12](?!\d)", re.IGNORECASE)
+"""Names of checkpoints whose authors edit what is revealed."""
+
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A layer's or expert's number in a tensor name."""
 
@@ -274,8 +277,31 @@ def published_config(directory: str | Path) -> dict:
 
 def family_of(directory: str | Path) -> Family | None:
     """The family that a checkpoint's config.json names as its architecture; None for any other checkpoint."""
-    architectures = published_config(directory).get("architectures") or [None]
-    return next((family for family in PUBLISHED if architectures[0] in family.architectures), None)
+    stated = published_config(directory).get("architectures")
+    first = stated[0] if isinstance(stated, list) and stated else None
+    return next((family for family in PUBLISHED if first in family.architectures), None)
+
+
+def refuse_edited(family: Family, place: str | Path) -> None:
+    """Raise ValueError, one line, for a checkpoint of LLaDA2.1 or 2.2, which have the classes of LLaDA2.0.
+
+    place: its hub id or directory. Their config.json does not tell them apart, so the names do: of the place, in
+    config.json, in the manifest of a download, in the title of the card.
+    """
+    names, directory = [str(place)], Path(place)
+    if directory.is_dir():
+        names = [directory.name, str(published_config(directory).get("_name_or_path"))]
+        for name, pattern in (("manifest.json", r'"hub": "(.*)"'), ("README.md", r"^# *(.*)")):
+            try:
+                found = re.search(pattern, (directory / name).read_text(encoding="utf-8"), re.MULTILINE)
+            except (OSError, UnicodeDecodeError):
+                continue
+            names += [found[1]] if found else []
+    if family.name == "LLaDA2" and any(EDITED.search(name) for name in names):
+        raise ValueError(
+            f"{place}: LLaDA2.1 and 2.2 are decoded with edits of revealed tokens, which dllm does not do, so that "
+            "their scores would not be the published ones; take LLaDA2.0"
+        )
 
 
 def stock_config(family: Family, raw: dict):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm.config import ModelEntry
+from dllm.models.literal_text import all_marked, check_text, encode_marked, literal_messages
 from dllm.models.published import SIDECAR, family_of
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     options = {"trust_remote_code": False} if kind == "AutoTokenizer" else {}
     try:
         tokenizer = getattr(transformers, kind).from_pretrained(str(path), **options)
-    except (OSError, ValueError, LookupError, TypeError) as fault:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as fault:
         first = str(fault).splitlines()[0]
         raise ValueError(f"{path}: no usable tokenizer ({first}); fetch or train the checkpoint again") from None
     if family and family.template:
@@ -61,7 +63,7 @@ def _is_plain(path: Path) -> bool:
     """
     try:
         stated = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
     plain = stated in ("PreTrainedTokenizerFast", "TokenizersBackend") and (path / "tokenizer.json").exists()
     return plain and ((path / SIDECAR).exists() or family_of(path) is not None)
@@ -109,22 +111,43 @@ def check_messages(messages: list[dict], where: str = "messages") -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"{where}[{index}] = {message!r} has no text; a turn needs 'role' and 'content'")
+        check_text(message["content"], f"{where}[{index}]")
         if message.get("role") not in ROLES:
             raise ValueError(f"{where}[{index}].role = {message.get('role')!r}; allowed: {', '.join(ROLES)}")
         if message["role"] == "system" and index:
             raise ValueError(f"{where}[{index}].role = 'system'; only the first turn may be the system's")
 
 
-def chat_text(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
-    """A conversation in the tokenizer's chat template: what training tokenizes and what a prompt is made of."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def chat_text(tokenizer, messages: list[dict], **options) -> str:
+    """A conversation in the tokenizer's chat template, with marks where a message spells a control token.
+
+    What training tokenizes and what a prompt is made of, by `encode_marked`. options: `add_generation_prompt`, and
+    others of transformers. Raises ValueError, one line, for a conversation that the template refuses.
+    """
+    return rendered(tokenizer, literal_messages(tokenizer, messages), **options)
+
+
+def rendered(tokenizer, messages: list[dict], **options) -> str:
+    """`chat_text` of messages that are literal already."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as fault:
+        roles, reason = ", ".join(message["role"] for message in messages), " ".join(str(fault).split())
+        raise ValueError(f"the model's chat template refuses turns of {roles}: {reason}") from None
 
 
 def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
     """Token ids of a conversation in the chat template, without CLS or SEP: what training sees and chat sends."""
-    return encode_text(tokenizer, chat_text(tokenizer, messages, add_generation_prompt=add_generation_prompt))
+    return encode_marked(tokenizer, [chat_text(tokenizer, messages, add_generation_prompt=add_generation_prompt)])[0]
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a text without CLS or SEP."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Token ids of a text without CLS or SEP; what spells a control token is text, too."""
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_text` of each."""
+    return encode_marked(tokenizer, all_marked(tokenizer, texts))

@@ -1,7 +1,7 @@
 """The five published claims as verdicts computed from the data, each with the rule that decides it."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pandas as pd
 from dllm.numbers import duration
 from dllm.report.format import fixed, interval, joined, signed_interval
 from dllm.report.load import final_losses, read_provenance, read_speed, scores
-from dllm.report.plan import RECIPES, ReportPlan, ResultRow
+from dllm.report.plan import FEW_STEPS, RECIPES, ReportPlan, ResultRow
 from dllm.report.statistics import Estimate, Verdict, all_of, decide_below, decide_within
 
 MODERNBERT = "modernbert"
@@ -82,7 +82,8 @@ def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
                 f"{rival['label']}, at {fixed(rival[f'{split}_loss'], 3)} nats per token: a difference of "
                 f"{signed_interval(lead.value, lead.low, lead.high, 3)}."
             )
-            findings.append(Finding(part, recipe, decide_below(lead, 0.0), because))
+            found = Finding(part, recipe, decide_below(lead, 0.0), because)
+            findings.append(_unless_truncated(found, runs))
     return _claim(
         1,
         "Of six encoders trained on Wikitext-103 with the masked diffusion objective, ModernBERT has the lowest loss.",
@@ -112,7 +113,7 @@ def openwebtext_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
             if run["first_eval_step"] > 0.05 * run["steps"]:
                 verdict = "undecided"
                 because += " The first evaluation comes too late to see the start of the run."
-            findings.append(Finding("evaluation loss", recipe, verdict, because))
+            findings.append(_unless_truncated(Finding("evaluation loss", recipe, verdict, because), run.to_frame().T))
     margin = fixed(100 * plan.rules.hardly_lower, 0)
     return _claim(
         2,
@@ -142,7 +143,8 @@ def ablation_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
                 f"The widest of {len(pairs)} differences is {one} against {other}: "
                 f"{_percent_interval(widest, signed=True)} %; {within} of {len(pairs)} lie surely within the margin."
             )
-            findings.append(Finding(f"{name} loss", recipe, all_of([pair[0] for pair in pairs]), because))
+            found = Finding(f"{name} loss", recipe, all_of([pair[0] for pair in pairs]), because)
+            findings.append(_unless_truncated(found, runs))
     margin = fixed(100 * plan.rules.same_loss, 0)
     return _claim(
         3,
@@ -168,9 +170,10 @@ def chat_claim(score_frame: pd.DataFrame, plan: ReportPlan) -> Claim:
         verdict = _majority(int(above), int(len(own) - above), len(own))
         because = f"{row.label}: {above} of {len(own)} scores are above chance"
         because += f" and {below} below it." if below else "."
-        findings.append(Finding("above chance", row.recipe, verdict, because))
+        found = [Finding("above chance", row.recipe, verdict, because)]
         if row.close_to:
-            findings.append(_closeness(own, row, plan))
+            found.append(_closeness(own, row, plan))
+        findings += [_without_verdict(finding, [row.label]) if row.truncated else finding for finding in found]
     points = fixed(plan.rules.close_points, 0)
     return _claim(
         4,
@@ -245,6 +248,18 @@ def _claim(number: int, claim: str, rule: str, findings: list[Finding], caveat: 
     return Claim(number, claim, rule, verdict, tuple(findings), caveat)
 
 
+def _unless_truncated(finding: Finding, runs: pd.DataFrame) -> Finding:
+    """The finding, undecided if one of the runs that it rests on was truncated."""
+    if "truncated" not in runs or not runs["truncated"].any():
+        return finding
+    return _without_verdict(finding, runs[runs["truncated"].astype(bool)]["label"].tolist())
+
+
+def _without_verdict(finding: Finding, labels: list[str]) -> Finding:
+    cut = f"{joined(labels)} stopped early or had fewer than {FEW_STEPS} steps, which decides nothing."
+    return replace(finding, verdict="undecided", because=f"{finding.because} {cut}")
+
+
 def _by_recipe(losses: pd.DataFrame):
     """Recipe and its rows, published first; nothing for an empty frame."""
     for recipe in RECIPES:
@@ -306,6 +321,8 @@ def _training_cost(provenance: dict | None, plan: ReportPlan) -> Finding:
     part, rules = "training cost", plan.rules
     if provenance is None:
         return Finding(part, "", "undecided", "The plan has no chat run.", timed=True)
+    if any(entry.truncated for entry in (*plan.chat, *plan.results) if entry.run == provenance["run"]):
+        return _without_verdict(Finding(part, "", "undecided", "", timed=True), [provenance["run"]])
     hours = provenance["wall_seconds"] * int(provenance.get("processes") or 1) / 3600
     machine = ", ".join(str(provenance[key]) for key in ("hardware", "device") if provenance.get(key))
     because = f"{provenance['run']} took {fixed(hours)} device hours ({machine})."

@@ -74,4 +74,10 @@ FAULTS = (
         "No number can be traced to a run.",
         "Pinned revisions; every number carries its run, seed, commit and digests.",
     ),
+    Fault(
+        "F11",
+        "All examples of a benchmark's prompt stand in a single turn of the user.",
+        "The model sees a conversation unlike any it was trained on.",
+        "A turn for each example's question and for its answer.",
+    ),
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from dllm.numbers import wilson_interval
-from dllm.report.plan import ReportPlan
+from dllm.report.plan import FEW_STEPS, ReportPlan
 from dllm.report.statistics import Estimate, against_chance
 
 TAIL = 0.1
@@ -168,6 +168,7 @@ def final_losses(workdir: Path, entries) -> pd.DataFrame:
                 "recipe": entry.recipe,
                 "run": entry.run,
                 "steps": int(metrics["step"].max()),
+                "truncated": entry.truncated or int(metrics["step"].max()) < FEW_STEPS,
                 "tokens": _number(metrics["tokens"].max()),
                 "train_loss": train.value,
                 "train_standard_error": train.standard_error,

@@ -13,6 +13,10 @@ Recipe = Literal["published", "corrected"]
 RECIPES: tuple[Recipe, ...] = ("published", "corrected")
 
 
+FEW_STEPS = 20
+"""A run of fewer steps shows that the pipeline works, and nothing else: no claim is judged by it."""
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
@@ -26,13 +30,16 @@ class PlannedRun(_Entry):
     """How the report calls it."""
     recipe: Recipe = "corrected"
     """`published` repeats the faults of the published pipeline, `corrected` mends them."""
+    truncated: bool = False
+    """Whether it was stopped before the end of its schedule, or had next to none: no claim is judged by it."""
     family: str = ""
     """Encoder family, for the first claim; by default the label up to its first hyphen or space."""
 
     @classmethod
     def of(cls, project: Project, curve: CurveEntry) -> PlannedRun:
         """The run of a curve."""
-        return cls(run=curve.run, label=curve.label, recipe=_recipe(project, curve.run))
+        settled = {"recipe": _recipe(project, curve.run), "truncated": _is_truncated(project, curve.run)}
+        return cls(run=curve.run, label=curve.label, **settled)
 
     @property
     def encoder_family(self) -> str:
@@ -47,11 +54,14 @@ class AblationRun(_Entry):
     """The weights it starts from, as the report calls them: `untuned`, `after Wikitext`, ..."""
     run: str
     recipe: Recipe = "corrected"
+    truncated: bool = False
+    """As of `PlannedRun`."""
 
     @classmethod
     def of(cls, project: Project, curve: CurveEntry) -> AblationRun:
         """The run of a curve, whose label says what it starts from."""
-        return cls(start=curve.label, run=curve.run, recipe=_recipe(project, curve.run))
+        settled = {"recipe": _recipe(project, curve.run), "truncated": _is_truncated(project, curve.run)}
+        return cls(start=curve.label, run=curve.run, **settled)
 
 
 class ResultRow(_Entry):
@@ -70,6 +80,8 @@ class ResultRow(_Entry):
     """Label of the reported row that claim 4 compares this model with; names the large chat model."""
     benchmarks: tuple[str, ...] = ()
     """Names of the benchmarks it was scored on; empty means all."""
+    truncated: bool = False
+    """Whether a run that led to it was, as of `PlannedRun`."""
 
     @classmethod
     def of(cls, project: Project, name: str, *, again: bool) -> ResultRow:
@@ -83,6 +95,7 @@ class ResultRow(_Entry):
             kind="again" if again else _kind(entry),
             published_as=reported[entry.compare].label if entry.compare else "",
             close_to=reported[entry.close_to].label if entry.close_to else "",
+            truncated=_is_truncated(project, entry.checkpoint),
             benchmarks=() if set(benchmarks) == set(_scored_benchmarks(project)) else tuple(benchmarks),
         )
 
@@ -322,6 +335,16 @@ def _check_unique(where: str, keys: list[tuple]) -> None:
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"report plan: {where} lists {' / '.join(key)} twice; keep one of them.")
+
+
+def _is_truncated(project: Project, name: str) -> bool:
+    """Whether a run, or one that it starts from, is stopped early or has too few steps to show anything."""
+    while name in project.runs:
+        run = project.runs[name]
+        if run.stop_after is not None or (run.steps is not None and run.steps < FEW_STEPS):
+            return True
+        name = run.init
+    return False
 
 
 def _recipe(project: Project, run: str) -> Recipe:

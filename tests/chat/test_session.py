@@ -84,6 +84,9 @@ def test_quit_ends_and_help_lists_every_command():
         ("/temperature hot", "got 'hot'"),
         ("/temperature nan", "got 'nan'"),
         ("/temperature -1", "at least 0"),
+        ("/temperature 1e39", "got '1e39'"),
+        ("/temperature 1e-39", "got '1e-39'"),
+        ("/steps 99999999999999999999", "less than or equal to 1000000"),
     ],
 )
 def test_a_wrong_command_is_one_clear_line(line, words):

@@ -52,6 +52,22 @@ def test_a_wrong_line_is_reported_and_the_chat_goes_on(here, typed, capsys):
     assert "/stepz is not a command" in captured.err and "the context of 64 tokens has room for 48" in captured.err
 
 
+def test_a_bug_costs_one_message_and_keeps_the_conversation(model, capsys, monkeypatch):
+    chat, whole = Chat(model, Session(SETTINGS, 64), Plain()), type(model).stream
+
+    def broken(self, prompts, settings):
+        if "Hello" in prompts[0][-1]["content"]:
+            raise TypeError("no such thing")
+        return whole(self, prompts, settings)
+
+    monkeypatch.setattr(type(model), "stream", broken)
+    assert chat.talk(iter(["Who are you?", "Hello!", "Who are you?"])) == 70
+    captured = capsys.readouterr()
+    assert captured.err.startswith("dllm chat: error: this is a bug of dllm (TypeError: no such thing at chat.py:")
+    assert captured.err.count("\n") == 1
+    assert [asked for asked, _ in chat.session.conversation.turns] == ["Who are you?", "Who are you?"]
+
+
 def test_once_prints_the_bare_answer(here, capsys):
     assert main(["chat", "--once", "Who are you?", *OPTIONS]) == 0
     assert capsys.readouterr().out == "I am a toy.\n"
@@ -64,6 +80,12 @@ def test_once_prints_the_bare_answer(here, capsys):
         (["--once", "Hello " * 99], "the message takes"),
         (["--steps", "1"], "steps = 1 is less than the 2 blocks"),
         (["--temperature", "-1"], "--temperature -1.0: input should be greater"),
+        (["--temperature", "inf"], "--temperature inf: input should be a finite number"),
+        (["--temperature", "nan"], "--temperature nan: input should be a finite number"),
+        (["--temperature", "1e39"], "--temperature 1e+39: input should be less than or equal to 100"),
+        (["--temperature", "1e-39"], "--temperature 1e-39: value error, input should be 0, or between 0.001 and 100"),
+        (["--steps", "9" * 20], "input should be less than or equal to 1000000"),
+        (["--seed", "9" * 20], "input should be less than or equal to"),
         (["--device", "gpu"], "--device gpu is not a device; allowed: cpu, cuda"),
     ],
 )
@@ -118,3 +140,36 @@ def test_forgetting_the_oldest_turns_is_said_once(model, capsys):
         chat.answer("Who are you?")
     assert capsys.readouterr().err.count("oldest turns are forgotten") == 1
     assert len(chat.session.conversation.turns) < 4
+
+
+@pytest.mark.parametrize("bad", ["\udcff", "Hello \ud800"])
+def test_a_message_that_is_no_text_fails_alone(model, capsys, bad):
+    chat = Chat(model, Session(SETTINGS, 64), Plain())
+    assert chat.talk(iter(["Who are you?", bad, "Who are you?"])) == 2
+    assert len(chat.session.conversation.turns) == 2
+    with pytest.raises(ValueError, match="is no text"):
+        chat.once(bad)
+
+
+def test_bytes_that_are_no_text_on_standard_input_fail_alone(project):
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "dllm", "chat", "chat-toy", *OPTIONS],
+        input=b"Who are you?\n\xff\nWho are you?\n",
+        cwd=project,
+        capture_output=True,
+    )
+    assert done.returncode == 2 and done.stdout.count(b"Bot: ") == 2, done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_prompt_that_is_no_text_is_one_line(here, capsys):
+    assert main(["sample", "chat-toy", *OPTIONS, "\udcff"]) == 2
+    printed = capsys.readouterr().err
+    assert "is no text" in printed and printed.count("\n") == 1
+
+
+def test_a_mask_in_a_question_is_left_there(here, capsys):
+    assert main(["sample", "chat-toy", *OPTIONS, "Who are you? [MASK]"]) == 0

@@ -114,10 +114,24 @@ def test_a_users_mistake_is_one_line_without_a_traceback(verb, fault, line, caps
         main(["train"])
 
 
-def test_a_bug_keeps_its_traceback(verb):
+def test_a_bug_is_one_line_and_keeps_its_traceback_on_demand(verb, capsys, monkeypatch):
     verb(lambda args: 1 / 0)
+    assert main(["train"]) == 70
+    printed = capsys.readouterr().err
+    assert printed.startswith("dllm train: error: this is a bug of dllm (ZeroDivisionError: division by zero at ")
+    assert "DLLM_DEBUG=1 shows where" in printed and printed.count("\n") == 1
+    monkeypatch.setenv("DLLM_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main(["train"])
+
+
+def test_too_little_memory_is_no_bug(verb, capsys):
+    def act(args):
+        raise MemoryError
+
+    verb(act)
+    assert main(["train"]) == 2
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_status_130(verb, capsys):

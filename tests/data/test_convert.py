@@ -133,3 +133,15 @@ def test_the_files_of_a_hub_repository_are_read_by_split(tmp_path, monkeypatch):
 
 def test_batches_of_row_numbers_are_consecutive_and_complete():
     assert list(batched(list(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]] and list(batched([], 3)) == []
+
+
+@pytest.mark.parametrize(("files", "split"), [({"train.jsonl": ""}, "train"), ({"train.jsonl": "{"}, "train")])
+def test_a_file_of_a_snapshot_that_cannot_be_read_is_one_line(tmp_path, files, split, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, content in files.items():
+        (tmp_path / "snapshot").mkdir()
+        (tmp_path / "snapshot" / name).write_text(content)
+    part = part_of(tmp_path / "snapshot", world=None, hub="a/b", revision="0" * 40)
+    with pytest.raises(ValueError, match="cannot be read") as error:
+        read_rows(part, split)
+    assert "\n" not in str(error.value)

@@ -192,3 +192,95 @@ def test_a_model_that_cannot_be_made_leaves_nothing_under_its_name(world):
     with pytest.raises(ValueError, match="new.model_type = 'nonesuch' is no architecture"):
         download(config, world)
     assert not (world / "downloads/nonesuch").exists() and not (world / "downloads/nonesuch.json").exists()
+
+
+def unpacked(tmp_path, tables: dict[str, str]):
+    """The directory of a dataset that came as an archive of these tables."""
+    import zipfile
+
+    from dllm.data.download import _unpack
+
+    with zipfile.ZipFile(tmp_path / "tables.zip", "w") as archive:
+        for name, text in tables.items():
+            archive.writestr(name, text)
+    _unpack(tmp_path)
+    return tmp_path
+
+
+def rows_of(directory, name, split, tmp_path):
+    from datasets import load_dataset
+
+    return load_dataset(str(directory), name, split=split, cache_dir=str(tmp_path / ".cache")).to_list()
+
+
+def test_the_cells_of_an_archives_tables_are_texts_whatever_they_look_like(tmp_path):
+    directory = unpacked(
+        tmp_path,
+        {
+            "dev/sums.csv": ",Question,A\n0,0.80,1\n1,007,NA\n",
+            "test/sums.csv": '\ufeff,Question,A\n0,"(1), (2)",None\n1,,1e5\n',
+        },
+    )
+    assert rows_of(directory, "sums", "dev", tmp_path) == [
+        {"Unnamed: 0": "0", "Question": "0.80", "A": "1"}, {"Unnamed: 0": "1", "Question": "007", "A": "NA"},
+    ]  # fmt: skip
+    assert [(r["Question"], r["A"]) for r in rows_of(directory, "sums", "test", tmp_path)] == [
+        ("(1), (2)", "None"), ("", "1e5"),
+    ]  # fmt: skip
+
+
+def test_the_split_in_the_name_of_a_table_is_no_part_of_its_configuration(tmp_path):
+    text = "id,question\n0,a\n"
+    directory = unpacked(
+        tmp_path, {"val/law_val.csv": text, "dev/law_dev.csv": text, "dev/spring_test.csv": text, "test/law.csv": text}
+    )
+    from huggingface_hub import RepoCard
+
+    described = RepoCard.load(directory / "README.md").data["configs"]
+    assert {c["config_name"]: sorted(f["split"] for f in c["data_files"]) for c in described} == {
+        "law": ["dev", "test", "val"], "spring_test": ["dev"],
+    }  # fmt: skip
+    assert len(rows_of(directory, "law", "val", tmp_path)) == 1
+
+
+def test_a_torn_row_of_a_table_is_one_line_with_its_place(tmp_path):
+    with pytest.raises(ValueError, match=r"law.csv:3: 1 cells under 2 columns"):
+        unpacked(tmp_path, {"dev/law.csv": "id,question\n0,a\n1\n"})
+
+
+CARD = """---
+configs:
+- config_name: all
+  data_files:
+  - {split: train, path: data/all/train-*}
+  - {split: test, path: [data/all/test-*]}
+- config_name: small
+  data_files: data/small/*
+---
+"""
+
+
+def test_only_the_files_of_the_configuration_are_fetched(tmp_path, monkeypatch):
+    root = tmp_path / "hub"
+    directory = root / "datasets/many/toy"
+    for name in ("all/train-0", "all/test-0", "small/train-0", "other/train-0"):
+        path = directory / f"data/{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{{"text": "{name}"}}\n')
+    (directory / "README.md").write_text(CARD)
+    with LoopbackHub(root) as hub:
+        commit = hub.commit("datasets", "many/toy")
+        told = fetch(
+            hub.url,
+            tmp_path,
+            [
+                DownloadConfig(
+                    name=name, what="dataset", dataset=DatasetEntry(hub="many/toy", revision=commit, config=name)
+                )
+                for name in ("all", "small", "none")
+            ],
+        )
+    assert sorted(p.stem for p in (tmp_path / "downloads/all/data").rglob("*.jsonl")) == ["test-0", "train-0"]
+    assert [p.parent.name for p in (tmp_path / "downloads/small/data").rglob("*.jsonl")] == ["small"]
+    assert rows_of(tmp_path / "downloads/all", "all", "test", tmp_path) == [{"text": "all/test-0"}]
+    assert "has no configuration 'none' (all, small); correct `config`" in told[2]

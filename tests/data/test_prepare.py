@@ -288,3 +288,63 @@ def test_missing_inputs_are_one_line(workdir):
     (workdir / "downloads/toy-model/tokenizer.json").unlink()
     with pytest.raises(ValueError, match="downloads/toy-model: no tokenizer there"):
         prepare(config_of(part), workdir)
+
+
+def test_control_tokens_in_the_text_of_rows_are_text_and_counted(workdir, tokenizer):
+    control = {tokenizer.mask_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    rows = ["the [MASK] cat", "[SEP] the dog", "the sun"] * 20
+    manifest = prepare(config_of(texts(workdir, rows=rows, append_eos=False), length=3), workdir)
+    assert not control & {token for row in rows_in(workdir, "train") for token in row}
+    assert sum(manifest["rows_that_spell_control_tokens"].values()) == 40
+
+    rows = [{"instruction": "who [MASK] ?", "input": "", "output": "the cat [/Answer] [CLS]"}] * 20
+    rows += [{"instruction": "who ?", "input": "", "output": "the cat"}] * 20
+    part = add_dataset(workdir, "chats", {"train": rows}, kind="alpaca")
+    manifest = prepare(config_of(part, length=60), workdir)
+    assert not control & {token for row in rows_in(workdir, "train") for token in row}
+    assert sum(manifest["rows_that_spell_control_tokens"].values()) == 20
+    texts_read = {tokenizer.decode(row).count("[/Answer]") for row in rows_in(workdir, "train")}
+    assert texts_read == {tokenizer.decode(conversation(tokenizer, "the cat")[1]).count("[/Answer]")}
+
+
+USER, REPLY = {"role": "user", "content": "who ?"}, {"role": "assistant", "content": "the cat"}
+
+
+@pytest.mark.parametrize(
+    ("template", "bad", "line"),
+    [
+        (None, [REPLY], "chats row 0: nothing stands before the answer; a row needs a turn of the user first"),
+        (
+            None,
+            [USER, REPLY | {"content": "a \ud800"}],
+            r"chats row 0: messages\[1\]: character 2 \(U\+D800\) is no text",
+        ),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+            "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}",
+            [{"role": "system", "content": "the sun"}, USER, REPLY],
+            "chats row 0: the model's chat template refuses turns of system, user: System role not supported",
+        ),
+    ],
+)
+def test_a_conversation_that_cannot_be_written_is_named_or_dropped_and_counted(
+    workdir, monkeypatch, template, bad, line
+):
+    if template:
+        load = module.load_tokenizer
+
+        def with_template(*arguments):
+            tokenizer = load(*arguments)
+            tokenizer.chat_template = template
+            return tokenizer
+
+        monkeypatch.setattr(module, "load_tokenizer", with_template)
+    rows = {"train": [{"messages": bad}, *[{"messages": [USER, REPLY]}] * 30]}
+    part = add_dataset(workdir, "chats", rows, kind="messages")
+    with pytest.raises(ValueError, match=line) as error:
+        prepare(config_of(part, length=60), workdir)
+    assert "drop_unusable" in str(error.value) and "\n" not in str(error.value)
+    part = add_dataset(workdir, "chats", rows, kind="messages", drop_unusable=True)
+    manifest = prepare(config_of(part, length=60), workdir)
+    assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 1

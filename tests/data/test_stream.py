@@ -41,6 +41,8 @@ class Tokenizer:
     """A word is its number."""
 
     eos_token_id = 0
+    mask_token = eos_token = pad_token = bos_token = unk_token_id = chat_template = None
+    added_tokens_decoder, all_special_tokens, all_special_ids = {}, [], []
 
     def __len__(self):
         return 100

@@ -186,3 +186,42 @@ def test_the_chat_template_is_the_tokenizers_own(tmp_path):
     assert lm.apply_chat_template(turns) == "<user> w1 <answer>\n"
     prefilled = [*turns, {"role": "assistant", "content": "w2"}]
     assert lm.apply_chat_template(prefilled, add_generation_prompt=False) == "<user> w1 <assistant> w2"
+
+
+# --- text is text
+
+
+@pytest.mark.parametrize("mode", ["exact", "reference-v0", "reference-v0.1"])
+def test_control_tokens_in_a_document_are_text(mode):
+    model = EchoModel(TOKENIZER)
+    pairs = requests(("w1 [MASK] w2", " w3 [MASK]"), ("w1 [PAD]", "[MASK]"))
+    assert len(values(adapter(model, special_tokens=mode), pairs)) == 2
+    assert not any({TOKENIZER.mask_token_id, TOKENIZER.pad_token_id} & set(prompt) for prompt in model.prompts)
+    ends = [TOKENIZER.cls_token_id, TOKENIZER.sep_token_id]
+    for prompt in model.prompts:
+        assert ([prompt[0], prompt[-1]] == ends) == (mode != "exact") and len(set(ends) & set(prompt)) in (0, 2)
+
+
+def test_a_conversation_keeps_the_templates_control_tokens_and_no_others():
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<answer>", "[SEP]")
+    model = EchoModel(tokenizer)
+    answerer = DiffusionAnswerer(
+        tokenizer, lambda: model, generation=GenerateSettings(max_new_tokens=8), scorer=Scorer(), chat_template=True
+    )
+    lm = StoredLM(answerer, AnswerStore.__new__(AnswerStore), model_key="m")
+    prompt = lm.apply_chat_template([{"role": "user", "content": "w1 [SEP] [MASK]"}])
+    answerer.answers("loglikelihood", requests((prompt, "w1")))
+    assert model.prompts[0].count(tokenizer.sep_token_id) == 1 and tokenizer.mask_token_id not in model.prompts[0]
+
+
+def test_a_document_that_cannot_be_answered_is_named(tmp_path):
+    class Picky(EchoModel):
+        def nelbo(self, prompts, targets, settings):
+            if any(self.tokenizer.convert_tokens_to_ids("w7") in prompt for prompt in prompts):
+                raise ValueError("request 2: something about it")
+            return super().nelbo(prompts, targets, settings)
+
+    lm = StoredLM(adapter(Picky(TOKENIZER)), AnswerStore(tmp_path), model_key="m")
+    with pytest.raises(ValueError, match="^t, document 2: request 2: something about it$"):
+        lm.loglikelihood(requests(("w1", "w2"), ("w3", "w2"), ("w7", "w2"), ("w9", "w2")))

@@ -111,7 +111,10 @@ def test_weights_of_another_size_are_one_line(copy):
     assert "the weights cannot be loaded" in line_of(copy)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "nonesuch"}'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", "null", "3", '{"architectures": 3}', '{"model_type": 3}', '{"model_type": "nonesuch"}'],
+)
 def test_a_damaged_config_is_one_line(copy, content):
     (copy / "config.json").write_text(content)
     assert "config.json: cannot be used" in line_of(copy)

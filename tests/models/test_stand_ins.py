@@ -77,3 +77,27 @@ def test_a_setting_that_the_family_does_not_have_is_one_line(entries, tmp_path):
     with pytest.raises(ValueError, match="alibi = True is no LLaDA") as fault:
         save_stand_in(entry, word_tokenizer(), tmp_path / "model")
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    "place", ["inclusionAI/LLaDA2.1-mini", "inclusionAI/LLaDA2.2-flash", "manifest", "card", "config"]
+)
+def test_a_family_whose_decoding_edits_is_refused_with_the_reason(tmp_path, place):
+    from dllm.models.published import LLADA2, refuse_edited
+
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "README.md").write_text("---\nlicense: x\n---\n# LLaDA2.0-mini\nNews: LLaDA2.1 is out.\n")
+    (directory / "manifest.json").write_text('{"hub": "inclusionAI/LLaDA2.0-mini"}')
+    refuse_edited(LLADA2, directory)
+    for harmless in ("inclusionAI/LLaDA2.0-mini", "a/LLaDA2.10-x"):
+        refuse_edited(LLADA2, harmless)
+    if place == "manifest":
+        (directory / "manifest.json").write_text('{\n "hub": "inclusionAI/LLaDA2.1-mini",\n "files": {}}')
+    elif place == "card":
+        (directory / "README.md").write_text("# LLaDA2.2-mini\n")
+    elif place == "config":
+        (directory / "config.json").write_text('{"_name_or_path": "x/LLaDA2.1-mini"}')
+    with pytest.raises(ValueError, match="decoded with edits of revealed tokens.*take LLaDA2.0") as error:
+        refuse_edited(LLADA2, place if "/" in place else directory)
+    assert "\n" not in str(error.value)

@@ -187,3 +187,29 @@ def test_the_answer_names_the_verdicts_and_a_toy_run_refuses_to_answer(workdir):
 def test_a_control_takes_no_part_in_the_fourth_claim(workdir, plan):
     claim = claims.chat_claim(scores(workdir, plan), plan)
     assert not any("untuned" in finding.because or "Qwen1.5-0.5B:" in finding.because for finding in claim.findings)
+
+
+def test_a_run_that_was_stopped_or_had_hardly_any_steps_decides_nothing():
+    frame = encoders(2.0, 2.5).assign(truncated=[True, False])
+    claim = claims.encoder_claim(frame, ENCODER_PLAN)
+    assert claim.verdict == "undecided" and "ModernBERT-base stopped early" in claim.findings[0].because
+    frame = losses(("large", "corrected", "r", 2.95)).assign(truncated=True)
+    assert claims.openwebtext_claim(frame, ReportPlan()).verdict == "undecided"
+    frame = losses(("a", "corrected", "r", 2.0), ("b", "corrected", "s", 2.0)).assign(truncated=[False, True])
+    assert claims.ablation_claim(frame, ReportPlan()).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("change", "truncated"),
+    [({}, False), ({"steps": 2, "epochs": None}, True), ({"stop_after": 40}, True)],
+)
+def test_the_plan_knows_which_runs_are_truncated(change, truncated):
+    from pathlib import Path
+
+    from dllm.config import load_project
+
+    config = Path(__file__).parents[2] / "config"
+    project = load_project(config, config / "paper.yaml", {"runs": {"chat-large": change}})
+    plan = ReportPlan.of(project)
+    assert {entry.truncated for entry in plan.chat if entry.run == "chat-large"} == {truncated}
+    assert {row.truncated for row in plan.results if row.run == "chat-large"} == {truncated}

@@ -100,3 +100,9 @@ def test_an_infill_canvas_with_the_masks_at_the_end_is_a_sampling_canvas():
 def test_the_first_position_of_an_empty_row_is_its_length():
     where = torch.tensor([[False, True, True], [False, False, False]])
     assert first_position(where).tolist() == [1, 3]
+
+
+def test_a_mask_inside_a_prompt_is_given_and_one_to_infill_is_not():
+    canvas = canvas_for([[1, 9, 3]], 2, mask_id=9, pad_id=0)
+    assert canvas.masked.tolist() == [[False, False, False, True, True]] and canvas.start.tolist() == [3]
+    assert infill_canvas([[1, 9, 3, 9, 9]], mask_id=9, pad_id=0).masked.tolist() == [[False, True, False, True, True]]
