@@ -166,6 +166,18 @@ def _of_step(
         yield MicroBatch(inputs, totals[index], index == len(parts) - 1, numbers[part], tokens)
 
 
+def evaluated_rows(config: RunConfig, rows: int, *, final: bool) -> ndarray:
+    """The numbers of the test rows, of `rows`, that an evaluation reads, ascending: the first `eval_rows`.
+
+    The last one (`final`), and every one without `eval_rows`, reads all, or `test_rows` at even distances, so that all
+    parts of a mixture are among them.
+    """
+    if config.eval_rows and not final:
+        return numpy.arange(min(rows, config.eval_rows))
+    count = min(rows, config.test_rows or rows)
+    return numpy.arange(count) * rows // count
+
+
 def evaluation_micro_batches(
     split: TrainingSplit,
     config: RunConfig,

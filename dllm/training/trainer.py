@@ -36,6 +36,7 @@ from dllm.training.micro_batches import (
     MicroBatch,
     Prefetcher,
     TrainingSplit,
+    evaluated_rows,
     evaluation_micro_batches,
     micro_batches,
     one_step,
@@ -295,12 +296,11 @@ class _Run:
     def _evaluate(self, step: int, *, final: bool = False) -> None:
         """Log the loss bound per target token on the test split, in nats, with its standard error over rows.
 
-        The last evaluation (`final`) reads the whole split with the fixed noise, whatever the recipe says, so that
-        the runs of an ablation are compared on equal masks.
+        The last evaluation (`final`) reads the whole split, or `test_rows` rows of it, with the fixed noise, whatever
+        the recipe says, so that the runs of an ablation are compared on equal masks.
         """
         config, split, devices = self.config, self.test_split, self.devices
-        limit = None if final else config.eval_rows
-        rows = split.ended(numpy.arange(min(len(split.rows), limit or len(split.rows))))
+        rows = split.ended(evaluated_rows(config, len(split.rows), final=final))
         drawn = config.recipe.eval_noise == "drawn" and not final
         if not drawn:
             split = replace(split, objective=objective_of(config, self.backbone, exact=True))
@@ -317,7 +317,7 @@ class _Run:
         devices.model.train()
         sums = torch.zeros(len(rows.numbers), dtype=torch.float64)
         for numbers, nats in found:
-            sums[numbers] += nats.cpu().double() / config.eval_draws
+            sums[numpy.searchsorted(rows.numbers, numbers)] += nats.cpu().double() / config.eval_draws
         sums = devices.summed(sums)
         targets = torch.from_numpy(rows.targets).double()
         mean = float(sums.sum() / targets.sum())

@@ -17,6 +17,7 @@ from dllm.training.micro_batches import (
     TrainingSplit,
     balance_rows,
     cut_rows,
+    evaluated_rows,
     evaluation_micro_batches,
     even_cut,
     greedy_cut,
@@ -160,6 +161,17 @@ def test_text_without_prompts_has_one_prediction_less_per_row_for_ar():
     assert rows.targets.tolist() == (rows.lengths - 1).tolist()
     for part in micro_batches(split_of(0, AR(Recipe())), run_config(length=96), first=0, last=3):
         assert part.denominator == len(part.inputs.targets)  # one micro-batch per step: exactly what is predicted
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10, 53])
+def test_the_rows_of_an_evaluation_are_the_first_ones_and_at_the_end_spread_over_the_split(rows):
+    some = run_config(eval_rows=4, test_rows=10)
+    assert evaluated_rows(some, rows, final=False).tolist() == list(range(min(rows, 4)))
+    for config, final in ((some, True), (run_config(test_rows=10), False)):
+        found = evaluated_rows(config, rows, final=final)
+        assert len(found) == len(set(found)) == min(rows, 10) and found[0] == 0 and found[-1] < rows
+        assert rows < 20 or (abs(numpy.diff(found, append=rows) - rows / 10) < 1).all()
+    assert evaluated_rows(run_config(eval_rows=4), rows, final=True).tolist() == list(range(rows))
 
 
 @pytest.mark.parametrize("longest", [None, 9])

@@ -254,6 +254,15 @@ def test_muon_takes_the_matrices_inside_layers_and_adamw_the_rest(workdir):
     assert sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(list(model.parameters()))
 
 
+def test_the_last_evaluation_reads_no_more_test_rows_than_it_may(workdir):
+    train(run_config("few", test_rows=5, eval_rows=3), workdir, quiet=True)
+    train(run_config("all", eval_rows=3), workdir, quiet=True)
+    few, every = metrics_of(workdir, "few"), metrics_of(workdir, "all")
+    assert few[:-1] == every[:-1] and {row["rows"] for row in few if row["split"] == "eval"} == {3}
+    assert few[-1]["rows"] == 5 < every[-1]["rows"] and few[-1]["targets"] < every[-1]["targets"]
+    assert 0 < few[-1]["loss"] != every[-1]["loss"]
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
