@@ -31,9 +31,9 @@ from dllm.likelihood.scorer import MaskedScorer
 from dllm.models.load import Backbone
 from dllm.objectives.mdlm import MDLM
 from dllm.sampling.sampler import MaskedSampler
-from dllm.training.engine import Engine, scores_for
-from dllm.training.pipeline import Part, Source, training_parts
-from dllm.training.step import training_step
+from dllm.training.devices import Devices, devices_for
+from dllm.training.micro_batches import MicroBatch, TrainingSplit, micro_batches
+from dllm.training.setup import scores_for
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
 """Dense bf16 FLOP/s of a device whose name holds the key, from the makers' data sheets (without sparsity)."""
@@ -124,14 +124,14 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     rows = rows_of_lengths(lengths, vocabulary, prompt_share=0.0)
     config = run_config(Sizes(vocabulary, rows=len(lengths), longest=length), bf16=True, micro_batch_tokens=row_tokens)
     AcceleratorState._reset_state(reset_partial_state=True)
-    engine = Engine(Accelerator(), scores_for(config, backbone), config.optimizer, bf16=True)
-    source = Source(rows, objective, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
-    parts: list[Part] = list(training_parts(source, config, first=0, last=1))
+    devices = devices_for(Accelerator(), scores_for(config, backbone), config.optimizer, bf16=True)
+    split = TrainingSplit(rows, objective, None, pad_id=backbone.pad_id, mask_id=backbone.mask_id)
+    parts: list[MicroBatch] = list(micro_batches(split, config, first=0, last=1))
     if _device() == "cuda":
         parts = [replace(part, inputs=part.inputs.pin_memory()) for part in parts]
     jobs = {
-        "ours": lambda: training_step(engine, objective, parts),
-        "theirs": lambda: _padded_step(engine, backbone, rows),
+        "ours": lambda: devices.step(objective, parts),
+        "theirs": lambda: _padded_step(devices, backbone, rows),
     }
     times = interleaved(jobs, options.repeats(10), warmup=3, at_most=60)
     memory = {side: _peak_gib(job) for side, job in jobs.items()}
@@ -163,11 +163,11 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
     return found, facts
 
 
-def _padded_step(engine: Engine, backbone: Backbone, rows: TokenRows) -> None:
+def _padded_step(devices: Devices, backbone: Backbone, rows: TokenRows) -> None:
     """The common way: batches of rows padded to their longest, logits at every position."""
     total = float(rows.lengths.sum())
     for numbers in numpy.split(numpy.arange(len(rows)), range(PADDED_ROWS, len(rows), PADDED_ROWS)):
-        batch = collate(rows, numbers, pad_id=backbone.pad_id, end=None)
+        batch = collate(rows, numbers, rows.lengths[numbers], pad_id=backbone.pad_id, end=None)
         noise = row_noise(0, 0, batch.sample_ids, batch.tokens.shape[1])
         corrupted = exact_count(batch.maskable, noise.level, noise.place)
         batch = batch.to(_device())
@@ -175,7 +175,7 @@ def _padded_step(engine: Engine, backbone: Backbone, rows: TokenRows) -> None:
         with torch.autocast(_device(), torch.bfloat16):
             loss = masked_loss(backbone.model, batch.tokens, batch.attention, masked, weight, backbone.mask_id)
         (loss / total).backward()
-    engine.update()
+    devices.update()
 
 
 def _inference(name: str, options: Options) -> tuple[list, dict]:

@@ -22,13 +22,13 @@ from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
 from dllm.core.losses import dense_masked_loss
 from dllm.core.memory import LOGITS_BYTES
-from dllm.data.collate import ResponseEnd, collate, epoch_batches
+from dllm.data.collate import ResponseEnd, collate, ended_lengths, epoch_batches
 from dllm.data.tokens import TokenRows
 from dllm.models.load import Backbone
 from dllm.objectives.mdlm import MDLM
-from dllm.training.engine import Engine, scores_for
-from dllm.training.pipeline import Part, Source, training_parts
-from dllm.training.step import training_step
+from dllm.training.devices import devices_for
+from dllm.training.micro_batches import MicroBatch, TrainingSplit, micro_batches
+from dllm.training.setup import scores_for
 
 SAME = (
     "same stock model, weights, fp32 parameters, AdamW, clipping, global batch of 16 rows, masks, loss and threads; "
@@ -75,41 +75,43 @@ class Trainer:
         self.config = run_config(sizes, bf16=bf16, **settings)
         AcceleratorState._reset_state(reset_partial_state=False)
         scores = scores_for(self.config, self.backbone)
-        self.engine = Engine(Accelerator(cpu=True), scores, self.config.optimizer, bf16=bf16)
+        self.devices = devices_for(Accelerator(cpu=True), scores, self.config.optimizer, bf16=bf16)
         self.objective = MDLM(self.config.recipe)
         self.end = ResponseEnd("one", self.backbone.eos_id, longest=sizes.longest)
 
-    def source(self, rows: TokenRows) -> Source:
-        """The rows as our pipeline reads them."""
-        return Source(rows, self.objective, self.end, pad_id=self.backbone.pad_id, mask_id=self.backbone.mask_id)
+    def split(self, rows: TokenRows) -> TrainingSplit:
+        """The rows as our training reads them."""
+        return TrainingSplit(rows, self.objective, self.end, pad_id=self.backbone.pad_id, mask_id=self.backbone.mask_id)
 
-    def parts(self, rows: TokenRows, steps: int = 1) -> Iterator[Part]:
+    def parts(self, rows: TokenRows, steps: int = 1) -> Iterator[MicroBatch]:
         """Our micro-batches."""
-        return training_parts(self.source(rows), self.config, first=0, last=steps)
+        return micro_batches(self.split(rows), self.config, first=0, last=steps)
 
     def ours(self, rows: TokenRows) -> float:
         """Our step; returns its loss."""
         usual, LOGITS_BYTES["cpu"] = LOGITS_BYTES["cpu"], self.budget
         try:
-            return float(training_step(self.engine, self.objective, self.parts(rows)).loss)
+            return float(self.devices.step(self.objective, self.parts(rows)).loss)
         finally:
             LOGITS_BYTES["cpu"] = usual
 
     def common(self, rows: TokenRows, batches: list[ndarray], loss: Callable[..., Tensor] = masked_loss) -> float:
         """The common step: `batches` of rows padded to their longest; returns its loss."""
-        total, spent = float(self.source(rows).counted(numpy.concatenate(batches)).sum()), 0.0
+        total, spent = float(self.split(rows).ended(numpy.concatenate(batches)).targets.sum()), 0.0
         for numbers in batches:
             tokens, attention, masked, share = self.padded(rows, numbers)
             with self._autocast():
                 nats = loss(self.backbone.model, tokens, attention, masked, share, self.backbone.mask_id) / total
             nats.backward()
             spent += float(nats.detach())
-        self.engine.update()
+        self.devices.update()
         return spent
 
     def padded(self, rows: TokenRows, numbers: ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """tokens, attention, masked [B, L] and the weight of a nat [B] of these rows: the masks our pipeline draws."""
-        batch = collate(rows, numbers, pad_id=self.backbone.pad_id, end=self.end)
+        batch = collate(
+            rows, numbers, ended_lengths(rows, numbers, self.end, 0), pad_id=self.backbone.pad_id, end=self.end
+        )
         noise = row_noise(SEED, 0, batch.sample_ids, batch.tokens.shape[1])
         corrupted = exact_count(batch.maskable, noise.level, noise.place)
         return batch.tokens, batch.attention, corrupted.masked, corrupted.weight

@@ -15,8 +15,7 @@ from bench.options import Options
 from bench.step import SAME, SEED, Sizes, Trainer, pool
 from dllm.core.batch import row_noise
 from dllm.data.tokens import TokenRows
-from dllm.training.pipeline import Ahead, Part
-from dllm.training.step import training_step
+from dllm.training.micro_batches import MicroBatch, Prefetcher, one_step
 
 UNIT = "ms per useful token"
 EVERYWHERE = "logits and cross-entropy everywhere"
@@ -67,7 +66,7 @@ def sft(options: Options) -> Result:
 def _checked(full: Trainer, half: Trainer, sizes: Sizes) -> tuple[str, str]:
     """That all ways have the same loss, and that bf16 autocast is close to it."""
     rows, random, grouped_rows, grouped = pool(sizes)
-    total = float(full.source(rows).counted(numpy.arange(sizes.rows)).sum())
+    total = float(full.split(rows).ended(numpy.arange(sizes.rows)).targets.sum())
     ours = full.ours(rows)
     pairs = [(ours, full.common(rows, random)), (ours, sum(full.plain(rows, part, total) for part in random))]
     pairs.append((full.ours(grouped_rows), full.common(grouped_rows, grouped)))
@@ -185,10 +184,10 @@ def packing(options: Options) -> Result:
 def _ungrouped(sizes: Sizes, packed: Trainer, options: Options) -> Row:
     """Forward and backward of one micro-batch of random lengths: packed against padded, with the same head."""
     rows, random, *_ = pool(sizes)
-    source = packed.source(rows)
+    split = packed.split(rows)
     whole = numpy.concatenate(random)
-    inputs = source.inputs(whole, 0, sizes.longest, lambda ids, width: row_noise(SEED, 0, ids, width))
-    sides = {"packed": packed.engine.model, "padded": Trainer(sizes, padded=True).engine.model}
+    inputs = split.inputs(split.ended(whole), lambda ids, width: row_noise(SEED, 0, ids, width))
+    sides = {"packed": packed.devices.model, "padded": Trainer(sizes, padded=True).devices.model}
 
     def job(model) -> Callable[[], None]:
         def run() -> None:
@@ -218,12 +217,12 @@ def _prefetch(sizes: Sizes, options: Options) -> Row:
     trainer = Trainer(small)
     steps = 4 if options.quick else 20
 
-    def run(parts: Iterator[Part]) -> None:
+    def run(parts: Iterator[MicroBatch]) -> None:
         for _ in range(steps):
-            training_step(trainer.engine, trainer.objective, _one_step(parts))
+            trainer.devices.step(trainer.objective, one_step(parts))
 
     def ahead() -> None:
-        with Ahead(trainer.parts(rows, steps)) as parts:
+        with Prefetcher(trainer.parts(rows, steps)) as parts:
             run(parts)
 
     times = interleaved({"ahead": ahead, "in step": lambda: run(trainer.parts(rows, steps))}, options.repeats(7))
@@ -236,13 +235,6 @@ def _prefetch(sizes: Sizes, options: Options) -> Row:
         correct="the same micro-batches in the same order (tests)",
         note="On a CPU the thread takes its time from the same cores; on an accelerator it hides behind the step.",
     )
-
-
-def _one_step(parts: Iterator[Part]) -> Iterator[Part]:
-    for part in parts:
-        yield part
-        if part.last:
-            return
 
 
 def _per_token(times: Times, rows: TokenRows) -> Times:

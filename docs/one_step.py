@@ -8,7 +8,7 @@ from dllm.config import Recipe
 from dllm.core.batch import masked_inputs, row_noise
 from dllm.core.corrupt import apply_mask, corrupted
 from dllm.core.losses import denominator
-from dllm.data.collate import ResponseEnd, collate, epoch_batches
+from dllm.data.collate import ResponseEnd, collate, ended_lengths, epoch_batches
 from dllm.data.tokens import open_rows
 from dllm.models.backbone import TokenNLL
 from dllm.models.load import load_backbone
@@ -19,7 +19,7 @@ def one_step(model: str, data: str, *, rows: int = 8, seed: int = 42, epoch: int
     # 1. a batch: some rows of the epoch, padded on the right; the tokens of a text or of an answer may be masked
     numbers = epoch_batches(disk.lengths, rows, seed, epoch, grouped=False)[0]
     end = ResponseEnd("one", backbone.eos_id) if disk.prompts.any() else None
-    batch = collate(disk, numbers, pad_id=backbone.pad_id, end=end)
+    batch = collate(disk, numbers, ended_lengths(disk, numbers, end, epoch), pad_id=backbone.pad_id, end=end)
     # 2. noise: a function of (seed, epoch, row), so that neither batch nor device changes it
     noise = row_noise(seed, epoch, batch.sample_ids, batch.tokens.shape[1])
     # 3. corruption: k of a row's n targets are masked, k uniform in 1..n; n / k makes the sum of their nll a bound

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
 from dllm.core.batch import row_noise
-from dllm.data.collate import ResponseEnd, collate, epoch_batches
+from dllm.data.collate import ResponseEnd, collate, ended_lengths, epoch_batches
 from dllm.data.tokens import open_rows
 from dllm.models.backbone import TokenNLL
 from dllm.models.load import load_backbone
@@ -33,7 +32,7 @@ def test_one_step_is_the_step_of_the_objective(workdir, data):  # noqa: F811
     backbone, rows = load_backbone(paths[0]), open_rows(paths[1], "train")
     numbers = epoch_batches(rows.lengths, 8, 42, 0, grouped=False)[0]
     end = ResponseEnd("one", backbone.eos_id) if data == "alpaca" else None
-    batch = collate(rows, numpy.asarray(numbers), pad_id=backbone.pad_id, end=end)
+    batch = collate(rows, numbers, ended_lengths(rows, numbers, end, 0), pad_id=backbone.pad_id, end=end)
     noise = row_noise(42, 0, batch.sample_ids, batch.tokens.shape[1])
     targets = float(batch.maskable.sum())
     scores = TokenNLL(backbone).train()

@@ -126,6 +126,12 @@ class DatasetEntry(Pinned):
     append_eos: bool = option(True, "one EOS after every row of text")
     drop_unusable: bool = option(False, "drop rows without messages or with an empty turn, counted, and do not stop")
     rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
+    test_rows: int | None = option(
+        None,
+        "evaluate at most so many rows of the test split, spread over it; before the end, a run's `eval_rows` wins",
+        gt=0,
+        exclude=True,
+    )
     stream: bool = option(False, "read its shards over the network while training, and store only one: the test rows")
     shuffle_rows: int = option(16_384, "rows of text shuffled together while a set is streamed", gt=0)
     licence: str | None = option(None, "licence as its card states it; shown when it is fetched")

@@ -34,10 +34,14 @@ class Job(Settings):
     written_first: ClassVar[tuple[str, ...]] = ()
     """Settings that its file begins with. A file whose text changes runs its job again, so their order stays."""
 
+    written_when_set: ClassVar[tuple[str, ...]] = ()
+    """Settings that its file leaves out while they are None: a file that was written without them stays the same."""
+
     @model_serializer(mode="wrap")
     def in_order(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written = write(self)
-        return {name: written[name] for name in (*self.written_first, *written) if name in written}
+        left_out = {name for name in self.written_when_set if written.get(name) is None}
+        return {name: written[name] for name in (*self.written_first, *written) if name in written.keys() - left_out}
 
 
 class DownloadConfig(Job):
@@ -74,11 +78,13 @@ class RunConfig(Job, RunSettings):
     """What `dllm train` is told, and nothing else."""
 
     written_first = ("name", "algorithm", "init", "init_path", "model", "data", "data_path", "recipe_name", "recipe")
+    written_when_set = ("test_rows",)
 
     name: str = option(..., "name of the directory below runs/")
     init_path: str = option(..., "directory of the model to start from")
     model: ModelEntry = option(..., "entry of the model at the root of the chain of `init`")
     data_path: str = option(..., "directory of the token files")
+    test_rows: int | None = option(None, "of the dataset's entry", gt=0)
     recipe_name: str = option(..., "name of the recipe")
     recipe: Recipe = option(..., "the recipe itself")
 
@@ -247,6 +253,7 @@ def run_configs(project: Project) -> dict[str, RunConfig]:
             model=project.models[project.root_model(name)],
             data=data,
             data_path=f"data/{data}",
+            test_rows=project.datasets[entry.data].test_rows,
             recipe_name=entry.recipe,
             recipe=project.recipes[entry.recipe],
         )

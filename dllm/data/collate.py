@@ -56,41 +56,33 @@ def row_widths(rows: TokenRows, end: ResponseEnd | None) -> numpy.ndarray:
     """About how long each row will be in a batch, [N]: what rows are grouped by."""
     if end is None or end.kind == "fill":
         return rows.lengths
-    return _ended_lengths(rows, numpy.arange(len(rows)), replace(end, extra_blocks=0), 0)
+    return ended_lengths(rows, numpy.arange(len(rows)), replace(end, extra_blocks=0), 0)
 
 
-def target_counts(rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd | None, epoch: int) -> numpy.ndarray:
-    """How many tokens of each row may be masked, [B]: all of a text; a response with its end."""
+def ended_lengths(rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd | None, epoch: int) -> numpy.ndarray:
+    """How many tokens each of the rows has in a batch of these, [B]: with the EOS tokens that end its response.
+
+    end is None for text, which ends as it stands. With `end.kind == "fill"` the longest of the rows decides, so that
+    lengths are asked for a whole global batch and not for each of its micro-batches.
+    """
+    lengths = rows.lengths[numbers]
     if end is None:
-        return rows.lengths[numbers]
-    return _ended_lengths(rows, numbers, end, epoch) - rows.prompts[numbers]
-
-
-def row_lengths(
-    rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd | None, epoch: int, fill_to: int | None = None
-) -> numpy.ndarray:
-    """How many tokens each row has in a batch, [B], its end included; fill_to as in `collate`."""
-    return rows.lengths[numbers] if end is None else _ended_lengths(rows, numbers, end, epoch, fill_to)
+        return lengths
+    if end.kind == "fill":
+        return numpy.full_like(lengths, lengths.max())
+    ended = lengths + 1 if end.kind == "one" else _block_ends(lengths, rows.prompts[numbers], numbers, end, epoch)
+    return ended if end.longest is None else numpy.maximum(lengths, numpy.minimum(ended, end.longest))
 
 
 def collate(
-    rows: TokenRows,
-    numbers: numpy.ndarray,
-    *,
-    pad_id: int,
-    end: ResponseEnd | None,
-    epoch: int = 0,
-    fill_to: int | None = None,
+    rows: TokenRows, numbers: numpy.ndarray, ended: numpy.ndarray, *, pad_id: int, end: ResponseEnd | None
 ) -> Batch:
-    """The rows `numbers` as a batch.
+    """The rows `numbers` as a batch, in which they have `ended` tokens each (`ended_lengths`), [B] both.
 
-    end is None for text (every token is a target). With `end.kind == "fill"` rows are filled to `fill_to` (the
-    longest row of the global batch, so that the split into micro-batches does not matter).
+    end is None for text, of which every token is a target.
     """
     lengths = rows.lengths[numbers]
-    ended = row_lengths(rows, numbers, end, epoch, fill_to)
-    width = int(ended.max())
-    place = numpy.arange(width)[None]
+    place = numpy.arange(int(ended.max()))[None]
     real = place < lengths[:, None]
     index = numpy.minimum(rows.offsets[numbers][:, None] + place, len(rows.tokens) - 1)
     filler = pad_id if end is None else end.eos_id
@@ -100,17 +92,6 @@ def collate(
     tokens = numpy.where(attention, tokens, pad_id)
     ids = numbers if rows.ids is None else rows.ids[numbers]
     return Batch(*(torch.from_numpy(numpy.ascontiguousarray(x)) for x in (tokens, attention, maskable, ids)))
-
-
-def _ended_lengths(
-    rows: TokenRows, numbers: numpy.ndarray, end: ResponseEnd, epoch: int, fill_to: int | None = None
-) -> numpy.ndarray:
-    """Row lengths [B] with the EOS tokens that end their responses."""
-    lengths = rows.lengths[numbers]
-    if end.kind == "fill":
-        return numpy.full_like(lengths, fill_to if fill_to is not None else lengths.max())
-    ended = lengths + 1 if end.kind == "one" else _block_ends(lengths, rows.prompts[numbers], numbers, end, epoch)
-    return ended if end.longest is None else numpy.maximum(lengths, numpy.minimum(ended, end.longest))
 
 
 def _block_ends(

@@ -98,8 +98,10 @@ def training_steps(run: RunEntry, rows: float) -> int:
     return min(total, run.stop_after or total)
 
 
-def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place: Place) -> Cost:
-    """A training run.
+def training(
+    run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place: Place, test_rows: int | None = None
+) -> Cost:
+    """A training run; test_rows: of its dataset's entry.
 
     FLOPs = tokens x 3 F(n) + masked x 3 H + evaluation, F and H the forward FLOPs of a token and of the head (6 N and
     12 L d n in all); with activation checkpointing 4 F(n), as the layers run forward once more; with adapters one less,
@@ -119,7 +121,7 @@ def training(run: RunEntry, recipe: Recipe, shape: Shape, data: Prepared, place:
     times = TRAINING if run.adapter is None else TRAINING - 1
     forwarded = forwarded_tokens(run, recipe, mean + end, targets)
     flops = rows * (forwarded * forward * (times + checkpointing) + targets * share * head * times)
-    evaluated = _evaluated_rows(run, data) * run.eval_draws
+    evaluated = _evaluated_rows(run, data, test_rows) * run.eval_draws
     test_mean = data.test.tokens / max(1.0, data.test.rows)
     test_share = data.test.targets / max(1.0, data.test.tokens)
     test_targets = test_mean * test_share + end
@@ -172,10 +174,11 @@ def forwarded_tokens(run: RunEntry, recipe: Recipe, row: float, targets: float) 
     return row + targets + shared - last
 
 
-def _evaluated_rows(run: RunEntry, data: Prepared) -> float:
-    """Test rows read over a run: at its start, `evaluations` times on the way, and the whole split at its end."""
-    some = min(data.test.rows, run.eval_rows or data.test.rows)
-    return (run.evaluations + 1) * some + data.test.rows
+def _evaluated_rows(run: RunEntry, data: Prepared, test_rows: int | None) -> float:
+    """Test rows read over a run: at its start, `evaluations` times on the way, and at its end."""
+    most = min(data.test.rows, test_rows or data.test.rows)
+    some = min(data.test.rows, run.eval_rows or most)
+    return (run.evaluations + 1) * some + most
 
 
 def _end_tokens(run: RunEntry, recipe: Recipe, data: Prepared) -> float:

@@ -285,7 +285,8 @@ class _Planner:
             data, place = self.data[data_name], self.place(run.resources)
             cost, doubts = None, []
             if shape and data:
-                cost = training(run, self.project.recipes[run.recipe], shape, data, place)
+                test_rows = self.project.datasets[run.data].test_rows
+                cost = training(run, self.project.recipes[run.recipe], shape, data, place, test_rows)
                 if run.length > shape.positions:
                     doubts.append(f"length = {run.length}, the model has {shape.positions} positions")
                 if place.devices and run.global_batch_size % place.devices:

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from dllm.data.collate import ResponseEnd, collate, epoch_batches, row_widths, target_counts
+from dllm.data.collate import ResponseEnd, collate, ended_lengths, epoch_batches, row_widths
 from dllm.data.tokens import TokenRows
 
 EOS, PAD = 1, 0
@@ -18,8 +18,15 @@ def token_rows(rows=ROWS, prompts=PROMPTS):
     return TokenRows(numpy.concatenate(rows).astype(numpy.uint16), offsets, numpy.asarray(prompts, dtype=numpy.int32))
 
 
+def batch_of(rows, numbers, end, epoch=0, among=None):
+    """The rows `numbers` as a batch, with the ends that they have among the rows of a global batch."""
+    among = numbers if among is None else numpy.asarray(among)
+    ended = dict(zip(among, ended_lengths(rows, among, end, epoch), strict=True))
+    return collate(rows, numbers, numpy.array([ended[number] for number in numbers]), pad_id=PAD, end=end)
+
+
 def collated(numbers, end, **options):
-    batch = collate(token_rows(), numpy.array(numbers), pad_id=PAD, end=end, **options)
+    batch = batch_of(token_rows(), numpy.array(numbers), end, **options)
     return [row[real].tolist() for row, real in zip(batch.tokens, batch.attention, strict=True)], batch
 
 
@@ -39,7 +46,7 @@ def test_fill_ends_every_response_at_the_longest_row():
 
 
 def test_fill_reaches_to_the_longest_row_of_the_global_batch():
-    rows, _ = collated([0, 2], ResponseEnd("fill", EOS), fill_to=6)
+    rows, _ = collated([0, 2], ResponseEnd("fill", EOS), among=[0, 1, 2])
     assert rows == [[11, 12, 13, EOS, EOS, EOS], [31, 32, 33, 34, EOS, EOS]]
 
 
@@ -73,7 +80,7 @@ def test_extra_blocks_depend_on_seed_epoch_and_sample_only():
 
     def blocks(numbers, seed=0, epoch=0):
         end = ResponseEnd("block", EOS, block_size=4, extra_blocks=2, seed=seed)
-        return (target_counts(rows, numbers, end, epoch) // 4 - 1).tolist()
+        return ((ended_lengths(rows, numbers, end, epoch) - 1) // 4 - 1).tolist()
 
     whole = blocks(numbers)
     assert [whole.count(extra) > 70 for extra in (0, 1, 2)] == [True] * 3 and set(whole) == {0, 1, 2}
@@ -82,22 +89,11 @@ def test_extra_blocks_depend_on_seed_epoch_and_sample_only():
     assert blocks(numbers, seed=1) != whole != blocks(numbers, epoch=1)
 
 
-@pytest.mark.parametrize("longest", [None, 9])
-@pytest.mark.parametrize("kind", ["fill", "block", "one", None])
-def test_the_targets_counted_are_the_targets_of_the_batch(kind, longest):
-    rows = token_rows(ROWS * 9, PROMPTS * 9)
-    end = kind and ResponseEnd(kind, EOS, block_size=3, extra_blocks=2, seed=5, longest=longest)
-    for epoch in range(3):
-        numbers = numpy.random.default_rng(epoch).permutation(27)[:10]
-        batch = collate(rows, numbers, pad_id=PAD, end=end, epoch=epoch)
-        assert target_counts(rows, numbers, end, epoch).tolist() == batch.maskable.sum(-1).tolist()
-
-
 @pytest.mark.parametrize("kind", ["block", "one", None])
 def test_rows_are_grouped_by_their_length_with_the_end(kind):
     rows, end = token_rows(), kind and ResponseEnd(kind, EOS, block_size=4, extra_blocks=3)
     plain = kind and ResponseEnd(kind, EOS, block_size=4)
-    batch = collate(rows, numpy.arange(3), pad_id=PAD, end=plain)
+    batch = batch_of(rows, numpy.arange(3), plain)
     assert row_widths(rows, end).tolist() == batch.attention.sum(-1).tolist()
 
 

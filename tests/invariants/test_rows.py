@@ -7,7 +7,7 @@ import torch
 from dllm.config import Recipe
 from dllm.core.batch import row_noise
 from dllm.core.losses import denominator
-from dllm.data.collate import ResponseEnd, collate, target_counts
+from dllm.data.collate import ResponseEnd, collate, ended_lengths
 from dllm.data.tokens import TokenRows
 from dllm.models.backbone import TokenNLL
 from dllm.objectives.mdlm import MDLM
@@ -38,7 +38,7 @@ def test_a_row_in_a_batch_equals_the_row_alone(directory, kind, attention):
     backbone = stock_backbone(directory, kind)
     backbone.model.set_attn_implementation(attention)
     numbers = numpy.arange(len(LENGTHS))
-    batch = collate(rows_of(len(backbone.tokenizer)), numpy.arange(len(LENGTHS)), pad_id=backbone.pad_id, end=None)
+    batch = collate(rows_of(len(backbone.tokenizer)), numbers, numpy.array(LENGTHS), pad_id=backbone.pad_id, end=None)
     together = hidden_states(backbone.model, batch.tokens, batch.attention)
     for number in numbers:
         alone = hidden_states(backbone.model, batch.tokens[number : number + 1, : LENGTHS[number]])
@@ -56,11 +56,12 @@ def loss_and_gradients(backbone, recipe, end, parts):
         rows_of(len(backbone.tokenizer), PROMPTS if end else (0,) * len(LENGTHS)),
         numpy.arange(len(LENGTHS)),
     )
-    total = denominator(torch.from_numpy(target_counts(rows, numbers, end, 1)), recipe.normalisation)
+    lengths = ended_lengths(rows, numbers, end, 1)
+    total = denominator(torch.from_numpy(lengths - rows.prompts), recipe.normalisation)
     backbone.model.zero_grad()
     loss, per_row = 0.0, torch.zeros(len(LENGTHS))
     for part in parts:
-        batch = collate(rows, numpy.array(part), pad_id=backbone.pad_id, end=end, epoch=1, fill_to=max(LENGTHS))
+        batch = collate(rows, numpy.array(part), lengths[part], pad_id=backbone.pad_id, end=end)
         noise = row_noise(3, 1, batch.sample_ids, batch.tokens.shape[1])
         terms = training_loss(
             MDLM(recipe), TokenNLL(backbone), batch, noise, mask_id=backbone.mask_id, denominator=total

@@ -107,6 +107,18 @@ def test_memory_is_sixteen_bytes_a_parameter_and_grows_with_the_micro_batch():
     assert cost(a_run(micro_batch_tokens=512)).device_gib < cost().device_gib
 
 
+def test_the_last_evaluation_reads_at_most_test_rows():
+    data = Prepared(TEXT.train, Split(5000, 1_280_000, 1_280_000, 256, 256), True, 256_000, 2)
+
+    def flops(test_rows, **changes):
+        return training(a_run(**changes), Recipe(), SHAPE, data, ONE_GPU, test_rows).flops
+
+    assert flops(None) == flops(5000) == flops(9000) > flops(100)
+    assert flops(None, eval_rows=50) - flops(100, eval_rows=50) == pytest.approx(
+        4900 / (12 * 4900) * (flops(None) - flops(100)), rel=1e-6
+    )  # of twelve readings of the split, only the last one is bounded
+
+
 def test_each_stage_of_zero_shards_more_and_fsdp_shards_all():
     """In bytes a parameter, of weights, gradients, moments, and the copy of the weights that DeepSpeed keeps."""
     eight, n = Place(hardware("a100-80gb"), devices=8), parameters(SHAPE).total

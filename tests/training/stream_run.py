@@ -20,7 +20,7 @@ from dllm.data.tokens import open_rows
 from dllm.models.tokenizers import load_tokenizer
 from dllm.objectives.mdlm import MDLM
 from dllm.training import trainer
-from dllm.training.pipeline import Source, training_parts
+from dllm.training.micro_batches import TrainingSplit, micro_batches
 from dllm.training.trainer import train
 from tests.training.conftest import entry_for, make_model, run_config
 
@@ -77,8 +77,8 @@ def shares(workdir: Path, ranks: int) -> list[list[tuple]]:
     objective = MDLM(config.recipe)
     found = []
     for rank in range(ranks):
-        source = Source(open_rows(workdir / "data/web", "test"), objective, None, 0, 4, stream=reader(workdir))
-        parts = training_parts(source, config, first=3, last=8, rank=rank, ranks=ranks)
+        split = TrainingSplit(open_rows(workdir / "data/web", "test"), objective, None, 0, 4, stream=reader(workdir))
+        parts = micro_batches(split, config, first=3, last=8, rank=rank, ranks=ranks)
         found.append([(part.numbers.tolist(), part.tokens, float(part.denominator)) for part in parts])
     return found
 

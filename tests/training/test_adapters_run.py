@@ -57,13 +57,13 @@ def logits(model, vocab=20):
 @pytest.mark.parametrize("family", ["modernbert", "llama"])
 def test_adapters_lower_the_loss_and_the_merged_model_is_the_one_that_was_trained(workdir, kind, family, monkeypatch):
     seen = {}
-    finish = trainer._finish
+    finish = trainer.write_artifact
 
-    def looked_at(run, *arguments):
-        seen["model"] = run.backbone.model
-        finish(run, *arguments)
+    def looked_at(trained, *arguments):
+        seen["model"] = trained.backbone.model
+        finish(trained, *arguments)
 
-    monkeypatch.setattr(trainer, "_finish", looked_at)
+    monkeypatch.setattr(trainer, "write_artifact", looked_at)
     settings = start(workdir, family, hidden_size=64)
     adapter = AdapterSettings(kind=kind, rank=8, alpha=16)
     target = train(run_config(steps=40, adapter=adapter, optimizer=RATE, **settings), workdir, quiet=True)

@@ -18,7 +18,7 @@ from dllm.models.tokenizers import load_tokenizer
 from dllm.objectives.bd3lm import BD3LM
 from dllm.provenance import write_record
 from dllm.sampling.step import block_rule
-from dllm.training.pipeline import Source, training_parts
+from dllm.training.micro_batches import TrainingSplit, micro_batches
 from dllm.training.trainer import train
 from tests.plain_forward import plain_hidden
 from tests.samplers import no_cache
@@ -149,10 +149,10 @@ def test_a_token_budget_counts_both_halves(workdir):
         config = bd3lm(data=data, data_path=f"data/{data}", micro_batch_tokens=44)
         rows = open_rows(workdir / config.data_path, "train")
         end = None if data == "text" else ResponseEnd("block", 0, 4, longest=24)
-        source = Source(rows, BD3LM(config.recipe), end, 0, 4)
-        for part in training_parts(source, config, first=0, last=4):
+        split = TrainingSplit(rows, BD3LM(config.recipe), end, 0, 4)
+        for part in micro_batches(split, config, first=0, last=4):
             layout = part.inputs.layout
-            assert layout.tokens == source.forwarded(part.numbers, 0, 24).sum() <= 44
+            assert layout.tokens == split.ended(part.numbers).forwarded.sum() <= 44
     with pytest.raises(ValueError, match="forwards up to 44 tokens; allowed: 44 and up"):
         train(bd3lm(micro_batch_tokens=43), workdir, quiet=True)
 

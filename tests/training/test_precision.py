@@ -12,7 +12,7 @@ from torch import nn
 from dllm.config import OptimizerSettings
 from dllm.core import precision
 from dllm.core.precision import WidenedWeights
-from dllm.training import backends, optimizer, trainer
+from dllm.training import devices, optimizer, setup
 from dllm.training.optimizer import Muon, orthogonalized
 from dllm.training.trainer import train
 from tests.training.conftest import metrics_of, run_config
@@ -23,7 +23,7 @@ def bf16(monkeypatch):
     """Sets whether the hardware of this test has fast bf16."""
 
     def pretend(fast: bool) -> None:
-        for module in (precision, backends, optimizer, trainer):
+        for module in (precision, devices, optimizer, setup):
             monkeypatch.setattr(module, "has_fast_bf16", lambda device: fast)
 
     return pretend
@@ -100,7 +100,7 @@ def test_a_run_with_bf16_weights_keeps_them_without_fast_bf16_and_resumes_to_the
     saved = load_file(workdir / "runs/whole/model/model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
 
-    step = trainer.training_step
+    step = devices.Devices.step
     calls = iter(range(100))
 
     def breaks(*arguments, **named):
@@ -108,10 +108,10 @@ def test_a_run_with_bf16_weights_keeps_them_without_fast_bf16_and_resumes_to_the
             raise KeyboardInterrupt
         return step(*arguments, **named)
 
-    monkeypatch.setattr(trainer, "training_step", breaks)
+    monkeypatch.setattr(devices.Devices, "step", breaks)
     with pytest.raises(KeyboardInterrupt):
         train(run_config("torn", recipe={"parameters": "bf16"}), workdir, quiet=True)
-    monkeypatch.setattr(trainer, "training_step", step)
+    monkeypatch.setattr(devices.Devices, "step", step)
     train(run_config("torn", recipe={"parameters": "bf16"}), workdir, quiet=True)
     resumed = load_file(workdir / "runs/torn/model/model.safetensors")
     assert all(torch.equal(saved[name], resumed[name]) for name in saved)

@@ -13,15 +13,15 @@ from dllm.config import OptimizerSettings, Recipe
 from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
 from dllm.core.losses import dense_masked_loss
-from dllm.data.collate import ResponseEnd, collate
+from dllm.data.collate import ResponseEnd, collate, ended_lengths
 from dllm.data.tokens import TokenRows
 from dllm.models import heads
 from dllm.models.backbone import Backbone, TokenNLL
 from dllm.models.heads import _HeadNLL, head_logits
 from dllm.objectives.mdlm import MDLM
-from dllm.training.engine import Engine, scores_for
-from dllm.training.pipeline import Source, training_parts
-from dllm.training.step import training_step
+from dllm.training.devices import devices_for
+from dllm.training.micro_batches import TrainingSplit, micro_batches
+from dllm.training.setup import scores_for
 from tests.oracles import tabular_backbone
 from tests.plain_forward import hidden_states, plain_hidden
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
@@ -60,12 +60,12 @@ def own_precision():
     AcceleratorState._reset_state(reset_partial_state=False)
 
 
-def source_for(backbone, algorithm):
+def split_for(backbone, algorithm):
     offsets = numpy.concatenate([[0], numpy.cumsum(LENGTHS)])
     words = numpy.random.default_rng(0).integers(FIRST_WORD, len(backbone.tokenizer), offsets[-1])
     rows = TokenRows(words.astype(numpy.uint16), offsets, numpy.array([2, 3, 1, 2, 1, 4, 11, 9], dtype=numpy.int32))
     end = ResponseEnd("block", backbone.eos_id, block_size=4, longest=48)
-    return Source(rows, algorithm, end, backbone.pad_id, backbone.mask_id)
+    return TrainingSplit(rows, algorithm, end, backbone.pad_id, backbone.mask_id)
 
 
 def gradients_of(directory, kind, name="mdlm", *, recipe=None, ranks=1, plain=False, logits=10**6, **changes):
@@ -86,7 +86,7 @@ def gradients_of(directory, kind, name="mdlm", *, recipe=None, ranks=1, plain=Fa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "logits_at_once", lambda *_: logits)
         for rank in range(ranks):
-            parts = training_parts(source_for(backbone, algorithm), config, first=0, last=1, rank=rank, ranks=ranks)
+            parts = micro_batches(split_for(backbone, algorithm), config, first=0, last=1, rank=rank, ranks=ranks)
             for part in parts:
                 terms = algorithm.loss(scores, part.inputs, denominator=part.denominator)
                 terms.loss.backward()
@@ -123,8 +123,8 @@ def test_a_packed_step_with_a_chunked_head_equals_the_textbook_loss(directory, n
     backbone = stock_backbone(directory, "modernbert")
     model = backbone.model.train()
     model.zero_grad()
-    (part,) = training_parts(
-        source_for(backbone, MDLM(recipe)), run_config(length=48, recipe=recipe.model_dump()), first=0, last=1
+    (part,) = micro_batches(
+        split_for(backbone, MDLM(recipe)), run_config(length=48, recipe=recipe.model_dump()), first=0, last=1
     )
     x = part.inputs
     clean, masked = x.tokens.clone(), torch.zeros_like(x.tokens, dtype=torch.bool)
@@ -136,9 +136,9 @@ def test_a_packed_step_with_a_chunked_head_equals_the_textbook_loss(directory, n
     assert_same((loss, gradients), (expected.item(), {n: p.grad for n, p in model.named_parameters()}))
 
 
-def engine_for(backbone, config, *, bf16=False):
+def devices_of(backbone, config, *, bf16=False):
     scores = scores_for(config, backbone)
-    return Engine(Accelerator(cpu=True), scores, config.optimizer, bf16=bf16)
+    return devices_for(Accelerator(cpu=True), scores, config.optimizer, bf16=bf16)
 
 
 @pytest.mark.parametrize("changes", [{}, {"logits": 6}, {"activation_checkpointing": True}])
@@ -152,11 +152,11 @@ def test_a_step_never_makes_the_host_wait(directory, optimizer, name, changes, m
     backbone = stock_backbone(directory, kind, causal=name == "ar")
     config = run_config(length=48, micro_batch_size=3, algorithm=name, **changes)
     config = config.model_copy(update={"optimizer": OptimizerSettings(name=optimizer)})
-    algorithm, engine = algorithm_named(name).part("objective")(Recipe()), engine_for(backbone, config)
-    parts = list(training_parts(source_for(backbone, algorithm), config, first=0, last=1))
+    algorithm, devices = algorithm_named(name).part("objective")(Recipe()), devices_of(backbone, config)
+    parts = list(micro_batches(split_for(backbone, algorithm), config, first=0, last=1))
     assert len(parts) == 3
     with forbid_synchronisation():
-        numbers = training_step(engine, algorithm, parts)
+        numbers = devices.step(algorithm, parts)
     assert numbers.loss.item() > 0 and numbers.gradient_norm.item() > 0
     assert numbers.masked == sum(len(part.inputs.targets) for part in parts)
 
@@ -193,19 +193,20 @@ def test_bf16_autocast_moves_the_loss_by_its_rounding_only(directory):
     losses = []
     for bf16 in (False, True):
         backbone = stock_backbone(directory, "modernbert")
-        engine = engine_for(backbone, run_config(length=48), bf16=bf16)
-        parts = training_parts(source_for(backbone, MDLM()), run_config(length=48), first=0, last=1)
-        losses.append(training_step(engine, MDLM(), parts).loss.item())
+        devices = devices_of(backbone, run_config(length=48), bf16=bf16)
+        parts = micro_batches(split_for(backbone, MDLM()), run_config(length=48), first=0, last=1)
+        losses.append(devices.step(MDLM(), parts).loss.item())
         AcceleratorState._reset_state(reset_partial_state=False)
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=2e-2)  # bf16 keeps 8 bits
 
 
 def test_the_pipeline_and_the_composed_training_loss_give_the_same_bits(directory):
     backbone = stock_backbone(directory, "bert")
-    data, config = source_for(backbone, MDLM()), run_config(length=48)
-    (part,) = training_parts(data, config, first=0, last=1)
+    data, config = split_for(backbone, MDLM()), run_config(length=48)
+    (part,) = micro_batches(data, config, first=0, last=1)
     scores = TokenNLL(backbone)
-    batch = collate(data.rows, part.numbers, pad_id=data.pad_id, end=data.end, fill_to=40)
+    lengths = ended_lengths(data.rows, part.numbers, data.end, 0)
+    batch = collate(data.rows, part.numbers, lengths, pad_id=data.pad_id, end=data.end)
     noise = row_noise(config.seed, 0, batch.sample_ids, batch.tokens.shape[1])
     whole = training_loss(MDLM(), scores, batch, noise, mask_id=data.mask_id, denominator=part.denominator)
     piped = MDLM().loss(scores, part.inputs, denominator=part.denominator)

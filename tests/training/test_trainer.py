@@ -174,13 +174,13 @@ def test_the_layout_of_a_step_does_not_change_a_run(workdir, algorithm, data, mo
 
 
 def test_what_goes_wrong_in_the_input_pipeline_ends_the_run_with_its_line(workdir, monkeypatch):
-    parts = trainer.training_parts
+    parts = trainer.micro_batches
 
     def damaged(*arguments, **options):
         yield from list(parts(*arguments, **options))[:3]
         raise ValueError("data/alpaca: row 17 is damaged; prepare the data again")
 
-    monkeypatch.setattr(trainer, "training_parts", damaged)
+    monkeypatch.setattr(trainer, "micro_batches", damaged)
     with pytest.raises(ValueError, match="row 17 is damaged"):
         train(run_config(), workdir, quiet=True)
     assert not [thread for thread in threading.enumerate() if thread.name == "dllm-input"]
@@ -235,7 +235,6 @@ def test_the_other_algorithms_train_on_text_and_on_answers(workdir, algorithm, d
 def test_the_plan_of_a_run_does_not_depend_on_the_number_of_devices():
     plans = [make_plan(run_config(), rows=80, ranks=ranks) for ranks in (1, 2, 4)]
     assert len({(p.steps_per_epoch, p.schedule_steps, p.last_step) for p in plans}) == 1
-    assert [p.rows_per_rank for p in plans] == [8, 4, 2]
 
 
 def test_the_schedule_warms_up_and_ends_at_zero():
@@ -253,6 +252,15 @@ def test_muon_takes_the_matrices_inside_layers_and_adamw_the_rest(workdir):
     for name, parameter in model.named_parameters():
         assert (id(parameter) in inside) == (".layer." in name and parameter.ndim == 2), name
     assert sum(len(g["params"]) for o in (adamw, muon) for g in o.param_groups) == len(list(model.parameters()))
+
+
+def test_the_last_evaluation_reads_no_more_test_rows_than_it_may(workdir):
+    train(run_config("few", test_rows=5, eval_rows=3), workdir, quiet=True)
+    train(run_config("all", eval_rows=3), workdir, quiet=True)
+    few, every = metrics_of(workdir, "few"), metrics_of(workdir, "all")
+    assert few[:-1] == every[:-1] and {row["rows"] for row in few if row["split"] == "eval"} == {3}
+    assert few[-1]["rows"] == 5 < every[-1]["rows"] and few[-1]["targets"] < every[-1]["targets"]
+    assert 0 < few[-1]["loss"] != every[-1]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +336,7 @@ from dllm.training import trainer
 step = trainer._Run._step
 
 def signalled(self, number):
-    if number == 2 and self.engine.rank == 1:
+    if number == 2 and self.accelerator.process_index == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(self, number)
 

@@ -104,7 +104,7 @@ def test_a_launch_that_needs_its_launcher_keeps_it_for_one_process():
 
 def test_a_run_in_a_smaller_world_than_launched_refuses_to_start(tmp_path):
     """What `accelerate launch --cpu --num_machines 2` would do: two runs, each alone, both believed finished."""
-    from dllm.training.trainer import _check_world
+    from dllm.training.setup import check_world
 
     accelerator = argparse.Namespace(num_processes=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -112,7 +112,7 @@ def test_a_run_in_a_smaller_world_than_launched_refuses_to_start(tmp_path):
         with pytest.raises(
             ValueError, match="DLLM_PROCESSES = 2, but accelerate sees 1 process.*each would train alone"
         ):
-            _check_world(accelerator)
+            check_world(accelerator)
 
 
 def test_the_launcher_runs_dllm_and_passes_its_status_on(tmp_path):

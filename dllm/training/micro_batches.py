@@ -11,17 +11,18 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy
 import torch
 from numpy import ndarray
+from torch import Tensor
 
 from dllm.config import RunConfig
 from dllm.core.batch import Inputs, Noise, evaluation_noise, row_noise
 from dllm.core.losses import denominator
-from dllm.data.collate import ResponseEnd, collate, epoch_batches, row_lengths, row_widths, target_counts
+from dllm.data.collate import ResponseEnd, collate, ended_lengths, epoch_batches, row_widths
 from dllm.data.stream import StreamedRows
 from dllm.data.tokens import TokenRows
 from dllm.objectives.objective import Objective
@@ -35,16 +36,15 @@ EVALUATION_SEED = 20_240_611
 
 @dataclass(frozen=True)
 class Limits:
-    """What fits into a micro-batch: rows, and tokens (None: any number), counted with padding where `padded`."""
+    """What fits into a micro-batch: rows, and tokens (None: any number)."""
 
     rows: int
     tokens: int | None = None
-    padded: bool = False
 
 
 @dataclass(frozen=True)
-class Part:
-    """A micro-batch: the objective's inputs, what its summed loss is divided by, and whether it ends its step.
+class MicroBatch:
+    """The objective's inputs, what their summed loss is divided by, and whether they are the last of their step.
 
     numbers: the rows in it; tokens: tokens of the whole global batch on disk, the same on every rank; counts: false
     for one that another rank evaluates, forwarded to keep the ranks in step.
@@ -59,7 +59,28 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class EndedRows:
+    """Rows of a split with the ends of their responses, and what is counted of them.
+
+    numbers [B]: which rows; lengths [B]: their tokens, the ends included; forwarded [B]: tokens that go through the
+    model; targets [B]: targets that the loss counts.
+    """
+
+    numbers: ndarray
+    epoch: int
+    lengths: ndarray
+    forwarded: ndarray
+    targets: ndarray
+
+    def taken(self, index: ndarray) -> EndedRows:
+        """Some of the rows, with the ends that they have among all of them."""
+        return EndedRows(
+            self.numbers[index], self.epoch, self.lengths[index], self.forwarded[index], self.targets[index]
+        )
+
+
+@dataclass(frozen=True)
+class TrainingSplit:
     """One split of a run's data as its objective sees it.
 
     stream: where the rows of training steps come from, if they are not on disk; `rows` is then the step's alone.
@@ -72,41 +93,48 @@ class Source:
     mask_id: int
     stream: StreamedRows | None = None
 
-    def inputs(self, numbers: ndarray, epoch: int, fill_to: int, noise) -> Inputs:
-        """The rows `numbers` as inputs; noise is a function of (sample ids, width)."""
-        batch = collate(self.rows, numbers, pad_id=self.pad_id, end=self.end, epoch=epoch, fill_to=fill_to)
-        drawn: Noise = noise(batch.sample_ids, batch.tokens.shape[1])
+    def ended(self, numbers: ndarray, epoch: int = 0) -> EndedRows:
+        """The rows `numbers` with the ends that they have in a batch of exactly these."""
+        prompts = self.rows.prompts[numbers]
+        lengths = ended_lengths(self.rows, numbers, self.end, epoch)
+        targets = lengths if self.end is None else lengths - prompts
+        forwarded = self.objective.forward_lengths(lengths, prompts)
+        counted = self.objective.target_counts(torch.from_numpy(targets), torch.from_numpy(prompts)).numpy()
+        return EndedRows(numbers, epoch, lengths, forwarded, counted)
+
+    def inputs(self, rows: EndedRows, noise: Callable[[Tensor, int], Noise]) -> Inputs:
+        """The rows as inputs of the loss; noise is a function of (sample ids, width)."""
+        batch = collate(self.rows, rows.numbers, rows.lengths, pad_id=self.pad_id, end=self.end)
+        drawn = noise(batch.sample_ids, batch.tokens.shape[1])
         return self.objective.corrupt(batch, drawn, mask_id=self.mask_id)
 
-    def forwarded(self, numbers: ndarray, epoch: int, fill_to: int) -> ndarray:
-        """How many tokens each row sends through the model, [B]."""
-        lengths = row_lengths(self.rows, numbers, self.end, epoch, fill_to)
-        return self.objective.forward_lengths(lengths, self.rows.prompts[numbers])
 
-    def counted(self, numbers: ndarray, epoch: int = 0) -> torch.Tensor:
-        """How many targets of each row the loss counts, [B] long."""
-        targets = torch.from_numpy(target_counts(self.rows, numbers, self.end, epoch))
-        return self.objective.target_counts(targets, torch.from_numpy(self.rows.prompts[numbers]))
-
-
-def training_parts(
-    source: Source, config: RunConfig, *, first: int, last: int, rank: int = 0, ranks: int = 1
-) -> Iterator[Part]:
+def micro_batches(
+    split: TrainingSplit, config: RunConfig, *, first: int, last: int, rank: int = 0, ranks: int = 1
+) -> Iterator[MicroBatch]:
     """This rank's micro-batches of the steps `first` to `last` - 1, in order."""
-    if source.stream is not None:
-        for epoch, rows in itertools.islice(source.stream.batches(first), last - first):
+    if split.stream is not None:
+        for epoch, rows in itertools.islice(split.stream.batches(first), last - first):
             numbers = numpy.arange(len(rows))
-            yield from _step_parts(replace(source, rows=rows), config, numbers, epoch, rank, ranks)
+            yield from _of_step(replace(split, rows=rows), config, numbers, epoch, rank, ranks)
         return
     batches, known = numpy.zeros(0), -1
-    per_epoch = steps_per_epoch(config, len(source.rows))
+    per_epoch = steps_per_epoch(config, len(split.rows))
     for step in range(first, last):
         epoch, position = divmod(step, per_epoch)
         if epoch != known:
-            widths, grouped = row_widths(source.rows, source.end), source.end is not None
+            widths, grouped = row_widths(split.rows, split.end), split.end is not None
             batches = epoch_batches(widths, config.global_batch_size, config.seed, epoch, grouped=grouped)
             known = epoch
-        yield from _step_parts(source, config, batches[position], epoch, rank, ranks)
+        yield from _of_step(split, config, batches[position], epoch, rank, ranks)
+
+
+def one_step(made: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """The next micro-batches, up to the last one of their step."""
+    for part in made:
+        yield part
+        if part.last:
+            return
 
 
 def steps_per_epoch(config: RunConfig, rows: int) -> int:
@@ -114,53 +142,72 @@ def steps_per_epoch(config: RunConfig, rows: int) -> int:
     return max(1, rows // config.global_batch_size)
 
 
-def _step_parts(
-    source: Source, config: RunConfig, numbers: ndarray, epoch: int, rank: int, ranks: int
-) -> Iterator[Part]:
-    disk = source.rows.lengths[numbers]
-    longest, tokens = int(disk.max()), int(disk.sum())
-    normalisation = config.recipe.normalisation
-    published = config.recipe.denominator == "micro_batch"
-    if published:  # fault F5: the loss depends on this split, which is therefore the published one
-        mine = numbers.reshape(ranks, -1)[rank]
+def _of_step(
+    split: TrainingSplit, config: RunConfig, numbers: ndarray, epoch: int, rank: int, ranks: int
+) -> Iterator[MicroBatch]:
+    rows = split.ended(numbers, epoch)
+    tokens = int(split.rows.lengths[numbers].sum())
+
+    def noise(ids: Tensor, width: int) -> Noise:
+        return row_noise(config.seed, epoch, ids, width)
+
+    def total(counted: EndedRows) -> float:
+        return denominator(torch.from_numpy(counted.targets), config.recipe.normalisation)
+
+    if config.recipe.denominator == "micro_batch":  # fault F5: the loss depends on this cut, which is the published one
+        mine = numpy.arange(len(numbers)).reshape(ranks, -1)[rank]
         parts = [mine[i : i + config.micro_batch_size] for i in range(0, len(mine), config.micro_batch_size)]
+        totals = [total(split.ended(numbers[part], epoch)) for part in parts]  # filled to its own longest row only
     else:
-        lengths = source.forwarded(numbers, epoch, longest)
-        parts = [numbers[part] for part in micro_batches(lengths, limits_of(config), rank=rank, ranks=ranks)]
-    total = denominator(source.counted(numbers, epoch), normalisation)
+        parts = cut_rows(rows.forwarded, limits_of(config), rank=rank, ranks=ranks)
+        totals = [total(rows)] * len(parts)
     for index, part in enumerate(parts):
-        inputs = source.inputs(part, epoch, longest, lambda ids, width: row_noise(config.seed, epoch, ids, width))
-        share = denominator(source.counted(part, epoch), normalisation) if published else total
-        yield Part(inputs, share, index == len(parts) - 1, part, tokens)
+        inputs = split.inputs(rows.taken(part), noise)
+        yield MicroBatch(inputs, totals[index], index == len(parts) - 1, numbers[part], tokens)
 
 
-def evaluation_parts(
-    source: Source, config: RunConfig, numbers: ndarray, *, draw_seed: int | None = None, rank: int = 0, ranks: int = 1
-) -> Iterator[Part]:
+def evaluated_rows(config: RunConfig, rows: int, *, final: bool) -> ndarray:
+    """The numbers of the test rows, of `rows`, that an evaluation reads, ascending: the first `eval_rows`.
+
+    The last one (`final`), and every one without `eval_rows`, reads all, or `test_rows` at even distances, so that all
+    parts of a mixture are among them.
+    """
+    if config.eval_rows and not final:
+        return numpy.arange(min(rows, config.eval_rows))
+    count = min(rows, config.test_rows or rows)
+    return numpy.arange(count) * rows // count
+
+
+def evaluation_micro_batches(
+    split: TrainingSplit,
+    config: RunConfig,
+    rows: EndedRows,
+    *,
+    draw_seed: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[MicroBatch]:
     """This rank's micro-batches of test rows, each with the first noise draw, then the second, and so on.
 
     draw_seed: None for the fixed evaluation noise; an integer for noise of its own (published fault F6).
     """
-    longest = int(source.rows.lengths[numbers].max())
-    lengths = source.forwarded(numbers, 0, longest)
-    order = numpy.argsort(-lengths, kind="stable")
-    limits = limits_of(config)
-    needed = len(greedy_cut(lengths[order], limits)) - 1
-    parts = min(len(order), -(-needed // ranks) * ranks)
-    bounds = even_cut(lengths[order], parts, limits)
+    order = numpy.argsort(-rows.forwarded, kind="stable")
+    lengths, limits = rows.forwarded[order], limits_of(config)
+    needed = len(greedy_cut(lengths, limits)) - 1
+    bounds = even_cut(lengths, min(len(order), -(-needed // ranks) * ranks), limits)
     cuts = list(zip(bounds, bounds[1:], strict=False))
     for turn in range(rank, -(-len(cuts) // ranks) * ranks, ranks):
         counts = turn < len(cuts)  # fewer rows than ranks: some rank forwards what is not its own
         low, high = cuts[min(turn, len(cuts) - 1)]
-        part = numbers[order[low:high]]
+        part = rows.taken(order[low:high])
         for draw in range(config.eval_draws):
 
-            def noise(ids, width, draw=draw):
+            def noise(ids: Tensor, width: int, draw: int = draw) -> Noise:
                 if draw_seed is None:
                     return evaluation_noise(EVALUATION_SEED, draw, ids, width)
                 return row_noise(draw_seed, draw, ids, width)
 
-            yield Part(source.inputs(part, 0, longest, noise), 1.0, True, part, 0, counts)
+            yield MicroBatch(split.inputs(part, noise), 1.0, True, part.numbers, 0, counts)
 
 
 def limits_of(config: RunConfig) -> Limits:
@@ -168,20 +215,20 @@ def limits_of(config: RunConfig) -> Limits:
     return Limits(config.micro_batch_size, config.micro_batch_tokens)
 
 
-def micro_batches(lengths: ndarray, limits: Limits, *, rank: int = 0, ranks: int = 1) -> list[ndarray]:
+def cut_rows(lengths: ndarray, limits: Limits, *, rank: int = 0, ranks: int = 1) -> list[ndarray]:
     """The micro-batches of one rank: arrays of indices into `lengths` [N], longest rows first.
 
     Over all ranks every row stands in exactly one of them; ranks have equally many rows and micro-batches. Raises
     ValueError if N does not divide by the ranks, or if a row is longer than the limit.
     """
-    shares = share_out(lengths, ranks)
+    shares = balance_rows(lengths, ranks)
     parts = max(len(greedy_cut(lengths[share], limits)) - 1 for share in shares)
     mine = shares[rank]
     bounds = even_cut(lengths[mine], parts, limits)
     return [mine[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
 
 
-def share_out(lengths: ndarray, ranks: int) -> ndarray:
+def balance_rows(lengths: ndarray, ranks: int) -> ndarray:
     """Indices of rows [ranks, N / ranks], longest first, so that the ranks hold nearly equal numbers of tokens.
 
     The rows are taken by length, as many at a time as there are ranks; the longest of them goes to the rank that holds
@@ -214,9 +261,7 @@ def greedy_cut(lengths: ndarray, limits: Limits) -> list[int]:
     while bounds[-1] < len(lengths):
         low = bounds[-1]
         high = low + limits.rows
-        if most is not None and limits.padded:
-            high = min(high, low + most // int(lengths[low]))
-        elif most is not None:
+        if most is not None:
             high = min(high, int(numpy.searchsorted(ends, ends[low] + most, side="right")) - 1)
         bounds.append(min(high, len(lengths)))
     return bounds
@@ -241,8 +286,8 @@ def even_cut(lengths: ndarray, parts: int, limits: Limits) -> list[int]:
     return bounds
 
 
-class Ahead(Iterator[Part]):
-    """An iterator whose items are made in a background thread, a few ahead: `with Ahead(parts) as parts: ...`.
+class Prefetcher(Iterator[MicroBatch]):
+    """An iterator whose items are made in a background thread, a few ahead: `with Prefetcher(made) as ahead: ...`.
 
     What is raised while an item is made is raised where that item is asked for. The thread draws nothing from a global
     random state and ends with the block, whatever ends the block. pin: put the inputs into page-locked memory.
@@ -250,13 +295,13 @@ class Ahead(Iterator[Part]):
 
     _END = object()
 
-    def __init__(self, parts: Iterator[Part], *, ahead: int = AHEAD, pin: bool = False):
-        self._parts, self._pin = parts, pin
+    def __init__(self, made: Iterator[MicroBatch], *, ahead: int = AHEAD, pin: bool = False):
+        self._source, self._pin = made, pin
         self._made: queue.Queue = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._make, name="dllm-input", daemon=True)
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         self._thread.start()
         return self
 
@@ -264,7 +309,7 @@ class Ahead(Iterator[Part]):
         self._closed.set()
         self._thread.join()
 
-    def __next__(self) -> Part:
+    def __next__(self) -> MicroBatch:
         made = self._made.get()
         if isinstance(made, BaseException) or made is self._END:
             self._made.put(made)  # whoever asks again hears the same
@@ -273,7 +318,7 @@ class Ahead(Iterator[Part]):
 
     def _make(self) -> None:
         try:
-            for part in self._parts:
+            for part in self._source:
                 if not self._put(replace(part, inputs=part.inputs.pin_memory()) if self._pin else part):
                     return
             self._put(self._END)

@@ -1,8 +1,10 @@
-"""How the processes of a run share weights, gradients and optimiser states: whole everywhere, or cut into shards.
+"""The devices of a run: how its processes share weights, gradients and optimiser states in a step.
 
-The accelerate configuration that launched the processes says which (`config/accelerate`). DeepSpeed and fully_shard
-are told by us and not by `Accelerator.prepare`: that one wants a data loader, sets a precision of its own, and shards
-on GPUs only, where the same code should run in a test on two CPU processes.
+The trainer, and whatever else trains, asks only this: train on micro-batches, add numbers up over the processes, save
+and load. Everything is whole in every process, or cut into shards; the accelerate configuration that launched the
+processes says which (`config/accelerate`). DeepSpeed and fully_shard are told by us and not by `Accelerator.prepare`:
+that one wants a data loader, sets a precision of its own, and shards on GPUs only, where the same code should run in a
+test on two CPU processes.
 """
 
 from __future__ import annotations
@@ -10,38 +12,116 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, distributed, nn
 
-from dllm.config import OptimizerSettings, launch_fault
+from dllm.config import OptimizerSettings, RunConfig, launch_fault
+from dllm.core.batch import LossTerms
 from dllm.core.precision import WidenedWeights, has_fast_bf16
+from dllm.objectives.objective import Objective
+from dllm.training.micro_batches import MicroBatch
 from dllm.training.optimizer import build_optimizers
 
 BUCKET = 50_000_000
 """Most gradients that DeepSpeed collects before it sends them: 200 MB of fp32."""
 
+DATA_PARALLEL = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+"""No buffer of our backbones ever changes, and gradients need not be held twice."""
 
-class Backend(ABC):
+
+def asked_dtype(config: RunConfig) -> str:
+    """`bf16` or `fp32`: in what a run's recipe wants matrix products computed."""
+    return "bf16" if "bf16" in (config.recipe.autocast, config.recipe.parameters) else "fp32"
+
+
+def product_dtype(config: RunConfig, device: torch.device) -> str:
+    """`bf16` or `fp32`: in what they are computed on a device; bf16 only where it is fast."""
+    return asked_dtype(config) if has_fast_bf16(device) else "fp32"
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What this process' share of a step gave: loss and summed nll (nats) on the device, the number of predicted
+    tokens, the global batch's tokens on disk, and the gradient norm before clipping (of the whole step)."""
+
+    loss: Tensor
+    nll: Tensor
+    masked: int
+    tokens: int
+    gradient_norm: Tensor
+
+
+class Devices(ABC):
     """A module that scores and its optimisers, spread over the processes of an accelerator; subclasses are final."""
 
-    accelerator: Accelerator
     model: nn.Module
     """What is called: the module that scores, or a wrapper of it."""
-    scores: nn.Module
-    """The module that scores itself; its parameters may be shards."""
     optimizers: list
     layout: str
     """What a checkpoint depends on: only one of the same layout can be loaded."""
 
+    def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings, *, bf16: bool = False):
+        """bf16: matrix products in bfloat16 (autocast); weights stay as they are.
+
+        scores: the module that scores; its parameters may become shards. Raises ValueError, one line, for an optimiser
+        or weights that cannot be sharded.
+        """
+        self.accelerator, self.scores, self.bf16, self.clip = accelerator, scores, bf16, settings.clip
+        self._prepare(settings)
+        self._hosts = _host_group() if accelerator.num_processes > 1 else None
+
     @abstractmethod
-    def part(self, last: bool) -> contextlib.AbstractContextManager:
+    def _prepare(self, settings: OptimizerSettings) -> None:
+        """Set `model`, `optimizers` and `layout`."""
+
+    def step(self, objective: Objective, parts: Iterable[MicroBatch], *, scale: float = 1.0) -> StepNumbers:
+        """Train on the micro-batches of one step, of which there must be at least one and the last one marked so.
+
+        scale: what the loss is multiplied by for the gradient (a wrapper that averages over processes wants their
+        number where the denominator counts the global batch). The host never waits for the device.
+        """
+        loss = nll = 0.0
+        masked = tokens = 0
+        for part in parts:
+            with self._accumulating(part.last):
+                terms = self.forward(objective, part)
+                self._backward(terms.loss * scale)
+            loss, nll = loss + terms.loss.detach(), nll + terms.nll
+            masked, tokens = masked + terms.masked, part.tokens
+        return StepNumbers(loss, nll, masked, tokens, self.update())
+
+    def forward(self, objective: Objective, part: MicroBatch) -> LossTerms:
+        """The terms of a micro-batch, in the run's precision."""
+        device = self.accelerator.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            return objective.loss(self.model, part.inputs.to(device), denominator=part.denominator)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """values added up over all processes, back where they came from."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").to(values.device)
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; the hosts agree among themselves and no device is waited for."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        told = torch.tensor([int(flag)])
+        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self._hosts)
+        return bool(told)
+
+    @abstractmethod
+    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of a micro-batch; `last` of its step."""
 
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         """Add the gradients of the loss, averaged over the processes, to those of the step."""
 
     @abstractmethod
@@ -49,7 +129,7 @@ class Backend(ABC):
         """Clip the gradients, step the optimisers, forget the gradients; the norm before clipping, on the device."""
 
     @abstractmethod
-    def whole(self, parameter: Tensor) -> Tensor:
+    def _whole(self, parameter: Tensor) -> Tensor:
         """A parameter in full, in every process; all processes ask together."""
 
     @abstractmethod
@@ -73,20 +153,20 @@ class Backend(ABC):
             if not isinstance(value, Tensor) or id(value) in frozen:
                 continue
             if id(value) not in known:
-                full = self.whole(value).detach()
+                full = self._whole(value).detach()
                 known[id(value)] = full.cpu().contiguous() if self.accelerator.is_main_process else None
             if self.accelerator.is_main_process:
                 found[name] = known[id(value)]
         return found
 
 
-class Replicated(Backend):
+class Replicated(Devices):
     """Everything whole in every process: one device, or DistributedDataParallel."""
 
     layout = "replicated"
 
-    def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings):
-        self.accelerator, self.scores, self.clip = accelerator, scores, settings.clip
+    def _prepare(self, settings: OptimizerSettings) -> None:
+        accelerator, scores = self.accelerator, self.scores
         half = any(p.dtype == torch.bfloat16 for p in scores.parameters())
         slow = half and not has_fast_bf16(accelerator.device)
         self.model = accelerator.prepare(WidenedWeights(scores) if slow else scores)
@@ -95,11 +175,11 @@ class Replicated(Backend):
             accelerator.register_save_state_pre_hook(_drop_frozen)
             accelerator.register_load_state_pre_hook(_load_trained)
 
-    def part(self, last: bool) -> contextlib.AbstractContextManager:
+    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         alone = last or self.accelerator.num_processes == 1
         return contextlib.nullcontext() if alone else self.accelerator.no_sync(self.model)
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
     def update(self) -> Tensor:
@@ -109,7 +189,7 @@ class Replicated(Backend):
             optimizer.zero_grad()
         return norm
 
-    def whole(self, parameter: Tensor) -> Tensor:
+    def _whole(self, parameter: Tensor) -> Tensor:
         return parameter
 
     def save(self, directory: Path) -> None:
@@ -141,18 +221,18 @@ def _load_trained(models: list[nn.Module], directory: str) -> None:
         raise ValueError(f"{directory}/model.safetensors: does not fit this run ({wrong[0]})")
 
 
-class DeepSpeedZero(Backend):
+class DeepSpeedZero(Devices):
     """DeepSpeed ZeRO: optimiser states (stage 1), gradients too (2), weights too (3) in shards (arXiv:1910.02054)."""
 
-    def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings, *, bf16: bool):
+    def _prepare(self, settings: OptimizerSettings) -> None:
         import deepspeed
         import deepspeed.ops
         from accelerate import DeepSpeedPlugin
 
         config = dict(DeepSpeedPlugin().deepspeed_config)  # of the launching configuration
-        self.accelerator, self.scores, self.stage = accelerator, scores, config["zero_optimization"]["stage"]
-        self.layout = f"zero{self.stage} on {accelerator.num_processes} processes"
-        _check(f"zero{self.stage}", scores, settings)
+        accelerator, scores, stage = self.accelerator, self.scores, config["zero_optimization"]["stage"]
+        self.layout = f"zero{stage} on {accelerator.num_processes} processes"
+        _check(f"zero{stage}", scores, settings)
         if accelerator.device.type == "cpu":  # gloo serves; no communication kernel is compiled for a test
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         size = sum(p.numel() for p in scores.parameters())
@@ -167,13 +247,13 @@ class DeepSpeedZero(Backend):
             "zero_optimization": buckets | config["zero_optimization"],
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW everywhere, also where states are offloaded
-            # fp32 master weights, and autocast as in every other back-end: no operation has rules of its own
+            # fp32 master weights, and autocast as in every other subclass: no operation has rules of its own
             "fp16": {"enabled": False},
             "bf16": {"enabled": False},
-            "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+            "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         }
         (adamw,) = build_optimizers(scores, settings)
-        if self.stage == 3:  # weight by weight: left to `initialize`, the whole model would be on each device for once
+        if stage == 3:  # weight by weight: left to `initialize`, the whole model would be on each device for once
             deepspeed.init_distributed()
             deepspeed.zero.Init(module=scores, config_dict_or_path=config)
             for buffer in scores.buffers():
@@ -182,18 +262,18 @@ class DeepSpeedZero(Backend):
         self.optimizers = [optimizer]
 
     @contextlib.contextmanager
-    def part(self, last: bool):
+    def _accumulating(self, last: bool):
         self.model.set_gradient_accumulation_boundary(last)
         yield
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
 
     def update(self) -> Tensor:
         self.model.step()
         return torch.as_tensor(self.model.get_global_grad_norm(), device=self.accelerator.device)
 
-    def whole(self, parameter: Tensor) -> Tensor:
+    def _whole(self, parameter: Tensor) -> Tensor:
         if not hasattr(parameter, "ds_id"):
             return parameter
         import deepspeed
@@ -210,17 +290,18 @@ class DeepSpeedZero(Backend):
         self.accelerator.load_state(str(directory))
 
 
-class FullyShard(Backend):
+class FullyShard(Devices):
     """PyTorch's fully_shard (FSDP2): weights, gradients and optimiser states in shards, a layer gathered at a time."""
 
     layout = "fsdp"
 
-    def __init__(self, accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings):
+    def _prepare(self, settings: OptimizerSettings) -> None:
         from accelerate import FullyShardedDataParallelPlugin
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        self.accelerator, self.scores, self.model, self.clip = accelerator, scores, scores, settings.clip
+        accelerator, scores = self.accelerator, self.scores
+        self.model = scores
         _check("fsdp", scores, settings)
         plugin = FullyShardedDataParallelPlugin()  # of the launching configuration
         options = {
@@ -233,11 +314,11 @@ class FullyShard(Backend):
         fully_shard(scores, **options)  # embeddings and head, which may share a matrix
         self.optimizers = build_optimizers(scores, settings)
 
-    def part(self, last: bool) -> contextlib.AbstractContextManager:
+    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         # gradients are sent with every micro-batch: kept until the last they would be whole, which is what does not fit
         return contextlib.nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def update(self) -> Tensor:
@@ -245,9 +326,9 @@ class FullyShard(Backend):
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return self.whole(norm)
+        return self._whole(norm)
 
-    def whole(self, parameter: Tensor) -> Tensor:
+    def _whole(self, parameter: Tensor) -> Tensor:
         return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
     def save(self, directory: Path) -> None:
@@ -288,21 +369,26 @@ class FullyShard(Backend):
         return StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def backend_for(accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings, *, bf16: bool) -> Backend:
-    """The back-end that the processes were launched for.
-
-    Raises ValueError, one line, for an optimiser or weights that it cannot shard.
-    """
+def devices_for(
+    accelerator: Accelerator, scores: nn.Module, settings: OptimizerSettings, *, bf16: bool = False
+) -> Devices:
+    """The devices that the processes were launched for; arguments and errors as in `Devices`."""
+    kind: type[Devices] = Replicated
     if _launched("DEEPSPEED"):
-        return DeepSpeedZero(accelerator, scores, settings, bf16=bf16)
-    if _launched("FSDP") and torch.distributed.is_initialized():
-        return FullyShard(accelerator, scores, settings)
-    return Replicated(accelerator, scores, settings)
+        kind = DeepSpeedZero
+    elif _launched("FSDP") and distributed.is_initialized():
+        kind = FullyShard
+    return kind(accelerator, scores, settings, bf16=bf16)
 
 
 def _launched(name: str) -> bool:
-    """Whether `accelerate launch` asked for a back-end."""
+    """Whether `accelerate launch` asked for DeepSpeed or FSDP."""
     return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def _host_group() -> distributed.ProcessGroup | None:
+    """A process group over CPUs; None, the default one, where that is one already."""
+    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo")
 
 
 def _check(launch: str, scores: nn.Module, settings: OptimizerSettings) -> None:
