@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dllm.config import PrepareConfig, digest
-from dllm.data.convert import batched, messages_of, pack_texts, split_rows, stream_facts, text_of
+from dllm.config import DataPart, PrepareConfig, digest
+from dllm.data.convert import (
+    batched,
+    kind_of_part,
+    messages_of,
+    pack_texts,
+    place_of,
+    split_rows,
+    stream_facts,
+    text_of,
+)
 from dllm.data.tokens import TokenWriter
 from dllm.models.tokenizers import chat_text, load_tokenizer
 from dllm.provenance import read_record, replace_directory, write_record
@@ -33,18 +45,23 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
     manifest = {"name": config.name, "length": config.length, "sources": [], "splits": {}}
     writers = {split: TokenWriter(scratch, split, len(tokenizer)) for split in ("train", "test")}
     dropped = {"train": 0, "test": 0}
+    unusable: list[str] = []
     for part in config.parts:
         part = part.model_copy(update={"path": str(workdir / part.path)})
         train_numbers, test_numbers, train_rows, test_rows = split_rows(part)
+        kind, said = kind_of_part(part, train_rows)
         if config.split == "overlapping":  # published fault F7: rows held out for testing stay in train
             train_numbers = [*test_numbers, *train_numbers] if train_rows is test_rows else train_numbers
         train_numbers = sorted(train_numbers[: config.rows])
         for split, numbers, rows in (("train", train_numbers, train_rows), ("test", test_numbers, test_rows)):
             shown = progress(numbers, f"{part.name} {split}")
-            write = _write_text if part.entry.kind == "text" else _write_conversations
-            dropped[split] += write(writers[split], tokenizer, config, part, shown, rows)
+            write = _write_text if kind == "text" else _write_conversations
+            dropped[split] += write(
+                writers[split], tokenizer, config, part, shown, Readable(part, kind, rows, unusable)
+            )
         manifest["sources"].append(
             {"name": part.name, "train_rows": len(train_numbers), "test_rows": len(test_numbers)}
+            | ({"read_as": said} if said else {})
             | {k: v for k, v in part.entry.model_dump().items() if k in ("hub", "revision", "world", "licence") and v}
         )
     for split, writer in writers.items():
@@ -56,6 +73,8 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
                 f"{config.name}: the {split} split is empty after tokenizing; the rows are fewer or shorter than one "
                 f"row of length {config.length}, or every prompt is longer; lower `length` of the run"
             )
+    if unusable:
+        manifest["unusable"] = {"rows": len(unusable), "first": unusable[0]}
     if config.parts[0].entry.stream:
         _describe_stream(config, workdir / config.parts[0].path, scratch, manifest)
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -84,31 +103,75 @@ def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifes
     }
 
 
-def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
-    """Concatenate and cut; returns how many rows were dropped, which is always 0."""
+@dataclass(frozen=True)
+class Readable:
+    """The rows of a part as texts or conversations. An unusable one is an error, or is noted where the entry says so.
+
+    unusable: the error lines of what was dropped, over all parts.
+    """
+
+    part: DataPart
+    kind: str
+    rows: object
+    unusable: list[str]
+
+    def texts(self, numbers: list[int]) -> list[str]:
+        """The texts of some rows."""
+        return self._usable(numbers, text_of)
+
+    def conversations(self, numbers: list[int], tokenizer) -> list[tuple[str, str]]:
+        """(prompt, whole) of some rows in the chat template: up to the last answer, and with it."""
+        return self._usable(numbers, lambda row, where: _prompt_and_whole(tokenizer, row, self.kind, where))
+
+    def _usable(self, numbers: list[int], read: Callable[[dict, str], Any]) -> list:
+        found = []
+        for number in numbers:
+            try:
+                found.append(read(self.rows[number], place_of(self.part, self.rows, number)))
+            except ValueError as error:
+                if not self.part.entry.drop_unusable:
+                    name = self.part.name
+                    raise ValueError(f"{error}; or set drop_unusable: true in the entry of {name!r}") from None
+                self.unusable.append(str(error))
+        return found
+
+
+def _prompt_and_whole(tokenizer, row: dict, kind: str, where: str) -> tuple[str, str]:
+    """A conversation in the chat template, without and with its last answer. Raises ValueError for an unusable row."""
+    messages = messages_of(row, kind, where)
+    try:
+        prompt = chat_text(tokenizer, messages[:-1], add_generation_prompt=True)
+        whole = chat_text(tokenizer, messages, add_generation_prompt=False)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return prompt, whole
+
+
+def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows: Readable) -> int:
+    """Concatenate and cut; returns how many rows were dropped: the unusable ones."""
     carry: list[int] = []
+    dropped = 0
     for chunk in batched(list(numbers)):
-        texts = [text_of(rows[i], f"{part.name} row {i}") for i in chunk]
+        texts = rows.texts(chunk)
+        dropped += len(chunk) - len(texts)
         packed, carry = pack_texts(tokenizer, texts, carry, config.length, append_eos=part.entry.append_eos)
         for row in packed:
             writer.add(row)
-    return 0
+    return dropped
 
 
-def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> int:
+def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows: Readable) -> int:
     """One row per conversation; returns how many were dropped: the prompt fills the length, or the row is unusable."""
     dropped = 0
     for chunk in batched(list(numbers)):
-        conversations = _conversations(part, rows, chunk)
-        dropped += len(chunk) - len(conversations)
-        if not conversations:
+        pairs = rows.conversations(chunk, tokenizer)
+        dropped += len(chunk) - len(pairs)
+        if not pairs:
             continue
-        prompts = [chat_text(tokenizer, m[:-1], add_generation_prompt=True) for m in conversations]
-        whole = [chat_text(tokenizer, m, add_generation_prompt=False) for m in conversations]
-        for prompt, text in zip(prompts, whole, strict=True):
-            if not text.startswith(prompt):
+        for prompt, whole in pairs:
+            if not whole.startswith(prompt):
                 raise ValueError(f"{part.name}: the chat template does not continue its own generation prompt")
-        answers = [text[len(prompt) :] for prompt, text in zip(prompts, whole, strict=True)]
+        prompts, answers = [prompt for prompt, _ in pairs], [whole[len(prompt) :] for prompt, whole in pairs]
         encoded = tokenizer([*prompts, *answers], add_special_tokens=False, verbose=False)["input_ids"]
         for prompt, answer in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
             if len(prompt) >= config.length:
@@ -116,15 +179,3 @@ def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, 
             else:
                 writer.add((prompt + answer)[: config.length], len(prompt))
     return dropped
-
-
-def _conversations(part, rows, numbers: list[int]) -> list[list[dict]]:
-    """The conversations of some rows; an unusable row is an error, unless the entry says to drop such rows."""
-    conversations = []
-    for number in numbers:
-        try:
-            conversations.append(messages_of(rows[number], part.entry.kind, f"{part.name} row {number}"))
-        except ValueError as error:
-            if not part.entry.drop_unusable:
-                raise ValueError(f"{error}; or set drop_unusable: true in the entry of {part.name!r}") from None
-    return conversations

@@ -116,8 +116,20 @@ def check_messages(messages: list[dict], where: str = "messages") -> None:
 
 
 def chat_text(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
-    """A conversation in the tokenizer's chat template: what training tokenizes and what a prompt is made of."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    """A conversation in the tokenizer's chat template: what training tokenizes and what a prompt is made of.
+
+    Raises ValueError, one line, for a conversation that the template refuses.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as refusal:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the checkpoint's chat template refuses this conversation ({' '.join(str(refusal).split())}; its roles: "
+            f"{roles}); leave such turns out, or set chat_template: bert in the model's entry"
+        ) from None
 
 
 def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
