@@ -12,11 +12,11 @@ SEED = 0
 
 
 def lacks_head(directory: Path) -> bool:
-    """Whether a checkpoint's config.json names a class of an encoder without an LM head."""
+    """Whether a checkpoint's config.json names a class of an encoder without an LM head, or none at all."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        name = config["architectures"][0]
-    except (OSError, ValueError, LookupError, TypeError):
+        name = (config.get("architectures") or [""])[0]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
     return name == "ElectraForPreTraining" or not name.endswith(HAS_HEAD)
 
@@ -38,7 +38,7 @@ def give_head(directory: Path) -> str | None:
         return None  # whoever loads it says what is wrong
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise ValueError(
-            f"{directory}: {config.architectures[0]} has no LM head, and transformers has no masked-LM class for "
+            f"{directory}: {(config.architectures or ['it'])[0]} has no LM head, and transformers has no masked-LM class for "
             f"model_type = {config.model_type!r}; take another encoder"
         )
     config.tie_word_embeddings = True
@@ -53,7 +53,9 @@ def give_head(directory: Path) -> str | None:
             f"{directory}: the weights lack {lost[0]} ({len(lost)} in all) that {type(model).__name__} needs; "
             "fetch the checkpoint again"
         )
-    before = config.architectures[0]
+    if not report["missing_keys"]:
+        return None
+    before = (config.architectures or [f"this {config.model_type}"])[0]
     for path in [*directory.glob("*.safetensors*"), *directory.glob("pytorch_model*.bin*")]:
         path.unlink()
     (directory / "config.json").unlink()  # it may be a second name of somebody's file, which must stay as it is
