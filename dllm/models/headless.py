@@ -38,8 +38,8 @@ def give_head(directory: Path) -> str | None:
         return None  # whoever loads it says what is wrong
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise ValueError(
-            f"{directory}: {(config.architectures or ['it'])[0]} has no LM head, and transformers has no masked-LM class for "
-            f"model_type = {config.model_type!r}; take another encoder"
+            f"{directory}: {(config.architectures or ['it'])[0]} fills in no masks, and transformers has no masked-LM "
+            f"class for model_type = {config.model_type!r}; take another encoder, or a causal model"
         )
     config.tie_word_embeddings = True
     with torch.random.fork_rng(devices=[]):
