@@ -131,10 +131,11 @@ def _given(args: argparse.Namespace, options: dict[str, tuple]) -> dict[str, Any
 def _say_plan(tuning: Tuning, say) -> None:
     """How it will be trained."""
     config = tuning.config
-    long = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
+    rows = f"{config.global_batch_size} rows"
+    long = f"{config.steps} steps of {rows}" if config.steps else f"{config.epochs:g} epochs, {rows} a step"
     say(
         f"plan     {config.algorithm}, rows of up to {config.length} tokens, blocks of {config.recipe.block_size}; "
-        f"{long} of {config.global_batch_size} rows a step, AdamW at {config.optimizer.learning_rate:g}"
+        f"{long}, AdamW at {config.optimizer.learning_rate:g}"
     )
     say(f"         everything is written below {tuning.workdir}; Ctrl-C saves")
 

@@ -15,6 +15,7 @@ from dllm.chat.settings import chat_context, chat_generation
 from dllm.config import (
     DataPart,
     DownloadConfig,
+    ModelEntry,
     PrepareConfig,
     Project,
     RunConfig,
@@ -93,7 +94,8 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     """Download what is needed, look at it and choose how to train. Raises ValueError for what cannot work."""
     name, models, place = find_model(wishes.model, wishes.config_directory, _pins(wishes))
     if place is not None:
-        models[name] |= entry_settings(place, wishes.prediction)
+        found = entry_settings(place, wishes.prediction)
+        models[name] |= {key: value for key, value in found.items() if value != ModelEntry.model_fields[key].default}
     run = f"chat-{name}"
     datasets = find_data(wishes.data, wishes.config_directory, _pins(wishes), wishes.dataset)
     datasets = {f"{key}-data" if key in models else key: entry for key, entry in datasets.items()}
@@ -128,7 +130,8 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
 def follow(tuning: Tuning, say: Callable[[str], None], progress: Callable, *, quiet: bool, replace: bool) -> Path:
     """Prepare and train, going on where an earlier start ended; returns the directory of the run.
 
-    Raises Interrupted after Ctrl-C or SIGTERM, with the state saved.
+    Raises Interrupted after Ctrl-C or SIGTERM, with the state saved; ValueError, one line, if a finished run of other
+    data or settings is in the place and may not be replaced.
     """
     config, workdir = tuning.config, tuning.workdir
     for prepared in prepare_configs(tuning.project).values():
@@ -138,6 +141,11 @@ def follow(tuning: Tuning, say: Callable[[str], None], progress: Callable, *, qu
     if not replace and _is_made(target, digest(config), input_paths(config), workdir):
         say(f"{config.name}: trained already")
         return target
+    if target.exists() and not replace:
+        raise ValueError(
+            f"{target}: holds a run of other data or settings; pass --output for a place of its own, or --replace to put "
+            "the new one there when it is finished"
+        )
     with saving_on_interrupt():
         return train(config, workdir, quiet=quiet, replace=replace)
 
