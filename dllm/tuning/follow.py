@@ -143,7 +143,7 @@ def follow(tuning: Tuning, say: Callable[[str], None], progress: Callable, *, qu
         return target
     if target.exists() and not replace:
         raise ValueError(
-            f"{target}: holds a run of other data or settings; pass --output for a place of its own, or --replace to put "
+            f"{target}: holds a run of other data or settings; pass --output for another place, or --replace to put "
             "the new one there when it is finished"
         )
     with saving_on_interrupt():
