@@ -31,7 +31,8 @@ def find_checkpoint(name: str | None = None, root: str | Path = ".") -> str:
     if name in runs:
         return str(runs[name])
     path = Path(name).expanduser()
-    for directory in (path, path / "model"):
+    tuned = sorted(path.glob("runs/*/model"))  # of a work directory with one run, as `dllm tune` leaves it
+    for directory in (path, path / "model", *(tuned if len(tuned) == 1 else ())):
         if (directory / "config.json").is_file():
             return str(directory)
     if path.is_dir():

@@ -34,5 +34,7 @@ def run(args: argparse.Namespace) -> int:
     facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     if facts.get("licence") and not stated:
         print(f"{config.name}: licence {facts['licence']}, as its card states it")
+    if facts.get("head"):
+        print(f"{config.name}: {facts['head']}")
     print(f"{config.name}: {path}")
     return 0

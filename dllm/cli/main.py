@@ -18,13 +18,14 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import NoReturn
 
-VERBS = ("plan", "pins", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
+VERBS = ("tune", "plan", "pins", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
 """Each is a module of this package, imported only when it is used."""
 
 EXAMPLES = """examples:
   dllm chat                              talk to the largest chat model below results/
   dllm chat chat-large                   talk to the run of this name
   dllm sample chat-large "Hello!"        print one answer
+  dllm tune MODEL chats.jsonl            make a chatbot of a model and a file
   dllm train configs/runs/chat-large.yaml  train one run
   dllm plan config/paper.yaml            what the full reproduction would cost
   dllm pins                              the commit of every model and dataset

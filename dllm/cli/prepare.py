@@ -32,6 +32,11 @@ def run(args: argparse.Namespace) -> int:
 
     with alone(Path(args.workdir) / ".work" / "locks" / f"prepare-{config.name}"):
         manifest = prepare(config, args.workdir, progress)
+    for source in manifest["sources"]:
+        if source.get("read_as"):
+            print(f"{source['name']}: {source['read_as']}")
+    if "unusable" in manifest:
+        print(f"{config.name}: {manifest['unusable']['rows']:,} unusable rows, e.g. {manifest['unusable']['first']}")
     for split, counts in manifest["splits"].items():
         dropped = f", {counts['dropped_rows']:,} dropped" if counts["dropped_rows"] else ""
         about = "about " if counts.get("estimated") else ""

@@ -24,23 +24,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end and say where the artifact is."""
-    import os
-
     from dllm.config import RunConfig, read_config
 
     config = read_config(args.config, RunConfig)
+    set_up_torch()
+    from dllm.training.trainer import train
+
+    path = train(config, args.workdir, tracker=args.tracker, quiet=args.quiet, replace=args.replace)
+    print(f"{config.name}: {path}")
+    return 0
+
+
+def set_up_torch() -> None:
+    """As many threads as the environment says, deterministic kernels, and no bars and warnings of other packages."""
     import logging
+    import os
 
     import torch
     import transformers
-
-    from dllm.training.trainer import train
 
     if os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.use_deterministic_algorithms(True, warn_only=True)
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
-    path = train(config, args.workdir, tracker=args.tracker, quiet=args.quiet, replace=args.replace)
-    print(f"{config.name}: {path}")
-    return 0

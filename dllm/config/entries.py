@@ -7,9 +7,10 @@ RunSettings, TaskSettings, SampleSettings and SpeedSettings.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 
 from dllm.config.rules import (
     adapter_error,
@@ -32,6 +33,7 @@ from dllm.config.settings import (
     Scorer,
     Settings,
     checked_options,
+    is_none,
     option,
 )
 
@@ -78,14 +80,17 @@ class Pinned(Settings):
 
 
 class ModelEntry(Pinned):
-    """A backbone: a pinned hub repository, or a new stock model with seeded random weights."""
+    """A backbone: a pinned hub repository, a checkpoint on this disk, or a new stock model with random weights."""
 
+    path: str | None = option(
+        None, "directory of a checkpoint on this disk, absolute or below the repository", exclude_if=is_none
+    )
     new: dict[str, Any] | None = option(None, "transformers config of a model made from a seed (model_type first)")
     published: Literal["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"] | None = option(
         None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
     )
     seed: int = option(0, "seed of a new model's weights", ge=0, le=LARGEST_SEED)
-    tokenizer: str | None = option(None, "dataset that brings the tokenizer of a new model")
+    tokenizer: str | None = option(None, "dataset or model that brings the tokenizer of a new model")
     family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
     prediction: Literal["in_place", "next"] = option("in_place", "whether position i scores token i or token i + 1")
     mask_token: str = option(
@@ -101,25 +106,33 @@ class ModelEntry(Pinned):
 
     @model_validator(mode="after")
     def one_source(self) -> ModelEntry:
-        if (self.hub is None) == (self.new is None):
-            raise ValueError("needs exactly one of `hub` and `new`")
+        if sum(source is not None for source in (self.hub, self.path, self.new)) != 1:
+            raise ValueError("needs exactly one of `hub`, `path` and `new`")
         if self.new and not self.tokenizer:
-            raise ValueError("a `new` model needs `tokenizer`: the dataset that brings one")
+            raise ValueError("a `new` model needs `tokenizer`: the dataset or model that brings one")
         if self.published and not self.new:
             raise ValueError(f"published = {self.published!r} is for a `new` model; leave it out of a hub model")
         return self
 
 
 class DatasetEntry(Pinned):
-    """Rows of text or of conversations: a pinned hub repository, a part of the synthetic world, or a mixture."""
+    """Rows of text or of conversations: a hub repository, files on this disk, the synthetic world, or a mixture."""
 
+    files: list[str] | None = option(
+        None,
+        "files on this disk, or patterns such as data/*.jsonl, absolute or below the repository (docs/tune.md)",
+        min_length=1,
+        exclude_if=is_none,
+    )
     config: str | None = option(None, "the repository's configuration")
     world: str | None = option(
         None, "part of the synthetic world (wikitext, openwebtext, alpaca, tulu, smoltalk, code, all)"
     )
     seed: int = option(0, "seed of the synthetic world", ge=0, le=LARGEST_SEED)
     mix: list[str] | None = option(None, "names of datasets, concatenated split by split")
-    kind: Literal["text", "alpaca", "messages", "benchmark", "world"] = option("text", "how a row is read")
+    kind: Literal["text", "alpaca", "messages", "sharegpt", "pairs", "auto", "benchmark", "world"] = option(
+        "text", "how a row is read; `auto`, the default of `files`, goes by its columns"
+    )
     test_split: str | None = option(None, "name of the set's own test split")
     test_share: float = option(0.05, "share held out where the set has no test split", ge=0, lt=1)
     split_seed: int = option(42, "seed of that split", ge=0, le=LARGEST_SEED)
@@ -143,10 +156,19 @@ class DatasetEntry(Pinned):
         None, "share of a conversation's tokens in its last answer, for planning", gt=0, le=1, exclude=True
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def files_are_recognised(cls, given: Any) -> Any:
+        return {"kind": "auto"} | given if isinstance(given, dict) and given.get("files") else given
+
     @model_validator(mode="after")
     def one_source(self) -> DatasetEntry:
-        if sum(x is not None for x in (self.hub, self.world, self.mix)) != 1:
-            raise ValueError("needs exactly one of `hub`, `world` and `mix`")
+        if sum(x is not None for x in (self.hub, self.files, self.world, self.mix)) != 1:
+            raise ValueError("needs exactly one of `hub`, `files`, `world` and `mix`")
+        if self.files and self.test_split:
+            raise ValueError(
+                f"test_split = {self.test_split!r} is not for `files`, which have no splits; set test_share"
+            )
         if self.stream and (self.hub is None or self.kind != "text" or self.test_split or self.rows):
             raise ValueError(
                 "stream = true is for text from the hub that is used whole and has no test split of its own; "
@@ -322,7 +344,7 @@ class CurveEntry(Settings):
 class ReportEntry(Settings):
     """What the report shows."""
 
-    title: str = option(..., "title of the page")
+    title: str = option("Results", "title of the page")
     toy: bool = option(False, "say plainly that these are toy numbers")
     pretraining: list[CurveEntry] = option([], "encoders on Wikitext")
     openwebtext: list[CurveEntry] = option([], "pretraining on OpenWebText")
@@ -352,13 +374,24 @@ class Project(Settings):
     datasets: dict[str, DatasetEntry] = option(..., "datasets")
     recipes: dict[str, Recipe] = option(..., "training recipes")
     runs: dict[str, RunEntry] = option(..., "training runs")
-    scorers: dict[str, Scorer] = option(..., "ways to score")
-    benchmarks: dict[str, BenchmarkEntry] = option(..., "benchmarks")
-    evaluations: dict[str, EvaluationEntry] = option(..., "rows of the results table")
+    scorers: dict[str, Scorer] = option({}, "ways to score")
+    benchmarks: dict[str, BenchmarkEntry] = option({}, "benchmarks")
+    evaluations: dict[str, EvaluationEntry] = option({}, "rows of the results table")
     reported: dict[str, ReportedEntry] = option({}, "published rows")
     samples: dict[str, SampleEntry] = option({}, "conversations shown in the report")
     speed: dict[str, SpeedEntry] = option({}, "steps against time and quality")
-    report: ReportEntry = option(..., "the report")
+    report: ReportEntry = option(ReportEntry(), "the report")
+    _root: Path = PrivateAttr(Path("."))
+
+    @property
+    def root(self) -> Path:
+        """The directory that `files`, `path` and `workdir` of the entries start from."""
+        return self._root
+
+    def below(self, root: Path) -> Project:
+        """This project, with paths that start from `root`."""
+        self._root = root
+        return self
 
     def scorer_of(self, entry: EvaluationEntry) -> Scorer:
         """The rules of an evaluation, in its own precision if it states one."""

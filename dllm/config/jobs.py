@@ -24,7 +24,8 @@ from dllm.config.entries import (
     TaskSettings,
 )
 from dllm.config.rules import raise_first
-from dllm.config.settings import Recipe, Scorer, Settings, option, overlaid
+from dllm.config.settings import Recipe, Scorer, Settings, is_none, option, overlaid
+from dllm.config.sources import checkpoint_directory, checkpoint_files, content_digest, dataset_files, seen_from
 from dllm.provenance import write_atomically
 
 
@@ -51,7 +52,9 @@ class DownloadConfig(Job):
     what: Literal["model", "dataset"] = option(..., "which of the two it is")
     model: ModelEntry | None = option(None, "entry of the model")
     dataset: DatasetEntry | None = option(None, "entry of the dataset")
-    tokenizer_path: str | None = option(None, "directory of the dataset that brings the tokenizer of a new model")
+    tokenizer_path: str | None = option(None, "download that brings the tokenizer of a new model")
+    sources: list[str] | None = option(None, "files on this disk that are copied", exclude_if=is_none)
+    content: str | None = option(None, "digest of what is in them: changed content is copied again", exclude_if=is_none)
 
 
 class DataPart(Settings):
@@ -171,8 +174,16 @@ def prepared_name(project: Project, run: str) -> str:
     root = project.root_model(run)
     # a stand-in of a published family has that family's special tokens and template on top
     tokenizer = root if project.models[root].published else project.models[root].tokenizer or root
+    if tokenizer in project.models and _special(project, tokenizer) != _special(project, root):
+        tokenizer = root
     leaky = "--overlapping" if _overlapping(project, entry) else ""
     return f"{entry.data}--{tokenizer}--{entry.length}{leaky}"
+
+
+def _special(project: Project, model: str) -> tuple[str, ...]:
+    """What a model's entry changes of its tokenizer."""
+    entry = project.models[model]
+    return entry.mask_token, entry.end_token, entry.chat_template
 
 
 def _overlapping(project: Project, run: RunEntry) -> bool:
@@ -198,25 +209,54 @@ def download_configs(project: Project) -> dict[str, DownloadConfig]:
         if entry.mix is None:
             download = download_name(project, name)
             whole = DatasetEntry(world="all", seed=project.world_seed, kind="world") if entry.world else entry
-            configs[download] = DownloadConfig(name=download, what="dataset", dataset=whole)
+            configs[download] = DownloadConfig(
+                name=download, what="dataset", dataset=whole, **_own_files(project, name, entry)
+            )
 
     def need_model(name: str) -> None:
-        entry = project.models[name]
-        path = None
-        if entry.tokenizer:
+        entry, path = project.models[name], None
+        if entry.tokenizer in project.datasets:
             need_dataset(entry.tokenizer)
             path = download_path(project, entry.tokenizer)
-        configs[name] = DownloadConfig(name=name, what="model", model=entry, tokenizer_path=path)
+        elif entry.tokenizer:
+            need_model(entry.tokenizer)
+            path = f"downloads/{entry.tokenizer}"
+        configs[name] = DownloadConfig(
+            name=name, what="model", model=entry, tokenizer_path=path, **_own_checkpoint(project, name, entry)
+        )
 
     for name, run in project.runs.items():
         need_model(project.root_model(name))
         need_dataset(run.data)
     for row in project.evaluations.values():
         need_model(project.root_model(row.checkpoint))
-    for benchmark in project.benchmarks.values():
+    for benchmark in project.benchmarks.values() if project.evaluations else ():
         if benchmark.dataset:
             need_dataset(benchmark.dataset)
+    for asked in project.speed.values():
+        need_dataset(asked.questions.split("/")[0])
     return configs
+
+
+def _own_files(project: Project, name: str, entry: DatasetEntry) -> dict[str, Any]:
+    """`sources` and `content` of a dataset of one's own files."""
+    if not entry.files:
+        return {}
+    where, workdir = f"datasets.{name}.files", project.root / project.workdir
+    found = {path: stated for stated in entry.files for path in dataset_files([stated], project.root, where)}
+    return {
+        "sources": [seen_from(path, stated, workdir) for path, stated in found.items()],
+        "content": content_digest(found),
+    }
+
+
+def _own_checkpoint(project: Project, name: str, entry: ModelEntry) -> dict[str, Any]:
+    """`sources` and `content` of a checkpoint on this disk."""
+    if not entry.path:
+        return {}
+    files = checkpoint_files(checkpoint_directory(entry.path, project.root, f"models.{name}.path"))
+    sources = [seen_from(path, entry.path, project.root / project.workdir) for path in files]
+    return {"sources": sources, "content": content_digest(files)}
 
 
 def prepare_configs(project: Project) -> dict[str, PrepareConfig]:
@@ -340,13 +380,17 @@ def digest(settings: BaseModel | dict[str, Any]) -> str:
 
 def write_when_changed(path: str | Path, settings: BaseModel | dict[str, Any]) -> Path:
     """Write a config as YAML, atomically and only if its content differs, and return its path."""
-    path = Path(path)
-    content = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=118)
+    path, text = Path(path), yaml_text(settings)
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return path
     write_atomically(path, text)
     return path
+
+
+def yaml_text(settings: BaseModel | dict[str, Any]) -> str:
+    """A settings object as YAML."""
+    content = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=118)
 
 
 def schema() -> dict[str, Any]:

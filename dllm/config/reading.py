@@ -14,7 +14,13 @@ from dllm.config.entries import Project
 from dllm.config.references import problems
 from dllm.config.settings import did_you_mean, lower_first, message_of
 
+JOBS = ("runs", "evaluations", "samples", "speed", "report", "reported")
+"""Sections of what is made and shown; entries of the others cost nothing until one of these uses them."""
+
 CONFIG_FILES = ("models", "datasets", "experiments", "benchmarks", "reported")
+
+TOKENS = ("mask_token", "end_token", "end_of_turn", "chat_template")
+"""Settings of a model that belong to its tokenizer."""
 
 Mapping = dict[str, Any]
 Location = tuple[str | int, ...]
@@ -111,18 +117,21 @@ def read_config(path: str | Path, model: type[Model]) -> Model:
 # Merging
 
 
-def load_project(config_directory: str | Path, *overlays: str | Path | Mapping) -> Project:
+def load_project(config_directory: str | Path | None, *overlays: str | Path | Mapping) -> Project:
     """The merged and checked project: `config/*.yaml` with overlays on top, later ones over earlier ones.
 
     An overlay is a YAML file, or an already read mapping (called "overlay" in messages). In an overlay, null removes
-    an entry, and `replaces` names the sections of which it keeps nothing that was there before.
+    an entry, and `replaces` names the sections of which it keeps nothing that was there before; `replaces: all` stands
+    for all of `JOBS`. Paths of the project start from the directory that holds `config_directory`; without one, there
+    are the overlays alone, and paths start from the current directory.
     Raises ConfigError, one line naming file, key, value, what is allowed and the next step.
     """
     merged: Mapping = {}
     origins: dict[Location, str] = {}
     removals: dict[str, str] = {}
     last = ""
-    for source in (*(Path(config_directory) / f"{stem}.yaml" for stem in CONFIG_FILES), *overlays):
+    files = [] if config_directory is None else [Path(config_directory) / f"{stem}.yaml" for stem in CONFIG_FILES]
+    for source in (*files, *overlays):
         content, last = (source, "overlay") if isinstance(source, dict) else (read_yaml(source), str(source))
         before = _entry_names(merged)
         _merge(merged, _emptied(merged, content, last), last, origins)
@@ -134,6 +143,7 @@ def load_project(config_directory: str | Path, *overlays: str | Path | Mapping) 
 
     _inherit(merged, origin)
     _drop_scores_without_a_column(merged, removals)
+    _take_tokens(merged)
     try:
         project = Project.model_validate(merged)
     except ValidationError as fault:
@@ -141,7 +151,7 @@ def load_project(config_directory: str | Path, *overlays: str | Path | Mapping) 
     for location, line in problems(project):
         removed = next((f"; {where} removes it" for gone, where in removals.items() if f"= {gone!r} " in line), "")
         raise ConfigError(f"{origin(location)}: {line}{removed}")
-    return project
+    return project.below(Path() if config_directory is None else Path(config_directory).resolve().parent)
 
 
 def _drop_scores_without_a_column(merged: Mapping, removals: dict[str, str]) -> None:
@@ -161,8 +171,11 @@ def _entry_names(merged: Mapping) -> set[str]:
 
 
 def _emptied(merged: Mapping, content: Mapping, source: str) -> Mapping:
-    """The content of an overlay without `replaces`, a list of sections, which are emptied in `merged`."""
+    """The content of an overlay without `replaces`, `all` or a list of sections, which are emptied in `merged`."""
     replaced = content.get("replaces", [])
+    if replaced == "all":
+        merged |= {section: {} for section in JOBS}
+        replaced = []
     for section in replaced if isinstance(replaced, list) else [replaced]:
         if not isinstance(merged.get(section), dict):
             known = [name for name, value in merged.items() if isinstance(value, dict)]
@@ -195,6 +208,16 @@ def _inherit(merged: Mapping, origin: Origin) -> None:
         entries = merged.get(section)
         if isinstance(entries, dict):
             merged[section] = {name: _resolved(section, entries, name, origin) for name in entries}
+
+
+def _take_tokens(merged: Mapping) -> None:
+    """Give a new model with the tokenizer of another model that one's special tokens, where its entry has none."""
+    models, datasets = merged.get("models"), merged.get("datasets") or {}
+    for entry in (models if isinstance(models, dict) else {}).values():
+        name = entry.get("tokenizer") if isinstance(entry, dict) else None
+        other = models.get(name) if isinstance(name, str) and name not in datasets else None
+        if isinstance(other, dict):
+            entry |= {key: other[key] for key in TOKENS if key in other and key not in entry}
 
 
 def _resolved(section: str, entries: Mapping, name: str, origin: Origin, chain: tuple[str, ...] = ()) -> Any:

@@ -32,7 +32,7 @@ class Reference:
 
 
 REFERENCES = (
-    Reference("models", "tokenizer", ("datasets",)),
+    Reference("models", "tokenizer", ("datasets", "models")),
     Reference("datasets", "mix", ("datasets",)),
     Reference("runs", "init", ("models", "runs")),
     Reference("runs", "data", ("datasets",)),
@@ -128,6 +128,18 @@ def _recipes_of_algorithms(project: Project) -> Iterator[Problem]:
             yield ("runs", name, "recipe"), f"runs.{name}.recipe = {run.recipe!r} {error}"
 
 
+def _tokenizers(project: Project) -> Iterator[Problem]:
+    """A tokenizer comes from a model that has one of its own."""
+    for name, model in project.models.items():
+        other = model.tokenizer
+        if other in project.models and other not in project.datasets and project.models[other].tokenizer:
+            yield (
+                ("models", name, "tokenizer"),
+                f"models.{name}.tokenizer = {other!r} is a new model itself; name what brings its tokenizer: "
+                f"{project.models[other].tokenizer}",
+            )
+
+
 def _circles(project: Project) -> Iterator[Problem]:
     """A chain of `init` ends at a model."""
     for name in project.runs:
@@ -172,6 +184,7 @@ def _shown(project: Project) -> Iterator[Problem]:
 
 CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (
     _streamed_data,
+    _tokenizers,
     _circles,
     _recipes_of_algorithms,
     _samplers,

@@ -65,6 +65,12 @@ def option(default: Any = ..., text: str = "", **limits: Any) -> Any:
     return Field(default, description=text, **limits)
 
 
+def is_none(value: object) -> bool:
+    """Whether a setting is left out of the files of jobs (`exclude_if`), so that those of older projects stay as they
+    are."""
+    return value is None
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error line: the nearest known name, or all of them."""
     names = sorted(map(str, known))

@@ -9,20 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from dllm.config import DataPart
+from dllm.data.formats import read_files, read_jsonl
+from dllm.data.kinds import SEEN, conversation_of, recognised
 from dllm.models.literal_text import check_text
-from dllm.models.tokenizers import check_messages, encode_texts
+from dllm.models.tokenizers import encode_texts
 
-ALPACA_COLUMNS = ("instruction", "input", "output")
+FILES = "files"
+"""Directory of a download that holds copies of a dataset's own files."""
+
+LEAST_HELD_OUT = 8
+"""Rows of one's own files that are held out at least, where there are twice as many."""
 
 
 def read_rows(part: DataPart, split: str) -> Any:
     """The rows of one split of a downloaded dataset: a list, or a `datasets.Dataset` for what came from the hub.
 
-    Raises ValueError, one line, for a missing split or a damaged file.
+    Raises ValueError, one line, for a missing split, and for a damaged or empty file.
     """
     entry = part.entry
     if entry.world:
         return read_jsonl(Path(part.path) / entry.world / f"{split}.jsonl")
+    if entry.files:
+        return read_files(sorted((Path(part.path) / FILES).iterdir()))
     from datasets import load_dataset
 
     try:
@@ -37,23 +45,20 @@ def read_rows(part: DataPart, split: str) -> Any:
         raise ValueError(f"{part.path}: split {split!r} of {part.name!r} cannot be read ({first})") from None
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The rows of a JSON-lines file. Raises ValueError with file and line for anything that is not one."""
-    rows = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
-                rows.append(row)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; run the download again") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; the file is damaged, download it again") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number}: not JSON ({error.msg}); the file is damaged, download it again") from None
-    return rows
+def place_of(part: DataPart, rows, number: int) -> str:
+    """How an error line names a row: by its file, where that is known, else by the dataset."""
+    return rows.where(number) if hasattr(rows, "where") else f"{part.name} row {number}"
+
+
+def kind_of_part(part: DataPart, rows) -> tuple[str, str]:
+    """The kind of a dataset's rows, and the line that says how it was recognised (empty where the entry states it).
+
+    `auto` if its rows are conversations, each then read in its own way. Raises ValueError, one line, for unknown rows.
+    """
+    if part.entry.kind != "auto":
+        return part.entry.kind, ""
+    kind, said = recognised((rows[i] for i in range(min(SEEN, len(rows)))), part.name)
+    return ("text" if kind == "text" else "auto"), said
 
 
 def text_of(row: dict, where: str) -> str:
@@ -80,33 +85,20 @@ def pack_texts(tokenizer, texts: list[str], carry: list[int], length: int, *, ap
 def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     """The conversation of an instruction row, as role and content, ending with an assistant's turn.
 
-    kind `alpaca`: instruction, a blank line and the input where there is one; kind `messages`: unchanged.
-    Raises ValueError, one line, for a row without messages or with an empty text.
+    kind: one of `data.kinds.KINDS` but text, or `auto`, as the row is. Raises ValueError, one line, for a row without
+    messages, without a turn before the last answer, or with an empty text.
     """
-    if kind == "alpaca":
-        instruction, extra, output = (row.get(column) for column in ALPACA_COLUMNS)
-        extra = extra or ""
-        for column, value in zip(ALPACA_COLUMNS, (instruction, extra, output), strict=True):
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: column {column!r} = {value!r} is not a text; columns: {', '.join(row)}")
-            check_text(value, f"{where}: column {column!r}")
-        user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
-    else:
-        messages = row.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"{where}: no messages ({messages!r}); a row needs a list of role and content")
-        check_messages(messages, f"{where}: messages")
-        messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        if not messages:
-            raise ValueError(f"{where}: no turn of the assistant; a row needs one to learn from")
-        if len(messages) == 1:
-            raise ValueError(f"{where}: nothing stands before the answer; a row needs a turn of the user first")
+    messages = conversation_of(row, kind, where)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise ValueError(f"{where}: no turn of the assistant; a row needs one to learn from")
+    if len(messages) == 1:
+        raise ValueError(f"{where}: begins with its only answer; a row needs a turn of the user first: drop or mend it")
     for message in messages:
         if message["role"] != "system" and not message["content"].strip():
             raise ValueError(f"{where}: empty text in a turn of role {message['role']!r}; drop or mend the row")
+        check_text(message["content"], where)
     return messages
 
 
@@ -129,7 +121,8 @@ def split_rows(part: DataPart) -> tuple[list, list, Any, Any]:
         facts = stream_facts(part.path)
         size = min(len(rows), max(1, round(facts["expansion"] * len(rows) * entry.test_share)))
         return [], sorted(order[:size]), rows, rows
-    size = max(1, round(len(rows) * entry.test_share)) if entry.test_share else 0
+    least = min(LEAST_HELD_OUT, len(rows) // 2) if entry.files else 1
+    size = max(least, round(len(rows) * entry.test_share)) if entry.test_share else 0
     return order[size:], sorted(order[:size]), rows, rows
 
 

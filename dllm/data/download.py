@@ -1,17 +1,21 @@
-"""Fetch a pinned model or dataset from the hub and verify it; or make what the laptop configuration uses instead.
+"""Fetch a pinned model or dataset from the hub and verify it; or copy one from this disk, or make a synthetic one.
 
 Everything after this step runs offline and is given paths: what was fetched by commit is never looked up by name.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dllm.config import DownloadConfig, digest
+from dllm.data.convert import FILES
 from dllm.data.hub import one_line_errors
 from dllm.provenance import file_digest, read_record, replace_directory, write_record
 
@@ -39,12 +43,17 @@ def download(config: DownloadConfig, workdir: str | Path = ".") -> Path:
 
         shutil.rmtree(scratch, ignore_errors=True)
         build(scratch, seed=config.dataset.seed)
+    elif config.sources is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        _copy(config, workdir, scratch)
     elif config.what == "model" and config.model.new is not None:
         shutil.rmtree(scratch, ignore_errors=True)
         _make_model(config, workdir, scratch)
         inputs[config.tokenizer_path] = read_record(workdir / f"{config.tokenizer_path}.json")["digest"]
     else:
         _fetch(config, scratch)
+    if config.what == "model" and config.model.new is None and config.model.family == "encoder":
+        _complete(scratch)
     replace_directory(scratch, target)
     write_record(target, kind=config.what, name=config.name, config_digest=digest(config), inputs=inputs)
     return target
@@ -55,13 +64,57 @@ def _make_model(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     from dllm.models.load import new_model, save_stand_in
     from dllm.models.tokenizers import load_tokenizer
 
-    path = workdir / config.tokenizer_path / "tokenizer"
+    path = workdir / config.tokenizer_path
+    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path  # of the synthetic world, or of a model
     if config.model.published:
         save_stand_in(config.model, load_tokenizer(path), scratch)
         return
     tokenizer = load_tokenizer(path, config.model)
     new_model(config.model, tokenizer).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
+
+
+def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
+    """Copy files of this disk, so that what is made of them stays true to them whatever becomes of the originals.
+
+    A checkpoint's large files are the same files on the disk under a second name, where the file system can do that.
+    Raises ValueError, one line, for a file that is not what it was when the configuration was read.
+    """
+    from dllm.config import content_digest
+
+    sources = [workdir / source for source in config.sources]
+    try:
+        changed = content_digest(sources) != config.content
+    except FileNotFoundError as fault:
+        raise ValueError(
+            f"{fault.filename}: no longer there; put it back, or correct the entry of {config.name!r}"
+        ) from None
+    if changed:
+        raise ValueError(f"{config.name}: its files have changed since the configuration was read; start again")
+    directory = scratch / FILES if config.what == "dataset" else scratch
+    directory.mkdir(parents=True)
+    counts = Counter(source.name for source in sources)
+    for number, source in enumerate(sources, 1):
+        target = directory / (source.name if counts[source.name] == 1 else f"{number}-{source.name}")
+        try:
+            os.link(source, target) if config.what == "model" else shutil.copyfile(source, target)
+        except OSError as fault:
+            if config.what == "dataset" or fault.errno == errno.ENOSPC:
+                raise
+            shutil.copyfile(source, target)
+    facts = {"content": config.content, "licence": _licence(scratch), "files": [source.name for source in sources]}
+    (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _complete(scratch: Path) -> None:
+    """Give an encoder that was saved without an LM head one, and say so in the manifest."""
+    from dllm.models.headless import give_head
+
+    said = give_head(scratch)
+    if said:
+        manifest = scratch / "manifest.json"
+        facts = json.loads(manifest.read_text(encoding="utf-8")) | {"head": said}
+        manifest.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _fetch(config: DownloadConfig, scratch: Path) -> None:

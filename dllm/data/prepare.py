@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm.config import PrepareConfig, digest
-from dllm.data.convert import batched, messages_of, pack_texts, split_rows, stream_facts, text_of
+from dllm.config import DataPart, PrepareConfig, digest
+from dllm.data.convert import (
+    batched,
+    kind_of_part,
+    messages_of,
+    pack_texts,
+    place_of,
+    split_rows,
+    stream_facts,
+    text_of,
+)
 from dllm.data.tokens import TokenWriter
 from dllm.models.literal_text import count_spelling_control, encode_marked, literal_messages
 from dllm.models.tokenizers import load_tokenizer, rendered
@@ -60,20 +70,24 @@ def _prepare(config: PrepareConfig, workdir: Path, target: Path, progress) -> di
     manifest: dict[str, Any] = {"name": config.name, "length": config.length, "sources": [], "splits": {}}
     writers = {split: TokenWriter(scratch, split, len(tokenizer)) for split in ("train", "test")}
     dropped, spelt = {"train": 0, "test": 0}, {"train": 0, "test": 0}
+    unusable: list[str] = []
     for part in config.parts:
         part = part.model_copy(update={"path": str(workdir / part.path)})
         train_numbers, test_numbers, train_rows, test_rows = split_rows(part)
+        kind, said = kind_of_part(part, train_rows)
         if config.split == "overlapping":  # published fault F7: rows held out for testing stay in train
             train_numbers = [*test_numbers, *train_numbers] if train_rows is test_rows else train_numbers
         train_numbers = sorted(train_numbers[: config.rows])
         for split, numbers, rows in (("train", train_numbers, train_rows), ("test", test_numbers, test_rows)):
             shown = progress(numbers, f"{part.name} {split}")
-            write = _write_text if part.entry.kind == "text" else _write_conversations
-            counts = write(writers[split], tokenizer, config, part, shown, rows)
+            write = _write_text if kind == "text" else _write_conversations
+            readable = Readable(part, kind, rows, unusable)
+            counts = write(writers[split], tokenizer, config, part, shown, readable)
             dropped[split] += counts[0]
             spelt[split] += counts[1]
         manifest["sources"].append(
             {"name": part.name, "train_rows": len(train_numbers), "test_rows": len(test_numbers)}
+            | ({"read_as": said} if said else {})
             | {k: v for k, v in part.entry.model_dump().items() if k in ("hub", "revision", "world", "licence") and v}
         )
     for split, writer in writers.items():
@@ -88,6 +102,8 @@ def _prepare(config: PrepareConfig, workdir: Path, target: Path, progress) -> di
                 + "lower `length` of the run"
             )
     manifest["rows_that_spell_control_tokens"] = spelt
+    if unusable:
+        manifest["unusable"] = {"rows": len(unusable), "first": unusable[0]}
     if config.parts[0].entry.stream:
         _describe_stream(config, workdir / config.parts[0].path, scratch, manifest)
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -116,27 +132,67 @@ def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifes
     }
 
 
-def _write_text(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> tuple[int, int]:
-    """Concatenate and cut; returns how many rows were dropped, always 0, and how many spell a control token."""
+@dataclass(frozen=True)
+class Readable:
+    """The rows of a part as texts or conversations. An unusable one is an error, or is noted where the entry says so.
+
+    unusable: the error lines of what was dropped, over all parts.
+    """
+
+    part: DataPart
+    kind: str
+    rows: object
+    unusable: list[str]
+
+    def texts(self, numbers: list[int]) -> list[str]:
+        """The texts of some rows."""
+        return self._usable(numbers, text_of)
+
+    def conversations(self, numbers: list[int], tokenizer) -> list[tuple[str, str, bool]]:
+        """(prompt, whole, spells) of some rows in the chat template; see `_in_template`."""
+        return self._usable(
+            numbers, lambda row, where: _in_template(tokenizer, messages_of(row, self.kind, where), where)
+        )
+
+    def _usable(self, numbers: list[int], read: Callable[[dict, str], Any]) -> list:
+        found = []
+        for number in numbers:
+            try:
+                found.append(read(self.rows[number], place_of(self.part, self.rows, number)))
+            except ValueError as error:
+                if not self.part.entry.drop_unusable:
+                    name = self.part.name
+                    raise ValueError(f"{error}; or set drop_unusable: true in the entry of {name!r}") from None
+                self.unusable.append(str(error))
+        return found
+
+
+def _write_text(
+    writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows: Readable
+) -> tuple[int, int]:
+    """Concatenate and cut; returns how many rows were dropped, the unusable, and how many spell control tokens."""
     carry: list[int] = []
-    spelt = 0
+    dropped = spelt = 0
     for chunk in batched(list(numbers)):
-        texts = [text_of(rows[i], f"{part.name} row {i}") for i in chunk]
+        texts = rows.texts(chunk)
+        dropped += len(chunk) - len(texts)
         packed, carry = pack_texts(tokenizer, texts, carry, config.length, append_eos=part.entry.append_eos)
         spelt += count_spelling_control(tokenizer, texts)
         for row in packed:
             writer.add(row)
-    return 0, spelt
+    return dropped, spelt
 
 
-def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows) -> tuple[int, int]:
+def _write_conversations(
+    writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows: Readable
+) -> tuple[int, int]:
     """One row per conversation; returns how many were dropped, and how many spell a control token or a turn's mark.
 
     Dropped are rows whose prompt fills the length, and unusable ones.
     """
     dropped = spelt = 0
     for chunk in batched(list(numbers)):
-        conversations = _conversations(tokenizer, part, rows, chunk)
+        conversations = rows.conversations(chunk, tokenizer)
         dropped += len(chunk) - len(conversations)
         if not conversations:
             continue
@@ -153,23 +209,6 @@ def _write_conversations(writer: TokenWriter, tokenizer, config: PrepareConfig, 
             else:
                 writer.add((prompt + answer)[: config.length], len(prompt))
     return dropped, spelt
-
-
-def _conversations(tokenizer, part, rows, numbers: list[int]) -> list[tuple[str, str, bool]]:
-    """(prompt, whole text, whether it spells a control token or a turn's mark) of some rows, in the chat template.
-
-    An unusable row is an error, unless the entry says to drop such rows.
-    """
-    conversations = []
-    for number in numbers:
-        where = f"{part.name} row {number}"
-        try:
-            messages = messages_of(rows[number], part.entry.kind, where)
-            conversations.append(_in_template(tokenizer, messages, where))
-        except ValueError as error:
-            if not part.entry.drop_unusable:
-                raise ValueError(f"{error}; or set drop_unusable: true in the entry of {part.name!r}") from None
-    return conversations
 
 
 def _in_template(tokenizer, messages: list[dict], where: str) -> tuple[str, str, bool]:

@@ -12,12 +12,17 @@ from torch.nn.functional import gelu, linear
 from dllm.core.memory import logits_at_once
 
 HEADS: dict[str, Callable] = {
+    "albert": lambda model: (
+        lambda rows: model.predictions.LayerNorm(model.predictions.activation(model.predictions.dense(rows))),
+        model.predictions.decoder,
+    ),
     "bert": lambda model: (model.cls.predictions.transform, model.cls.predictions.decoder),
     "deberta-v2": lambda model: (model.cls.predictions.transform, model.cls.predictions.decoder),
     "distilbert": lambda model: (
         lambda rows: model.vocab_layer_norm(model.activation(model.vocab_transform(rows))),
         model.vocab_projector,
     ),
+    "electra": lambda model: (model.generator_predictions, model.generator_lm_head),
     "modernbert": lambda model: (model.head, model.decoder),
     "roberta": lambda model: (
         lambda rows: model.lm_head.layer_norm(gelu(model.lm_head.dense(rows))),
@@ -26,6 +31,14 @@ HEADS: dict[str, Callable] = {
 }
 """LM head of masked-LM classes whose head is more than a linear layer: model type -> model -> (what comes before the
 last linear layer, that layer)."""
+
+LIKE: dict[str, tuple[str, ...]] = {
+    "bert": ("cls.predictions.transform", "cls.predictions.decoder"),
+    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+    "modernbert": ("head.dense", "head.norm", "decoder"),
+}
+"""Further classes whose head has the layers of a known one: model type -> names of the layers. Whether it is the same
+head is found by comparing logits when a checkpoint is loaded."""
 
 
 def head_logits(model: nn.Module, rows: Tensor) -> Tensor:
@@ -51,7 +64,7 @@ def head_nll(model: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
 
 def _head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
     """What comes before the last linear layer of a model's LM head, and that layer."""
-    known = HEADS.get(model.config.model_type)
+    known = HEADS.get(model.config.model_type) or next((HEADS[kind] for kind in LIKE if _is_like(model, kind)), None)
     if known is not None:
         return known(model)
     last = model.get_output_embeddings()
@@ -61,6 +74,14 @@ def _head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
             "class whose head is its output embedding; add a line to dllm.models.heads.HEADS"
         )
     return nn.Identity(), last
+
+
+def _is_like(model: nn.Module, kind: str) -> bool:
+    """Whether a model has all layers of the LM head of a kind."""
+    try:
+        return all(isinstance(model.get_submodule(name), nn.Module) for name in LIKE[kind])
+    except AttributeError:
+        return False
 
 
 def _cap(model: nn.Module) -> float | None:

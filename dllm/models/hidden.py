@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dllm.models.packed_batch import PackedBatch
 
-COUNTS_FROM_PADDING = {"roberta"}
+COUNTS_FROM_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "mpnet"}
+COUNTS_FROM_PADDING |= {"roberta-prelayernorm"}
 """Model types that count positions from pad_token_id + 1, over tokens that are not their padding token, which is our
 EOS and may occur inside a row; they are told the positions."""
 

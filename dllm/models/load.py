@@ -18,6 +18,7 @@ from dllm.config import ModelEntry
 from dllm.core.precision import has_fast_bf16
 from dllm.models.backbone import Backbone
 from dllm.models.edit_heads import load_edit_heads
+from dllm.models.hidden import COUNTS_FROM_PADDING
 from dllm.models.published import (
     PUBLISHED,
     SIDECAR,
@@ -141,8 +142,7 @@ def give_new_tokens_the_mean(model: nn.Module, old: int, new: int) -> None:
 def longest_row(config) -> int:
     """Longest row in tokens that a model's positions allow."""
     positions = getattr(config, "max_position_embeddings", None) or 2048
-    # RoBERTa counts positions from pad_token_id + 1
-    return positions - config.pad_token_id - 1 if config.model_type == "roberta" else positions
+    return positions - config.pad_token_id - 1 if config.model_type in COUNTS_FROM_PADDING else positions
 
 
 def new_model(entry: ModelEntry, tokenizer) -> nn.Module:

@@ -22,6 +22,7 @@ from dllm.config import (
     Project,
     Resources,
     Shape,
+    checkpoint_directory,
     download_configs,
     download_name,
     overlaid,
@@ -204,8 +205,11 @@ class _Planner:
         return shape
 
     def _downloaded(self, root: str) -> Shape | None:
+        directory, stated = self.workdir / "downloads" / root, self.project.models[root].path
+        if stated and not directory.exists():
+            directory = checkpoint_directory(stated, self.project.root, f"models.{root}.path")
         try:
-            config = json.loads((self.workdir / "downloads" / root / "config.json").read_text(encoding="utf-8"))
+            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             return translated(config)
         except (OSError, ValueError, TypeError):
             return None

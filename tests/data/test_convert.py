@@ -145,3 +145,19 @@ def test_a_file_of_a_snapshot_that_cannot_be_read_is_one_line(tmp_path, files, s
     with pytest.raises(ValueError, match="cannot be read") as error:
         read_rows(part, split)
     assert "\n" not in str(error.value)
+
+
+def test_files_of_ones_own_hold_out_eight_rows_at_least_where_there_are_twice_as_many(tmp_path):
+    for size, held_out in ((40, 8), (1000, 50), (10, 5), (3, 1)):
+        write_rows(tmp_path / "files" / "a.jsonl", [{"text": str(i)} for i in range(size)])
+        assert len(split_rows(part_of(tmp_path, world=None, files=["a.jsonl"]))[1]) == held_out
+
+
+def test_an_empty_file_of_a_hub_repository_is_one_line(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    write_rows(tmp_path / "repository" / "train.jsonl", [])
+    line = error_of(read_rows, part_of(tmp_path / "repository", world=None, hub="a/b", revision="0" * 40), "train")
+    assert "split 'train' of 'toy' has no rows" in line

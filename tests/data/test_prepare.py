@@ -313,7 +313,7 @@ USER, REPLY = {"role": "user", "content": "who ?"}, {"role": "assistant", "conte
 @pytest.mark.parametrize(
     ("template", "bad", "line"),
     [
-        (None, [REPLY], "chats row 0: nothing stands before the answer; a row needs a turn of the user first"),
+        (None, [REPLY], "chats row 0: begins with its only answer; a row needs a turn of the user first"),
         (
             None,
             [USER, REPLY | {"content": "a \ud800"}],
@@ -348,3 +348,61 @@ def test_a_conversation_that_cannot_be_written_is_named_or_dropped_and_counted(
     part = add_dataset(workdir, "chats", rows, kind="messages", drop_unusable=True)
     manifest = prepare(config_of(part, length=60), workdir)
     assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 1
+
+
+def turns(*texts, first="user"):
+    """A row of turns that begin with a role."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+UNUSABLE = {
+    "begins with its only answer": turns("the cat", first="assistant"),
+    "is no text": turns("who ?", "\ud800"),
+    "empty text": turns("who ?", " "),
+}
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_a_conversation_that_cannot_be_used_is_named_by_file_and_row_or_dropped_and_counted(workdir, reason):
+    good = [turns("who ?", text) for text in TEXTS[:30]]
+    files = workdir / "downloads" / "chats" / "files"
+    files.mkdir(parents=True)
+    lines = [json.dumps(row) for row in [*good, UNUSABLE[reason]]]
+    (files / "mine.jsonl").write_text("\n\n".join(lines))
+    write_record(files.parent, kind="dataset", name="chats", config_digest="", inputs={})
+    entry = DatasetEntry(files=["mine.jsonl"])
+    part = DataPart(name="chats", path="downloads/chats", entry=entry)
+    with pytest.raises(ValueError, match=f"mine.jsonl row 61: .*{reason}.*; or set drop_unusable: true") as caught:
+        prepare(config_of(part), workdir)
+    assert "\n" not in str(caught.value)
+    part = part.model_copy(update={"entry": entry.model_copy(update={"drop_unusable": True})})
+    manifest = prepare(config_of(part), workdir)
+    assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 1
+    assert manifest["unusable"]["rows"] == 1 and "mine.jsonl row 61" in manifest["unusable"]["first"]
+    assert manifest["sources"][0]["read_as"] == "rows look like conversations: column messages"
+    assert manifest["splits"]["test"]["rows"] >= 7, "8 rows are held out, of which the unusable one may be one"
+
+
+def test_a_text_that_cannot_be_used_is_dropped_and_counted(workdir):
+    rows = ["the cat"] * 30 + ["\udc00"]
+    with pytest.raises(ValueError, match="texts row 30: character 0 \\(U\\+DC00\\) is no text"):
+        prepare(config_of(texts(workdir, rows=rows), length=3), workdir)
+    manifest = prepare(config_of(texts(workdir, rows=rows, drop_unusable=True), length=3), workdir)
+    assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 1
+
+
+def test_a_conversation_that_the_checkpoints_own_template_refuses_is_an_unusable_row(workdir, monkeypatch):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not\nsupported') }}"
+        "{% endif %}{{ m['content'] }} {% endfor %}"
+    )
+    monkeypatch.setattr("dllm.models.tokenizers.chat_template", lambda name: template)
+    rows = [turns("who ?", text) for text in TEXTS[:30]]
+    rows.append({"messages": [{"role": "system", "content": "a"}, *rows[0]["messages"]]})
+    part = add_dataset(workdir, "chats", {"train": rows}, kind="messages")
+    with pytest.raises(ValueError, match="chats row 30: the model's chat template refuses .*not supported") as caught:
+        prepare(config_of(part), workdir)
+    assert "\n" not in str(caught.value)
+    part = part.model_copy(update={"entry": part.entry.model_copy(update={"drop_unusable": True})})
+    assert sum(c["dropped_rows"] for c in prepare(config_of(part), workdir)["splits"].values()) == 1

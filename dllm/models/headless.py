@@ -1,0 +1,66 @@
+"""An encoder that was saved without an LM head, such as a sentence embedder, is given one on its tied embeddings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+HAS_HEAD = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForPreTraining", "WithLMHead")
+"""Ends of the names of classes with an LM head; ELECTRA's ForPreTraining, a discriminator, is the exception."""
+
+SEED = 0
+
+
+def lacks_head(directory: Path) -> bool:
+    """Whether a checkpoint's config.json names a class of an encoder without an LM head, or none at all."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        name = (config.get("architectures") or [""])[0]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return name == "ElectraForPreTraining" or not name.endswith(HAS_HEAD)
+
+
+def give_head(directory: Path) -> str | None:
+    """Replace the weights of an encoder without an LM head by those of its masked-LM class; the line that says so.
+
+    The last layer of the head is the input embedding, and what comes before it is drawn from a seed. None if there is
+    nothing to do. Raises ValueError, one line, if the encoder itself is not whole or has no masked-LM class.
+    """
+    if not lacks_head(directory):
+        return None
+    import torch
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # whoever loads it says what is wrong
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ValueError(
+            f"{directory}: {(config.architectures or ['it'])[0]} fills in no masks, and transformers has no masked-LM "
+            f"class for model_type = {config.model_type!r}; take another encoder, or a causal model"
+        )
+    config.tie_word_embeddings = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            directory, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    lost = sorted(key for key in report["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
+    if lost:
+        raise ValueError(
+            f"{directory}: the weights lack {lost[0]} ({len(lost)} in all) that {type(model).__name__} needs; "
+            "fetch the checkpoint again"
+        )
+    if not report["missing_keys"]:
+        return None
+    before = (config.architectures or [f"this {config.model_type}"])[0]
+    for path in [*directory.glob("*.safetensors*"), *directory.glob("pytorch_model*.bin*")]:
+        path.unlink()
+    (directory / "config.json").unlink()  # it may be a second name of somebody's file, which must stay as it is
+    model.save_pretrained(directory)
+    return (
+        f"{before} was saved without an LM head: it is given one on its tied embeddings, which training has to teach "
+        "first"
+    )

@@ -1,0 +1,76 @@
+"""What is in a dataset that was downloaded: how its rows are read, how many there are and how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+
+from dllm.config import DataPart
+from dllm.data.convert import kind_of_part, place_of, split_rows
+from dllm.data.prepare import Readable
+from dllm.models.tokenizers import encode_text
+from dllm.tuning.defaults import Facts
+
+SAMPLED = 2000
+"""Rows of a dataset that are tokenized to see how long they are."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset: its entry and place, the kind of its rows, and what a user is told of them."""
+
+    part: DataPart
+    rows: object
+    kind: str
+    said: str
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is continued, not answered."""
+        return self.kind == "text"
+
+
+def open_source(part: DataPart) -> Source:
+    """A downloaded dataset. Raises ValueError, one line, for files that cannot be read and rows of unknown kinds."""
+    _, _, rows, _ = split_rows(part)
+    kind, said = kind_of_part(part, rows)
+    return Source(part, rows, kind, said or f"rows are read as {kind}")
+
+
+def facts_of(sources: Sequence[Source], tokenizer) -> Facts:
+    """What is in some datasets together. Raises ValueError if they do not go together, or if nothing is usable."""
+    if len({source.is_text for source in sources}) > 1:
+        texts = [source.part.name for source in sources if source.is_text]
+        raise ValueError(
+            f"{', '.join(texts)}: holds plain text, and the other data conversations; train on the text first, and on "
+            "the conversations from the model that comes of it"
+        )
+    lengths, answers, usable, unusable = [], [], 0.0, []
+    for source in sources:
+        numbers = numpy.linspace(0, len(source.rows) - 1, min(SAMPLED, len(source.rows))).astype(int).tolist()
+        part = source.part.model_copy(update={"entry": source.part.entry.model_copy(update={"drop_unusable": True})})
+        readable = Readable(part, source.kind, source.rows, unusable)
+        if source.is_text:
+            found = [(0, len(ids) + 1) for ids in (encode_text(tokenizer, text) for text in readable.texts(numbers))]
+        else:
+            found = [_sizes(tokenizer, *pair) for pair in readable.conversations(numbers, tokenizer)]
+        usable += len(source.rows) * len(found) / max(1, len(numbers))
+        answers += [answer for _, answer in found]
+        lengths += [prompt + answer for prompt, answer in found]
+    if not lengths or max(lengths) < 2:
+        raise ValueError(f"no row can be used: {unusable[0] if unusable else 'all are empty'}")
+    return Facts(round(usable), numpy.array(lengths), numpy.array(answers), sources[0].is_text)
+
+
+def held_out(source: Source, number: int) -> list[tuple[int, str]]:
+    """Some rows that training never sees, spread over the held-out ones: (number of the row, its place)."""
+    _, test, _, rows = split_rows(source.part)
+    chosen = numpy.linspace(0, len(test) - 1, min(number, len(test))).astype(int).tolist() if test else []
+    return [(test[i], place_of(source.part, rows, test[i])) for i in chosen]
+
+
+def _sizes(tokenizer, prompt: str, whole: str) -> tuple[int, int]:
+    """Tokens of a prompt and of its answer."""
+    return len(encode_text(tokenizer, prompt)), len(encode_text(tokenizer, whole[len(prompt) :]))

@@ -1,0 +1,108 @@
+"""MODEL and DATA as a person types them become entries: a hub id, a directory, a file, or the name of an entry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dllm.config import CONFIG_FILES, REVISION, checkpoint_directory, did_you_mean, read_yaml
+
+Entry = dict[str, Any]
+
+LOOKED_AT = ["*.json", "*.txt", "*.model", "*.jinja"]
+"""Files of a hub model that are fetched before its entry is known: config and tokenizer."""
+
+
+def find_model(name: str, config_directory: Path, known: dict[str, str]) -> tuple[str, dict[str, Entry], Path | None]:
+    """(name of the entry, entries it takes, where its config and tokenizer are) of what a user calls a model.
+
+    known: hub id -> commit, of an earlier start. The place is None for an entry that states its tokens itself. Raises
+    ValueError, one line, for what is neither a directory, nor an entry, nor on the hub.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        directory = checkpoint_directory(str(path), Path.cwd(), "MODEL")
+        return slug(_own_name(path)), {slug(_own_name(path)): {"path": str(directory.resolve())}}, directory
+    entries = _entries(config_directory, "models")
+    if name in entries:
+        taken = {name: entries[name]}
+        if (other := entries[name].get("tokenizer")) in entries:
+            taken[other] = entries[other]
+        return name, taken, None
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(
+            f"MODEL = {name!r} is neither a directory, nor a hub id such as answerdotai/ModernBERT-base, nor an entry "
+            f"of {config_directory / 'models.yaml'}. {did_you_mean(name, entries)}"
+        )
+    commit = known.get(name) or _newest(name, "model")
+    entry = {"hub": name, "revision": commit}
+    return slug(name.split("/")[1]), {slug(name.split("/")[1]): entry}, _glance(name, commit)
+
+
+def find_data(names: Sequence[str], config_directory: Path, known: dict[str, str], wished: Entry) -> dict[str, Entry]:
+    """The dataset entries of what a user calls data: files together are one, each hub dataset or entry is one.
+
+    wished: settings of the files and hub datasets. Raises ValueError, one line, as above.
+    """
+    entries, files = _entries(config_directory, "datasets"), []
+    found: dict[str, Entry] = {}
+    for name in names:
+        path = Path(name).expanduser()
+        if path.exists() or any(letter in name for letter in "*?["):
+            files.append(str(path.absolute()))
+        elif name in entries:
+            found[name] = entries[name]
+        elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
+            entry = {"hub": name, "revision": known.get(name) or _newest(name, "dataset"), "kind": "auto"}
+            found[slug(name.split("/")[1])] = entry | {"drop_unusable": True} | wished
+        else:
+            raise ValueError(
+                f"DATA = {name!r} is neither a file, nor a hub dataset such as HuggingFaceTB/smoltalk, nor an entry of "
+                f"{config_directory / 'datasets.yaml'}. {did_you_mean(name, entries)}"
+            )
+    if files:
+        stated = {key: value for key, value in wished.items() if key != "config"}
+        found[slug(Path(files[0]).name.split(".")[0])] = {"files": files, "drop_unusable": True} | stated
+    return found
+
+
+def slug(text: str) -> str:
+    """A text as the name of an entry: lower-case letters, digits, dots and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "data"
+
+
+def _own_name(path: Path) -> str:
+    """What a directory is called: of a run's `model`, the run."""
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def _entries(directory: Path, section: str) -> dict[str, Entry]:
+    """The entries of the repository's configuration; none outside of it."""
+    path = directory / f"{section}.yaml"
+    assert section in CONFIG_FILES
+    return read_yaml(path).get(section) or {} if path.is_file() else {}
+
+
+def _newest(name: str, kind: str) -> str:
+    """The commit that a repository of the hub is at. Raises ValueError, one line."""
+    from huggingface_hub import HfApi
+
+    from dllm.data.hub import one_line_errors
+
+    with one_line_errors(name, name, kind, failed="the hub gave no answer"):
+        commit = HfApi().repo_info(name, repo_type=kind).sha
+    assert REVISION.match(commit)
+    return commit
+
+
+def _glance(name: str, commit: str) -> Path:
+    """A directory with config and tokenizer of a hub model."""
+    from huggingface_hub import snapshot_download
+
+    from dllm.data.hub import one_line_errors
+
+    with one_line_errors(f"{name}@{commit[:8]}", name, "model"):
+        return Path(snapshot_download(name, revision=commit, allow_patterns=LOOKED_AT))

@@ -1,0 +1,118 @@
+"""Files as people have them: every format gives the same rows, and what is wrong with a file is one line."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from dllm.config import DATA_FILES
+from dllm.data.formats import FORMATS, read_file, read_files, read_jsonl
+
+ROWS = [{"prompt": "Hi", "response": "Hello, you!"}, {"prompt": "Ünï 😀", "response": 'say "yes"\nor no'}]
+
+
+def write(path: Path, rows=ROWS) -> Path:
+    """The rows in the format that the name of a file states."""
+    plain = path.name.removesuffix(".gz")
+    if plain.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wt", encoding="utf-8", newline="") as file:
+        if plain.endswith(".json"):
+            json.dump(rows, file)
+        elif plain.endswith((".csv", ".tsv")):
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if plain.endswith(".tsv") else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def error_of(call, *arguments) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.csv", "a.tsv", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "A.JSONL"],
+)
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    assert list(read_file(write(tmp_path / name))) == ROWS
+
+
+def test_the_configuration_knows_the_formats_that_are_read():
+    assert set(DATA_FILES) == set(FORMATS)
+
+
+@pytest.mark.parametrize("text", ["﻿{rows}", "\n\n{rows}\n \n", "{rows}\r\n"])
+def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path, text):
+    lines = "\n\n".join(json.dumps(row) for row in ROWS)
+    (tmp_path / "a.jsonl").write_text(text.replace("{rows}", lines), encoding="utf-8")
+    assert read_jsonl(tmp_path / "a.jsonl") == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_other_formats_may_begin_with_a_byte_order_mark_too(tmp_path, name):
+    path = write(tmp_path / name)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(read_file(path)) == ROWS
+
+
+def test_a_text_file_is_its_paragraphs_or_else_its_lines(tmp_path):
+    (tmp_path / "prose.txt").write_text("One\ntwo.\n\n\nThree.\n \nFour.")
+    assert [row["text"] for row in read_file(tmp_path / "prose.txt")] == ["One\ntwo.", "Three.", "Four."]
+    (tmp_path / "lines.txt").write_text("One.\nTwo.\n")
+    assert [row["text"] for row in read_file(tmp_path / "lines.txt")] == ["One.", "Two."]
+
+
+@pytest.mark.parametrize("content", [{"data": ROWS, "version": 2}, ROWS])
+def test_a_json_file_may_hold_its_rows_under_a_name(tmp_path, content):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert read_file(tmp_path / "a.json") == ROWS
+
+
+def test_a_json_file_may_be_json_lines_in_truth(tmp_path):
+    (tmp_path / "a.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert read_file(tmp_path / "a.json") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.jsonl", b"", "has no rows"),
+        ("a.jsonl", b"\n \n", "has no rows"),
+        ("a.csv", b"prompt,response\n", "has no rows"),
+        ("a.json", b"[]", "has no rows"),
+        ("a.json", b"", "not JSON"),
+        ("a.json", b"3", "holds no rows; it needs a list of objects"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "a.jsonl:3: not JSON"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: not JSON"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        ("a.csv", b"a,b\n\xff,1\n", "not UTF-8 text"),
+        ("a.csv", b"a,b\n1,2,3\n", "line 2: has more fields than the header"),
+        ("a.jsonl.gz", b"not compressed", "the compressed file is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 500)[:40], "the compressed file is damaged"),
+        ("a.parquet", b"PAR1 no PAR1", "cannot be read"),
+        ("a.docx", b"x", "a file of this kind is not read; allowed: .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, content, line):
+    (tmp_path / name).write_bytes(content)
+    message = error_of(read_file, tmp_path / name)
+    assert message.startswith(str(tmp_path / name)) and line in message
+
+
+def test_a_row_is_named_by_its_file_and_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}\n')
+    rows = read_files([tmp_path / "a.jsonl", write(tmp_path / "b.csv"), write(tmp_path / "c.parquet")])
+    assert len(rows) == 6 and rows[1] == {"a": 2} and rows[5] == ROWS[1]
+    assert [rows.where(i) for i in (0, 1, 2, 5)] == ["a.jsonl row 2", "a.jsonl row 4", "b.csv row 1", "c.parquet row 2"]

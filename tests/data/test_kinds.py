@@ -1,0 +1,103 @@
+"""Rows of every kind are recognised by their columns and become the same conversation."""
+
+import json
+
+import pytest
+
+from dllm.data.convert import messages_of, text_of
+from dllm.data.kinds import KINDS, kind_of, recognised
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+SYSTEM = {"role": "system", "content": "Be kind."}
+PARTS = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]
+SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("messages", {"messages": TURNS}),
+        ("messages", {"messages": PARTS, "id": 3}),
+        ("messages", {"conversations": TURNS}),
+        ("messages", {"messages": json.dumps(TURNS)}),
+        ("sharegpt", {"conversations": SHARED}),
+        ("sharegpt", {"conversations": SHARED, "text": None, "messages": None}),
+        ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello!"}),
+        ("alpaca", {"instruction": "Hi", "output": "Hello!"}),
+        ("pairs", {"prompt": "Hi", "response": "Hello!"}),
+        ("pairs", {"question": "Hi", "answer": "Hello!", "id": "7"}),
+        ("pairs", {"query": "Hi", "completion": "Hello!"}),
+        ("pairs", {"input": "Hi", "output": "Hello!"}),
+        ("pairs", {"instruction": "Hi", "response": "Hello!"}),
+        ("pairs", {"prompt": TURNS[:1], "completion": TURNS[1:]}),
+    ],
+)
+def test_a_row_of_every_kind_becomes_the_same_conversation(kind, row):
+    assert kind_of(row) == kind
+    assert messages_of(row, "auto", "") == messages_of(row, kind, "") == TURNS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [SYSTEM, *TURNS]},
+        {"messages": [{"role": "developer", "content": "Be kind."}, *TURNS]},
+        {"conversations": [{"from": "system", "value": "Be kind."}, *SHARED]},
+        {"conversations": SHARED, "system": "Be kind."},
+        {"question": "Hi", "response": "Hello!", "system_prompt": "Be kind."},
+    ],
+)
+def test_a_system_prompt_is_the_first_turn_wherever_it_is_written(row):
+    assert messages_of(row, "auto", "") == [SYSTEM, *TURNS]
+
+
+def test_what_rows_look_like_is_said_in_one_line():
+    assert recognised([{"conversations": SHARED}], "x")[1] == (
+        "rows look like ShareGPT conversations: column conversations"
+    )
+    kind, said = recognised([{"messages": TURNS}, {"prompt": "Hi", "response": "Hello!"}], "x")
+    assert kind == "messages" and said.endswith("messages; prompts and responses: columns prompt, response")
+    assert recognised([{"text": "a"}], "x")[0] == "text"
+    with pytest.raises(ValueError, match="x: holds both texts and conversations"):
+        recognised([{"text": "a"}, {"messages": TURNS}], "x")
+
+
+@pytest.mark.parametrize("row", [{"titel": "a", "inhalt": "b"}, {}, {"text": 3}, {"prompt": "Hi"}])
+def test_rows_that_are_not_recognised_are_one_line_with_their_columns(row):
+    with pytest.raises(ValueError) as caught:
+        recognised([row], "notes")
+    line = str(caught.value)
+    assert line.startswith(f"notes: rows with the columns {', '.join(row) or '(none)'} are of no known kind; allowed: ")
+    assert "\n" not in line and "`kind`" in line
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"messages": TURNS[1:]}, "begins with its only answer"),
+        ({"messages": [SYSTEM]}, "no turn of the assistant"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "has no text"),
+        ({"messages": [TURNS[0], {"role": "tool", "content": "3"}, TURNS[1]]}, "role = 'tool'; allowed"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "a part of type 'image_url'"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "half a character ('\\ud800'"),
+        ({"prompt": "a \udfff", "response": "b"}, "half a character"),
+        ({"prompt": 3, "response": "b"}, "column 'prompt' = 3 is not a text"),
+        ({"title": "b"}, "no conversation (columns: title)"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_one_line_with_its_place(row, line):
+    with pytest.raises(ValueError) as caught:
+        messages_of(row, "auto", "chats.jsonl row 7")
+    assert str(caught.value).startswith("chats.jsonl row 7: ") and line in str(caught.value)
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()
+
+
+def test_half_a_character_in_a_text_is_one_line():
+    with pytest.raises(ValueError, match="notes row 1: holds half a character"):
+        text_of({"text": "a\ud83d"}, "notes row 1")
+    assert text_of({"text": "a😀"}, "") == "a😀"
+
+
+def test_every_kind_but_text_has_conversations():
+    assert [name for name, kind in KINDS.items() if kind.conversation is None] == ["text"]
