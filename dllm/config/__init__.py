@@ -16,6 +16,7 @@ from dllm.config.entries import (
     EvaluationEntry,
     ModelEntry,
     Project,
+    Rehearsal,
     ReportedEntry,
     ReportEntry,
     RunEntry,
@@ -45,6 +46,7 @@ from dllm.config.jobs import (
     write_when_changed,
 )
 from dllm.config.reading import CONFIG_FILES, ConfigError, load_project, read_config, read_yaml, with_scalar
+from dllm.config.rehearsal import rehearsed
 from dllm.config.rules import launch_fault
 from dllm.config.settings import (
     DECODING_OPTIONS,
@@ -68,10 +70,10 @@ __all__ = [
     "AdapterSettings", "BenchmarkEntry", "BenchmarkSize", "CONFIG_FILES", "ConfigError", "CurveEntry",
     "DECODING_OPTIONS", "DataPart", "DatasetEntry", "DownloadConfig", "EditSampling", "EditSettings",
     "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry", "NAME",
-    "OptimizerSettings", "PrepareConfig", "Project", "REVISION", "Recipe", "ReportEntry", "ReportedEntry",
+    "OptimizerSettings", "PrepareConfig", "Project", "REVISION", "Recipe", "Rehearsal", "ReportEntry", "ReportedEntry",
     "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer", "Settings", "Shape", "SpeedConfig",
     "SpeedEntry", "checked_options", "checkpoint_path", "did_you_mean", "digest", "download_configs", "download_name",
     "evaluation_configs", "launch_fault", "load_project", "option", "overlaid", "prepare_configs", "prepared_name",
-    "read_config", "read_yaml", "run_configs", "sample_configs", "schema", "speed_configs", "with_scalar",
+    "read_config", "read_yaml", "rehearsed", "run_configs", "sample_configs", "schema", "speed_configs", "with_scalar",
     "write_when_changed",
 ]  # fmt: skip
