@@ -1,6 +1,7 @@
 # make report   the laptop report, from nothing          make test   every test
 # make lint     formatters and linters                   make chat   talk to the laptop's chat model
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
+# make smoke    any configuration cut short to minutes, with its real models and data: CONFIG=config/paper.yaml
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
 # make systems  every kind of diffusion model, at toy size   make dvc   DVC, in an environment of its own
 # make docs     the pages and an API reference as a site, in build/docs/html
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CORES ?= 2
+CONFIG ?= config/paper.yaml
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # scripts of a virtual environment hold its absolute path: in a clone that was moved it is made again
@@ -19,7 +21,7 @@ $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report showcase systems test bench lint types docs chat plan one-gpu clean install dvc unlock
+.PHONY: report showcase systems test bench lint types docs chat plan smoke one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -87,6 +89,12 @@ chat: $(INSTALLED)
 plan: $(INSTALLED)
 	@$(BIN)/dllm plan config/paper.yaml
 
+# goes on after a job that fails: the page at the end shows all that does not work, and the plan before it what is fetched
+smoke: $(INSTALLED)
+	@$(BIN)/dllm plan $(CONFIG) config/smoke.yaml
+	@$(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete --quiet host reason \
+	  --configfile $(CONFIG) config/smoke.yaml
+
 # shows the plan, asks (YES=1 answers), then runs everything: downloads and tokenizing side by side, one job on the GPU
 one-gpu: $(INSTALLED)
 	@$(BIN)/dllm plan config/one-gpu.yaml
@@ -99,7 +107,7 @@ one-gpu: $(INSTALLED)
 	@echo "The report: $(abspath results/one-gpu/report/index.html)"
 
 unlock: $(INSTALLED)
-	@for configs in laptop.yaml "laptop.yaml config/systems.yaml" one-gpu.yaml; do \
+	@for configs in laptop.yaml "laptop.yaml config/systems.yaml" one-gpu.yaml "paper.yaml config/smoke.yaml"; do \
 	  $(BIN)/snakemake --unlock --quiet all --configfile config/$$configs; done
 
 clean:

@@ -43,6 +43,14 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/track.smk"
 
 
+onsuccess:
+    PLAN.close_rehearsal()
+
+
+onerror:
+    PLAN.close_rehearsal()
+
+
 rule all:
     """Everything the report shows, and the report."""
     default_target: True

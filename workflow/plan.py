@@ -7,6 +7,7 @@ setting reruns exactly what depends on it.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,13 +25,17 @@ from dllm.config import (
     download_name,
     evaluation_configs,
     prepare_configs,
+    rehearsed,
     run_configs,
     sample_configs,
     speed_configs,
     write_when_changed,
 )
 from dllm.planning.project import ProjectPlan, plan_project
+from dllm.planning.rehearsal import outcome
+from dllm.provenance import write_atomically
 from dllm.report.plan import ReportPlan
+from dllm.report.rehearsal import rehearsal_page
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository, below which every work directory is named."""
@@ -42,9 +47,10 @@ PLACES = ("gpu", "nodes", "cpus_per_task", "tasks", "mpi", "gres", "tasks_per_gp
 
 @dataclass(frozen=True)
 class Plan:
-    """Every job's config, by kind and name."""
+    """Every job's config, by kind and name. `full`: what is rehearsed, if this is a rehearsal; else the project."""
 
     project: Project
+    full: Project
     downloads: dict[str, DownloadConfig]
     data: dict[str, PrepareConfig]
     runs: dict[str, RunConfig]
@@ -171,11 +177,23 @@ class Plan:
         samples = [f"samples/{name}.json" for name in self.samples]
         return [*runs, *evaluations, *samples, *(f"speed/{name}.json" for name in self.speed)]
 
+    def close_rehearsal(self) -> None:
+        """Write and say what a rehearsal has shown, whole or broken off; nothing where this is none."""
+        if self.project.rehearsal is None:
+            return
+        workdir = ROOT / self.project.workdir
+        found = outcome(self.costs, plan_project(self.full, ROOT / self.full.workdir), workdir)
+        write_atomically(workdir / "report" / "rehearsal.json", found.as_json())
+        write_atomically(workdir / "report" / "rehearsal.html", rehearsal_page(found))
+        print(f"{found.line()}\n{workdir / 'report' / 'rehearsal.html'}", file=sys.stderr)
 
-def make_plan(project: Project) -> Plan:
+
+def make_plan(full: Project) -> Plan:
     """All jobs of a project. Raises ConfigError or ValueError, one line, for what does not fit together."""
+    project = rehearsed(full)
     return Plan(
         project=project,
+        full=full,
         downloads=download_configs(project),
         data=prepare_configs(project),
         runs=run_configs(project),

@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   dllm plan config/paper.yaml                        the full reproduction, rule by rule
   dllm plan config/paper.yaml --hardware h100 -v     on other machines, job by job
   dllm plan config/laptop.yaml my-overlay.yaml       with an overlay on top
+  dllm plan config/paper.yaml config/smoke.yaml      its rehearsal, and how much that downloads
   dllm plan config/laptop.yaml --json                for programs
 
 If a job has already run (below the configuration's workdir), its measured time, memory and passes are shown next to
@@ -38,13 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
-    from dllm.config import load_project
+    from dllm.config import load_project, rehearsed
     from dllm.planning import show
     from dllm.planning.measured import measure
     from dllm.planning.project import plan_project
+    from dllm.planning.rehearsal import forecast
 
     directory = config_directory(args.config_directory, args.configs[0])
-    project = load_project(directory, *args.configs)
+    whole = load_project(directory, *args.configs)
+    project = rehearsed(whole)
     workdir = Path(args.workdir) if args.workdir else directory.parent / project.workdir
     plan = plan_project(project, workdir, on=args.hardware, utilisation=args.utilisation)
     measured = measure(plan, workdir)
@@ -52,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(show.as_json(plan, measured), indent=1))
     else:
         print(show.text(plan, measured, verbose=args.verbose, title=" + ".join(map(str, args.configs))))
+        if project.rehearsal:
+            full = plan_project(whole, workdir, on=args.hardware, utilisation=args.utilisation)
+            print(f"\n{forecast(plan, full)}")
     return 0
 
 

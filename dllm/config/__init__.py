@@ -16,6 +16,7 @@ from dllm.config.entries import (
     EvaluationEntry,
     ModelEntry,
     Project,
+    Rehearsal,
     ReportedEntry,
     ReportEntry,
     RunEntry,
@@ -47,6 +48,7 @@ from dllm.config.jobs import (
     yaml_text,
 )
 from dllm.config.reading import CONFIG_FILES, ConfigError, load_project, read_config, read_yaml, with_scalar
+from dllm.config.rehearsal import rehearsed
 from dllm.config.rules import launch_fault
 from dllm.config.settings import (
     DECODING_OPTIONS,
@@ -70,13 +72,12 @@ from dllm.config.sources import DATA_FILES, checkpoint_directory, checkpoint_fil
 __all__ = [
     "AdapterSettings", "BenchmarkEntry", "BenchmarkSize", "CONFIG_FILES", "ConfigError", "CurveEntry", "DATA_FILES",
     "DECODING_OPTIONS", "DataPart", "DatasetEntry", "DownloadConfig", "EditSampling", "EditSettings",
-    "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry", "NAME",
-    "OptimizerSettings", "PrepareConfig", "Project", "REVISION", "Recipe", "ReportEntry", "ReportedEntry", "Resources",
-    "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer", "Settings", "Shape", "SpeedConfig", "SpeedEntry",
-    "checked_options", "checkpoint_directory", "checkpoint_files", "checkpoint_path", "content_digest",
-    "dataset_files",
-    "did_you_mean", "digest", "download_configs", "download_name", "download_path", "evaluation_configs",
-    "launch_fault", "load_project", "option", "overlaid", "prepare_configs", "prepared_name", "read_config",
-    "read_yaml", "run_configs", "sample_configs", "schema", "speed_configs", "with_scalar", "write_when_changed",
-    "yaml_text",
+    "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry",
+    "NAME", "OptimizerSettings", "PrepareConfig", "Project", "REVISION", "Recipe", "Rehearsal", "ReportEntry",
+    "ReportedEntry", "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer", "Settings",
+    "Shape", "SpeedConfig", "SpeedEntry", "checked_options", "checkpoint_directory", "checkpoint_files",
+    "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest", "download_configs",
+    "download_name", "download_path", "evaluation_configs", "launch_fault", "load_project", "option", "overlaid",
+    "prepare_configs", "prepared_name", "read_config", "read_yaml", "rehearsed", "run_configs", "sample_configs",
+    "schema", "speed_configs", "with_scalar", "write_when_changed", "yaml_text",
 ]  # fmt: skip

@@ -362,6 +362,23 @@ class ReportedEntry(Settings):
     scores: dict[str, float | int] = option(..., "benchmark name to percent")
 
 
+class Rehearsal(Settings):
+    """The most that a rehearsal keeps of everything: the whole graph, cut short (`dllm.config.rehearsal`)."""
+
+    rows: int = option(256, "train rows of a dataset", gt=0)
+    test_rows: int = option(64, "test rows of a dataset", gt=0)
+    length: int = option(128, "tokens of a row", gt=0)
+    steps: int = option(2, "optimiser steps of a run", gt=0)
+    batch: int = option(4, "rows of an optimiser step, made of two micro-batches", ge=2, multiple_of=2)
+    documents: int = option(1, "documents of each task of a benchmark, and questions of a measurement of speed", gt=0)
+    shots: int = option(1, "examples in a prompt", ge=0)
+    passes: int = option(5, "forward passes for an answer, scored or generated", ge=5)
+    draws: int = option(2, "draws of the estimator `mc`", gt=0)
+    new_tokens: int = option(16, "tokens of an answer", ge=2)
+    batch_tokens: int = option(4096, "tokens of a forward batch", gt=0)
+    conversations: int = option(1, "sample conversations", gt=0)
+
+
 class Project(Settings):
     """Everything one work directory holds: entries by name."""
 
@@ -381,6 +398,7 @@ class Project(Settings):
     samples: dict[str, SampleEntry] = option({}, "conversations shown in the report")
     speed: dict[str, SpeedEntry] = option({}, "steps against time and quality")
     report: ReportEntry = option(ReportEntry(), "the report")
+    rehearsal: Rehearsal | None = option(None, "run all of it cut short, in a work directory of its own")
     _root: Path = PrivateAttr(Path("."))
 
     @property

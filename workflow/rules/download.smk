@@ -23,6 +23,8 @@ rule download:
         "downloads/{name}.json",
     log:
         "logs/download/{name}.log",
+    benchmark:
+        "benchmarks/download/{name}.tsv"
     resources:
         **PLAN.requests("download"),
     params:

@@ -40,6 +40,8 @@ rule sample:
         "samples/{name}.json",
     log:
         "logs/sample/{name}.log",
+    benchmark:
+        "benchmarks/sample/{name}.tsv"
     threads: 1
     resources:
         **PLAN.requests("sample", "gpu"),
@@ -59,6 +61,8 @@ rule speed:
         "speed/{name}.json",
     log:
         "logs/speed/{name}.log",
+    benchmark:
+        "benchmarks/speed/{name}.tsv"
     threads: 1
     resources:
         **PLAN.requests("speed", "gpu"),
