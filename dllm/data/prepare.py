@@ -15,7 +15,7 @@ from dllm.config import PrepareConfig, digest
 from dllm.data.convert import batched, messages_of, pack_texts, split_rows, stream_facts, text_of
 from dllm.data.tokens import TokenWriter
 from dllm.models.tokenizers import chat_text, load_tokenizer
-from dllm.provenance import read_record, replace_directory, write_record
+from dllm.provenance import input_digest, replace_directory, write_record
 
 
 def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda rows, text: rows) -> dict:
@@ -25,6 +25,7 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
     Raises ValueError, one line, for rows that cannot be used and for a split that ends up empty.
     """
     workdir = Path(workdir)
+    sources = {path: input_digest(workdir / path) for path in sorted({p.path for p in config.parts})}
     tokenizer = load_tokenizer(workdir / config.model_path, config.model)
     target = workdir / "data" / config.name
     scratch = target.with_name(f".{config.name}.partial")
@@ -60,7 +61,6 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
         _describe_stream(config, workdir / config.parts[0].path, scratch, manifest)
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     replace_directory(scratch, target)
-    sources = {path: read_record(workdir / f"{path}.json")["digest"] for path in sorted({p.path for p in config.parts})}
     write_record(target, kind="data", name=config.name, config_digest=digest(config), inputs=sources)
     return manifest
 
