@@ -163,6 +163,19 @@ def read_record(path: str | Path) -> dict:
         raise ValueError(f"{path}: damaged; delete it and run the workflow again") from None
 
 
+def input_digest(directory: str | Path) -> str:
+    """The digest of an artifact that a job reads. Raises ValueError, one line, if the artifact or its record is gone.
+
+    Such a job cannot be helped by the workflow: where the record is, it takes the artifact for made.
+    """
+    found = read_record(f"{directory}.json")["digest"]
+    if not Path(directory).is_dir():
+        raise ValueError(
+            f"{directory}: missing, although its record is there; delete {directory}.json and run the workflow again"
+        )
+    return found
+
+
 @cache
 def commit() -> dict[str, Any]:
     """commit of the source tree and whether it has changes besides results.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import time
@@ -14,6 +15,7 @@ from dllm.provenance import (
     collect,
     directory_digest,
     file_digest,
+    input_digest,
     read_record,
     replace_directory,
     write_atomically,
@@ -125,6 +127,16 @@ def test_a_missing_or_damaged_record_is_one_line(tmp_path):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(ValueError, match="x.json: damaged; delete it and run the workflow again"):
             read_record(tmp_path / "x.json")
+
+
+def test_an_artifact_that_is_gone_while_its_record_is_there_names_the_record_to_delete(tmp_path):
+    target = fill(tmp_path / "x", FILES)
+    record = write_record(target, kind="data", name="x", config_digest="c", inputs={})
+    assert input_digest(target) == record["digest"]
+    shutil.rmtree(target)
+    with pytest.raises(ValueError, match="x: missing, although its record is there; delete .*x.json and run") as caught:
+        input_digest(target)
+    assert "\n" not in str(caught.value)
 
 
 def test_provenance_names_commit_versions_hardware_and_time():

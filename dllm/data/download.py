@@ -17,7 +17,7 @@ from typing import Any
 from dllm.config import DownloadConfig, digest
 from dllm.data.convert import FILES
 from dllm.data.hub import one_line_errors
-from dllm.provenance import file_digest, read_record, replace_directory, write_record
+from dllm.provenance import file_digest, input_digest, replace_directory, write_record
 
 CARDS = ["README.md", "LICENSE*"]
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *CARDS]
@@ -49,7 +49,7 @@ def download(config: DownloadConfig, workdir: str | Path = ".") -> Path:
     elif config.what == "model" and config.model.new is not None:
         shutil.rmtree(scratch, ignore_errors=True)
         _make_model(config, workdir, scratch)
-        inputs[config.tokenizer_path] = read_record(workdir / f"{config.tokenizer_path}.json")["digest"]
+        inputs[config.tokenizer_path] = input_digest(workdir / config.tokenizer_path)
     else:
         _fetch(config, scratch)
     if config.what == "model" and config.model.new is None and config.model.family == "encoder":

@@ -30,7 +30,7 @@ from dllm.data.convert import (
 from dllm.data.tokens import TokenWriter
 from dllm.models.literal_text import count_spelling_control, encode_marked, literal_messages
 from dllm.models.tokenizers import load_tokenizer, rendered
-from dllm.provenance import read_record, replace_directory, write_record
+from dllm.provenance import input_digest, replace_directory, write_record
 
 
 def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda rows, text: rows) -> dict:
@@ -40,10 +40,11 @@ def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda ro
     Raises ValueError, one line, for rows that cannot be used and for a split that ends up empty.
     """
     workdir = Path(workdir)
+    sources = {path: input_digest(workdir / path) for path in sorted({p.path for p in config.parts})}
     target = workdir / "data" / config.name
     unpacked = target.with_name(f".{config.name}.rows")
     with nullcontext() if all(part.entry.world for part in config.parts) else _rows_cached_below(unpacked):
-        return _prepare(config, workdir, target, progress)
+        return _prepare(config, workdir, target, sources, progress)
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def _rows_cached_below(directory: Path) -> Iterator[None]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _prepare(config: PrepareConfig, workdir: Path, target: Path, progress) -> dict:
+def _prepare(config: PrepareConfig, workdir: Path, target: Path, sources: dict[str, str], progress) -> dict:
     tokenizer = load_tokenizer(workdir / config.model_path, config.model)
     scratch = target.with_name(f".{config.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -108,7 +109,6 @@ def _prepare(config: PrepareConfig, workdir: Path, target: Path, progress) -> di
         _describe_stream(config, workdir / config.parts[0].path, scratch, manifest)
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     replace_directory(scratch, target)
-    sources = {path: read_record(workdir / f"{path}.json")["digest"] for path in sorted({p.path for p in config.parts})}
     write_record(target, kind="data", name=config.name, config_digest=digest(config), inputs=sources)
     return manifest
 

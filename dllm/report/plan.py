@@ -31,7 +31,7 @@ class PlannedRun(_Entry):
     recipe: Recipe = "corrected"
     """`published` repeats the faults of the published pipeline, `corrected` mends them."""
     truncated: bool = False
-    """Whether it was stopped before the end of its schedule, or had next to none: no claim is judged by it."""
+    """Whether it, or a run that it starts from, has too few steps to show anything: no claim is judged by it."""
     family: str = ""
     """Encoder family, for the first claim; by default the label up to its first hyphen or space."""
 
@@ -338,10 +338,10 @@ def _check_unique(where: str, keys: list[tuple]) -> None:
 
 
 def _is_truncated(project: Project, name: str) -> bool:
-    """Whether a run, or one that it starts from, is stopped early or has too few steps to show anything."""
+    """Whether a run, or one that it starts from, has too few steps to show anything."""
     while name in project.runs:
         run = project.runs[name]
-        if run.stop_after is not None or (run.steps is not None and run.steps < FEW_STEPS):
+        if min(run.steps or FEW_STEPS, run.stop_after or FEW_STEPS) < FEW_STEPS:
             return True
         name = run.init
     return False

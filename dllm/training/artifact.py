@@ -39,7 +39,7 @@ def input_paths(config: RunConfig) -> list[str]:
 
 def input_digests(config: RunConfig, workdir: Path) -> dict[str, str]:
     """The digest of each artifact that a run reads, by its path."""
-    return {path: provenance.read_record(workdir / f"{path}.json")["digest"] for path in input_paths(config)}
+    return {path: provenance.input_digest(workdir / path) for path in input_paths(config)}
 
 
 def state_key(config: RunConfig, workdir: Path, device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,6 +277,15 @@ def test_unusable_inputs_get_one_line_before_any_work(workdir, changes, line):
         train(run_config(**changes), workdir, quiet=True)
     assert "\n" not in str(caught.value)
     assert not (workdir / "runs").exists()
+
+
+@pytest.mark.parametrize("gone", ["data/alpaca", "downloads/toy-model"])
+def test_an_input_that_was_deleted_without_its_record_is_named_with_what_to_delete(workdir, gone):
+    shutil.rmtree(workdir / gone)
+    with pytest.raises(
+        ValueError, match=f"{gone}: missing, although.*; delete .*{gone}.json and run the workflow again"
+    ):
+        train(run_config(), workdir, quiet=True)
 
 
 def test_a_failed_second_run_leaves_the_first_artifact_alone(workdir, monkeypatch):
