@@ -45,6 +45,10 @@ HARDWARE: tuple[HardwareName, ...] = get_args(HardwareName)
 """Names of what `dllm plan` can plan for; the figures are in `dllm.planning.hardware`."""
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class Shape(Settings):
     """Sizes of a published architecture, as its config.json states them: known before the weights are fetched."""
 
@@ -148,6 +152,9 @@ class DatasetEntry(Pinned):
     stream: bool = option(False, "read its shards over the network while training, and store only one: the test rows")
     shuffle_rows: int = option(16_384, "rows of text shuffled together while a set is streamed", gt=0)
     licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
+    counts: dict[str, int] | None = option(
+        None, "rows of its splits, exactly; another number is an error", exclude_if=_is_none
+    )
     # for planning only, until the set is prepared and counted
     documents: int | None = option(None, "rows of the train split, about, for planning", gt=0, exclude=True)
     tokens: int | None = option(None, "tokens of the train split, about, for planning", gt=0, exclude=True)
@@ -236,6 +243,7 @@ class BenchmarkSize(Settings):
     """What a benchmark asks, about, for planning."""
 
     documents: int = option(..., "questions", gt=0)
+    exact: bool = option(False, "`documents` is exact: of a stock task, another number is an error")
     tasks: int = option(1, "tasks of the group that it is; `documents` of a benchmark counts for each of them", gt=0)
     choices: int = option(0, "answers scored per question; 0 means a free answer is generated", ge=0)
     prompt_tokens: int = option(..., "mean prompt, examples included", gt=0)

@@ -126,6 +126,9 @@ class EvaluationConfig(Job, TaskSettings):
     chance: float | None = option(None, "score of guessing, as a share", ge=0, le=1)
     limit: int | None = option(None, "score only the first documents of each task", gt=0)
     scorer: Scorer = option(Scorer(), "rules of the likelihood")
+    expected_documents: int | None = option(
+        None, "documents of all its tasks; another number is an error", gt=0, exclude_if=lambda value: value is None
+    )
 
 
 class SampleConfig(Job, SampleSettings):
@@ -209,6 +212,7 @@ def download_configs(project: Project) -> dict[str, DownloadConfig]:
         if entry.mix is None:
             download = download_name(project, name)
             whole = DatasetEntry(world="all", seed=project.world_seed, kind="world") if entry.world else entry
+            whole = whole.model_copy(update={"counts": None})  # checked where rows are read: nothing is fetched again
             configs[download] = DownloadConfig(
                 name=download, what="dataset", dataset=whole, **_own_files(project, name, entry)
             )
@@ -312,6 +316,7 @@ def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConf
 def _evaluation(
     project: Project, row: str, entry: EvaluationEntry, name: str, benchmark: BenchmarkEntry
 ) -> EvaluationConfig:
+    size = benchmark.size
     miniature, scorer = benchmark.tasks_from == "miniature", project.scorer_of(entry)
     data = None
     if benchmark.dataset:
@@ -332,6 +337,7 @@ def _evaluation(
         limit=benchmark.documents,
         generation=overlaid(benchmark.generation, entry.generation),
         scorer=scorer,
+        expected_documents=size.documents if size and size.exact and not miniature else None,
     )
 
 

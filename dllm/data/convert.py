@@ -37,12 +37,19 @@ def read_rows(part: DataPart, split: str) -> Any:
         if entry.stream:  # one shard of the set: the card's counts are those of all
             shards = [str(path) for path in sorted(Path(part.path).rglob("*.parquet"))]
             return load_dataset("parquet", data_files={split: shards}, split=split)
-        return load_dataset(part.path, entry.config, split=split)
+        rows = load_dataset(part.path, entry.config, split=split)
     except (
         Exception
     ) as error:  # what is wrong with a file comes as an error of whoever reads it, StopIteration included
         first = (str(error).strip() or f"{type(error).__name__}; a file may be empty").splitlines()[0]
         raise ValueError(f"{part.path}: split {split!r} of {part.name!r} cannot be read ({first})") from None
+    expected = (entry.counts or {}).get(split)
+    if expected is not None and len(rows) != expected:
+        raise ValueError(
+            f"{part.path}: split {split!r} of {part.name!r} has {len(rows)} rows, and its entry says {expected}; are "
+            "other files of the repository among them, or is it another revision? Correct `config` or `counts`"
+        )
+    return rows
 
 
 def place_of(part: DataPart, rows, number: int) -> str:

@@ -171,11 +171,14 @@ def _result(
 
 def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: str) -> Answerer:
     """The checkpoint as lm-eval's model; its weights are loaded at the first answer that is not stored."""
-    from dllm.models.tokenizers import load_tokenizer
+    from dllm.models.published import is_encoder
+    from dllm.models.tokenizers import chat_template, load_tokenizer
 
     checkpoint = workdir / config.checkpoint
     check_kind(config, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
+    if config.chat_template and not tokenizer.chat_template and is_encoder(checkpoint):
+        tokenizer.chat_template = chat_template("bert")  # as its first chat training would give it
     if config.chat_template and not tokenizer.chat_template:
         raise ValueError(
             f"{config.run}: the tokenizer in {checkpoint} has no chat template; set chat_template: false, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -52,6 +53,8 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
     if data is not None and not data.is_dir():
         raise ValueError(f"{config.benchmark}: data = {config.data!r} is not a directory in {workdir}; fetch it first")
     datasets.disable_progress_bars()
+    # our files override lm-eval's on purpose: 70 lines of a log that say nothing
+    logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)
     if data is not None:
         # the cache of `datasets` knows a file by path and time only and would return old rows after a change
         content = content_digest(data)
@@ -72,10 +75,22 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
         directories = [*directories, write_files(pins, rendered_root)]
         manager = TaskManager(include_path=directories, include_defaults=len(directories) == 1)
     loaded = _load(manager, config)
+    check_documents(loaded, config)
     for task in loaded["tasks"].values():
         if config.shots is not None:
             task.set_config("num_fewshot", config.shots)
     return loaded
+
+
+def check_documents(tasks: dict, config: EvaluationConfig) -> None:
+    """Raise ValueError, one line, if the tasks have another number of documents than the benchmark's entry says."""
+    found = sum(len(task.eval_docs) for task in tasks["tasks"].values()) if config.expected_documents else None
+    if found != config.expected_documents:
+        raise ValueError(
+            f"{config.benchmark}: task {config.task!r} has {found} documents, and the benchmark's size says "
+            f"{config.expected_documents}; are other files of the repository among them, or is it another revision? "
+            "Correct the dataset, or `size`"
+        )
 
 
 def content_digest(directory: Path) -> str:
@@ -253,8 +268,8 @@ def _load(manager, config: EvaluationConfig) -> dict:
     try:
         with sandboxed_scoring():
             return manager.load([config.task])
-    except (OSError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # what is wrong with a file comes as an error of whoever reads it
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = "a package is missing" if isinstance(error, ImportError) else "its data cannot be read"
         raise ValueError(
             f"{config.benchmark}: task {config.task!r}: {kind} ({first}); "

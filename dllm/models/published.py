@@ -282,6 +282,12 @@ def family_of(directory: str | Path) -> Family | None:
     return next((family for family in PUBLISHED if first in family.architectures), None)
 
 
+def is_encoder(directory: str | Path) -> bool:
+    """Whether a checkpoint's config.json names a masked-LM class."""
+    stated = published_config(directory).get("architectures")
+    return isinstance(stated, list) and any("MaskedLM" in str(name) for name in stated)
+
+
 def refuse_edited(family: Family, place: str | Path) -> None:
     """Raise ValueError, one line, for a checkpoint of LLaDA2.1 or 2.2, which have the classes of LLaDA2.0.
 

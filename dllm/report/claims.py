@@ -256,7 +256,7 @@ def _unless_truncated(finding: Finding, runs: pd.DataFrame) -> Finding:
 
 
 def _without_verdict(finding: Finding, labels: list[str]) -> Finding:
-    cut = f"{joined(labels)} had fewer than {FEW_STEPS} steps, which decides nothing."
+    cut = f"{joined(labels)} stopped early or after fewer than {FEW_STEPS} steps, which decides nothing."
     return replace(finding, verdict="undecided", because=f"{finding.because} {cut}")
 
 

@@ -231,6 +231,7 @@ def score(workdir: Path, run: str, benchmark) -> dict:
         "metric": name,
         "shots": evaluation.get("shots"),
         "n": n,
+        "truncated": int(evaluation.get("truncated") or 0),
         "value": 100 * metric["value"],
         "low": 100 * low,
         "high": 100 * high,

@@ -17,6 +17,10 @@ FEW_STEPS = 20
 """A run of fewer steps shows that the pipeline works, and nothing else: no claim is judged by it."""
 
 
+SMALL_SHARE = 0.02
+"""A run that stops within this share of its schedule counts as one of few steps."""
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
@@ -31,7 +35,7 @@ class PlannedRun(_Entry):
     recipe: Recipe = "corrected"
     """`published` repeats the faults of the published pipeline, `corrected` mends them."""
     truncated: bool = False
-    """Whether it, or a run that it starts from, has too few steps to show anything: no claim is judged by it."""
+    """Whether it has next to no steps, at all or of its schedule: no claim is judged by it."""
     family: str = ""
     """Encoder family, for the first claim; by default the label up to its first hyphen or space."""
 
@@ -338,10 +342,14 @@ def _check_unique(where: str, keys: list[tuple]) -> None:
 
 
 def _is_truncated(project: Project, name: str) -> bool:
-    """Whether a run, or one that it starts from, has too few steps to show anything."""
+    """Whether a run, or one that it starts from, has too few steps to show anything, by number or by its schedule.
+
+    A run that stops after a good part of its schedule, as the published one on OpenWebText does, is none of these.
+    """
     while name in project.runs:
         run = project.runs[name]
-        if min(run.steps or FEW_STEPS, run.stop_after or FEW_STEPS) < FEW_STEPS:
+        planned = [steps for steps in (run.stop_after, run.steps) if steps is not None]
+        if planned and min(planned) < max(FEW_STEPS, SMALL_SHARE * max(planned)):
             return True
         name = run.init
     return False

@@ -117,8 +117,19 @@ def overview_table(workdir: Path, plan: ReportPlan) -> Table:
         shown = [_score_cell(cell) if cell is not None else Cell(ABSENT) for cell in cells]
         rows.append((Cell(benchmark.label), Cell(fixed(chance)), *shown))
     columns = ("Benchmark", "Chance", *(row.name for row in plan.results))
-    keep = "benchmark run label recipe metric shots n value low high chance against_chance".split()
-    return _table("overview", "Scores in per cent with 95 % intervals.", columns, rows, frame[keep], MARKS_NOTE)
+    keep = "benchmark run label recipe metric shots n truncated value low high chance against_chance".split()
+    note = MARKS_NOTE + _truncated_note(frame)
+    return _table("overview", "Scores in per cent with 95 % intervals.", columns, rows, frame[keep], note)
+
+
+def _truncated_note(frame: pd.DataFrame) -> str:
+    """A sentence on prompts that were longer than a model's context; empty if there were none."""
+    cut = [
+        f"{row.label} on {row.benchmark_label}, {row.truncated} of {row.n}"
+        for row in frame.itertuples()
+        if row.truncated
+    ]
+    return f" Documents whose prompt did not fit and was cut from the left: {'; '.join(cut)}." if cut else ""
 
 
 def results_table(workdir: Path, plan: ReportPlan) -> Table:

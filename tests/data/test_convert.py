@@ -131,6 +131,18 @@ def test_the_files_of_a_hub_repository_are_read_by_split(tmp_path, monkeypatch):
     assert "split 'validation' of 'toy' cannot be read" in line
 
 
+def test_another_number_of_rows_than_the_entry_says_is_one_line(tmp_path, monkeypatch):
+    """A card without configurations: the files of several languages would be joined without a word."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("data/words_test.jsonl", "data/words_test_de.jsonl"):
+        write_rows(tmp_path / "snapshot" / name, [{"text": name}] * 3)
+    pin = {"world": None, "hub": "a/b", "revision": "0" * 40}
+    assert len(read_rows(part_of(tmp_path / "snapshot", **pin), "test")) == 6
+    with pytest.raises(ValueError, match="has 6 rows, and its entry says 3; are other files") as error:
+        read_rows(part_of(tmp_path / "snapshot", **pin, counts={"test": 3}), "test")
+    assert "\n" not in str(error.value)
+
+
 def test_batches_of_row_numbers_are_consecutive_and_complete():
     assert list(batched(list(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]] and list(batched([], 3)) == []
 

@@ -225,3 +225,21 @@ def test_a_document_that_cannot_be_answered_is_named(tmp_path):
     lm = StoredLM(adapter(Picky(TOKENIZER)), AnswerStore(tmp_path), model_key="m")
     with pytest.raises(ValueError, match="^t, document 2: request 2: something about it$"):
         lm.loglikelihood(requests(("w1", "w2"), ("w3", "w2"), ("w7", "w2"), ("w9", "w2")))
+
+
+def test_what_an_autoregressive_model_cuts_off_is_counted():
+    from types import SimpleNamespace
+
+    from dllm.evaluation.causal import CausalAnswerer
+
+    model = SimpleNamespace(
+        max_length=6,
+        tok_encode=str.split,
+        loglikelihood=lambda requests, disable_tqdm: [(-1.0, False)] * len(requests),
+        generate_until=lambda requests, disable_tqdm: ["w1"] * len(requests),
+    )
+    answerer = CausalAnswerer(TOKENIZER, lambda: model, generation=GenerateSettings(max_new_tokens=2))
+    scored = answerer.answers("loglikelihood", requests(("a b c d e", "f g"), ("a b c d e", "f g h i")))
+    assert [answer.get("truncated") for answer in scored] == [None, 2]
+    pairs = requests(("a b c d", {"until": []}), ("a b c d e", {"until": []}), kind="generate_until")
+    assert [answer.get("truncated") for answer in answerer.answers("generate_until", pairs)] == [None, 1]

@@ -199,6 +199,7 @@ def test_progress_ends_with_all_requests(workdir, echo):
         ({"filter": "strict"}, "metric 'acc,strict' "),
         ({"task_directory": "none"}, "task_directory = 'none' holds no task files"),
         ({"data": "none"}, "data = 'none' is not a directory"),
+        ({"expected_documents": 21}, r"task 'choices' has 20 documents, and the benchmark's size says 21"),
         ({"data": None}, r"reads \{DATA\}, but the evaluation has no `data`"),
         ({"data": "tasks"}, "its data cannot be read"),
     ],
@@ -213,6 +214,14 @@ def test_a_tokenizer_without_a_chat_template_cannot_chat(workdir, monkeypatch):
     (workdir / "runs/echo/model/chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template; set chat_template: false"):
         evaluate_benchmark(evaluation("choices", chat_template=True), workdir)
+
+
+def test_an_encoder_that_was_never_tuned_gets_the_template_that_tuning_would_give_it(workdir, echo):
+    (workdir / "runs/echo/model/chat_template.jinja").unlink()
+    (workdir / "runs/echo/model/config.json").write_text('{"architectures": ["ModernBertForMaskedLM"]}')
+    evaluate_benchmark(evaluation("choices", chat_template=True), workdir)
+    row = json.loads((workdir / "evals/echo/choices.samples.jsonl").read_text().splitlines()[0])
+    assert row["prompt"].startswith("[Question]\nwhat is") and row["prompt"].endswith("[Answer]\n")
 
 
 def test_a_wrong_metric_is_found_before_the_model_is_asked(workdir, echo):

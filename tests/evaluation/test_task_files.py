@@ -144,3 +144,10 @@ def test_every_miniature_includes_a_stock_task():
             continue
         include = text.split("include: {LM_EVAL_TASKS}/", 1)[1].splitlines()[0]
         assert (stock_root() / include).is_file(), path.name
+
+
+def test_what_overrides_lm_evals_files_on_purpose_is_not_told(workdir, caplog):
+    pinned_task = evaluation("gsm8k", task="gsm8k", task_directory=None, data="data")
+    with pytest.raises(ValueError):
+        load_tasks(pinned_task, workdir)  # there is no gsm8k below data/; only what the index says is of interest
+    assert "overrides existing task" not in caplog.text

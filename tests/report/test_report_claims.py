@@ -201,7 +201,7 @@ def test_a_run_that_was_stopped_or_had_hardly_any_steps_decides_nothing():
 
 @pytest.mark.parametrize(
     ("change", "truncated"),
-    [({}, False), ({"steps": 2, "epochs": None}, True), ({"stop_after": 4}, True), ({"stop_after": 400}, False)],
+    [({}, False), ({"steps": 2, "epochs": None}, True), ({"stop_after": 2}, True), ({"stop_after": 400}, False)],
 )
 def test_the_plan_knows_which_runs_are_truncated(change, truncated):
     from pathlib import Path
