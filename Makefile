@@ -1,5 +1,5 @@
 # make report   the laptop report, from nothing          make test   every test
-# make lint     formatters and linters                   make chat   talk to the laptop's chat model
+# make lint     formatters, linters and types            make chat   talk to the laptop's chat model
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
 # make smoke    any configuration cut short to minutes, with its real models and data: CONFIG=config/paper.yaml
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
@@ -21,7 +21,7 @@ $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report showcase systems test bench lint types docs chat plan smoke one-gpu clean install dvc unlock
+.PHONY: report showcase systems test bench lint docs chat plan smoke one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -73,12 +73,10 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/codespell dllm workflow slurm config docs README.md CONTRIBUTING.md CHANGELOG.md Makefile Snakefile
-
-types: $(INSTALLED)
-	$(BIN)/mypy
 
 docs: $(INSTALLED)
 	@$(BIN)/python docs/site/build.py

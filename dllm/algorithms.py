@@ -51,7 +51,7 @@ class Algorithm:
     predicted: float | str = 0.5
     """Share of the targets that a training step predicts, for planning; or the run's setting that says it."""
 
-    recipe_allows: Mapping[str, tuple] = field(default_factory=dict)
+    recipe_allows: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Switches of a recipe -> the values that it may have."""
 
     def part(self, name: str) -> Any:

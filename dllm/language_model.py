@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -177,8 +178,8 @@ class DiffusionLM:
         given = [] if prompt is None else self.encode_prompt(prompt)
         if prompt is not None and not isinstance(prompt, str) and isinstance(prompt[0], dict):
             # as training renders an answer: what the template writes behind the prompt, and one EOS
-            turns = [*prompt, {"role": "assistant", "content": draft}]
-            before = chat_text(self.backbone.tokenizer, list(prompt), add_generation_prompt=True)
+            turns: list[Any] = [*prompt, {"role": "assistant", "content": draft}]
+            before = chat_text(self.backbone.tokenizer, turns[:-1], add_generation_prompt=True)
             whole = chat_text(self.backbone.tokenizer, turns, add_generation_prompt=False)
             tokens = [*encode_marked(self.backbone.tokenizer, [whole[len(before) :]])[0], self.backbone.eos_id]
         else:
@@ -294,7 +295,7 @@ class DiffusionLM:
         """
         if isinstance(prompt, str):
             return self._encode_text(prompt)
-        turns = list(prompt)
+        turns: list[Any] = list(prompt)
         if turns and all(isinstance(turn, int) for turn in turns):
             return turns
         check_messages(turns)
@@ -383,6 +384,6 @@ def _check_ids(name: str, tokens: Sequence[int], vocabulary: int) -> None:
             )
 
 
-def _check_list(values: object, name: str) -> None:
+def _check_list(values: Sequence[Any], name: str) -> None:
     if isinstance(values, str | dict) or (len(values) and isinstance(values[0], dict | int)):
         raise ValueError(f"{name} is a single one; give a list, e.g. {name}=[...] with one element")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dllm.config import (
     DownloadConfig,
@@ -166,7 +167,7 @@ class Plan:
 
     def artifacts(self) -> list[str]:
         """Records of everything large, and the answers of the evaluations."""
-        kinds = {"downloads": self.downloads, "data": self.data, "runs": self.runs}
+        kinds: dict[str, Mapping[str, Any]] = {"downloads": self.downloads, "data": self.data, "runs": self.runs}
         records = [f"{kind}/{name}.json" for kind, names in kinds.items() for name in names]
         return [*records, *(f"evals/{row}/{benchmark}.samples.jsonl" for row, benchmark in self.evaluations)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: 
         wrong = error.errors()[0]
         if not wrong["loc"]:
             raise ValueError(wrong["msg"].removeprefix("Value error, ")) from None
-        option = next((name for name, field in fields.items() if field == wrong["loc"][0]), wrong["loc"][0])
+        option = next((name for name, field in fields.items() if field == wrong["loc"][0]), str(wrong["loc"][0]))
         raise ValueError(f"--{option.replace('_', '-')} {wrong['input']}: {wrong['msg'].lower()}") from None
     for rule in RULES:
         if rule in given and settings.reveal_rule != rule:
@@ -101,7 +102,7 @@ def _known_device(name: str):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is not a device; allowed: cpu, cuda, cuda:1, mps") from None
-    is_there = {"cpu": lambda: True, "mps": torch.backends.mps.is_available}
+    is_there: dict[str, Callable[[], bool]] = {"cpu": lambda: True, "mps": torch.backends.mps.is_available}
     is_there["cuda"] = lambda: torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     if not is_there.get(device.type, lambda: False)():
         raise ValueError(f"--device {name}: this machine does not have one; leave --device out")

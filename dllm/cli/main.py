@@ -11,12 +11,12 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 VERBS = ("tune", "plan", "pins", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
 """Each is a module of this package, imported only when it is used."""
@@ -41,7 +41,7 @@ class UsageError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and a misspelt option is recognised."""
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Options may come between the other arguments, unless there are sub-commands."""
         if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
             return super().parse_args(args, namespace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from dllm.cli.generation import add_device_argument, open_model
 
@@ -46,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
         points.append({"steps": int(found.name), "metric": METRIC} | measured(found))
         print(f"{found.name:>5} steps: {line(points[-1])}", flush=True)
     for found in compare(model, config, questions):
-        agreement = {"agreement": found.agreement, "token_agreement": found.token_agreement}
+        agreement: dict[str, Any] = {"agreement": found.agreement, "token_agreement": found.token_agreement}
         options.append({"name": found.name} | agreement | measured(found))
         print(
-            f"{found.name}: {line(options[-1])}, {100 * found.agreement:.1f} % of answers and "
-            f"{100 * found.token_agreement:.1f} % of tokens as in the exact decode",
+            f"{found.name}: {line(options[-1])}, {100 * agreement['agreement']:.1f} % of answers and "
+            f"{100 * agreement['token_agreement']:.1f} % of tokens as in the exact decode",
             flush=True,
         )
     facts = collect(config_digest=digest(config), device=str(model.backbone.device), settings=config.model_dump())

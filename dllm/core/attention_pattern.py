@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 from numpy import ndarray
@@ -28,11 +28,11 @@ class BlockRule:
         """Where the blocks are counted from, in rows with prompts of these lengths [B]: [B]."""
         return prompts if self.anchor == "response" else numpy.zeros_like(prompts)
 
-    def begin(self, position: ndarray, start: ndarray) -> ndarray:
+    def begin(self, position: ndarray | int, start: ndarray) -> ndarray:
         """Where the block that holds `position` [...] begins, in rows whose blocks are counted from `start` [...]."""
         return numpy.where(position < start, 0, start + (position - start) // self.size * self.size)
 
-    def end(self, position: ndarray, start: ndarray) -> ndarray:
+    def end(self, position: ndarray | int, start: ndarray) -> ndarray:
         """Where that block ends, if the row is long enough."""
         return numpy.where(position < start, start, self.begin(position, start) + self.size)
 
@@ -62,9 +62,10 @@ class BlockRows:
     def lengths(self) -> ndarray:
         """Tokens of each row, spans included: [B]."""
         ends = numpy.concatenate([[0], self.count.cumsum()])[self.spans.cumsum()]
-        return self.clean + numpy.diff(ends, prepend=0)
+        lengths: ndarray = self.clean + numpy.diff(ends, prepend=0)
+        return lengths
 
-    def shape_of(self, row: int) -> tuple:
+    def shape_of(self, row: int) -> tuple[int | bytes, ...]:
         """Equal for rows whose tokens see the same, if they are as many."""
         return int(self.start[row]), int(self.clean[row]), *(x.tobytes() for x in self.spans_of(row))
 
@@ -130,10 +131,15 @@ class AttentionPattern:
 
     def allowed(self, query: ndarray, key: ndarray) -> ndarray:
         """Whether tokens see others, both given by their places among the T; bool, broadcast."""
-        return allowed(*((x[query], x[key]) for x in (self.row, self.position, self.key_end, self.span)))
+        seen: ndarray = allowed(*((x[query], x[key]) for x in (self.row, self.position, self.key_end, self.span)))
+        return seen
 
 
-def allowed(row, position, key_end, span):
+Pair = tuple[Any, Any]
+"""Two arrays of numpy, or two tensors."""
+
+
+def allowed(row: Pair, position: Pair, key_end: Pair, span: Pair) -> Any:
     """The rule of `BlockRows`; each argument is a pair, what queries and keys have of it, as arrays that broadcast."""
     same = row[0] == row[1]
     clean = (span[1] < 0) & (position[1] < key_end[0])
@@ -142,4 +148,5 @@ def allowed(row, position, key_end, span):
 
 def _counting(counts: ndarray) -> ndarray:
     """0, 1, ..., count - 1 for each of the counts, one after another."""
-    return numpy.arange(counts.sum()) - numpy.repeat(counts.cumsum() - counts, counts)
+    number: ndarray = numpy.arange(counts.sum()) - numpy.repeat(counts.cumsum() - counts, counts)
+    return number

@@ -64,21 +64,17 @@ class MaskedInputs:
     weight: Tensor
     share: Tensor
 
-    def to(self, device: torch.device | str) -> MaskedInputs:
+    def to(self, device: torch.device | str) -> Self:
         """The same inputs on a device."""
-        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
-    def pin_memory(self) -> MaskedInputs:
+    def pin_memory(self) -> Self:
         """The same inputs in page-locked memory."""
         return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
     def at_targets(self, values: Tensor) -> Tensor:
         """Weights or shares [B] as they count at the targets: [N]."""
         return values.index_select(0, self.row)
-
-
-def _moved(value: Tensor | Layout, device: torch.device | str) -> Tensor | Layout:
-    return value.to(device, non_blocking=True)
 
 
 def masked_inputs(batch: Batch, tokens: Tensor, chosen: Tensor, weight: Tensor, share: Tensor) -> MaskedInputs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +69,12 @@ def align(source: Ragged, target: Ragged) -> tuple[Tensor, Tensor, Tensor]:
     from rapidfuzz.distance import Levenshtein
 
     # one call per pair, nothing per token: the spans of equal, replaced, deleted and inserted tokens
-    spans: list[tuple[int, int, int, int, int]] = []
-    sources = [part.tolist() for part in source[0].split(source[1].tolist())]
-    targets = [part.tolist() for part in target[0].split(target[1].tolist())]
-    for pair, (before, after) in enumerate(zip(sources, targets, strict=True)):
-        spans += [(pair, *span[1:]) for span in Levenshtein.opcodes(before, after).as_list()]
+    spans: list[tuple[int, ...]] = []
+    sources = [part.tolist() for part in torch.split(source[0], source[1].tolist())]
+    targets = [part.tolist() for part in torch.split(target[0], target[1].tolist())]
+    for number, (before, after) in enumerate(zip(sources, targets, strict=True)):
+        opcodes: list[Any] = Levenshtein.opcodes(before, after).as_list()
+        spans += [(number, *opcode[1:]) for opcode in opcodes]
     pair, low_0, high_0, low_1, high_1 = torch.tensor(spans, dtype=torch.long).view(-1, 5).unbind(1)
     size_0, size_1 = high_0 - low_0, high_1 - low_1
     size = torch.maximum(size_0, size_1)
@@ -292,7 +294,7 @@ class EditInputs:
         """The same inputs in page-locked memory."""
         return self._each(lambda value: value.pin_memory())
 
-    def _each(self, change: Callable) -> EditInputs:
+    def _each(self, change: Callable[[Any], Any]) -> EditInputs:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: change(v) for n, v in values.items() if not isinstance(v, int)})
 
@@ -303,7 +305,9 @@ def row_keys(noise: Noise) -> Tensor:
     return keyed_hash(*bits)
 
 
-def edit_inputs(columns: Columns, z_t: Tensor, time: Tensor, weight: Tensor, share: Tensor, *, pad_id: int):
+def edit_inputs(
+    columns: Columns, z_t: Tensor, time: Tensor, weight: Tensor, share: Tensor, *, pad_id: int
+) -> EditInputs:
     """The inputs for aligned rows in the state z_t [C] at time [B]; weight, share [B] as in `EditInputs`."""
     here = z_t != BLANK
     row = columns.row[here]

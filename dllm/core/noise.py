@@ -8,6 +8,7 @@ do not change an experiment. Source: the SplitMix64 finaliser, Steele et al. 201
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 import torch
@@ -37,10 +38,11 @@ def keyed_hash(key: int | Tensor, *counters: int | Tensor) -> Tensor:
         with numpy.errstate(over="ignore"):
             h = _hash([_unsigned(value) for value in given], numpy.uint64(_GAMMA), _mix_unsigned)
         return torch.from_numpy(numpy.asarray(h).view(numpy.int64))
-    return _hash([_long(value) for value in given], _signed(_GAMMA), _mix)
+    found: Tensor = _hash([_long(value) for value in given], _signed(_GAMMA), _mix)
+    return found
 
 
-def _hash(values: list, gamma: int | numpy.uint64, mix: Callable):
+def _hash(values: list[Any], gamma: int | numpy.uint64, mix: Callable[[Any], Any]) -> Any:
     h = mix(values[0] + gamma)
     for counter in values[1:]:
         h = mix(h * gamma + mix(counter + gamma))
@@ -60,7 +62,8 @@ def _mix_unsigned(z: ndarray) -> ndarray:
     """As `_mix`, on the host, where numpy has the right type and is several times as fast."""
     z = (z ^ (z >> numpy.uint64(30))) * numpy.uint64(_MULTIPLIER_1)
     z = (z ^ (z >> numpy.uint64(27))) * numpy.uint64(_MULTIPLIER_2)
-    return z ^ (z >> numpy.uint64(31))
+    mixed: ndarray = z ^ (z >> numpy.uint64(31))
+    return mixed
 
 
 def _unsigned(value: int | Tensor) -> ndarray:

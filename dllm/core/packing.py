@@ -6,7 +6,7 @@ to the device: packing, unpacking and looking a position up never make the host 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -71,7 +71,7 @@ class Layout:
     def unpack(self, values: Tensor, fill: float = 0) -> Tensor:
         """values [T, ...] as rows [B, L, ...], with `fill` elsewhere."""
         rows = values.new_full((self.rows * self.width, *values.shape[1:]), fill)
-        return rows.index_copy(0, self.flat, values).unflatten(0, (self.rows, self.width))
+        return torch.unflatten(rows.index_copy(0, self.flat, values), 0, (self.rows, self.width))
 
     def index(self, row: Tensor, position: Tensor) -> Tensor:
         """Place [N] long in the packed order of the tokens at `position` [N] of `row` [N], which the layout has."""
@@ -81,9 +81,10 @@ class Layout:
         """Places [T] long of these positions in the packed order of a layout that has all of them."""
         return layout.index(torch.div(self.flat, self.width, rounding_mode="floor"), self.positions)
 
-    def _with(self, move) -> Layout:
+    def _with(self, move: Callable[[Tensor], Tensor]) -> Layout:
         names = ("flat", "positions", "cu_seqlens", "shift", *(() if self.before is None else ("before",)))
-        return replace(self, plans={}, **{name: move(getattr(self, name)) for name in names})
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names}
+        return replace(self, plans={}, **moved)
 
 
 def layout_of(lengths: Sequence[int], width: int | None = None, device: torch.device | str = "cpu") -> Layout:
@@ -108,8 +109,8 @@ def block_layout(blocks: BlockRows, width: int | None = None, device: torch.devi
         follows = (numpy.diff(pattern.span, prepend=-1) == 0) & (numpy.diff(pattern.position, prepend=-1) == 1)
         before = numpy.where(follows, place - 1, place - pattern.slot + pattern.position - 1)  # in its span, or clean
         before = numpy.where(pattern.position == 0, place, before)
-        positions, before = torch.from_numpy(pattern.position), torch.from_numpy(before)
-        layout = replace(layout, positions=positions, before=before)
+        positions = torch.from_numpy(pattern.position)
+        layout = replace(layout, positions=positions, before=torch.from_numpy(before))
     return layout.to(device)
 
 
@@ -128,9 +129,9 @@ def part_of(layout: Layout, begin: Sequence[int], end: Sequence[int]) -> Layout:
 
 
 def _layout(begins: list[int], lengths: list[int], width: int, device: torch.device | str) -> Layout:
-    for row, length in enumerate(lengths):
+    for number, length in enumerate(lengths):
         if not 0 <= length <= width:
-            raise ValueError(f"lengths[{row}] = {length} must lie between 0 and the width of the batch, {width}")
+            raise ValueError(f"lengths[{number}] = {length} must lie between 0 and the width of the batch, {width}")
     total = sum(lengths)
     if not total:
         raise ValueError(f"lengths = {lengths[:8]}: a layout needs at least one token; leave empty batches out")

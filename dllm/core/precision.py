@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     Read from the hardware's own description and never timed, so that the same machine always computes the same bytes.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         if platform.machine().lower() in ("x86_64", "amd64"):
-            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return device.type != "mps"  # the first Apple chips emulate it, and PyTorch does not say which chip it is
 
 
@@ -34,6 +35,7 @@ class WidenedWeights(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, *inputs, **named) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
         wide = {name: p.float() if p.dtype == torch.bfloat16 else p for name, p in self.inner.named_parameters()}
-        return functional_call(self.inner, wide, inputs, named)
+        found: Tensor = functional_call(self.inner, wide, inputs, named)
+        return found

@@ -46,7 +46,7 @@ def one_line_errors(pin: str, name: str, what: str, *, failed: str = "the downlo
         if status in (401, 403):
             raise ValueError(f"{pin}: the hub refuses access ({status}); set HF_TOKEN to a valid token") from None
         raise _unreachable(pin, failed, error) from None
-    except HfHubHTTPError.__bases__ as error:  # every error of the HTTP library, and OSError
+    except HfHubHTTPError.__bases__ as error:  # type: ignore[misc]  # every error of the HTTP library, and OSError
         raise _unreachable(pin, failed, error) from None
 
 

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,7 @@ def lattice(length: int | Tensor, key: Tensor, settings: LikelihoodSettings) -> 
         if length == 1:
             return enumerate_masks(length, key, settings)
         one = lattice(torch.full((key.numel(),), length), key.reshape(-1), settings)
+        assert one.blend is not None  # every target of several tokens has one
         masked, weight, blend = (x.view(*key.shape, *x.shape[1:]) for x in (one.masked, one.weight, one.blend))
         return Design(masked, weight, one.unit, blend=blend)
     count, most = settings.budget - LATTICE, int(length.max())
@@ -197,7 +199,8 @@ def _window_means(length: int) -> Tensor:
     nodes, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     u, share = (nodes + 1) / 2, vectors[0] ** 2
     c, r = math.exp(-1 / _SCALE), torch.arange(length).double()[:, None]
-    return 1 + ((c + (1 - c) * u) ** r * (1 - (1 - c) * u) ** (length - 1 - r)) @ share
+    mean: Tensor = 1 + ((c + (1 - c) * u) ** r * (1 - (1 - c) * u) ** (length - 1 - r)) @ share
+    return mean
 
 
 def _mean_blends(lengths: Tensor) -> Tensor:
@@ -206,7 +209,7 @@ def _mean_blends(lengths: Tensor) -> Tensor:
     def mean(length: int) -> Tensor:
         return ((torch.arange(length).double() / (length - 1)) ** (_BLEND_POWER + 1)).mean()
 
-    each, number = lengths.unique(return_inverse=True)
+    each, number = torch.unique(lengths, return_inverse=True)
     return torch.stack([mean(length) for length in each.tolist()])[number]
 
 
@@ -249,7 +252,7 @@ def mc(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     return Design(masked, masked * (length / k.double() / draws), unit)
 
 
-ESTIMATORS: dict[str, Callable[[int, Tensor, LikelihoodSettings], Design]] = {
+ESTIMATORS: dict[str, Callable[[Any, Tensor, LikelihoodSettings], Design]] = {
     "enumerate": enumerate_masks,
     "lattice": lattice,
     "mc": mc,

@@ -56,7 +56,8 @@ def targets_of(prompts: Rows, targets: Rows, settings: LikelihoodSettings, rule:
     """
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     text: dict[int, int] = {}
-    target_ids, request, prefix, prompt_of, block_of = [], [], [], [], []
+    target_ids, request, prefix, prompt_of = [], [], [], []
+    block_of: list[int] = []
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         prompt = tuple(prompt)
         origin, bounds = _blocks(len(prompt), len(target), settings.block_size, rule)
@@ -179,7 +180,7 @@ def _group(targets: Targets, members: numpy.ndarray, settings: LikelihoodSetting
 
 def _designs(length: Tensor, key: Tensor, settings: LikelihoodSettings) -> Design:
     """The designs of targets of these lengths [G] under these keys [G]; equal ones are made once."""
-    pairs, number = torch.stack([key, length], 1).unique(dim=0, return_inverse=True)
+    pairs, number = torch.unique(torch.stack([key, length], 1), dim=0, return_inverse=True)
     key, length = pairs.unbind(1)
     of_all = int(length[0]) if bool((length == length[0]).all()) else length
     return likelihood_design(of_all, key, settings).of(number)
@@ -230,15 +231,15 @@ def packed_batches(
     inputs = inputs.taken(order)
     rank = torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
 
-    width, below, place, token = targets.prefixes.shape[1] + most, 0, [], []
+    width, below, places, scored = targets.prefixes.shape[1] + most, 0, [], []
     for group in groups:
         member, step, position = group.design.masked.nonzero(as_tuple=True)
         row = rank[group.row[member, step] + below]
-        place.append(row * width + inputs.start[row] + position)
-        token.append(group.target_ids[member, position])
+        places.append(row * width + inputs.start[row] + position)
+        scored.append(group.target_ids[member, position])
         below += len(group.inputs)
-    place, of_place = torch.cat(place).unique(return_inverse=True)
-    token, by_place = torch.cat(token), of_place.argsort(stable=True)
+    place, of_place = torch.unique(torch.cat(places), return_inverse=True)
+    token, by_place = torch.cat(scored), of_place.argsort(stable=True)
 
     for low, high in token_batches(cost, batch_tokens):
         begin, end = torch.searchsorted(place, torch.tensor([low * width, high * width])).tolist()
@@ -261,9 +262,9 @@ def _forward_order(targets: Targets, inputs: _Inputs, rule: BlockRule | None) ->
     # the clean tokens of a text are forwarded once, with the first of its inputs
     text = targets.text[inputs.prefix.numpy()]
     of_text = targets.lengths.numpy()[text]
-    order = numpy.lexsort((inputs.start.numpy(), text, of_text))
-    opens = numpy.diff(text[order], prepend=-1) != 0
-    return torch.from_numpy(order), inputs.size.numpy()[order] + opens * of_text[order]
+    by_text = numpy.lexsort((inputs.start.numpy(), text, of_text))
+    opens = numpy.diff(text[by_text], prepend=-1) != 0
+    return torch.from_numpy(by_text), inputs.size.numpy()[by_text] + opens * of_text[by_text]
 
 
 def token_batches(lengths: numpy.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:

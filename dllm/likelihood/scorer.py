@@ -98,15 +98,15 @@ class MaskedScorer:
 def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows, rule: BlockRule | None) -> numpy.ndarray:
     """[B] bool. A row leaves the batch at the first token that differs."""
     counts = [len(target) for target in targets]
-    ids = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id, "device": backbone.device}
-    canvas = canvas_for(prompts, counts, **ids)
+    canvas = canvas_for(prompts, counts, mask_id=backbone.mask_id, pad_id=backbone.pad_id, device=backbone.device)
 
     def differs(row: Progress) -> bool:
         pairs = zip(row.response, targets[row.number], strict=True)
         return any(token not in (wanted, backbone.mask_id) for token, wanted in pairs)
 
     settings = GenerateSettings(max_new_tokens=max(counts), block_size=max(counts), early_stop=False)
-    *_, last = MaskedSampler(rule and (lambda *_: rule)).denoise(backbone, canvas, settings, ended=differs)
+    sampler = MaskedSampler() if rule is None else MaskedSampler(lambda *_: rule)
+    *_, last = sampler.denoise(backbone, canvas, settings, ended=differs)
     pairs = zip(last.responses(), targets, strict=True)
     return numpy.array([response == list(target) for response, target in pairs])
 
@@ -121,7 +121,7 @@ def _forward(
     nll = torch.cat(found).double().cpu()
     nll = torch.empty_like(nll).index_copy(0, torch.cat(order), nll)
     counts = [int(group.design.masked.sum()) for group in groups]
-    for group, values in zip(groups, nll.split(counts), strict=True):
+    for group, values in zip(groups, torch.split(nll, counts), strict=True):
         yield torch.zeros_like(group.design.weight).masked_scatter(group.design.masked, values)
 
 

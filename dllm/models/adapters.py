@@ -7,6 +7,7 @@ Sources: Hu et al. 2021 (arXiv:2106.09685); Dettmers et al. 2023 (arXiv:2305.143
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -109,7 +110,7 @@ def _quantize(model: nn.Module, names: list[str], device: torch.device, compute:
             "adapter.kind = 'qlora' needs bitsandbytes: pip install 'dllm[adapters]', or take kind: lora"
         ) from None
     for name in names:
-        old = model.get_submodule(name)
+        old: Any = model.get_submodule(name)
         new = bitsandbytes.nn.Linear4bit(
             old.in_features, old.out_features, old.bias is not None, compute_dtype=compute, quant_type="nf4",
             device="meta",
@@ -143,16 +144,19 @@ def merge_adapter(model: nn.Module) -> nn.Module:
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
-            weight = _plain(layer.base_layer.weight).cpu()  # one by one: whole, they may not fit the device
-            merged = nn.Linear(*reversed(weight.shape), layer.base_layer.bias is not None, device="meta")
-            delta = layer.get_delta_weight(ADAPTER).to(weight.device)
+            lora: Any = layer
+            weight = _plain(lora.base_layer.weight).cpu()  # one by one: whole, they may not fit the device
+            outputs, inputs = weight.shape
+            merged = nn.Linear(inputs, outputs, lora.base_layer.bias is not None, device="meta")
+            delta = lora.get_delta_weight(ADAPTER).to(weight.device)
             merged.weight = nn.Parameter((weight.float() + delta.float()).to(weight.dtype))
             if merged.bias is not None:  # a four-bit layer casts it to the precision of its products
-                merged.bias = nn.Parameter(layer.base_layer.bias.to(weight))
+                merged.bias = nn.Parameter(lora.base_layer.bias.to(weight))
             _replace(model, name, merged)
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
-            (rows,) = module.parametrizations["weight"]
+            parametrizations: Any = module.parametrizations
+            (rows,) = parametrizations["weight"]
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             module.weight[rows.first : rows.end] = rows.rows.to(module.weight.dtype)  # a tied head has it, too
     del model.peft_config
@@ -172,7 +176,8 @@ def save_adapter(model: nn.Module, state: dict[str, Tensor], directory: str | Pa
     """Write the adapter in `state`, a model's, as peft stores one, and the embeddings of new tokens beside it."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    model.peft_config[ADAPTER].save_pretrained(directory)
+    configs: Any = model.peft_config
+    configs[ADAPTER].save_pretrained(directory)
     lora = {
         f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": value.contiguous()
         for name, value in state.items()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache as once
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def _window_of(module: nn.Module, is_causal: bool | None, sliding_window: int | 
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if sliding_window is None:
         return Window(None, 0 if causal else None)
-    window = module.config.sliding_window
+    window: Any = module.config.sliding_window
     return Window(window - 1, 0) if causal else Window(window, window)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -159,7 +160,8 @@ def new_edit_heads(model: nn.Module, rank: int = 64, seed: int = 0) -> EditHeads
     """Seeded edit heads that fit a stock model, on its device."""
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        return EditHeads(model.config.hidden_size, rank).to(next(model.parameters()).device)
+        config: Any = model.config
+        return EditHeads(config.hidden_size, rank).to(next(model.parameters()).device)
 
 
 def save_edit_heads(heads: EditHeads, directory: str | Path, state: dict[str, Tensor] | None = None) -> Path:

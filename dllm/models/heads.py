@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def head_nll(model: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return _HeadNLL.apply(rows, last.weight, last.bias, targets, compute, _cap(model), height)
 
 
-def _head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+def _head(model: Any) -> tuple[Callable[[Tensor], Tensor], nn.Linear]:
     """What comes before the last linear layer of a model's LM head, and that layer."""
     known = HEADS.get(model.config.model_type) or next((HEADS[kind] for kind in LIKE if _is_like(model, kind)), None)
     if known is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +63,11 @@ def last_hidden(model: nn.Module, compute: torch.dtype | None, **arguments) -> T
 
 def base_of(model: nn.Module) -> nn.Module:
     """A model without its LM head."""
-    return getattr(model, model.base_model_prefix)
+    prefix: Any = model.base_model_prefix
+    return getattr(model, prefix)
 
 
 def first_position(model: nn.Module) -> int:
     """The number that a model's first position has in its own table of positions."""
-    return model.config.pad_token_id + 1 if model.config.model_type in COUNTS_FROM_PADDING else 0
+    config: Any = model.config
+    return config.pad_token_id + 1 if config.model_type in COUNTS_FROM_PADDING else 0

@@ -86,7 +86,7 @@ def _runs(layout: Layout, part: Layout, window: Window) -> list[Run]:
         if not count:
             continue
         if pattern is None:
-            shape = (first, count, length)
+            shape: tuple[int | bytes, ...] = (first, count, length)
             if shape not in known:
                 known[shape] = _blocks(first, count, length, window, known)
         else:
@@ -137,16 +137,17 @@ def _block_causal(
         if window.right is not None:
             stop = min(stop, int(position[low:high].max()) + window.right + 1)
         start = 0 if window.left is None else min(stop, max(0, int(position[low:high].min()) - window.left))
-        keys, own = slice(start, stop), slice(low, high)
+        keys: slice | tuple[slice, slice] = slice(start, stop)
+        own = slice(low, high)
         if low >= clean:  # whole spans, also where only some of their tokens are among the queries
             ends = (
                 numpy.searchsorted(span[clean:], span[low]),
                 numpy.searchsorted(span[clean:], span[high - 1], "right"),
             )
             own = slice(*(clean + int(end) for end in ends))
-            keys = (keys, own)
-        about = (x[own].tobytes() for x in (position - start, key_end - start, span - span[low]))
-        about = ("pattern", low - own.start, high - low, stop - start, low < clean, *about)  # what the mask depends on
+            keys = (slice(start, stop), own)
+        read = (x[own].tobytes() for x in (position - start, key_end - start, span - span[low]))
+        about = ("pattern", low - own.start, high - low, stop - start, low < clean, *read)  # what the mask depends on
         if about not in masks:
             masks[about] = _pattern_mask(pattern, base, slice(low, high), keys, window)
         found.append(
@@ -179,8 +180,8 @@ def _pattern_mask(
     at_q = slice(base + queries.start, base + queries.stop)
     seen = torch.from_numpy(pattern.mask(at_q, at_k))
     if window != WHOLE_ROW:
-        position = (torch.from_numpy(x) for x in (pattern.position[at_q][:, None], pattern.position[at_k][None]))
-        seen &= in_window(*position, window)
+        of_q, of_k = pattern.position[at_q][:, None], pattern.position[at_k][None]
+        seen &= in_window(torch.from_numpy(of_q), torch.from_numpy(of_k), window)
     return None if seen.all() else seen
 
 

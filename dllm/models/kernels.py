@@ -90,7 +90,9 @@ def _padding(layout: Layout, part: Layout, window: Window) -> tuple[Tensor, Tens
         seen = in_blocks(layout, start_k + place_q, start_k + place_k, window) & (to_k < length)[:, None]
     seen |= (to_q >= count)[:, :, None]  # a query of padding sees everything: not a number would spread in the gradient
     place = _placed(part.lengths, queries)
-    return tuple(x.to(device, non_blocking=True) for x in (where_q.flatten(), where_k.flatten(), seen[:, None], place))
+    found = where_q.flatten(), where_k.flatten(), seen[:, None], place
+    where_q, where_k, seen, place = (x.to(device, non_blocking=True) for x in found)
+    return where_q, where_k, seen, place
 
 
 def _placed(lengths: Sequence[int], width: int) -> Tensor:
@@ -111,9 +113,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, stored, batch: PackedBatch, window: 
     if stored is not None:
         where, cumulative, longest = planned(batch, "flash", window, _stored_keys)
         k, v = (x.flatten(0, 1).index_select(0, where) for x in stored)
-    window = (-1 if window.left is None else window.left, -1 if window.right is None else window.right)
+    sides = (-1 if window.left is None else window.left, -1 if window.right is None else window.right)
     kernel = _varlen(options["dropout_p"] > 0)
-    return kernel(q, k, v, part.cu_seqlens, cumulative, max(part.lengths), longest, window, options)
+    return kernel(q, k, v, part.cu_seqlens, cumulative, max(part.lengths), longest, sides, options)
 
 
 def _stored_keys(layout: Layout, part: Layout, window: Window) -> tuple[Tensor, Tensor, int]:
@@ -121,7 +123,7 @@ def _stored_keys(layout: Layout, part: Layout, window: Window) -> tuple[Tensor, 
 
     Where nothing on the right is seen, the keys end with the part: the kernels align the two ends.
     """
-    ends = layout.lengths
+    ends: Sequence[int] = layout.lengths
     if window.right == 0:
         ends = [first + count for first, count in zip(part.begins, part.lengths, strict=True)]
     place = _placed(ends, layout.width)
@@ -173,7 +175,8 @@ def _varlen(dropout: bool) -> Callable[..., Tensor] | None:
         return None
     if dropout or not {"window_size", "scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
         return None
-    return lambda q, k, v, cu_q, cu_k, max_q, max_k, window, options: varlen_attn(
+    # torch types a pair as a possible result, which is returned only if asked for
+    return lambda q, k, v, cu_q, cu_k, max_q, max_k, window, options: varlen_attn(  # type: ignore[return-value]
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -209,10 +212,10 @@ def _block_mask(layout: Layout, part: Layout, window: Window):
     pattern, device = layout.blocks.pattern, part.flat.device
     size = -(-len(pattern.row) // TILE) * TILE
     fill = {"row": layout.rows, "position": 0, "key_end": 1, "span": -1}
-    about = [numpy.full(size, value) for value in fill.values()]
-    for padded, name in zip(about, fill, strict=True):
+    columns = [numpy.full(size, value) for value in fill.values()]
+    for padded, name in zip(columns, fill, strict=True):
         padded[: len(pattern.row)] = getattr(pattern, name)
-    about = [torch.from_numpy(x).int().to(device, non_blocking=True) for x in about]
+    about = [torch.from_numpy(x).int().to(device, non_blocking=True) for x in columns]
 
     def seen(batch, head, query, key):
         pairs = [(x[query], x[key]) for x in about]

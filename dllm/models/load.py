@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from dllm.models.published import (
 )
 from dllm.models.self_tests import head_is_whole, is_bidirectional
 from dllm.models.tokenizers import chat_template, read_tokenizer, set_up_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -73,7 +76,7 @@ def load_backbone(
         )  # fmt: skip
     tokenizer, new_tokens = _tokenizer(directory, entry, model, causal, published)
     config = model.config
-    model = model.to(device).eval()
+    model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
     _test_itself(model, directory, causal, special=tokenizer.all_special_ids)
     edits = sidecar.get("algorithm") == "edit_flows"
     return Backbone(
@@ -178,7 +181,7 @@ def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
         raise ValueError(f"new: no {kind} as {entry.family} can be made of these settings ({reason[:200]})") from None
 
 
-def _drawn(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+def _drawn(seed: int, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """What `make` makes with weights drawn from a seed.
 
     Stock classes draw from the CPU's global generator, which is put back; other devices' are left alone.
@@ -321,27 +324,27 @@ def _config(directory: Path, published: Family | None):
         raise ValueError(f"{directory}/config.json: cannot be used ({str(fault).splitlines()[0]})") from None
 
 
-def _family(config) -> str:
+def _family(config) -> Literal["encoder", "decoder"]:
     architecture = (getattr(config, "architectures", None) or [""])[0]
     return "encoder" if "MaskedLM" in architecture or not architecture else "decoder"
 
 
 def _model(
     directory: Path, config, family: str, dtype: torch.dtype | None, causal: bool, published: Family | None
-) -> nn.Module:
+) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 
     if family == "decoder" and not causal:
         config.is_causal = False  # on the config: set on the modules, it would stay causal under padding
-    auto = AutoModelForMaskedLM if family == "encoder" else AutoModelForCausalLM
+    auto: Any = AutoModelForMaskedLM if family == "encoder" else AutoModelForCausalLM
     try:
         options = {"config": config, "dtype": dtype or torch.float32, "output_loading_info": True}
         if published is None:
             model, report = auto.from_pretrained(directory, trust_remote_code=False, **options)
         else:
             tensors = stock_tensors(published, config, read_tensors(directory))
-            stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model, report = stock.from_pretrained(None, state_dict=tensors, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as fault:
         first = str(fault).strip().splitlines()[0]

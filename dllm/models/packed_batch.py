@@ -62,5 +62,5 @@ def in_blocks(layout: Layout, query: Tensor, key: Tensor, window: Window) -> Ten
     pattern = layout.blocks.pattern
     last = len(pattern.row) - 1
     places = query.clamp(max=last)[:, :, None].numpy(), key.clamp(max=last)[:, None].numpy()
-    near = in_window(*(torch.from_numpy(pattern.position[place]) for place in places), window)
-    return torch.from_numpy(pattern.allowed(*places)) & near
+    at_q, at_k = (torch.from_numpy(pattern.position[place]) for place in places)
+    return torch.from_numpy(pattern.allowed(*places)) & in_window(at_q, at_k, window)

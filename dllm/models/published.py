@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from dllm.config import ModelEntry
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 Names = dict[str, str | tuple[str, ...]]
 """Published tensor name -> stock name; `*` is a layer's or expert's number, several names share the rows in order."""
@@ -360,7 +361,7 @@ def published_tensors(family: Family, tensors: dict[str, Tensor]) -> dict[str, T
     from torch import cat
 
     joined = {targets: name for name, targets in family.names.items() if isinstance(targets, tuple)}
-    names = {target: name for name, target in family.names.items() if isinstance(target, str)}
+    names: Names = {target: name for name, target in family.names.items() if isinstance(target, str)}
     names |= {part: name for parts, name in joined.items() for part in parts}
     found: dict[str, list[Tensor]] = {}
     for name in sorted(tensors, key=_position_in(joined)):
@@ -389,7 +390,7 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
                 yield key, file.get_tensor(key)
 
 
-def save_published(model: nn.Module, directory: str | Path, *, like: str | Path) -> None:
+def save_published(model: PreTrainedModel, directory: str | Path, *, like: str | Path) -> None:
     """Write a stock model as a checkpoint of the family that `like` belongs to: its tensor names, its config.json.
 
     Raises ValueError, one line, if `like` is no published checkpoint or one of other sizes.

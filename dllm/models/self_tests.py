@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,10 @@ def ordinary_tokens(model: nn.Module, count: int, special: Collection[int] = ())
 
     A padding token in a row would move the positions behind it in some classes.
     """
-    named = [getattr(model.config, f"{name}_token_id", None) for name in SPECIAL_IDS]
+    config: Any = model.config
+    named = [getattr(config, f"{name}_token_id", None) for name in SPECIAL_IDS]
     taken = {*special, *(x for value in named for x in (value if isinstance(value, list) else [value]))}
-    ids, known = [], model.config.vocab_size
+    ids, known = [], config.vocab_size
     for token in range(known):
         if token not in taken:
             ids.append(token)

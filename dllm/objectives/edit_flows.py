@@ -144,7 +144,7 @@ def trained_module(config: RunConfig, backbone: Backbone) -> EditLoss:
     Raises ValueError for heads of another rank than `edits.adapter_rank`.
     """
     rank = config.edits.adapter_rank
-    heads = backbone.edit_heads or new_edit_heads(backbone.model, rank, config.seed)
+    heads: Any = backbone.edit_heads or new_edit_heads(backbone.model, rank, config.seed)
     if heads.sizes["rank"] != rank:
         raise ValueError(
             f"edits.adapter_rank = {rank}, but the edit heads of the checkpoint to start from have "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from numpy import ndarray
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ class Objective(ABC):
         `noise` is keyed by sample, and nothing else is random. It runs on the host, ahead of the step.
         """
 
-    def loss(self, model: nn.Module, inputs: Inputs, *, denominator: float) -> LossTerms:
+    def loss(self, model: nn.Module, inputs: Any, *, denominator: float) -> LossTerms:
         """The loss of a micro-batch, with its gradient; the host never waits for the device.
 
         Here the nll of every target times its share, summed and divided by `denominator`, that of the global batch
         (`core.losses.denominator`), so that accumulation and the number of devices do not change the loss. The LM head
         runs at the targets only; equal to `core.losses.dense_masked_loss` (values and gradients).
-        model: the module that is trained (`models.backbone.TokenNLL`, or what the algorithm's row names), or a wrapper.
+        model: the module that is trained (`models.backbone.TokenNLL`, or what the algorithm's row names), or a wrapper;
+        inputs: what `corrupt` made of the micro-batch, on the device.
         """
         nll = model(inputs.tokens, inputs.layout, inputs.row, inputs.position, inputs.targets)
         return weighted_terms(nll, inputs, denominator)

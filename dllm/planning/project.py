@@ -193,9 +193,9 @@ class _Planner:
         try:
             shape = found or shape_of(entry)
         except ValidationError as error:
-            wrong = error.errors()[0]
+            fault = error.errors()[0]
             self.notes.append(
-                f"models.{root}.new: {wrong['loc'][0]} = {wrong['input']!r} is not a size; it is not planned"
+                f"models.{root}.new: {fault['loc'][0]} = {fault['input']!r} is not a size; it is not planned"
             )
             return None
         if shape is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -122,7 +123,7 @@ def _draw_curves(frame: pd.DataFrame, found: dict[str, Look], title: str) -> Fig
     if len(recipes) == 1:
         cells = [[row[0] for row in cells]]
     figure = Figure(figsize=(WIDTH, 0.75 + 2.95 * len(cells)))
-    sharey = "row" if len(recipes) > 1 else False
+    sharey: Literal["row", False] = "row" if len(recipes) > 1 else False
     panels = figure.subplots(len(cells), 2, squeeze=False, sharey=sharey, sharex=True)
     for axes_row, cell_row in zip(panels, cells, strict=True):
         for axes, (recipe, split) in zip(axes_row, cell_row, strict=True):

@@ -5,6 +5,7 @@ Wall times appear in `speed` only, so that two full runs write the same bytes fo
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -116,8 +117,8 @@ def _scores_legend(frame: pd.DataFrame, plan: ReportPlan, found: dict[str, Look]
         Line2D([], [], color=look.color, marker=look.marker, linewidth=1.5, label=row.name)
         for row, look in zip(plan.results, found.values(), strict=True)
     ]
-    hollow = {"color": QUIET, "marker": "o", "markerfacecolor": "white", "linewidth": 0}
-    cross = {"color": INK, "marker": "x", "markeredgewidth": 1.5, "linewidth": 0}
+    hollow: dict[str, Any] = {"color": QUIET, "marker": "o", "markerfacecolor": "white", "linewidth": 0}
+    cross: dict[str, Any] = {"color": INK, "marker": "x", "markeredgewidth": 1.5, "linewidth": 0}
     handles.append(Line2D([], [], color=INK, linewidth=1.4, label="chance"))
     handles.append(Line2D([], [], **hollow, label="not above chance"))
     if frame["reported"].notna().any():

@@ -80,8 +80,8 @@ def _row(workdir: Path, plan: ReportPlan, system: System) -> dict:
         keys = ("", "_low", "_high", "_chance", "_passes")
         row |= {f"{benchmark.name}{key}": float("nan") for key in keys}
         if benchmark in _scored(plan, system):
-            found = score(workdir, system.row, benchmark)
-            values = (found["value"], found["low"], found["high"], found["chance"])
+            scored = score(workdir, system.row, benchmark)
+            values = (scored["value"], scored["low"], scored["high"], scored["chance"])
             row |= {f"{benchmark.name}{key}": value for key, value in zip(keys, values, strict=False)}
             passes = read_evaluation(workdir, system.row, benchmark.name).get("passes_per_document")
             row[f"{benchmark.name}_passes"] = passes or float("nan")

@@ -5,6 +5,7 @@ No wall time and no provenance appears here, so that two full runs write the sam
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,7 @@ def make_metrics(workdir: Path, plan: ReportPlan) -> dict[str, dict]:
 
 def make_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
     """The tables that the plan fills, by name."""
-    makers = {
+    makers: dict[str, Callable[[Path, ReportPlan], Table]] = {
         "overview": overview_table,
         "results": results_table,
         "pretraining": partial(_loss_table, "pretraining", "Final losses of the encoders on Wikitext-103.", "Encoder"),

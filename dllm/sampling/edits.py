@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,10 +64,12 @@ class Trail:
             result = old.new_empty(len(old) + len(added))
             return result.index_copy(0, position, old).index_copy(0, position[place] + 1, added)
 
-        return Trail(*(both(getattr(self, n), getattr(new, n)) for n in _COLUMNS), rows=self.rows)
+        columns: dict[str, Any] = {n: both(getattr(self, n), getattr(new, n)) for n in _COLUMNS}
+        return replace(self, **columns)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Trail:
-        return replace(self, **{name: change(getattr(self, name)) for name in _COLUMNS})
+        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _COLUMNS}
+        return replace(self, **columns)
 
 
 _COLUMNS = ("origin", "before", "token", "row", "given", "gap", "confidence")
@@ -363,7 +366,8 @@ def edit_pieces(
     trail = canvas.trail.only(canvas.trail.row == row)
     old = (trail.before if since == "pass" else trail.origin)[1:].tolist()
     new = trail.token[1:].tolist()
-    skip, said, found = int(canvas.start[row]), [], []
+    skip, found = int(canvas.start[row]), []
+    said: list[int] = []
     for kind, before, after in _runs(old[skip:], new[skip:]):
         if kind == "kept":
             found.append(("kept", "".join(_piece(decode, said, after))))
@@ -386,7 +390,9 @@ def _piece(decode: Callable[[list[int]], str], said: list[int], tokens: list[int
 
 def _runs(old: list[int], new: list[int]) -> Iterator[tuple[str, list[int], list[int]]]:
     """Neighbouring columns of one kind, kept or changed, with their old and new tokens."""
-    kind, before, after = "kept", [], []
+    kind = "kept"
+    before: list[int] = []
+    after: list[int] = []
     for was, now in zip(old, new, strict=True):
         if was == now == BLANK:
             continue

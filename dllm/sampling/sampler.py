@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy
 import torch
@@ -132,7 +133,7 @@ def reject_options(algorithm: str, settings: GenerateSettings, allowed: dict[str
 
 
 def _passes(
-    step: DenoisingStep, tracker: CompletionTracker, rows: ndarray, cost: ndarray, most_rows: int, most_cost: int
+    step: DenoisingStep, tracker: CompletionTracker, rows: Iterable[Any], cost: ndarray, most_rows: int, most_cost: int
 ) -> Iterator[tuple[RunningRows, list[Completion]]]:
     """The running rows after each pass, and the completions found there; the last ones may come without a pass.
 

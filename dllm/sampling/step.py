@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy
 import torch
@@ -78,7 +79,7 @@ class RunningRows:
         """These rows and then the others, all as wide as the widest."""
         width = max(self.tokens.shape[1], others.tokens.shape[1])
         padding = {"tokens": pad_id, "confidence": 1.0}
-        parts = {}
+        parts: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
             pair = [getattr(self, name), getattr(others, name)]
             if isinstance(pair[0], ndarray):
@@ -232,7 +233,8 @@ class DenoisingStep:
             confidence = token_confidence(logits, proposed)
             rule = REVEAL_RULES[settings.reveal_rule]
             found.append((proposed, confidence, rule(logits, confidence, None if order is None else order[part])))
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        token, probability, score = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return token, probability, score
 
     def _forward(self, running: RunningRows) -> tuple[Tensor, Layout]:
         """Hidden states [T, D] of what this pass computes, and its layout."""
