@@ -13,11 +13,12 @@ from bench.alternatives import monte_carlo
 from bench.measure import Growth, Result, Row, compare, growth, interleaved, require
 from bench.options import Options
 from bench.workloads import ROOT, Request, answers, endings, laptop, letter_questions
+from dllm.choices import ESTIMATORS
 from dllm.config import LikelihoodSettings, load_project
 from dllm.core.canvas import Score
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.language_model import DiffusionLM
-from dllm.likelihood.designs import ESTIMATORS, estimate, likelihood_design
+from dllm.likelihood.designs import estimate, likelihood_design
 
 SAME = "same trained weights, fp32, threads, prompts and targets; the mask token is ruled out on both sides"
 LEAST_LENGTH, MOST_LENGTH = 5, 40

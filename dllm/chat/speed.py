@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from dllm.chat.session import check_steps
+from dllm.choices import parallel_rules
 from dllm.config import GenerateSettings, SpeedConfig, overlaid
 from dllm.language_model import Answer, DiffusionLM
-from dllm.sampling.reveal import PARALLEL_RULES
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -123,7 +123,7 @@ def compare(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) 
 def decoding_plans(config: SpeedConfig) -> dict[str, GenerateSettings]:
     """The compared settings by name, the exact decode first. Raises ValueError, one line, for too few steps."""
     exact = overlaid(config.generation, {"steps": None, "reuse": "none", "refresh": None})
-    if exact.reveal_rule in PARALLEL_RULES:
+    if exact.reveal_rule in parallel_rules():
         exact = overlaid(exact, {"reveal_rule": "confidence"})
     blocks = math.ceil(exact.max_new_tokens / exact.block_size)
     half = {"half the steps": {"steps": max(blocks, exact.max_new_tokens // 2)}}

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
+
+from dllm.choices import REVEAL_RULES, parallel_rules
 
 if TYPE_CHECKING:
     from dllm.config import GenerateSettings
     from dllm.language_model import DiffusionLM
+
+RULES = parallel_rules()
+"""Reveal rules with an option of their name, which concerns no other rule."""
+
+
+def _either(names: Iterable[str]) -> str:
+    """Names in a sentence."""
+    *first, last = sorted(names, key=[*REVEAL_RULES].index)
+    return f"{', '.join(first)} or {last}"
+
 
 OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "new_tokens": ("max_new_tokens", int, "N", "longest answer, in tokens"),
@@ -19,8 +31,8 @@ OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "top_p": ("top_p", float, "P", "draw from the smallest set with this probability"),
     "reveal_rule": (
         *("reveal_rule", str, "RULE"),
-        "which masked positions are revealed first: confidence (default), entropy, margin or random; or threshold, "
-        "factor or entropy_bound, which reveal all that are sure enough, in fewer passes",
+        f"which masked positions are revealed first: {_either(set(REVEAL_RULES) - set(RULES))}; or {_either(RULES)}, "
+        "which reveal all that are sure enough, in fewer passes (default: confidence)",
     ),
     "threshold": ("threshold", float, "P", "rule threshold: reveal all that are at least so probable (default: 0.9)"),
     "factor": ("factor", float, "F", "rule factor: larger reveals more at once (default: 1)"),
@@ -35,9 +47,6 @@ OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "seed": ("seed", int, "N", "seed of the draws at a temperature above 0 (default: 0)"),
 }
 """Option of the command line -> field of GenerateSettings, type, placeholder, help."""
-
-RULES = ("threshold", "factor", "entropy_bound")
-"""Options that concern the reveal rule of their name only."""
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,8 +16,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from dllm.algorithms import ALGORITHMS, algorithm_named
+from dllm.choices import ESTIMATORS, REVEAL_RULES
+from dllm.schedules import KAPPAS, SCHEDULES
 
 LARGEST = 2**53
 """No number of any setting is larger; where less makes sense, the setting says so."""
@@ -58,6 +61,30 @@ AlgorithmName = Annotated[
     WithJsonSchema({"enum": list(ALGORITHMS), "type": "string"}),
 ]
 """The name of a row in the table of algorithms."""
+
+
+def known(table: Iterable[str], *more: str) -> Callable[[str], str]:
+    """A check that a name is in a table, or one of `more`; its error reads like that of a Literal."""
+
+    def check(name: str) -> str:
+        *names, last = (repr(one) for one in (*more, *table))
+        if repr(name) not in (*names, last):
+            allowed = f"{', '.join(names)} or {last}" if names else last
+            raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
+        return name
+
+    return check
+
+
+def names_schema(table: Iterable[str], *more: str) -> WithJsonSchema:
+    """The JSON schema of a name in a table."""
+    return WithJsonSchema({"enum": [*more, *table], "type": "string"})
+
+
+RevealRuleName = Annotated[str, AfterValidator(known(REVEAL_RULES)), names_schema(REVEAL_RULES)]
+EstimatorName = Annotated[str, AfterValidator(known(ESTIMATORS, "auto")), names_schema(ESTIMATORS, "auto")]
+ScheduleName = Annotated[str, AfterValidator(known(SCHEDULES)), names_schema(SCHEDULES)]
+KappaName = Annotated[str, AfterValidator(known(KAPPAS)), names_schema(KAPPAS)]
 
 
 def option(default: Any = ..., text: str = "", **limits: Any) -> Any:
@@ -115,7 +142,7 @@ class GenerateSettings(Settings):
         "whether the model sees the masks right of the active block; `auto` hides them from a model whose responses "
         "were trained to end at a block boundary",
     )
-    reveal_rule: Literal["confidence", "entropy", "margin", "random", "threshold", "factor", "entropy_bound"] = option(
+    reveal_rule: RevealRuleName = option(
         "confidence",
         "which masked positions are revealed first; the last three reveal all that are sure enough, in fewer passes",
     )
@@ -209,7 +236,7 @@ def checked_options(options: dict[str, dict[str, Any]], generation: GenerateSett
 class LikelihoodSettings(Settings):
     """How the negative log-likelihood bound of a target is estimated (all but `mc` have the same expectation)."""
 
-    estimator: Literal["auto", "enumerate", "lattice", "mc"] = option(
+    estimator: EstimatorName = option(
         "auto",
         "`auto` takes all masks (`enumerate`, exact) where they fit the budget, else `lattice`, an unbiased estimate; "
         "`mc` is the published Monte Carlo estimate, too high by 1 to 2 % for targets of 4 to 8 tokens",
@@ -240,7 +267,7 @@ class LikelihoodSettings(Settings):
 class EditSettings(Settings):
     """How Edit Flows is trained (arXiv:2506.09018): the starts it learns to edit, and when edits are made."""
 
-    schedule: Literal["cubic", "linear"] = option("cubic", "share of edits made by time t: t^3 or t")
+    schedule: KappaName = option("cubic", "share of edits made by time t: t^3 or t")
     starts: list[Literal["empty", "masked", "noisy"]] = option(
         ["empty"], "what a text is edited from, drawn per sample: nothing, masks, or the text with faults", min_length=1
     )
@@ -293,7 +320,7 @@ class Recipe(Settings):
 
     parameters: Literal["fp32", "bf16"] = option("fp32", "dtype of the master weights; bf16 loses small steps (F1)")
     autocast: Literal["bf16", "none"] = option("bf16", "dtype of the matrix products")
-    schedule: Literal["linear", "cosine", "square", "sqrt"] = option("linear", "kept share alpha(t)")
+    schedule: ScheduleName = option("linear", "kept share alpha(t)")
     corruption: Literal["exact", "bernoulli"] = option("exact", "mask exactly k tokens, or each with probability t")
     time_floor: float = option(1e-3, "smallest diffusion time of `bernoulli`", ge=1e-12, lt=1)
     weight: Literal["elbo", "uniform"] = option("elbo", "weight of a row's loss")

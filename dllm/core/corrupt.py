@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm.config import Recipe
 from dllm.core.batch import Noise
 from dllm.core.noise import keyed_hash, keyed_uniform
-from dllm.core.schedules import SCHEDULES, Schedule
+from dllm.schedules import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ Sources: Sahoo et al. 2024 (arXiv:2406.07524), eq. 10; Ou et al. 2024 (arXiv:240
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllm.algorithms import resolved
+from dllm.choices import ESTIMATORS
 from dllm.config import LikelihoodSettings
 from dllm.core.noise import keyed_uniform
 from dllm.likelihood.policy import LATTICE, SIZE_POWER, estimator_for
@@ -60,7 +60,8 @@ def likelihood_design(length: int | Tensor, key: int | Tensor, settings: Likelih
     values. Raises ValueError for an empty target, or one the estimator does not take within `settings.budget`.
     """
     name = settings.estimator if isinstance(length, Tensor) else estimator_for(length, settings)
-    return ESTIMATORS[name](length, torch.as_tensor(key), settings)
+    design: Design = resolved(ESTIMATORS[name].design)(length, torch.as_tensor(key), settings)
+    return design
 
 
 def estimate(design: Design, nll: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,13 +251,6 @@ def mc(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     masked = _ranks(key, draws, length) < k
     unit = batch if draws > size else torch.arange(draws)
     return Design(masked, masked * (length / k.double() / draws), unit)
-
-
-ESTIMATORS: dict[str, Callable[[Any, Tensor, LikelihoodSettings], Design]] = {
-    "enumerate": enumerate_masks,
-    "lattice": lattice,
-    "mc": mc,
-}
 
 
 def _ranks(key: Tensor, count: int, length: int | Tensor) -> Tensor:

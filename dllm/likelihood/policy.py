@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from dllm.algorithms import resolved
+from dllm.choices import ESTIMATORS
 from dllm.config import LikelihoodSettings
 
 ENUMERATION_LIMIT = 12
@@ -53,11 +55,22 @@ def likelihood_passes(length: int, settings: LikelihoodSettings) -> float:
     """
     if length < 1:
         return 0.0
-    name = _estimator(length, settings)
-    if name == "enumerate":
-        return float(2 ** min(length, ENUMERATION_LIMIT) - 1)
-    if name == "mc":
-        return sum(_distinct(length, k, settings.mc_draws / length) for k in range(1, length + 1))
+    passes = ESTIMATORS[_estimator(length, settings)].passes
+    return float(settings.budget if passes is None else resolved(passes)(length, settings))
+
+
+def enumeration_passes(length: int, settings: LikelihoodSettings) -> float:
+    """Passes of `enumerate`: one per mask."""
+    return float(2 ** min(length, ENUMERATION_LIMIT) - 1)
+
+
+def mc_passes(length: int, settings: LikelihoodSettings) -> float:
+    """Expected passes of `mc`, whose draws of short targets repeat each other."""
+    return sum(_distinct(length, k, settings.mc_draws / length) for k in range(1, length + 1))
+
+
+def lattice_passes(length: int, settings: LikelihoodSettings) -> float:
+    """Expected passes of `lattice`, whose windows repeat each other and the fixed passes."""
     if length == 1:
         return 1.0
     # windows, of which some mask everything or half, as the fixed passes do; their sizes are |S| / L = x^SIZE_POWER

@@ -45,10 +45,10 @@ from dllm.core.edits import (
 )
 from dllm.core.losses import row_shares
 from dllm.core.noise import keyed_uniform
-from dllm.core.schedules import KAPPAS
 from dllm.models.backbone import Backbone
 from dllm.models.edit_heads import EditLoss, new_edit_heads, save_edit_heads
 from dllm.objectives.objective import Objective, part_of_state
+from dllm.schedules import KAPPAS
 
 _START_STREAM = 6
 

@@ -19,11 +19,11 @@ from dllm.core.canvas import Canvas, Completion, Ended, infill_canvas
 from dllm.core.edits import BLANK, DELETE, INSERT, SUBSTITUTE, Edits, open_gaps, rank_within, starts_of
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import Layout, layout_of
-from dllm.core.schedules import KAPPAS
 from dllm.models.backbone import Backbone
 from dllm.models.edit_heads import TimedHidden, edit_loss
 from dllm.sampling.reveal import propose_tokens, token_confidence
 from dllm.sampling.sampler import Sampler, reject_options
+from dllm.schedules import KAPPAS
 
 _INSERT_STREAM, _EDIT_STREAM, _KIND_STREAM, _ROOM_STREAM, _NEW_STREAM, _OLD_STREAM, _UNDO_STREAM = range(7)
 

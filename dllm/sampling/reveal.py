@@ -4,6 +4,7 @@ The two choices are separate: a token is drawn from p = softmax(logits / tempera
 position is chosen by a score of the untempered distribution. Fp32 is enough for both (no Gumbel noise in fp64).
 Sources: Nie et al. 2025 (arXiv:2502.09992): confidence, random; Ye et al. 2025 (arXiv:2508.15487): entropy, margin;
 Wu et al. 2025 (arXiv:2505.22618): threshold, factor; Ben-Hamu et al. 2025 (arXiv:2505.24857): entropy bound.
+The table of the rules is `dllm.choices.REVEAL_RULES`.
 """
 
 from __future__ import annotations
@@ -59,57 +60,45 @@ def token_confidence(logits: Tensor, tokens: Tensor) -> Tensor:
     return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).exp()
 
 
-def _negative_entropy(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
+def confidence_score(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
+    """The probability of the proposed token."""
+    return confidence
+
+
+def negative_entropy(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
+    """Minus the entropy of the distribution, in nats."""
     p = torch.softmax(logits, -1)
     return torch.special.xlogy(p, p).sum(-1)
 
 
-def _margin(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
+def margin(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
+    """How much more probable the most probable token is than the second."""
     top = torch.softmax(logits, -1).topk(2, -1).values
     return top[:, 0] - top[:, 1]
 
 
-def _confidence(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
-    return confidence
+def noise_score(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Tensor:
+    """The position noise itself: a random order."""
+    return noise
 
 
-RevealRule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(logits [N, V], confidence [N], position noise [N]) -> score [N]; the highest are revealed first."""
-
-REVEAL_RULES: dict[str, RevealRule] = {
-    "confidence": _confidence,
-    "entropy": _negative_entropy,
-    "margin": _margin,
-    "random": lambda logits, confidence, noise: noise,
-    "threshold": _confidence,
-    "factor": _confidence,
-    "entropy_bound": _negative_entropy,
-}
-
-
-def _above_threshold(ranked: Tensor, threshold: float) -> Tensor:
+def above_threshold(ranked: Tensor, threshold: float) -> Tensor:
+    """How many scores [B, S] are at least the threshold."""
     return (ranked >= threshold).sum(-1)
 
 
-def _within_factor(ranked: Tensor, factor: float) -> Tensor:
+def within_factor(ranked: Tensor, factor: float) -> Tensor:
+    """The number n of leading scores [B, S] that are above 1 - factor / (n + 1)."""
     rank = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
     sure = ranked > 1 - factor / (rank + 1)
     # the first is revealed whatever its confidence, so that it does not end the run of sure ones
     return (sure | (rank == 1)).long().cumprod(-1).sum(-1)
 
 
-def _within_entropy_bound(ranked: Tensor, bound: float) -> Tensor:
+def within_entropy_bound(ranked: Tensor, bound: float) -> Tensor:
+    """How many leading positions have entropies that, without the largest, sum to at most the bound; ranked [B, S]."""
     entropy = -ranked
     return (entropy.cumsum(-1) - entropy.cummax(-1).values <= bound).sum(-1)
-
-
-PARALLEL_RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "threshold": _above_threshold,
-    "factor": _within_factor,
-    "entropy_bound": _within_entropy_bound,
-}
-"""Rules that reveal as many as are sure enough: (scores [B, S] from the highest, -inf behind the last; the setting of
-the rule's name) -> how many [B], of which one may be missing."""
 
 
 def choose_positions(

@@ -17,7 +17,8 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from dllm.algorithms import trained_blocks
+from dllm.algorithms import resolved, trained_blocks
+from dllm.choices import REVEAL_RULES
 from dllm.config import GenerateSettings, Recipe
 from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.canvas import Canvas
@@ -27,8 +28,6 @@ from dllm.models.backbone import Backbone
 from dllm.models.kv_cache import KVCache
 from dllm.sampling.plan import BlockPlan, plan_blocks
 from dllm.sampling.reveal import (
-    PARALLEL_RULES,
-    REVEAL_RULES,
     choose_positions,
     position_noise,
     propose_tokens,
@@ -116,6 +115,7 @@ class DenoisingStep:
         Raises ValueError if `steps` is less than the blocks of a row.
         """
         self.backbone, self.settings, self.device = backbone, settings, torch.device(backbone.device)
+        self.reveal_rule = REVEAL_RULES[settings.reveal_rule]
         given = canvas.valid & ~canvas.masked
         self.keys = keyed_hash(settings.seed, token_hash(canvas.tokens, given))
         self.canvas = canvas
@@ -194,15 +194,14 @@ class DenoisingStep:
             running.end((eos & (running.masked.cumsum(1) == 0)).any(1), self.backbone.eos_id)
         else:
             torch.any(running.masked, 1, out=running.done).logical_not_()
-        revealed = chosen.sum(1).cpu().numpy() if settings.reveal_rule in PARALLEL_RULES else count
+        revealed = chosen.sum(1).cpu().numpy() if self.reveal_rule.sure else count
         return plan.advance(rows, numpy.minimum(revealed, left))
 
     def _sure(self, ranked: Tensor) -> Tensor:
         """How many of a row's candidates are sure enough, under a rule that reveals all of these; 0 under others."""
-        rule = self.settings.reveal_rule
-        if rule not in PARALLEL_RULES:
+        if self.reveal_rule.sure is None:
             return torch.zeros_like(ranked[:, 0], dtype=torch.long)
-        return PARALLEL_RULES[rule](ranked, getattr(self.settings, rule))
+        return resolved(self.reveal_rule.sure)(ranked, getattr(self.settings, self.settings.reveal_rule))
 
     def _reveal(self, running: RunningRows, flat: Tensor, chosen: Tensor, tokens: Tensor, confidence: Tensor) -> None:
         """Write what was chosen [N] among the proposals at `flat` [N], row * L + position."""
@@ -222,7 +221,7 @@ class DenoisingStep:
         settings = self.settings
         hidden, layout = self._forward(running)
         noise = token_noise(keys, position, step) if settings.temperature > 0 else None
-        order = position_noise(keys, position, step) if settings.reveal_rule == "random" else None
+        order = position_noise(keys, position, step) if self.reveal_rule.noise else None
         size = max(1, _HEAD_LOGITS.get(self.device.type, 2**26) // self.backbone.vocab_size)
         found = []
         for low in range(0, len(row), size):
@@ -231,8 +230,8 @@ class DenoisingStep:
             drawn = None if noise is None else noise[part]
             proposed = propose_tokens(logits, drawn, temperature=settings.temperature, top_p=settings.top_p)
             confidence = token_confidence(logits, proposed)
-            rule = REVEAL_RULES[settings.reveal_rule]
-            found.append((proposed, confidence, rule(logits, confidence, None if order is None else order[part])))
+            score = resolved(self.reveal_rule.score)(logits, confidence, None if order is None else order[part])
+            found.append((proposed, confidence, score))
         token, probability, score = (torch.cat(parts) for parts in zip(*found, strict=True))
         return token, probability, score
 

@@ -6,7 +6,7 @@ import torch
 from dllm.config import Recipe
 from dllm.core.batch import evaluation_noise, row_noise
 from dllm.core.corrupt import apply_mask, bernoulli, corrupted, exact_count
-from dllm.core.schedules import SCHEDULES
+from dllm.schedules import SCHEDULES
 
 LARGEST = 1 - 2**-24
 """The largest number below 1 that keyed noise holds."""

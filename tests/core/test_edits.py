@@ -26,7 +26,7 @@ from dllm.core.edits import (
     strip,
 )
 from dllm.core.noise import keyed_hash
-from dllm.core.schedules import KAPPAS
+from dllm.schedules import KAPPAS
 
 FRONT = 99
 

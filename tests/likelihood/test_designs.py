@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from dllm.choices import ESTIMATORS
 from dllm.config import LikelihoodSettings
-from dllm.likelihood.designs import ESTIMATORS, estimate, likelihood_design
+from dllm.likelihood.designs import estimate, likelihood_design
 from dllm.likelihood.policy import LATTICE, estimator_for
 from tests.oracles import enumerated_nelbo, tabular_backbone
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from dllm.choices import REVEAL_RULES
 from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.batch import Batch, Noise, row_noise
@@ -21,7 +22,6 @@ from dllm.models.heads import head_logits
 from dllm.models.kv_cache import KVCache
 from dllm.objectives.bd3lm import BD3LM
 from dllm.objectives.mdlm import MDLM
-from dllm.sampling.reveal import REVEAL_RULES
 from dllm.sampling.sampler import MaskedSampler, block_sampler
 from dllm.sampling.step import DenoisingStep, block_rule
 from tests.models.families import CASES, VOCAB, ragged, stock_model

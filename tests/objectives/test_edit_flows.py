@@ -24,10 +24,10 @@ from dllm.core.edits import (
     spans_of,
     state_at,
 )
-from dllm.core.schedules import KAPPAS
 from dllm.models.edit_heads import EditLoss, new_edit_heads
 from dllm.objectives.edit_flows import EditFlows
 from dllm.sampling.edits import EditSampler, edit_canvas, edit_pieces
+from dllm.schedules import KAPPAS
 from tests.core.test_edits import plain_distance, ragged
 from tests.edit_toys import ExactEdits, LearntEdits, RandomEdits, toy_backbone
 from tests.samplers import numbered_rows

@@ -8,11 +8,11 @@ import torch
 from dllm.config import Recipe
 from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.losses import denominator
-from dllm.core.schedules import SCHEDULES
 from dllm.models.backbone import TokenNLL
 from dllm.objectives.ar import AR
 from dllm.objectives.mdlm import MDLM
 from dllm.objectives.mlm import MLM
+from dllm.schedules import SCHEDULES
 from tests.oracles import markov_backbone, tabular_backbone
 from tests.toys import ToyBackbone
 from tests.training_loss import training_loss

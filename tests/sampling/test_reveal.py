@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from dllm.algorithms import resolved
+from dllm.choices import REVEAL_RULES, parallel_rules
 from dllm.core.canvas import canvas_for, first_position, infill_canvas
 from dllm.sampling.reveal import (
-    PARALLEL_RULES,
-    REVEAL_RULES,
     choose_positions,
     nucleus,
     propose_tokens,
@@ -28,12 +28,12 @@ def test_rules_rank_a_sure_position_above_an_unsure_one():
     confidence = token_confidence(logits, logits.argmax(-1))
     torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
     for name in sorted(set(REVEAL_RULES) - {"random"}):
-        score = REVEAL_RULES[name](logits, confidence, None)
+        score = resolved(REVEAL_RULES[name].score)(logits, confidence, None)
         assert score[0] > score[1] and score.isfinite().all(), name
 
 
 @pytest.mark.parametrize("number", [0.05, 0.3, 0.5, 0.9])
-@pytest.mark.parametrize("rule", PARALLEL_RULES)
+@pytest.mark.parametrize("rule", parallel_rules())
 def test_sure_positions_are_counted_as_by_the_plain_rule(rule, number):
     generator = torch.Generator().manual_seed(0)
     # near 1 in some rows and near 0 in others, so that there are short and long runs of sure positions
@@ -42,7 +42,7 @@ def test_sure_positions_are_counted_as_by_the_plain_rule(rule, number):
     behind = torch.arange(12) >= sizes
     score = -size if rule == "entropy_bound" else size
     ranked = score.masked_fill(behind, -torch.inf).sort(-1, descending=True).values
-    found = PARALLEL_RULES[rule](ranked, number).clamp(min=1).tolist()
+    found = resolved(REVEAL_RULES[rule].sure)(ranked, number).clamp(min=1).tolist()
     plain = {
         "threshold": lambda row: max(1, sum(value >= number for value in row)),
         "factor": lambda row: within_factor(row, number),

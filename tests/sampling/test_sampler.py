@@ -7,10 +7,10 @@ import numpy
 import pytest
 import torch
 
+from dllm.choices import REVEAL_RULES, parallel_rules
 from dllm.config import GenerateSettings
 from dllm.core.canvas import canvas_for, infill_canvas
 from dllm.sampling import sampler as denoising
-from dllm.sampling.reveal import PARALLEL_RULES, REVEAL_RULES
 from dllm.sampling.sampler import MaskedSampler
 from dllm.sampling.step import DenoisingStep
 from tests.oracles import markov_backbone, tabular_backbone
@@ -107,7 +107,7 @@ def test_steps_are_the_forward_passes(steps, passes):
     assert drained(backbone, canvas_of(backbone), settings(steps=steps)).nfe == passes
 
 
-@pytest.mark.parametrize("rule", PARALLEL_RULES)
+@pytest.mark.parametrize("rule", parallel_rules())
 def test_a_parallel_rule_reveals_at_least_the_quota_and_at_least_one(rule):
     backbone, (sure, unsure) = (
         tabular_backbone(),
@@ -338,7 +338,7 @@ def test_looking_at_the_rows_seldom_and_late_changes_nothing(options, monkeypatc
 
 @pytest.mark.parametrize("options", every_option(), ids=lambda o: f"{o.reveal_rule}-{o.temperature}")
 def test_a_step_never_waits_for_the_device(options):
-    if options.reveal_rule in PARALLEL_RULES:
+    if options.reveal_rule in parallel_rules():
         pytest.skip("how many tokens were revealed is read once per pass")
     backbone = tabular_backbone(seed=3)
     decoder = DenoisingStep(backbone, canvas_of(backbone), options)

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from dllm.core.schedules import SCHEDULES
+from dllm.schedules import SCHEDULES
 from tests.oracles import enumerated_nelbo, tabular_backbone
 
 EACH = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())

@@ -7,6 +7,8 @@ schedule, only the sampling noise of t does. Source: Sahoo et al. 2024 (arXiv:24
 
 Edits: t runs from 0 (the start) to 1 (the text). A schedule is the share kappa(t) of edits that have been made; an edit
 that is still to be made has the rate w(t) = kappa'(t) / (1 - kappa(t)). Source: Havasi et al. 2025 (arXiv:2506.09018).
+
+A new schedule is a row of a table here. This module imports no torch, since settings are checked against the tables.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,11 @@ def _rising(p: int) -> Schedule:
 
 SCHEDULES: dict[str, Schedule] = {
     "linear": _falling(1.0),
-    "square": _falling(2.0),
-    "sqrt": _falling(0.5),
     "cosine": Schedule(
         lambda t: 1 - (math.pi / 2 * (1 - t)).cos(), lambda t: -math.pi / 2 * (math.pi / 2 * (1 - t)).sin()
     ),
+    "square": _falling(2.0),
+    "sqrt": _falling(0.5),
 }
 """alpha(t) by name."""
 

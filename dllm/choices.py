@@ -1,0 +1,57 @@
+"""Settings that choose a function by its name: the row of a name says where its function is. Imports none of them.
+
+A new reveal rule or estimator is a function and a row here; settings, command line and planning read the tables.
+`dllm.algorithms.resolved` makes the function of a name such as "package.module:function".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RevealRule:
+    """Which masked positions are revealed first."""
+
+    score: str | Callable[..., Any]
+    """(logits [N, V], confidence [N], position noise [N] or None) -> score [N]; the highest are revealed first."""
+    sure: str | Callable[..., Any] | None = None
+    """Of a rule that reveals all that are sure enough: (scores [B, S] from the highest, -inf behind the last; the
+    setting of the rule's name) -> how many [B], of which one may be missing."""
+    noise: bool = False
+    """Whether the score needs position noise."""
+
+
+REVEAL_RULES: dict[str, RevealRule] = {
+    "confidence": RevealRule("dllm.sampling.reveal:confidence_score"),
+    "entropy": RevealRule("dllm.sampling.reveal:negative_entropy"),
+    "margin": RevealRule("dllm.sampling.reveal:margin"),
+    "random": RevealRule("dllm.sampling.reveal:noise_score", noise=True),
+    "threshold": RevealRule("dllm.sampling.reveal:confidence_score", "dllm.sampling.reveal:above_threshold"),
+    "factor": RevealRule("dllm.sampling.reveal:confidence_score", "dllm.sampling.reveal:within_factor"),
+    "entropy_bound": RevealRule("dllm.sampling.reveal:negative_entropy", "dllm.sampling.reveal:within_entropy_bound"),
+}
+
+
+def parallel_rules() -> tuple[str, ...]:
+    """The rules that reveal all positions that are sure enough."""
+    return tuple(name for name, rule in REVEAL_RULES.items() if rule.sure is not None)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator of the likelihood of a target."""
+
+    design: str | Callable[..., Any]
+    """(target length, key, `LikelihoodSettings`) -> `likelihood.designs.Design`."""
+    passes: str | Callable[..., float] | None = None
+    """(target length, `LikelihoodSettings`) -> expected forward passes of a target, without torch; None: the budget."""
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "enumerate": Estimator("dllm.likelihood.designs:enumerate_masks", "dllm.likelihood.policy:enumeration_passes"),
+    "lattice": Estimator("dllm.likelihood.designs:lattice", "dllm.likelihood.policy:lattice_passes"),
+    "mc": Estimator("dllm.likelihood.designs:mc", "dllm.likelihood.policy:mc_passes"),
+}
