@@ -154,8 +154,8 @@ class DiffusionLM:
         if not rows:
             return []
         settings = (settings or GenerateSettings()).model_copy(update={"early_stop": False})
-        ids = {"mask_id": self.backbone.mask_id, "pad_id": self.backbone.pad_id}
-        canvas = infill_canvas(rows, device=self.backbone.device, **ids)
+        backbone = self.backbone
+        canvas = infill_canvas(rows, mask_id=backbone.mask_id, pad_id=backbone.pad_id, device=backbone.device)
         *_, last = self.sampler.denoise(self.backbone, canvas, settings)
         ends = zip(last.tokens.tolist(), last.length.tolist(), strict=True)
         return [tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in ends]

@@ -213,7 +213,9 @@ def _inherit(merged: Mapping, origin: Origin) -> None:
 def _take_tokens(merged: Mapping) -> None:
     """Give a new model with the tokenizer of another model that one's special tokens, where its entry has none."""
     models, datasets = merged.get("models"), merged.get("datasets") or {}
-    for entry in (models if isinstance(models, dict) else {}).values():
+    if not isinstance(models, dict):
+        return
+    for entry in models.values():
         name = entry.get("tokenizer") if isinstance(entry, dict) else None
         other = models.get(name) if isinstance(name, str) and name not in datasets else None
         if isinstance(other, dict):

@@ -67,8 +67,8 @@ def checkpoint_directory(path: str, root: Path, where: str) -> Path:
 
 def checkpoint_files(directory: Path) -> list[Path]:
     """The files of a checkpoint that are used, sorted."""
-    files = (path for path in directory.iterdir() if path.is_file() and path.suffix in MODEL_FILES)
-    files = sorted(path for path in files if path.name not in NO_MODEL_FILES)
+    known = (path for path in directory.iterdir() if path.is_file() and path.suffix in MODEL_FILES)
+    files = sorted(path for path in known if path.name not in NO_MODEL_FILES)
     safe = any(path.suffix == ".safetensors" for path in files)
     return [path for path in files if not (safe and path.suffix == ".bin")]
 

@@ -28,7 +28,7 @@ class FileRows(Sequence[Row]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: Any) -> Any:
         name, rows, row = self._place(index)
         return rows[row]
 
@@ -65,7 +65,7 @@ class Table(Sequence[Row]):
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: Any) -> Any:
         return {name: column[index].as_py() for name, column in self._columns.items()}
 
 

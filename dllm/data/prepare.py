@@ -141,7 +141,7 @@ class Readable:
 
     part: DataPart
     kind: str
-    rows: object
+    rows: Any
     unusable: list[str]
 
     def texts(self, numbers: list[int]) -> list[str]:

@@ -321,7 +321,8 @@ def _training_cost(provenance: dict | None, plan: ReportPlan) -> Finding:
     part, rules = "training cost", plan.rules
     if provenance is None:
         return Finding(part, "", "undecided", "The plan has no chat run.", timed=True)
-    if any(entry.truncated for entry in (*plan.chat, *plan.results) if entry.run == provenance["run"]):
+    truncated = {entry.run for entry in plan.chat if entry.truncated} | {r.run for r in plan.results if r.truncated}
+    if provenance["run"] in truncated:
         return _without_verdict(Finding(part, "", "undecided", "", timed=True), [provenance["run"]])
     hours = provenance["wall_seconds"] * int(provenance.get("processes") or 1) / 3600
     machine = ", ".join(str(provenance[key]) for key in ("hardware", "device") if provenance.get(key))

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -86,7 +87,8 @@ class Devices(ABC):
         scale: what the loss is multiplied by for the gradient (a wrapper that averages over processes wants their
         number where the denominator counts the global batch). The host never waits for the device.
         """
-        loss = nll = 0.0
+        loss: Any = 0.0
+        nll: Any = 0.0
         masked = tokens = 0
         for part in parts:
             with self._accumulating(part.last):
@@ -309,7 +311,8 @@ class FullyShard(Devices):
             "reshard_after_forward": plugin.reshard_after_forward,
             "offload_policy": plugin.cpu_offload,
         }
-        for layer in _layers(scores.model):
+        inner: Any = scores.model
+        for layer in _layers(inner):
             fully_shard(layer, **options)
         fully_shard(scores, **options)  # embeddings and head, which may share a matrix
         self.optimizers = build_optimizers(scores, settings)

@@ -311,9 +311,12 @@ class Prefetcher(Iterator[MicroBatch]):
 
     def __next__(self) -> MicroBatch:
         made = self._made.get()
-        if isinstance(made, BaseException) or made is self._END:
+        if made is self._END:
             self._made.put(made)  # whoever asks again hears the same
-            raise StopIteration if made is self._END else made
+            raise StopIteration
+        if isinstance(made, BaseException):
+            self._made.put(made)
+            raise made
         return made
 
     def _make(self) -> None:

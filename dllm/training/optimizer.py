@@ -34,7 +34,9 @@ class Muon(torch.optim.Muon):
             return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            parameters, gradients, momenta = [], [], []
+            parameters: list[Tensor] = []
+            gradients: list[Tensor] = []
+            momenta: list[Tensor] = []
             self._init_group(group, parameters, gradients, momenta)
             for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
                 momentum.lerp_(gradient, 1 - group["momentum"])
@@ -76,7 +78,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> list[torc
     adamw = torch.optim.AdamW(
         others,
         lr=settings.learning_rate,
-        betas=tuple(settings.betas),
+        betas=(settings.betas[0], settings.betas[1]),
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
         fused=fused,

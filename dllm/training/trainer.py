@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy
 import torch
@@ -194,7 +195,7 @@ class _Run:
         self.objective = objective_of(config, backbone)
         check_budget(config, self.objective)
         end = response_end_of(config, train_rows, backbone)
-        ids = {"pad_id": backbone.pad_id, "mask_id": backbone.mask_id}
+        ids: dict[str, Any] = {"pad_id": backbone.pad_id, "mask_id": backbone.mask_id}
         self.train_split = TrainingSplit(train_rows, self.objective, end, **ids, stream=stream)
         # test responses end as training ones do, without the random extra blocks
         self.test_split = TrainingSplit(test_rows, self.objective, end and replace(end, extra_blocks=0), **ids)
@@ -400,7 +401,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.devices.save(scratch)
         if self.accelerator.is_main_process:
-            progress = {"step": step, "tokens": self.tokens, "wall_seconds": self.wall_seconds}
+            progress: dict[str, Any] = {"step": step, "tokens": self.tokens, "wall_seconds": self.wall_seconds}
             progress["layout"] = self.devices.layout
             if self.stream is not None:
                 progress["stream"] = self.stream.state(step)
@@ -419,7 +420,11 @@ class _Run:
 
     def trained(self) -> Trained:
         """The run as its artifact takes it."""
-        numbers = {"wall_seconds": self.wall_seconds, "tokens": self.tokens, "parameters": self.parameters}
+        numbers: dict[str, Any] = {
+            "wall_seconds": self.wall_seconds,
+            "tokens": self.tokens,
+            "parameters": self.parameters,
+        }
         return Trained(self.config, self.backbone, self.devices, self.metrics.path, **numbers)
 
     def _bar(self, first: int, quiet: bool):

@@ -37,7 +37,8 @@ from dllm.models.inferred import described, entry_settings, parameters
 from dllm.models.load import longest_row
 from dllm.models.tokenizers import load_tokenizer
 from dllm.provenance import alone, read_record
-from dllm.training.trainer import Interrupted, input_paths, train
+from dllm.training.artifact import input_paths
+from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
 from dllm.tuning.look import Source, facts_of, held_out, open_source
 from dllm.tuning.start import Entry, find_data, find_model

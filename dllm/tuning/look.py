@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
 from dllm.config import DataPart
 from dllm.data.convert import kind_of_part, place_of, split_rows
 from dllm.data.prepare import Readable
+from dllm.models.literal_text import encode_marked
 from dllm.models.tokenizers import encode_text
 from dllm.tuning.defaults import Facts
 
@@ -22,7 +24,7 @@ class Source:
     """One dataset: its entry and place, the kind of its rows, and what a user is told of them."""
 
     part: DataPart
-    rows: object
+    rows: Any
     kind: str
     said: str
 
@@ -47,7 +49,10 @@ def facts_of(sources: Sequence[Source], tokenizer) -> Facts:
             f"{', '.join(texts)}: holds plain text, and the other data conversations; train on the text first, and on "
             "the conversations from the model that comes of it"
         )
-    lengths, answers, usable, unusable = [], [], 0.0, []
+    lengths: list[int] = []
+    answers: list[int] = []
+    usable = 0.0
+    unusable: list[str] = []
     for source in sources:
         numbers = numpy.linspace(0, len(source.rows) - 1, min(SAMPLED, len(source.rows))).astype(int).tolist()
         part = source.part.model_copy(update={"entry": source.part.entry.model_copy(update={"drop_unusable": True})})
@@ -55,7 +60,8 @@ def facts_of(sources: Sequence[Source], tokenizer) -> Facts:
         if source.is_text:
             found = [(0, len(ids) + 1) for ids in (encode_text(tokenizer, text) for text in readable.texts(numbers))]
         else:
-            found = [_sizes(tokenizer, *pair) for pair in readable.conversations(numbers, tokenizer)]
+            conversations = readable.conversations(numbers, tokenizer)
+            found = [_sizes(tokenizer, prompt, whole) for prompt, whole, _ in conversations]
         usable += len(source.rows) * len(found) / max(1, len(numbers))
         answers += [answer for _, answer in found]
         lengths += [prompt + answer for prompt, answer in found]
@@ -73,4 +79,5 @@ def held_out(source: Source, number: int) -> list[tuple[int, str]]:
 
 def _sizes(tokenizer, prompt: str, whole: str) -> tuple[int, int]:
     """Tokens of a prompt and of its answer."""
-    return len(encode_text(tokenizer, prompt)), len(encode_text(tokenizer, whole[len(prompt) :]))
+    tokens, answer = encode_marked(tokenizer, [prompt, whole[len(prompt) :]])
+    return len(tokens), len(answer)

@@ -94,7 +94,7 @@ def _newest(name: str, kind: str) -> str:
 
     with one_line_errors(name, name, kind, failed="the hub gave no answer"):
         commit = HfApi().repo_info(name, repo_type=kind).sha
-    assert REVISION.match(commit)
+    assert commit is not None and REVISION.match(commit)
     return commit
 
 
