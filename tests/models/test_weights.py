@@ -295,7 +295,7 @@ def test_missing_extra_and_misshapen_tensors_are_one_line(copy, tmp_path):
     save_file({k: v for k, v in whole.items() if k != key}, path, metadata=meta)
     assert "the weights lack model.layers.1.mlp.up_proj.weight (1 in all)" in line_of(directory)
     save_file(whole | {"model.transformer.wpe.weight": torch.zeros(3)}, path, metadata=meta)
-    assert "the weights have model.transformer.wpe.weight (1 in all) that LLaDA has not" in line_of(directory)
+    assert "the weights have model.transformer.wpe.weight (1 in all) that LLaDA does not have" in line_of(directory)
     save_file(whole | {key: torch.zeros(3, 4)}, path, metadata=meta)
     assert "the weights cannot be loaded" in line_of(directory)
     path.unlink()
