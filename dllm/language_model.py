@@ -57,7 +57,7 @@ def load(
 
     mixed: bf16 matrix products in the layers; LM head and scores stay fp32, as do the weights (unless `dtype` says
     otherwise). Where bf16 is not fast, products are fp32, and so are weights of dtype bf16; one line on stderr says so.
-    algorithm: one that it was not trained with, but can be used with (none: its own). Raises ValueError,
+    algorithm: one that it was not trained with, but can be used with (None: its own). Raises ValueError,
     one line, for a missing, damaged or unsuitable checkpoint, and for an algorithm that cannot use it.
     """
     backbone = load_backbone(path_or_hub_id, revision=revision, device=device or best_device(), dtype=dtype)
@@ -101,14 +101,14 @@ class DiffusionLM:
 
         Finished rows make room for waiting ones, within `settings.batch_size` rows and `settings.batch_tokens` tokens.
         A text ends before the end of turn, EOS or a stop string. A row's answer does not depend on its batch-mates.
-        Raises ValueError, one line, for a prompt that is none or that leaves no room for `max_new_tokens`, and for a
+        Raises ValueError, one line, for an invalid prompt or one that leaves no room for `max_new_tokens`, and for a
         token budget that is smaller than a single row.
         """
         settings = settings or GenerateSettings()
         rows = self._prompt_rows(prompts, settings)
         if not rows:
             return []
-        found: list[Answer] = [Answer("", 0, 0)] * len(rows)
+        answers: list[Answer] = [Answer("", 0, 0)] * len(rows)
         # the rows wait on the host
         canvas = self._canvas(rows, settings, "cpu")
         for row in self.sampler.complete(self.backbone, canvas, settings, ended=self._ended(settings)):
@@ -116,14 +116,14 @@ class DiffusionLM:
             prompt = prompts[row.number]
             is_chat = not isinstance(prompt, str) and isinstance(prompt[0], dict)
             length = self.answer_length(row.tokens, settings.stop)
-            found[row.number] = Answer(
+            answers[row.number] = Answer(
                 text=text.strip() if is_chat else text,
                 tokens=length,
                 passes=row.passes,
                 computed=row.computed,
                 ids=tuple(row.tokens[:length]),
             )
-        return found
+        return answers
 
     def stream(self, prompts: Sequence[Prompt], settings: GenerateSettings | None = None) -> Iterator[Canvas]:
         """The canvas of all prompts, all masks at first, then after every change.
@@ -165,8 +165,8 @@ class DiffusionLM:
     ) -> Iterator[EditCanvas]:
         """A text on its way to a better one: the canvas of the draft, then the canvas after every pass.
 
-        The draft answers a conversation, continues a text or token ids, or stands alone (prompt: None). What each pass
-        changes is shown by `sampling.edits.edit_pieces`; `decode(canvas.responses()[0])` is the text so far.
+        The draft answers a conversation, continues a text or token ids, or is all there is (prompt: None). What each
+        pass changes is shown by `sampling.edits.edit_pieces`; `decode(canvas.responses()[0])` is the text so far.
         Raises ValueError, one line, for a model that does not edit, or a draft that does not fit into its context.
         """
         if not isinstance(self.sampler, EditSampler):
@@ -316,7 +316,7 @@ class DiffusionLM:
         return text[:at].rstrip() if mark in self._ends(()) else text[:at]
 
     def answer_length(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> int:
-        """How many of a response's tokens carry its text, that is, stand before its end."""
+        """How many of a response's tokens carry its text, that is, are before its end."""
         tokens = self._before_eos(tokens)
         text, whole = self.decode(tokens, stop), self._text(tokens)
         if len(text) == len(whole):
@@ -386,4 +386,4 @@ def _check_ids(name: str, tokens: Sequence[int], vocabulary: int) -> None:
 
 def _check_list(values: Sequence[Any], name: str) -> None:
     if isinstance(values, str | dict) or (len(values) and isinstance(values[0], dict | int)):
-        raise ValueError(f"{name} is a single one; give a list, e.g. {name}=[...] with one element")
+        raise ValueError(f"{name} is a single value; give a list, e.g. {name}=[...] with one element")

@@ -4,7 +4,7 @@
     python docs/generate.py --check   exit 1, with one line, if one of them is not what the code says
     python docs/generate.py --benchmark   put the ratios of the benchmark into the README
 
-A marked part stands between `<!-- generated: NAME -->` and `<!-- /generated -->`.
+A marked part is between `<!-- generated: NAME -->` and `<!-- /generated -->`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ JOBS = {
     "dllm sample": config.SampleConfig,
     "dllm speed": config.SpeedConfig,
 }
-"""What each command is told: the configs that the workflow writes below `configs/` of a work directory."""
+"""What each command reads: the configs that the workflow writes below `configs/` of a work directory."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # docs/configuration.md
@@ -87,7 +87,7 @@ def configuration_page() -> str:
 
 
 def settings_below(model: type[Settings], seen: set[type]) -> Iterator[tuple[str, type[Settings]]]:
-    """(where it stands, class) of every settings class inside a class, in the order of its fields, each once."""
+    """(where it is, class) of every settings class inside a class, in the order of its fields, each once."""
     for name, field in model.model_fields.items():
         for inner in settings_in(field.annotation):
             if inner not in seen:

@@ -186,7 +186,7 @@ def test_a_wrong_pair_is_one_clear_line(model):
         model.nelbo(["Hello", "Who"], ["I", ""])
     with pytest.raises(ValueError, match="2 prompts and 1 targets"):
         model.nelbo(["Hello", "Who"], ["I"])
-    with pytest.raises(ValueError, match="targets is a single one"):
+    with pytest.raises(ValueError, match="targets is a single value"):
         model.nelbo(["Hello"], "I")
 
 

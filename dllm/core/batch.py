@@ -80,7 +80,7 @@ class MaskedInputs:
 def masked_inputs(batch: Batch, tokens: Tensor, chosen: Tensor, weight: Tensor, share: Tensor) -> MaskedInputs:
     """The inputs that predict the clean tokens of a CPU batch wherever `chosen` [B, L] bool, seeing `tokens` [B, L].
 
-    Padding may only stand on the right.
+    Padding may only be on the right.
     """
     row, position = chosen.nonzero(as_tuple=True)
     layout = layout_of(batch.attention.sum(-1).tolist(), batch.tokens.shape[1])

@@ -71,7 +71,7 @@ class Progress:
     """A row that is not done, as whoever may end it sees it after a pass.
 
     number: of the row; response: its tokens from `start` on, the mask token where they are masked; known: how many of
-    them stand before the first mask; new: how many of these were not known when it was last looked at.
+    them are before the first mask; new: how many of these were not known when it was last looked at.
     """
 
     number: int

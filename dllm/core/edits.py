@@ -136,11 +136,11 @@ def faulty_rows(target: Ragged, keys: Tensor, share: float) -> Ragged:
     rate = keyed_uniform(keys, _SHARE_STREAM) * share
     u = keyed_uniform(keys[row], _FAULT_STREAM, index) / rate.clamp(min=1e-9)[row]
     wrong = tokens[first[row] + (keyed_uniform(keys[row], _TOKEN_STREAM, index) * lengths[row]).long()]
-    fault = torch.where(u < 1, (u * 3).long(), 3)  # 0 left out, 1 replaced, 2 one too many, 3 as it should be
-    copies = torch.tensor([0, 1, 2, 1])[fault]
+    change = torch.where(u < 1, (u * 3).long(), 3)  # 0 left out, 1 replaced, 2 one too many, 3 as it should be
+    copies = torch.tensor([0, 1, 2, 1])[change]
     token = owners(copies)
     second = torch.arange(len(token)) > starts_of(copies)[token]
-    kept = torch.where(fault == 1, wrong, tokens)[token]
+    kept = torch.where(change == 1, wrong, tokens)[token]
     return torch.where(second, wrong[token], kept), torch.zeros_like(lengths).index_add(0, row, copies)
 
 
@@ -152,7 +152,7 @@ def faulty_rows(target: Ragged, keys: Tensor, share: float) -> Ragged:
 class Edits:
     """N edits of rows laid end to end: place [N] of the anchor, ascending; kind [N]; token [N] (`BLANK`: a deletion).
 
-    An insertion stands right of its anchor, the last token of x_t before it; several may share one and keep their
+    An insertion is right of its anchor, the last token of x_t before it; several may share one and keep their
     order. A deletion or substitution concerns the anchor itself.
     """
 

@@ -1,7 +1,7 @@
 """Keyed noise: uniform numbers that are a pure function of integers.
 
 A number depends on its key and counters only (a seed, an epoch, a sample id, a position, a pass), never on the shape of
-the tensor it stands in, on the order of calls or on the device. Batch size, packing, world size and resume therefore
+the tensor it is in, on the order of calls or on the device. Batch size, packing, world size and resume therefore
 do not change an experiment. Source: the SplitMix64 finaliser, Steele et al. 2014 (doi:10.1145/2660193.2660195).
 """
 

@@ -160,11 +160,11 @@ def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
     out. The prior touches the noise only, not the expectation.
     """
     count, most = windows.shape[1:]
-    # with empty windows up to a multiple of four, every matrix begins at a multiple of 64 bytes: where it stands in
+    # with empty windows up to a multiple of four, every matrix begins at a multiple of 64 bytes: where it is in
     # memory, and so its batch, does not change its rounding
     more = -count % 4
     windows, totals = torch.nn.functional.pad(windows, (0, 0, 0, more)), torch.nn.functional.pad(totals, (0, more))
-    found = torch.zeros(windows.shape, dtype=torch.float64)
+    weights = torch.zeros(windows.shape, dtype=torch.float64)
     mean = _padded([_window_means(length) for length in lengths.tolist()])
     identity = torch.eye(count + more, dtype=torch.float64)
     height = max(1, 2**22 // (most * len(identity) ** 2))
@@ -183,8 +183,8 @@ def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
         together = torch.zeros_like(covariance).index_add_(0, row, inverses) + torch.diag_embed(~some.any(-1) * 1.0)
         left = totals[here].index_add(0, row, (inverses * target[row, None]).sum(-1), alpha=-1)
         multiplier = (torch.linalg.inv(together) * left[:, None]).sum(-1)
-        found[here].mT[row, position] = (inverses * (target + multiplier)[row, None]).sum(-1)
-    return found[:, :count]
+        weights[here].mT[row, position] = (inverses * (target + multiplier)[row, None]).sum(-1)
+    return weights[:, :count]
 
 
 @lru_cache(maxsize=4096)

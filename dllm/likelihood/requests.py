@@ -304,7 +304,7 @@ def _shared_rows(
     first = rule.begin(start, origin[line])  # a block may begin with the end of the prompt
     clean = numpy.zeros_like(counts)
     numpy.maximum.at(clean, line, first)
-    # rows of a text stand together, but maybe in another order than the texts' numbers
+    # rows of a text are together, but maybe in another order than the texts' numbers
     order = numpy.argsort(line, kind="stable")
     blocks = BlockRows(rule, origin, clean, counts, first[order], (start + size - first)[order])
     layout = block_layout(blocks)

@@ -117,8 +117,8 @@ def _forward(
 ) -> Iterator[Tensor]:
     """The nll [G, S, L] float64 of each group, 0 where not masked."""
     batches = packed_batches(targets, groups, batch_tokens, rule, backbone.pad_id)
-    order, found = zip(*((batch.order, _nll(backbone, batch)) for batch in batches), strict=True)
-    nll = torch.cat(found).double().cpu()
+    order, parts = zip(*((batch.order, _nll(backbone, batch)) for batch in batches), strict=True)
+    nll = torch.cat(parts).double().cpu()
     nll = torch.empty_like(nll).index_copy(0, torch.cat(order), nll)
     counts = [int(group.design.masked.sum()) for group in groups]
     for group, values in zip(groups, torch.split(nll, counts), strict=True):
@@ -134,14 +134,14 @@ def _nll(backbone: Backbone, batch: PackedBatch) -> Tensor:
     bounds = torch.searchsorted(batch.place, torch.arange(0, places + height, height)).tolist()
     moved = (x.to(device, non_blocking=True) for x in (batch.row, batch.position, batch.place, batch.token))
     row, position, place, token = moved
-    found = []
+    parts = []
     for low, begin, end in zip(range(0, places, height), bounds, bounds[1:], strict=False):
         here = slice(low, low + height)
         logits = backbone.logits(hidden, layout, row[here], position[here])
         logits[:, backbone.mask_id] = -torch.inf
         number = place[begin:end] - low
-        found.append(logits.logsumexp(-1)[number] - logits[number, token[begin:end]])
-    return torch.cat(found)
+        parts.append(logits.logsumexp(-1)[number] - logits[number, token[begin:end]])
+    return torch.cat(parts)
 
 
 def _check(backbone: Backbone, prompts: Rows, targets: Rows) -> None:
@@ -156,4 +156,6 @@ def _check(backbone: Backbone, prompts: Rows, targets: Rows) -> None:
                 f"{backbone.max_length} positions; shorten the prompt"
             )
         if backbone.mask_id in target:
-            raise ValueError(f"request {request}: the target holds the mask token {backbone.mask_id}, which is no text")
+            raise ValueError(
+                f"request {request}: the target holds the mask token {backbone.mask_id}, which is not text"
+            )

@@ -49,7 +49,7 @@ def attach_adapter(
     """The backbone with a seeded adapter that changes nothing yet; what trains is in fp32, everything else is frozen.
 
     Tokens that the model was given when it was loaded train their embeddings too. `qlora` first quantizes the layers
-    that are targets, one by one on the device, where the model then stands (nf4, double quantization); bf16: their
+    that are targets, one by one on the device, where the model then is (nf4, double quantization); bf16: their
     products. Raises ValueError, one line, for targets that the model has not, for a missing package, and if the model
     is not bidirectional.
     """
@@ -81,7 +81,7 @@ def attach_adapter(
 def target_names(model: nn.Module, targets: list[str] | None) -> list[str]:
     """Full names of the linear layers inside a model's layers that `targets` name by their ends; None: all of them.
 
-    Raises ValueError, one line, for a target that is none of them.
+    Raises ValueError, one line, for a target that is not one of them.
     """
     inside = [
         name
@@ -90,10 +90,12 @@ def target_names(model: nn.Module, targets: list[str] | None) -> list[str]:
     ]
     known = sorted({_end(name) for name in inside})
     if not known:
-        raise ValueError(f"{type(model).__name__} has no linear layers that an adapter could stand beside")
+        raise ValueError(f"{type(model).__name__} has no linear layer for an adapter")
     for target in targets or []:
         if target not in known:
-            raise ValueError(f"adapter.targets: {target!r} is no linear layer of it; allowed: {', '.join(known)}")
+            raise ValueError(
+                f"adapter.targets: {target!r} is not one of its linear layers; allowed: {', '.join(known)}"
+            )
     return [name for name in inside if targets is None or _end(name) in targets]
 
 
@@ -138,7 +140,7 @@ def _train_rows(model: nn.Module, first: int, end: int) -> None:
 def merge_adapter(model: nn.Module) -> nn.Module:
     """The stock model that computes what a model with an adapter computes, in place and on the CPU, nothing frozen.
 
-    Four-bit weights become the numbers they stand for.
+    Four-bit weights become the numbers that they encode.
     """
     from peft.tuners.lora import LoraLayer
 

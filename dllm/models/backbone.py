@@ -82,7 +82,7 @@ class Backbone:
             return hidden if computed is part else hidden.index_select(0, part.places_in(layout))
         if layout.blocks is not None:
             raise ValueError(
-                f"{type(self.model).__name__} computes attention in a way of its own, and block-causal attention needs "
+                f"{type(self.model).__name__} computes attention in its own way, and block-causal attention needs "
                 "a class that calls transformers' attention interface: take another architecture or algorithm"
             )
         attention = None

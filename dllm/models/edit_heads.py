@@ -186,8 +186,8 @@ def load_edit_heads(directory: str | Path, model: nn.Module) -> EditHeads:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         heads = EditHeads(**sizes)
         heads.load_state_dict(tensors)
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as fault:
-        first = " ".join(str(fault).split())[:160]
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:160]
         raise ValueError(f"{path}: damaged ({first}); train or fetch this checkpoint again") from None
     if sizes["width"] != model.config.hidden_size:
         raise ValueError(

@@ -142,7 +142,7 @@ def _flash_blocks(q: Tensor, k: Tensor, v: Tensor, stored, batch: PackedBatch, w
 
 
 def _blocks_as_sequences(layout: Layout, part: Layout, window: Window) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """Where the blocks' keys stand, one block after another, where each block's queries and keys begin, the most."""
+    """Where the blocks' keys are, one block after another, where each block's queries and keys begin, the most."""
     rule, start = layout.blocks.rule, layout.blocks.start
     packed, counts, places = 0, [], []
     for row, (first, count, length) in enumerate(zip(part.begins, part.lengths, layout.lengths, strict=True)):

@@ -51,7 +51,7 @@ def load_backbone(
 ) -> Backbone:
     """The checkpoint at a directory (or pinned on the hub) as a backbone, in evaluation mode.
 
-    entry tells family and special tokens of a checkpoint that carries no sidecar and is none of a published family;
+    entry gives family and special tokens of a checkpoint without sidecar that does not belong to a published family;
     causal keeps a decoder as it is (for next-token training). An autoregressive decoder whose tokenizer has no mask
     token is given the entry's, with the mean of all embeddings for its own. A model trained with edit_flows knows its
     edit heads. Raises ValueError, one line, for a missing or damaged checkpoint, a tokenizer without a mask token, and
@@ -162,11 +162,13 @@ def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
         config = AutoConfig.for_model(kind)
     except ValueError:
         raise ValueError(
-            f"new.model_type = {kind!r} is no architecture of transformers; e.g. bert, modernbert"
+            f"new.model_type = {kind!r} is not an architecture of transformers; e.g. bert, modernbert"
         ) from None
     unknown = sorted(k for k in settings if not hasattr(config, k))
     if unknown:
-        raise ValueError(f"new.{unknown[0]} = {settings[unknown[0]]!r} is no setting of {kind}; see its config class")
+        raise ValueError(
+            f"new.{unknown[0]} = {settings[unknown[0]]!r} is not a setting of {kind}; see its config class"
+        )
     end, tokens = tokenizer.convert_tokens_to_ids(entry.end_token), {}
     for key in ("pad_token_id", "eos_token_id", "bos_token_id"):
         tokens[key] = end
@@ -176,8 +178,8 @@ def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
     auto = AutoModelForMaskedLM if entry.family == "encoder" else AutoModelForCausalLM
     try:
         return _drawn(entry.seed, lambda: auto.from_config(AutoConfig.for_model(kind, **settings | tokens)))
-    except (ValueError, TypeError, LookupError, StrictDataclassError) as fault:
-        reason = " ".join(str(fault).split())
+    except (ValueError, TypeError, LookupError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(f"new: no {kind} as {entry.family} can be made of these settings ({reason[:200]})") from None
 
 
@@ -236,10 +238,10 @@ def _local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(str(path_or_hub_id), revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as fault:
-        first = str(fault).strip().splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{path_or_hub_id}: neither a directory here nor to be had from the hub ({first}); "
+            f"{path_or_hub_id}: neither a directory here nor available from the hub ({first}); "
             "check the name, the revision and the network"
         ) from None
 
@@ -309,19 +311,19 @@ def _config(directory: Path, published: Family | None):
         refuse_edited(published, directory)
         try:
             return stock_config(published, raw)
-        except ValueError as fault:
-            raise ValueError(f"{directory}/{fault}") from None
+        except ValueError as error:
+            raise ValueError(f"{directory}/{error}") from None
     if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
         kind = (raw.get("architectures") or [raw.get("model_type")])[0]
         raise ValueError(
-            f"{directory}/config.json: cannot be used: {kind!r} is no class of transformers, and code beside a "
+            f"{directory}/config.json: cannot be used: {kind!r} is not a class of transformers, and code beside a "
             f"checkpoint is never run; allowed beside those: {', '.join(f.name for f in PUBLISHED)}; a further family "
             "is a row in dllm/models/published.py"
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as fault:
-        raise ValueError(f"{directory}/config.json: cannot be used ({str(fault).splitlines()[0]})") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"{directory}/config.json: cannot be used ({str(error).splitlines()[0]})") from None
 
 
 def _family(config) -> Literal["encoder", "decoder"]:
@@ -346,8 +348,8 @@ def _model(
             tensors = stock_tensors(published, config, read_tensors(directory))
             stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model, report = stock.from_pretrained(None, state_dict=tensors, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as fault:
-        first = str(fault).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0]
         raise ValueError(f"{directory}: the weights cannot be loaded ({first}); fetch or train them again") from None
     if missing := sorted(report["missing_keys"]):  # transformers only warns, and draws them at random
         raise ValueError(
@@ -356,7 +358,7 @@ def _model(
         )
     if published and (extra := sorted(report["unexpected_keys"])):
         raise ValueError(
-            f"{directory}: the weights have {extra[0]} ({len(extra)} in all) that {published.name} has not; "
+            f"{directory}: the weights have {extra[0]} ({len(extra)} in all) that {published.name} does not have; "
             "this is another kind of checkpoint, although its config.json says otherwise"
         )
     return model

@@ -1,7 +1,7 @@
 """Published diffusion language models as stock classes of transformers: a config translation and a name map each.
 
 LLaDA is a Llama, Dream a Qwen2 that predicts one ahead, RND1 and LLaDA-MoE are Qwen3-MoEs, LLaDA2 is a GLM4-MoE; all
-attend in both directions. The code that stands beside such checkpoints is never run. A row of PUBLISHED is a family:
+attend in both directions. The code beside such checkpoints is never run. A row of PUBLISHED is a family:
 
 | family | stock class | prediction | mask token | end | end of turn | attention |
 |---|---|---|---|---|---|---|
@@ -322,7 +322,7 @@ def stock_config(family: Family, raw: dict):
     for key, value in family.requires.items():
         if raw.get(key, value) != value and (raw[key] or value):  # null, false and [] all say no
             raise ValueError(
-                f"config.json: {key} = {raw[key]!r} is no {family.name} that {family.stock} can stand for; "
+                f"config.json: {key} = {raw[key]!r} is not a {family.name} setting that {family.stock} can follow; "
                 f"allowed: {value!r}"
             )
     missing = [key for key, stock in family.settings.items() if raw.get(key) is None and stock not in family.fixed]
@@ -332,8 +332,8 @@ def stock_config(family: Family, raw: dict):
     tokens = {key: raw[key] for key in ("eos_token_id", "pad_token_id") if raw.get(key) is not None}
     try:
         return AutoConfig.for_model(family.stock, **family.fixed | settings | family.also(raw) | tokens)
-    except (StrictDataclassError, ValueError, TypeError, LookupError, ArithmeticError) as fault:
-        reason = " ".join(str(fault).split())
+    except (StrictDataclassError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(f"config.json: cannot be used ({reason[:200]}); fetch the checkpoint again") from None
 
 
@@ -393,14 +393,14 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
 def save_published(model: PreTrainedModel, directory: str | Path, *, like: str | Path) -> None:
     """Write a stock model as a checkpoint of the family that `like` belongs to: its tensor names, its config.json.
 
-    Raises ValueError, one line, if `like` is no published checkpoint or one of other sizes.
+    Raises ValueError, one line, if `like` is not a published checkpoint, or has other sizes.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     family = family_of(like)
     if family is None:
         known = ", ".join(f.name for f in PUBLISHED)
-        raise ValueError(f"{like}: no published checkpoint; allowed: a directory of {known}")
+        raise ValueError(f"{like}: not a published checkpoint; allowed: a directory of {known}")
     stated = (Path(like) / "config.json").read_bytes()  # `like` may be `directory`
     config = stock_config(family, published_config(like))
     for setting in ("model_type", *family.settings.values()):

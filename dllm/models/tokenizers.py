@@ -47,8 +47,8 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     options = {"trust_remote_code": False} if kind == "AutoTokenizer" else {}
     try:
         tokenizer = getattr(transformers, kind).from_pretrained(str(path), **options)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as fault:
-        first = str(fault).splitlines()[0]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        first = str(error).splitlines()[0]
         raise ValueError(f"{path}: no usable tokenizer ({first}); fetch or train the checkpoint again") from None
     if family and family.template:
         tokenizer.chat_template = chat_template(family.template)

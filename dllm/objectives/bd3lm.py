@@ -75,7 +75,7 @@ class BD3LM(Objective):
         return BlockRows.doubled(rule, prompts.astype(numpy.int64), lengths.astype(numpy.int64)).lengths
 
     def _masked(self, batch: Batch, noise: Noise, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Which tokens are masked [B, L] bool, and the weight of the block they stand in [B, L]."""
+        """Which tokens are masked [B, L] bool, and the weight of the block they are in [B, L]."""
         recipe, (rows, length) = self.recipe, batch.tokens.shape
         count = -(-length // size)
         # every block as a row of its own; `place` holds the positions of its tokens
@@ -85,18 +85,18 @@ class BD3LM(Objective):
         order = noise.place.gather(1, place).view(-1, size)
         levels = block_levels(noise, maskable.view(rows, count, size).any(-1))
         level = recipe.time_low + (recipe.time_high - recipe.time_low) * levels.flatten()
-        found = corrupted(maskable, level, order, recipe)
+        corruption = corrupted(maskable, level, order, recipe)
         masked = torch.zeros(rows, length, dtype=torch.long)
-        masked.scatter_add_(1, place, found.masked.view(rows, -1).long())  # places beyond the row add nothing
+        masked.scatter_add_(1, place, corruption.masked.view(rows, -1).long())  # places beyond the row add nothing
         number = ((torch.arange(length) - start[:, None]).clamp(min=0) // size).clamp(max=count - 1)
-        weight = found.weight.view(rows, count).gather(1, number)
+        weight = corruption.weight.view(rows, count).gather(1, number)
         return masked > 0, weight
 
 
 def _doubled(x_0: Tensor, x_t: Tensor, blocks: BlockRows, width: int) -> tuple[Tensor, Tensor]:
     """Rows [B, width] of clean tokens and then the corrupted blocks, from x_0 and x_t [B, L].
 
-    And how far right of its position in the text a corrupted token stands: [B].
+    The second result [B]: how far a corrupted token is to the right of its position in the text.
     """
     opens = numpy.concatenate([[0], blocks.spans.cumsum()[:-1]])
     first = numpy.append(blocks.first, 0)[numpy.minimum(opens, len(blocks.first))]

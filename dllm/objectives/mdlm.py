@@ -34,7 +34,9 @@ class MDLM(Objective):
     def corrupt(self, batch: Batch, noise: Noise, *, mask_id: int) -> MaskedInputs:
         """The batch with some targets masked; see `Objective.corrupt`."""
         targets = batch.maskable.sum(-1)
-        found = corrupted(batch.maskable, noise.level, noise.place, self.recipe)
-        weight = found.weight if self.recipe.weight == "elbo" else (targets > 0).float()
+        corruption = corrupted(batch.maskable, noise.level, noise.place, self.recipe)
+        weight = corruption.weight if self.recipe.weight == "elbo" else (targets > 0).float()
         share = row_shares(weight, targets, self.recipe.normalisation)
-        return masked_inputs(batch, apply_mask(batch.tokens, found.masked, mask_id), found.masked, weight, share)
+        return masked_inputs(
+            batch, apply_mask(batch.tokens, corruption.masked, mask_id), corruption.masked, weight, share
+        )

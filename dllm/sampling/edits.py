@@ -118,7 +118,7 @@ class EditSampler(Sampler):
 
         The masks of a row are edited, or, in a row that has none and is not done (`edit_canvas`), everything from
         `start` on. `settings.edits.masks` says whether masks are edited or taken out first. A row takes
-        `settings.steps` passes (none: `max_new_tokens`), and has at most `max_new_tokens` tokens from `start` on, or as
+        `settings.steps` passes (None: `max_new_tokens`), and has at most `max_new_tokens` tokens from `start` on, or as
         many as it came with. `ended` is not asked: a row ends when its time is up. A row's tokens do not depend on
         its batch-mates. Raises ValueError for a model without edit heads, for a row longer than the model's context,
         and for options that concern masks.
@@ -366,18 +366,19 @@ def edit_pieces(
     trail = canvas.trail.only(canvas.trail.row == row)
     old = (trail.before if since == "pass" else trail.origin)[1:].tolist()
     new = trail.token[1:].tolist()
-    skip, found = int(canvas.start[row]), []
+    skip = int(canvas.start[row])
+    pieces: list[tuple[str, str]] = []
     said: list[int] = []
     for kind, before, after in _runs(old[skip:], new[skip:]):
         if kind == "kept":
-            found.append(("kept", "".join(_piece(decode, said, after))))
+            pieces.append(("kept", "".join(_piece(decode, said, after))))
         else:
             gone, came = _piece(decode, said, before), _piece(decode, said, after)
-            found.append(("kept", (gone if before else came)[0]))  # the space in front of a word is not what changes
-            found += [("gone", gone[1])] if before else []
-            found += [("new", came[1])] if after else []
+            pieces.append(("kept", (gone if before else came)[0]))  # the space in front of a word is not what changes
+            pieces += [("gone", gone[1])] if before else []
+            pieces += [("new", came[1])] if after else []
         said += after
-    return [(kind, text) for kind, text in found if text or kind != "kept"]
+    return [(kind, text) for kind, text in pieces if text or kind != "kept"]
 
 
 def _piece(decode: Callable[[list[int]], str], said: list[int], tokens: list[int]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Plan: semi-autoregressive order, and how many tokens a pass reveals.
 
 A response is cut into blocks of equal size, counted from its start. The leftmost block with masks is active; what
-stands right of it stays masked. All of this is arithmetic on counts that the host knows in advance, so it is done
+is right of it stays masked. All of this is arithmetic on counts that the host knows in advance, so it is done
 there, in numpy, and the device is never asked. Source: Nie et al. 2025 (arXiv:2502.09992), section 2.4 and the
 authors' sampler.
 """
@@ -16,7 +16,7 @@ from numpy import ndarray
 
 @dataclass
 class BlockPlan:
-    """The blocks with masks of R rows, K at most, from left to right, and where each row stands in them.
+    """The blocks with masks of R rows, K at most, from left to right, and where each row is in them.
 
     places: the masked positions of all rows, one after another; first [R, K]: where a block's begin in it; masks,
     passes [R, K]: how many a block has and in how many passes they are revealed; begin, end [R, K]: its positions;
@@ -50,7 +50,7 @@ class BlockPlan:
     def window(self, rows: ndarray) -> tuple[ndarray, ndarray]:
         """The originally masked positions of the active block of some rows [B]: [B, S], and how many each has [B].
 
-        What stands behind a row's own is any position.
+        Behind a row's own positions, the value has no meaning.
         """
         block = self.block[rows]
         masks = self.masks[rows, block]
@@ -89,9 +89,9 @@ def plan_blocks(masked: ndarray, start: ndarray, block_size: int, steps: int | N
     ordinal = numpy.arange(len(first)) - (blocks.cumsum() - blocks)[owner]
 
     def table(values: ndarray) -> ndarray:
-        found = numpy.zeros((len(masked), max(1, blocks.max(initial=0))), dtype=numpy.int64)
-        found[owner, ordinal] = values
-        return found
+        by_block = numpy.zeros((len(masked), max(1, blocks.max(initial=0))), dtype=numpy.int64)
+        by_block[owner, ordinal] = values
+        return by_block
 
     masks = table(numpy.diff(numpy.append(first, len(row))))
     left = start[owner] + number[first] * block_size
@@ -110,7 +110,7 @@ def block_passes(masks: ndarray, steps: int | None) -> ndarray:
     """How many passes each block gets, [R, K]: at most one per mask, 0 for a block without masks.
 
     `steps` is the total of a row, spread evenly over its blocks with masks, the first ones taking the remainder and
-    what a short block cannot use; none means one token per pass. masks [R, K] counts.
+    what a short block cannot use; None: one token per pass. masks [R, K] counts.
     Raises ValueError if `steps` is smaller than a row's number of blocks.
     """
     if steps is None:

@@ -1,4 +1,4 @@
-"""One denoising pass over ragged rows, wherever each of them stands: the step that all sampling shares.
+"""One denoising pass over ragged rows, wherever each of them is: the step that all sampling shares.
 
 The host knows in advance which block of a row is active and how many tokens a pass reveals (`sampling.plan`), so it
 lays out every index of a pass itself, and nothing in a pass waits for the device. Only rules that reveal a varying
@@ -175,7 +175,7 @@ class DenoisingStep:
         places = torch.arange(size, device=self.device)
         still = running.masked.gather(1, window) & (places < masks[:, None])
         rank = torch.where(still, still.cumsum(1) - 1, size)
-        # (of a row that has ended, unknown to the host as yet, some place of the block stands in)
+        # (of a row that has ended, which the host does not know yet, some position of the block is taken instead)
         window = window[:, :1].repeat(1, size + 1).scatter_(1, rank, window)[:, :size]
         candidate = places < still.sum(1)[:, None]
         place = row * size + column
@@ -223,7 +223,7 @@ class DenoisingStep:
         noise = token_noise(keys, position, step) if settings.temperature > 0 else None
         order = position_noise(keys, position, step) if self.reveal_rule.noise else None
         size = max(1, _HEAD_LOGITS.get(self.device.type, 2**26) // self.backbone.vocab_size)
-        found = []
+        proposals = []
         for low in range(0, len(row), size):
             part = slice(low, low + size)
             logits = self._logits(hidden, layout, len(running), row[part], position[part])
@@ -231,8 +231,8 @@ class DenoisingStep:
             proposed = propose_tokens(logits, drawn, temperature=settings.temperature, top_p=settings.top_p)
             confidence = token_confidence(logits, proposed)
             score = resolved(self.reveal_rule.score)(logits, confidence, None if order is None else order[part])
-            found.append((proposed, confidence, score))
-        token, probability, score = (torch.cat(parts) for parts in zip(*found, strict=True))
+            proposals.append((proposed, confidence, score))
+        token, probability, score = (torch.cat(parts) for parts in zip(*proposals, strict=True))
         return token, probability, score
 
     def _forward(self, running: RunningRows) -> tuple[Tensor, Layout]:
@@ -277,7 +277,7 @@ class DenoisingStep:
         return self.backbone.hidden(tokens, layout, cache=self._cache, part=part), part
 
     def _rows_layout(self, rows: ndarray, lengths: ndarray, width: int) -> Layout:
-        """The layout of the first `lengths` [N] positions of some rows [N], which may stand there twice."""
+        """The layout of the first `lengths` [N] positions of some rows [N], of which one may be given twice."""
 
         def make() -> Layout:
             if self.rule is None:
@@ -311,7 +311,7 @@ class DenoisingStep:
 def block_rule(backbone: Backbone, block_size: int | None = None) -> BlockRule:
     """How a backbone's rows are cut into blocks, if it attends block-causally.
 
-    Its blocks are those that it was trained with, whatever the settings; `block_size` (none: that of a default recipe)
+    Its blocks are those that it was trained with, whatever the settings; `block_size` (None: that of a default recipe)
     counts for a model that was not trained in blocks.
     """
     sidecar = backbone.sidecar
@@ -325,7 +325,7 @@ def _hides_ahead(backbone: Backbone, masked: ndarray, length: ndarray, settings:
     hidden = settings.ahead == "hidden"
     if settings.ahead == "auto":
         hidden = backbone.sidecar.get("response_end") == "block"
-    # all that stands behind the first mask is masked
+    # everything behind the first mask is masked
     behind = numpy.where(masked.any(1), length - masked.argmax(1), 0)
     return (masked.sum(1) == behind) & hidden
 

@@ -189,7 +189,7 @@ def test_a_model_made_from_a_seed_twice_is_the_same_to_the_byte(world, kind):
 def test_a_model_that_cannot_be_made_leaves_nothing_under_its_name(world):
     entry = stock_entry("bert").model_copy(update={"new": {"model_type": "nonesuch"}})
     config = DownloadConfig(name="nonesuch", what="model", model=entry, tokenizer_path="downloads/world")
-    with pytest.raises(ValueError, match="new.model_type = 'nonesuch' is no architecture"):
+    with pytest.raises(ValueError, match="new.model_type = 'nonesuch' is not an architecture"):
         download(config, world)
     assert not (world / "downloads/nonesuch").exists() and not (world / "downloads/nonesuch.json").exists()
 

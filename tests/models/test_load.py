@@ -209,9 +209,9 @@ def test_a_new_model_has_the_tokenizers_vocabulary_and_ids(bert):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"model_type": "bart-simpson"}, "new.model_type = 'bart-simpson' is no architecture of transformers"),
-        ({"model_type": None}, "new.model_type = None is no architecture of transformers"),
-        ({"hidden_sise": 32}, "new.hidden_sise = 32 is no setting of bert; see its config class"),
+        ({"model_type": "bart-simpson"}, "new.model_type = 'bart-simpson' is not an architecture of transformers"),
+        ({"model_type": None}, "new.model_type = None is not an architecture of transformers"),
+        ({"hidden_sise": 32}, "new.hidden_sise = 32 is not a setting of bert; see its config class"),
         ({"hidden_size": 33}, "new: no bert as encoder can be made of these settings"),
         ({"hidden_size": "wide"}, "new: no bert as encoder can be made of these settings"),
         ({"hidden_act": "nonesuch"}, "new: no bert as encoder can be made of these settings"),

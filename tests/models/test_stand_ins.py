@@ -74,7 +74,7 @@ def test_a_trained_stand_in_keeps_its_tokenizer(entries, tmp_path, name):
 
 def test_a_setting_that_the_family_does_not_have_is_one_line(entries, tmp_path):
     entry = entries["LLaDA"].model_copy(update={"new": entries["LLaDA"].new | {"alibi": True}})
-    with pytest.raises(ValueError, match="alibi = True is no LLaDA") as fault:
+    with pytest.raises(ValueError, match="alibi = True is not a LLaDA") as fault:
         save_stand_in(entry, word_tokenizer(), tmp_path / "model")
     assert "\n" not in str(fault.value)
 

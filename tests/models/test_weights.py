@@ -242,7 +242,7 @@ def test_an_unknown_architecture_is_one_line_and_its_code_is_not_run(copy):
     directory = copy()
     edit(directory, architectures=["GrandModelLM"], model_type="grand")
     line = line_of(directory)
-    assert "'GrandModelLM' is no class of transformers, and code beside a checkpoint is never run" in line
+    assert "'GrandModelLM' is not a class of transformers, and code beside a checkpoint is never run" in line
     assert "LLaDA, LLaDA-MoE, LLaDA2, Dream, RND1" in line
 
 
@@ -250,11 +250,23 @@ def test_an_unknown_architecture_is_one_line_and_its_code_is_not_run(copy):
     ("name", "changes", "message"),
     [
         ("LLaDA", {"n_layers": ...}, "config.json: n_layers is missing; a LLaDA needs it"),
-        ("LLaDA", {"alibi": True}, "config.json: alibi = True is no LLaDA that llama can stand for; allowed: False"),
-        ("LLaDA-MoE", {"qk_layernorm": False}, "qk_layernorm = False is no LLaDA-MoE that qwen3_moe can stand for"),
-        ("LLaDA-MoE", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8 is no LLaDA-MoE"),
-        ("LLaDA2", {"score_function": "softmax"}, "score_function = 'softmax' is no LLaDA2 that glm4_moe"),
-        ("Dream", {"rope_scaling": {"type": "yarn"}}, "rope_scaling = {'type': 'yarn'} is no Dream that qwen2"),
+        (
+            "LLaDA",
+            {"alibi": True},
+            "config.json: alibi = True is not a LLaDA setting that llama can follow; allowed",
+        ),
+        (
+            "LLaDA-MoE",
+            {"qk_layernorm": False},
+            "qk_layernorm = False is not a LLaDA-MoE setting that qwen3_moe",
+        ),
+        ("LLaDA-MoE", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8 is not a LLaDA-MoE"),
+        ("LLaDA2", {"score_function": "softmax"}, "score_function = 'softmax' is not a LLaDA2 setting that glm4_moe"),
+        (
+            "Dream",
+            {"rope_scaling": {"type": "yarn"}},
+            "rope_scaling = {'type': 'yarn'} is not a Dream setting",
+        ),
         ("RND1", {"num_experts": None}, "config.json: num_experts is missing; a RND1 needs it"),
         ("LLaDA", {"d_model": "wide"}, "config.json"),
     ],
@@ -283,7 +295,7 @@ def test_missing_extra_and_misshapen_tensors_are_one_line(copy, tmp_path):
     save_file({k: v for k, v in whole.items() if k != key}, path, metadata=meta)
     assert "the weights lack model.layers.1.mlp.up_proj.weight (1 in all)" in line_of(directory)
     save_file(whole | {"model.transformer.wpe.weight": torch.zeros(3)}, path, metadata=meta)
-    assert "the weights have model.transformer.wpe.weight (1 in all) that LLaDA has not" in line_of(directory)
+    assert "the weights have model.transformer.wpe.weight (1 in all) that LLaDA does not have" in line_of(directory)
     save_file(whole | {key: torch.zeros(3, 4)}, path, metadata=meta)
     assert "the weights cannot be loaded" in line_of(directory)
     path.unlink()
@@ -324,7 +336,7 @@ def test_an_entry_that_contradicts_the_family_is_one_line(saved, changes, messag
 
 def test_a_published_model_is_only_written_like_one_of_its_own(saved, tmp_path):
     model = load_backbone(saved["LLaDA"]).model
-    with pytest.raises(ValueError, match="no published checkpoint; allowed: a directory of LLaDA, LLaDA-MoE"):
+    with pytest.raises(ValueError, match="not a published checkpoint; allowed: a directory of LLaDA, LLaDA-MoE"):
         save_published(model, tmp_path / "a", like=tmp_path)
     with pytest.raises(ValueError, match="model_type = 'llama' of the model is not that of"):
         save_published(model, tmp_path / "a", like=saved["Dream"])

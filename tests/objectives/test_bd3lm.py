@@ -565,7 +565,7 @@ def test_greedy_match_is_what_greedy_sampling_gives():
 def test_a_class_with_an_attention_of_its_own_gets_one_line():
     model = stock_model("deberta-v2")
     inputs = inputs_of(batch_of())
-    with pytest.raises(ValueError, match="DebertaV2ForMaskedLM computes attention in a way of its own") as fault:
+    with pytest.raises(ValueError, match="DebertaV2ForMaskedLM computes attention in its own way") as fault:
         door(model).hidden(inputs.tokens, inputs.layout)
     assert "\n" not in str(fault.value)
 

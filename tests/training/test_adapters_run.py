@@ -178,7 +178,9 @@ def test_what_does_not_go_together_is_refused_when_the_configuration_is_read(set
 
 
 def test_a_target_that_the_model_has_not_is_named_with_those_it_has(workdir):
-    with pytest.raises(ValueError, match=r"'querry' is no linear layer of it; allowed: dense, key, query, value"):
+    with pytest.raises(
+        ValueError, match=r"'querry' is not one of its linear layers; allowed: dense, key, query, value"
+    ):
         train(run_config(adapter=AdapterSettings(targets=["querry"])), workdir, quiet=True)
 
 
