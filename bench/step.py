@@ -130,7 +130,7 @@ class Trainer:
 
 def run_config(sizes: Sizes, *, bf16: bool = False, **settings) -> RunConfig:
     """The config of our trainer; its learning rate is nearly 0, so that every step starts from the same weights."""
-    optimizer = OptimizerSettings(learning_rate=1e-30, clip=1.0)
+    optimizer = OptimizerSettings(learning_rate=1e-12, clip=1.0)
     recipe = Recipe(autocast="bf16" if bf16 else "none", response_end="one")
     named = dict.fromkeys(("name", "init", "init_path", "data", "data_path", "recipe_name"), "bench")
     tokens = max(int(sizes.batch * sizes.mean), sizes.longest)

@@ -172,4 +172,4 @@ def test_an_empty_file_of_a_hub_repository_is_one_line(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
     write_rows(tmp_path / "repository" / "train.jsonl", [])
     line = error_of(read_rows, part_of(tmp_path / "repository", world=None, hub="a/b", revision="0" * 40), "train")
-    assert "split 'train' of 'toy' has no rows" in line
+    assert "split 'train' of 'toy' cannot be read (StopIteration; a file may be empty)" in line

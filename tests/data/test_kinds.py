@@ -79,8 +79,8 @@ def test_rows_that_are_not_recognised_are_one_line_with_their_columns(row):
         ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "has no text"),
         ({"messages": [TURNS[0], {"role": "tool", "content": "3"}, TURNS[1]]}, "role = 'tool'; allowed"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "a part of type 'image_url'"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "half a character ('\\ud800'"),
-        ({"prompt": "a \udfff", "response": "b"}, "half a character"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "character 0 (U+D800) is no text"),
+        ({"prompt": "a \udfff", "response": "b"}, "character 2 (U+DFFF) is no text"),
         ({"prompt": 3, "response": "b"}, "column 'prompt' = 3 is not a text"),
         ({"title": "b"}, "no conversation (columns: title)"),
     ],
@@ -94,7 +94,7 @@ def test_a_row_that_cannot_be_used_is_one_line_with_its_place(row, line):
 
 
 def test_half_a_character_in_a_text_is_one_line():
-    with pytest.raises(ValueError, match="notes row 1: holds half a character"):
+    with pytest.raises(ValueError, match="notes row 1: character 1 \\(U\\+D83D\\) is no text"):
         text_of({"text": "a\ud83d"}, "notes row 1")
     assert text_of({"text": "a😀"}, "") == "a😀"
 
