@@ -116,7 +116,7 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     say(f"model    {name}: {described(directory)}")
     sources = tuple(_sources(project, data))
     for source in sources:
-        say(f"data     {source.part.name}: {len(source.rows):,} {source.said}")
+        say(f"data     {source.name}: {len(source.rows):,} {source.said}")
     facts = facts_of(sources, load_tokenizer(directory, project.models[name]))
     positions = _positions(directory) - (1 if wishes.algorithm == "edit_flows" else 0)
     chosen = defaults.run_settings(
