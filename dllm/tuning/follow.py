@@ -40,7 +40,7 @@ from dllm.provenance import alone, read_record
 from dllm.training.trainer import Interrupted, input_paths, train
 from dllm.tuning import defaults
 from dllm.tuning.look import Source, facts_of, held_out, open_source
-from dllm.tuning.start import Entry, find_data, find_model
+from dllm.tuning.start import Entry, find_data, find_model, tokenizer_datasets
 
 EXAMPLES = 3
 """Held-out answers that are shown."""
@@ -103,9 +103,10 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     if len(datasets) > 1:
         data = "data"
         datasets[data] = {"mix": [key for key in datasets if key != data]}
+    datasets |= tokenizer_datasets(models, wishes.config_directory)
     output = wishes.output or Path("results") / run
     overlay: Entry = {"replaces": "all", "workdir": str(output), "models": models, "datasets": datasets}
-    overlay["recipes"] = {"tune": {}}
+    overlay["recipes"] = {"tune": {"response_end": "one"} if wishes.algorithm == "edit_flows" else {}}
     settings = {"algorithm": wishes.algorithm, "init": name, "data": data, "recipe": "tune", "launch": "cpu"}
     overlay["runs"] = {run: settings | {"steps": 1}}
     project = load_project(None, overlay)
@@ -122,7 +123,7 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     chosen = defaults.run_settings(
         facts, parameters=parameters(directory), positions=positions, wished=_known(wishes.run)
     )
-    overlay["recipes"]["tune"] = _recipe(wishes, facts, chosen["length"])
+    overlay["recipes"]["tune"]["block_size"] = wishes.block_size or defaults.block_size(facts, chosen["length"])
     overlay["runs"][run] = settings | {"launch": _launch()} | chosen | _further(wishes.run)
     return Tuning(overlay, load_project(None, overlay), run, sources)
 
@@ -242,13 +243,6 @@ def _known(run: dict[str, Any]) -> dict[str, Any]:
 
 def _further(run: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in run.items() if name not in _known(run)}
-
-
-def _recipe(wishes: Wishes, facts: defaults.Facts, length: int) -> dict[str, Any]:
-    recipe: dict[str, Any] = {"block_size": wishes.block_size or defaults.block_size(facts, length)}
-    if wishes.algorithm == "edit_flows":
-        recipe["response_end"] = "one"
-    return recipe
 
 
 def _launch() -> str:
