@@ -300,7 +300,8 @@ def test_a_class_whose_head_is_unknown_is_an_error_that_says_where_to_add_it(dir
     backbone.model.get_output_embeddings = lambda: None
     with pytest.raises(
         ValueError,
-        match="model_type = 'llama' has no known LM head; allowed: bert, deberta-v2, distilbert, modernbert, roberta",
+        match="model_type = 'llama' has no known LM head; allowed: albert, bert, deberta-v2, distilbert, electra, "
+        "modernbert, roberta",
     ):
         head_logits(backbone.model, torch.zeros(1, 32))
 
