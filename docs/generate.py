@@ -63,6 +63,7 @@ Without `--configfile` the overlay is `config/laptop.yaml`.
 - Mappings are merged key by key. Numbers, texts and lists replace what was there, a list as a whole.
 - `null` removes a key: an entry disappears, a setting goes back to its default or to what `like` gives.
 - `replaces: [runs, evaluations]` at the top of an overlay: of these sections it keeps nothing that was there before.
+  `replaces: all` stands for all of what is made and shown: runs, evaluations, samples, speed, report, reported.
 - `new` of a model is replaced as a whole: two architectures are never mixed.
 - `like: other`, in `runs` and `recipes`, takes every setting that the entry itself lacks from another entry.
   It is resolved after the overlays are merged, so changing an entry changes those that are like it.

@@ -97,6 +97,19 @@ def test_a_download_copies_and_records_so_that_the_original_may_go(home):
     assert load_tokenizer(work / "downloads/toy", ModelEntry(path="x")).mask_token == "[MASK]"
 
 
+def test_a_checkpoint_of_links_as_in_the_cache_of_the_hub_is_copied_whole(home):
+    (home / "toy").rename(home / "blobs")
+    (home / "toy").mkdir()
+    for path in (home / "blobs").iterdir():
+        (home / "toy" / path.name).symlink_to(Path("..") / "blobs" / path.name)
+    (home / "toy" / "manifest.json").write_text("{}")
+    download(download_configs(project(home))["toy"], home / "work")
+    copied = home / "work/downloads/toy"
+    assert not any(path.is_symlink() for path in copied.iterdir())
+    assert (copied / "model.safetensors").read_bytes() == (home / "blobs/model.safetensors").read_bytes()
+    assert (home / "toy" / "manifest.json").read_text() == "{}", "nothing of the original is written"
+
+
 def test_files_that_change_between_plan_and_download_are_one_line(home):
     config = download_configs(project(home))["chats"]
     (home / "chats" / "a.jsonl").write_text("{}\n")

@@ -17,7 +17,7 @@ DATA_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt")
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".md")
 """Ends of the names of a checkpoint's files; those of a trainer's own state are among the .bin that are left out."""
 
-NO_MODEL_FILES = ("optimizer.bin", "scheduler.bin", "training_args.bin", "rng_state.bin", "trainer_state.json")
+NO_MODEL_FILES = ("optimizer.bin", "scheduler.bin", "training_args.bin", "trainer_state.json", "manifest.json")
 
 
 def dataset_files(patterns: Iterable[str], root: Path, where: str) -> list[Path]:

@@ -5,7 +5,6 @@ Everything after this step runs offline and is given paths: what was fetched by 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -77,7 +76,6 @@ def _make_model(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
 def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     """Copy files of this disk, so that what is made of them stays true to them whatever becomes of the originals.
 
-    A checkpoint's large files are the same files on the disk under a second name, where the file system can do that.
     Raises ValueError, one line, for a file that is not what it was when the configuration was read.
     """
     from dllm.config import content_digest
@@ -96,14 +94,20 @@ def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     counts = Counter(source.name for source in sources)
     for number, source in enumerate(sources, 1):
         target = directory / (source.name if counts[source.name] == 1 else f"{number}-{source.name}")
-        try:
-            os.link(source, target) if config.what == "model" else shutil.copyfile(source, target)
-        except OSError as fault:
-            if config.what == "dataset" or fault.errno == errno.ENOSPC:
-                raise
-            shutil.copyfile(source, target)
+        _copy_file(source.resolve(), target)
     facts = {"content": config.content, "licence": _licence(scratch), "files": [source.name for source in sources]}
     (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file; weights are given a second name instead, where the file system can do that."""
+    if source.suffix in (".safetensors", ".bin"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system, or one without such names
+            pass
+    shutil.copyfile(source, target)
 
 
 def _complete(scratch: Path) -> None:

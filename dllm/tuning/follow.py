@@ -41,7 +41,7 @@ from dllm.training.artifact import input_paths
 from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
 from dllm.tuning.look import Source, facts_of, held_out, open_source
-from dllm.tuning.start import Entry, find_data, find_model
+from dllm.tuning.start import Entry, find_data, find_model, tokenizer_datasets
 
 EXAMPLES = 3
 """Held-out answers that are shown."""
@@ -104,9 +104,10 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     if len(datasets) > 1:
         data = "data"
         datasets[data] = {"mix": [key for key in datasets if key != data]}
+    datasets |= tokenizer_datasets(models, wishes.config_directory)
     output = wishes.output or Path("results") / run
     overlay: Entry = {"replaces": "all", "workdir": str(output), "models": models, "datasets": datasets}
-    overlay["recipes"] = {"tune": {}}
+    overlay["recipes"] = {"tune": {"response_end": "one"} if wishes.algorithm == "edit_flows" else {}}
     settings = {"algorithm": wishes.algorithm, "init": name, "data": data, "recipe": "tune", "launch": "cpu"}
     overlay["runs"] = {run: settings | {"steps": 1}}
     project = load_project(None, overlay)
@@ -117,13 +118,13 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     say(f"model    {name}: {described(directory)}")
     sources = tuple(_sources(project, data))
     for source in sources:
-        say(f"data     {source.part.name}: {len(source.rows):,} {source.said}")
+        say(f"data     {source.name}: {len(source.rows):,} {source.said}")
     facts = facts_of(sources, load_tokenizer(directory, project.models[name]))
     positions = _positions(directory) - (1 if wishes.algorithm == "edit_flows" else 0)
     chosen = defaults.run_settings(
         facts, parameters=parameters(directory), positions=positions, wished=_known(wishes.run)
     )
-    overlay["recipes"]["tune"] = _recipe(wishes, facts, chosen["length"])
+    overlay["recipes"]["tune"]["block_size"] = wishes.block_size or defaults.block_size(facts, chosen["length"])
     overlay["runs"][run] = settings | {"launch": _launch()} | chosen | _further(wishes.run)
     return Tuning(overlay, load_project(None, overlay), run, sources)
 
@@ -243,13 +244,6 @@ def _known(run: dict[str, Any]) -> dict[str, Any]:
 
 def _further(run: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in run.items() if name not in _known(run)}
-
-
-def _recipe(wishes: Wishes, facts: defaults.Facts, length: int) -> dict[str, Any]:
-    recipe: dict[str, Any] = {"block_size": wishes.block_size or defaults.block_size(facts, length)}
-    if wishes.algorithm == "edit_flows":
-        recipe["response_end"] = "one"
-    return recipe
 
 
 def _launch() -> str:

@@ -10,6 +10,7 @@ import numpy
 
 from dllm.config import DataPart
 from dllm.data.convert import kind_of_part, place_of, split_rows
+from dllm.data.formats import FileRows
 from dllm.data.prepare import Readable
 from dllm.models.literal_text import encode_marked
 from dllm.models.tokenizers import encode_text
@@ -27,6 +28,11 @@ class Source:
     rows: Any
     kind: str
     said: str
+
+    @property
+    def name(self) -> str:
+        """Its files, or what its entry is called."""
+        return ", ".join(self.rows.names) if isinstance(self.rows, FileRows) else self.part.name
 
     @property
     def is_text(self) -> bool:

@@ -68,6 +68,13 @@ def find_data(names: Sequence[str], config_directory: Path, known: dict[str, str
     return found
 
 
+def tokenizer_datasets(models: dict[str, Entry], config_directory: Path) -> dict[str, Entry]:
+    """The entries of the datasets that bring the tokenizers of new models."""
+    entries = _entries(config_directory, "datasets")
+    named = {entry.get("tokenizer") for entry in models.values()} - models.keys()
+    return {name: entries[name] for name in named if name in entries}
+
+
 def slug(text: str) -> str:
     """A text as the name of an entry: lower-case letters, digits, dots and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "data"

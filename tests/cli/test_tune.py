@@ -105,6 +105,25 @@ def test_plain_text_is_continued_by_encoders_and_by_causal_models(here, capsys, 
     assert sidecar["prediction"] == ("next" if kind == "llama" else "in_place")
 
 
+@pytest.mark.parametrize("algorithm", ["bd3lm", "edit_flows"])
+def test_other_algorithms_are_trained_from_the_same_command(here, capsys, algorithm):
+    status, out, err = tune(capsys, "toy-bert", "chats.jsonl", "--algorithm", algorithm, *SHORT)
+    assert status == 0 and f"plan     {algorithm}" in out, err
+
+
+def test_entries_of_the_configuration_are_used_by_name_and_several_datasets_are_mixed(here, capsys):
+    new = entry_for().new
+    models = {"models": {"toy": {"path": "toy-bert"}, "fresh": {"new": new, "tokenizer": "toy"}}}
+    data = {"datasets": {"mine": {"files": ["chats.jsonl"]}, "more": {"files": ["pairs.csv"], "kind": "pairs"}}}
+    (here / "config").mkdir()
+    (here / "config/models.yaml").write_text(yaml.safe_dump(models))
+    (here / "config/datasets.yaml").write_text(yaml.safe_dump(data))
+    status, out, err = tune(capsys, "fresh", "mine", "more", *SHORT)
+    assert status == 0, err
+    assert "24 rows look like conversations" in out and "pairs.csv: 24 rows are read as pairs" in out
+    assert "prepared 32 rows to train on" in out and Path("results/chat-fresh/data/data--toy--48").is_dir()
+
+
 def test_an_encoder_without_a_head_is_given_one_and_that_is_said_in_one_line(here, capsys):
     from transformers import AutoModel
 
