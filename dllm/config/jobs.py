@@ -38,6 +38,9 @@ class Job(Settings):
     written_when_set: ClassVar[tuple[str, ...]] = ()
     """Settings that its file leaves out while they are None: a file that was written without them stays the same."""
 
+    once_had: ClassVar[dict[str, Any]] = {}
+    """Settings that were removed, with the value whose meaning stayed: a job that was done with it is done."""
+
     @model_serializer(mode="wrap")
     def in_order(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written = write(self)
@@ -80,6 +83,7 @@ class PrepareConfig(Job):
 class RunConfig(Job, RunSettings):
     """What `dllm train` is told, and nothing else."""
 
+    once_had = {"layout": "packed", "head_chunk": None}
     written_first = ("name", "algorithm", "init", "init_path", "model", "data", "data_path", "recipe_name", "recipe")
     written_when_set = ("test_rows",)
 
@@ -381,6 +385,7 @@ def _shared(entry: Settings, settings: type[Settings], *, but: str = "") -> dict
 def digest(settings: BaseModel | dict[str, Any]) -> str:
     """Hexadecimal SHA-256 of a settings object's canonical JSON."""
     content = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    content = getattr(settings, "once_had", {}) | content
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

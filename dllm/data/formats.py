@@ -28,6 +28,11 @@ class FileRows(Sequence[Row]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the files."""
+        return [name for name, _ in self._files]
+
     def __getitem__(self, index: Any) -> Any:
         name, rows, row = self._place(index)
         return rows[row]

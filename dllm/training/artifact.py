@@ -56,7 +56,8 @@ def check_free(config: RunConfig, target: Path) -> None:
     if not (target / "config.yaml").exists():
         return
     old = read_yaml(target / "config.yaml")
-    new = config.model_dump(mode="json")
+    new = config.once_had | config.model_dump(mode="json")
+    old = config.once_had | old
     changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
     if changed:
         what = ", ".join(changed)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm.config import OptimizerSettings, write_when_changed
+from dllm.config import OptimizerSettings, digest, write_when_changed
 from dllm.models import heads
 from dllm.models.backbone import Backbone
 from dllm.provenance import read_record
@@ -368,3 +368,8 @@ def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(workdir)
     assert (state / "step-3" / "progress.json").exists()
     train(run_config("cut"), workdir, quiet=True)  # goes on, here in one process
     assert_same_run(workdir, "one", "cut")
+
+
+def test_removed_options_leave_the_digest_of_a_run_as_it_was():
+    # written by version 0.1: another digest would train finished runs again, and start killed ones anew
+    assert digest(run_config()) == "e756af06186f5fd079e4badd11762cd5bce97a32c0eb8106480b59a530d8bb88"
