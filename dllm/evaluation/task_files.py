@@ -6,6 +6,7 @@ where the data come from. In a template, {LM_EVAL_TASKS} is lm-eval's directory 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -264,9 +266,34 @@ def write_files(files: dict[str, str], root: Path) -> Path:
     return target
 
 
+@contextmanager
+def cards_read_once() -> Iterator[None]:
+    """Inside, `datasets` parses the card of a directory once, and not for each of the tasks that read from it.
+
+    A card with dozens of configurations takes half a second of CPU, and a group has dozens of tasks.
+    """
+    from datasets import load
+
+    original = load.DatasetCard
+
+    class Cards(original):
+        """Cards by path; what is changed in one is not seen in the next."""
+
+        @classmethod
+        def load(cls, path, *more, **options):
+            return copy.deepcopy(parsed(path)) if Path(path).is_file() else original.load(path, *more, **options)
+
+    parsed = lru_cache(maxsize=8)(original.load)
+    load.DatasetCard = Cards
+    try:
+        yield
+    finally:
+        load.DatasetCard = original
+
+
 def _load(manager, config: EvaluationConfig) -> dict:
     try:
-        with sandboxed_scoring():
+        with sandboxed_scoring(), cards_read_once():
             return manager.load([config.task])
     except Exception as error:  # what is wrong with a file comes as an error of whoever reads it
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

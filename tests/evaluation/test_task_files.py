@@ -151,3 +151,20 @@ def test_what_overrides_lm_evals_files_on_purpose_is_not_told(workdir, caplog):
     with pytest.raises(ValueError):
         load_tasks(pinned_task, workdir)  # there is no gsm8k below data/; only what the index says is of interest
     assert "overrides existing task" not in caplog.text
+
+
+def test_the_card_of_a_benchmark_is_parsed_once_for_all_its_tasks(tmp_path, monkeypatch):
+    import datasets.load
+    import huggingface_hub.repocard
+
+    from dllm.evaluation.task_files import cards_read_once
+
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    parsed, parse = [], huggingface_hub.repocard.yaml.safe_load
+    monkeypatch.setattr(huggingface_hub.repocard.yaml, "safe_load", lambda text: parsed.append(text) or parse(text))
+    before = datasets.load.DatasetCard
+    with cards_read_once():
+        first = datasets.load.DatasetCard.load(str(tmp_path / "README.md")).data
+        first.license = "changed"
+        assert datasets.load.DatasetCard.load(str(tmp_path / "README.md")).data.license == "mit"
+    assert len(parsed) == 1 and datasets.load.DatasetCard is before
