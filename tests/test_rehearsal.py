@@ -83,7 +83,7 @@ def test_a_project_without_the_section_is_no_rehearsal():
 def test_the_plan_of_a_rehearsal_says_what_is_downloaded_and_what_the_whole_takes(tmp_path):
     whole, short = projects("paper")
     line = forecast(plan_project(short, tmp_path), plan_project(whole, tmp_path))
-    assert "26 downloads of 15.5 GiB" in line and "hours of a100-80gb" in line
+    assert "24 downloads of 15.5 GiB" in line and "hours of a100-80gb" in line
 
 
 def test_the_rehearsal_of_the_paper_is_planned_as_hours_of_one_core_at_most(tmp_path):

@@ -67,10 +67,11 @@ def _least(*values: int | None) -> int:
 def _dataset(entry: DatasetEntry, most: Rehearsal) -> DatasetEntry:
     if entry.kind in ("benchmark", "world"):
         return entry
+    less = {"test_rows": _least(entry.test_rows, most.test_rows), "test_share": _test_share(entry, most)}
     if entry.stream:
-        return _changed(entry, test_share=_test_share(entry, most), shuffle_rows=_least(entry.shuffle_rows, most.rows))
-    # a test split of its own would be read whole: some train rows stand for it
-    return _changed(entry, rows=_least(entry.rows, most.rows), test_split=None, test_share=_test_share(entry, most))
+        return _changed(entry, **less, shuffle_rows=_least(entry.shuffle_rows, most.rows))
+    # a test split of its own would be tokenized whole: some train rows stand for it
+    return _changed(entry, **less, rows=_least(entry.rows, most.rows), test_split=None)
 
 
 def _test_share(entry: DatasetEntry, most: Rehearsal) -> float:

@@ -98,7 +98,7 @@ class Outcome:
 
 def forecast(short: ProjectPlan, full: ProjectPlan) -> str:
     """How much a rehearsal downloads, and what the whole would take, before any of it has run."""
-    fetched = [job for job in short.jobs.values() if job.rule == "download"]
+    fetched = [job for job in _needed(short) if job.rule == "download"]
     size = sum(job.cost.kept_gib for job in fetched)
     unknown = sum(not job.known for job in fetched)
     more = f" and {unknown} of unknown size" if unknown else ""
@@ -107,6 +107,12 @@ def forecast(short: ProjectPlan, full: ProjectPlan) -> str:
         f"A rehearsal: {len(fetched) - unknown} downloads of {size:.1f} GiB{more}, all else is cut short.\n"
         f"In full: {whole}."
     )
+
+
+def _needed(plan: ProjectPlan) -> list[Job]:
+    """The jobs that the report needs: a benchmark that no row is scored on is planned, but not fetched."""
+    read = {key for job in plan.jobs.values() for key in job.after}
+    return [job for job in plan.jobs.values() if job.rule != "download" or (job.rule, job.name) in read]
 
 
 def _in_full(hardware: str, gpu_hours: float, seconds: float, chain: float) -> str:
@@ -126,7 +132,7 @@ def outcome(short: ProjectPlan, full: ProjectPlan, workdir: str | Path) -> Outco
     """What the rehearsal `short` of the plan `full` has shown below its work directory, which is read."""
     workdir = Path(workdir)
     measured = measure(short, workdir)
-    jobs = list(short.jobs.values())
+    jobs = _needed(short)
     missing = [_missing(job, workdir) for job in jobs if not _is_made(job, workdir)]
     # what failed comes before what therefore never began
     missing.sort(key=lambda job: not job.reason)
@@ -149,7 +155,7 @@ def _rule(
     measured: dict[tuple[str, str], Measured],
     missing: list[Missing],
 ) -> RuleOutcome:
-    jobs = [job for job in short.jobs.values() if job.rule == rule]
+    jobs = [job for job in _needed(short) if job.rule == rule]
     later = [job for job in full.jobs.values() if job.rule == rule]
     found = [measured[rule, job.name].seconds for job in jobs if (rule, job.name) in measured]
     seconds = [value for value in found if value is not None]
