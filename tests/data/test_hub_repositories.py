@@ -5,7 +5,6 @@ A fault is one line and status 2, leaves nothing under the final name, and is me
 
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy
@@ -17,6 +16,7 @@ import yaml
 from dllm.config import DataPart, DatasetEntry, DownloadConfig, ModelEntry, PrepareConfig
 from dllm.data.tokens import open_rows
 from tests.hub_commands import hub_environment, run_commands
+from tests.hub_layouts import DATASETS, write_dataset
 from tests.loopback_hub import LoopbackHub
 from tests.stock import save_stock
 
@@ -39,8 +39,6 @@ ALPACA = {
 TULU = {"id": [f"source_{i}" for i in range(12)], "messages": CHATS, "source": ["ai2-adapt-dev/one"] * 12}
 SMOLTALK = {"messages": CHATS, "source": ["smol-magpie-ultra"] * 12}
 WIKITEXT = {"text": ["", " = The cat = \n", "", " the cat sees the dog and likes the red sun <unk> \n"] * 20}
-GSM8K = {"question": ["Two cats see one dog each. How many?"] * 3, "answer": ["2 * 1 = <<2*1=2>>2\n#### 2"] * 3}
-CMMLU = ",Question,A,B,C,D,Answer\n0,猫看见什么？,狗,太阳,月亮,红,A\n1,谁喜欢月亮？,狗,猫,太阳,蓝,B\n"
 
 
 def card(**configs):
@@ -78,10 +76,6 @@ REPOSITORIES = {
             for n in ("103", "2") for s in ("train", "validation", "test")
         },
     ),
-    "openai/gsm8k": (
-        card(**{n: {s: f"{n}/{s}-*" for s in ("train", "test")} for n in ("main", "socratic")}),
-        {f"{n}/{s}-00000-of-00001": GSM8K for n in ("main", "socratic") for s in ("train", "test")},
-    ),
 }  # fmt: skip
 
 
@@ -92,14 +86,8 @@ def write_repositories(root: Path) -> None:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             pyarrow.parquet.write_table(pyarrow.table(columns), directory / f"{name}.parquet")
         (directory / "README.md").write_text(readme)
-    directory = root / "datasets/haonan-li/cmmlu"
-    directory.mkdir(parents=True)
-    (directory / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    (directory / "cmmlu.py").write_text("raise SystemExit('never run')")
-    with zipfile.ZipFile(directory / "cmmlu_v1_0_1.zip", "w") as archive:
-        for split in ("dev", "test"):
-            for subject in ("anatomy", "astronomy"):
-                archive.writestr(f"{split}/{subject}.csv", CMMLU)
+    for repository in ("openai/gsm8k", "haonan-li/cmmlu"):
+        write_dataset(root / "datasets" / repository, DATASETS[repository])
     for name in ("torn", "damaged", "moved", "gated", "refused", "missing", "once", "sound"):
         repository = save_stock(root / "models" / name, "bert").rename(root / "models" / name / "toy")
         shutil.rmtree(root / "models" / name / "bert", ignore_errors=True)
@@ -259,7 +247,7 @@ def test_an_archive_beside_a_loading_script_becomes_tables_by_configuration_and_
     assert not list(directory.rglob("*.py")) and not list(directory.rglob("*.zip"))
     for subject in ("anatomy", "astronomy"):
         rows = load_dataset(str(directory), subject, split="test", cache_dir=str(world.workdir / "cache"))
-        assert rows[1]["Question"] == "谁喜欢月亮？" and rows[1]["Answer"] == "B"
+        assert rows[1]["Question"] == "第1题：谁看见船？" and rows[1]["Answer"] == "B"
 
 
 def test_a_benchmark_reads_its_snapshot(world):
@@ -268,4 +256,4 @@ def test_a_benchmark_reads_its_snapshot(world):
     rows = load_dataset(
         str(world.workdir / "downloads/gsm8k-data"), "main", split="test", cache_dir=str(world.workdir / "cache")
     )
-    assert rows.column_names == ["question", "answer"] and len(rows) == 3
+    assert rows.column_names == ["question", "answer"] and len(rows) == 4

@@ -1,0 +1,111 @@
+"""The full reproduction, cut short by config/smoke.yaml, from download to page over repositories as the real ones."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dllm.config import DatasetEntry, ModelEntry, download_configs, load_project
+from tests.fork_server import fork_servers
+from tests.hub_commands import hub_environment
+from tests.hub_layouts import DATASETS, MODELS, write_hub
+from tests.loopback_hub import LoopbackHub
+from tests.workflow.conftest import BIN, ROOT
+
+pytestmark = pytest.mark.slow  # 140 jobs: minutes of CPU
+
+
+ASKED = {
+    "lambada": 4, "gsm8k": 4, "ceval": 52 * 3, "bbh": 27 * 3, "math": 7 * 3, "mmlu": 57 * 3, "winogrande": 4,
+    "hellaswag": 4, "cmmlu": 67 * 3, "humaneval": 3, "humaneval-chat": 3, "mbpp": 3,
+}  # fmt: skip
+"""Documents of each benchmark in the hub's repositories."""
+
+
+def pins(hub: LoopbackHub, *names: str) -> dict:
+    """An overlay with the commits, and the numbers of rows, of the hub's repositories."""
+    project = load_project(ROOT / "config", *(ROOT / f"config/{name}.yaml" for name in names))
+    found: dict[str, dict] = {"models": {}, "datasets": {}}
+    found["benchmarks"] = {name: {"size": {"documents": ASKED[name]}} for name in project.benchmarks}
+    for config in download_configs(project).values():
+        entry = config.model or config.dataset
+        kind = f"{config.what}s"
+        found[kind][config.name] = {"revision": hub.commit(kind, entry.hub)}
+        if isinstance(entry, DatasetEntry) and entry.kind != "benchmark":
+            files = DATASETS[entry.hub].configs[entry.config or "default"]
+            rows = {split: rows for split, (_, rows) in files.splits.items()}
+            found[kind][config.name] |= {"documents": rows["train"]} | (
+                {"counts": rows} if project.datasets[config.name].counts else {}
+            )
+    return found
+
+
+def rehearse(home: Path, hub: LoopbackHub, *names: str) -> tuple[Path, subprocess.CompletedProcess]:
+    """The work directory and what was printed of a rehearsal of some configurations."""
+    overlay = home / "pins.yaml"
+    overlay.write_text(yaml.safe_dump(pins(hub, *names) | {"workdir": str(home / "work")}))
+    environment = hub_environment(hub.url, home / "home", PATH=f"{BIN}:{os.environ['PATH']}")
+    files = [*(f"config/{name}.yaml" for name in (*names, "smoke")), str(overlay)]
+    command = [str(BIN / "snakemake"), "--cores", "1", "--keep-going", "--quiet", "host", "reason", "--configfile"]
+    with fork_servers(home / "servers", environment) as served:
+        done = subprocess.run([*command, *files], cwd=ROOT, env=served, capture_output=True, text=True)
+    return home / "work-rehearsal", done
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    write_hub(root)
+    with LoopbackHub(root) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def paper(hub, tmp_path_factory):
+    """The finished rehearsal of the paper: (work directory, what was printed)."""
+    return rehearse(tmp_path_factory.mktemp("paper"), hub, "paper")
+
+
+def test_every_repository_of_the_paper_has_a_layout():
+    entries = [
+        c.model or c.dataset
+        for c in download_configs(load_project(ROOT / "config", ROOT / "config/paper.yaml")).values()
+    ]
+    assert {e.hub for e in entries if isinstance(e, ModelEntry)} == set(MODELS)
+    assert {e.hub for e in entries if isinstance(e, DatasetEntry)} == set(DATASETS)
+
+
+def test_every_rule_of_the_paper_works_from_download_to_page(paper):
+    workdir, done = paper
+    found = json.loads((workdir / "report/rehearsal.json").read_text())
+    failed = [f"{job['rule']} {job['name']}: {job['reason']}" for job in found["missing"]]
+    assert not failed and done.returncode == 0, "\n".join(failed) or done.stderr[-3000:]
+    assert "Rehearsal: all " in done.stderr and "rehearsal.html" in done.stderr
+    page = (workdir / "report/rehearsal.html").read_text()
+    assert "72 of 72" in page and "24 of 24" in page
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "tasks"), [("cmmlu", 67), ("mmlu", 57), ("ceval", 52), ("bbh", 27), ("math", 7), ("gsm8k", 1)]
+)
+def test_every_task_of_a_benchmark_is_loaded_and_asked(paper, benchmark, tasks):
+    for row in ("chat-large", "chat-base-published", "gpt2"):
+        scores = json.loads((paper[0] / f"evals/{row}/{benchmark}.json").read_text())
+        assert scores["n"] == tasks
+
+
+def test_nothing_that_is_not_needed_is_downloaded(paper):
+    fetched = {path.name for path in (paper[0] / "downloads").glob("*/*")}
+    assert not fetched & {"pytorch_model.bin", "tf_model.h5", "cmmlu.py", "lambada_openai.py"}
+
+
+def test_every_rule_of_the_path_on_one_gpu_works_too(hub, tmp_path):
+    workdir, done = rehearse(tmp_path, hub, "one-gpu")
+    found = json.loads((workdir / "report/rehearsal.json").read_text())
+    failed = [f"{job['rule']} {job['name']}: {job['reason']}" for job in found["missing"]]
+    assert not failed and done.returncode == 0, "\n".join(failed) or done.stderr[-3000:]
+    # an encoder of the hub, which comes without a chat template
+    assert json.loads((workdir / "evals/modernbert-base/mmlu.json").read_text())["n"] == 57
