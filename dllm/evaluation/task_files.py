@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from dllm.config import EvaluationConfig, did_you_mean, digest
 from dllm.evaluation.code_tasks import metric_names, sandboxed_scoring, scored_by_programs
@@ -274,7 +275,7 @@ def cards_read_once() -> Iterator[None]:
     """
     from datasets import load
 
-    original = load.DatasetCard
+    original: Any = load.DatasetCard
 
     class Cards(original):
         """Cards by path; what is changed in one is not seen in the next."""
