@@ -23,7 +23,10 @@ def _either(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-OPTIONS: dict[str, tuple[str, type, str, str]] = {
+Options = dict[str, tuple[str, type, str, str]]
+"""Option of the command line -> setting, type, placeholder, help."""
+
+OPTIONS: Options = {
     "new_tokens": ("max_new_tokens", int, "N", "longest answer, in tokens"),
     "steps": ("steps", int, "N", "forward passes per answer (default: one per token)"),
     "block_size": ("block_size", int, "N", "tokens per block; blocks go from left to right"),
@@ -46,14 +49,18 @@ OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "refresh": ("refresh", int, "N", "passes between refreshes of what is reused (default: once per block)"),
     "seed": ("seed", int, "N", "seed of the draws at a temperature above 0 (default: 0)"),
 }
-"""Option of the command line -> field of GenerateSettings, type, placeholder, help."""
+"""The settings are those of GenerateSettings."""
+
+
+def add_options(group: argparse._ActionsContainer, options: Options) -> None:
+    """Every option of a table; one that is not given keeps its default."""
+    for name, (_, kind, metavar, text) in options.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sampler's options; an option that is not given keeps its default."""
-    group = parser.add_argument_group("sampler")
-    for name, (_, kind, metavar, text) in OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    """The sampler's options."""
+    add_options(parser.add_argument_group("sampler"), OPTIONS)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm.cli.generation import Options, add_options
+
 if TYPE_CHECKING:
     from dllm.tuning.follow import Example, Tuning, Wishes
 
@@ -32,7 +34,7 @@ conversations (from, value), instruction/input/output, prompt or question with r
 Ctrl-C saves; the same command goes on from there. What is learnt, and how, is chosen by the size of model and data.
 """
 
-RUN_OPTIONS: dict[str, tuple[str, type, str, str]] = {
+RUN_OPTIONS: Options = {
     "length": ("length", int, "N", "longest row, in tokens (default: where few rows are cut)"),
     "epochs": ("epochs", float, "N", "passes over the data (default: by the number of rows)"),
     "steps": ("steps", int, "N", "optimiser steps, in place of --epochs"),
@@ -40,9 +42,9 @@ RUN_OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "learning_rate": ("learning_rate", float, "R", "peak learning rate of AdamW (default: by the size of the model)"),
     "seed": ("seed", int, "N", "seed of order and noise (default: 42)"),
 }
-"""Option -> setting of the run, type, placeholder, help."""
+"""The settings are those of the run."""
 
-DATA_OPTIONS: dict[str, tuple[str, type, str, str]] = {
+DATA_OPTIONS: Options = {
     "kind": (
         "kind",
         str,
@@ -53,7 +55,7 @@ DATA_OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "rows": ("rows", int, "N", "train on so many rows only"),
     "held_out": ("test_share", float, "SHARE", "share of the rows that is held out (default: 0.05, at least 8 rows)"),
 }
-"""Option -> setting of the dataset, type, placeholder, help."""
+"""The settings are those of the dataset."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--algorithm", metavar="NAME", default="mdlm", help="mdlm (default), bd3lm, edit_flows")
     parser.add_argument("--prediction", metavar="KIND", choices=("in_place", "next"), help="`next` for causal models")
     parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block of an answer (default: 16 or 32)")
-    for name, (_, kind, metavar, text) in {**RUN_OPTIONS, **DATA_OPTIONS}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    add_options(parser, {**RUN_OPTIONS, **DATA_OPTIONS})
     parser.add_argument("--show-config", action="store_true", help="print the entries that say the same, and stop")
     parser.add_argument("--replace", action="store_true", help="replace a finished run in the same place")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
