@@ -89,7 +89,11 @@ class ModelEntry(Pinned):
     path: str | None = option(
         None, "directory of a checkpoint on this disk, absolute or below the repository", exclude_if=is_none
     )
-    new: dict[str, Any] | None = option(None, "transformers config of a model made from a seed (model_type first)")
+    new: dict[str, Any] | None = option(
+        None,
+        "transformers config of a model made from a seed (model_type first); {}: that of the model that brings the "
+        "tokenizer, whose architecture is drawn anew",
+    )
     published: Literal["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"] | None = option(
         None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
     )
@@ -112,7 +116,7 @@ class ModelEntry(Pinned):
     def one_source(self) -> ModelEntry:
         if sum(source is not None for source in (self.hub, self.path, self.new)) != 1:
             raise ValueError("needs exactly one of `hub`, `path` and `new`")
-        if self.new and not self.tokenizer:
+        if self.new is not None and not self.tokenizer:
             raise ValueError("a `new` model needs `tokenizer`: the dataset or model that brings one")
         if self.published and not self.new:
             raise ValueError(f"published = {self.published!r} is for a `new` model; leave it out of a hub model")

@@ -129,9 +129,14 @@ def _recipes_of_algorithms(project: Project) -> Iterator[Problem]:
 
 
 def _tokenizers(project: Project) -> Iterator[Problem]:
-    """A tokenizer comes from a model that has one of its own."""
+    """A tokenizer comes from a model that has one of its own; so does a config that is not stated."""
     for name, model in project.models.items():
         other = model.tokenizer
+        if model.new == {} and other in project.datasets:
+            yield (
+                ("models", name, "new"),
+                f"models.{name}.new = {{}} takes the config of {other!r}, which is a dataset; state one, model_type first",
+            )
         if other in project.models and other not in project.datasets and project.models[other].tokenizer:
             yield (
                 ("models", name, "tokenizer"),

@@ -20,6 +20,8 @@ from dllm.provenance import file_digest, input_digest, replace_directory, write_
 
 CARDS = ["README.md", "LICENSE*"]
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *CARDS]
+PICKLED = ["pytorch_model*.bin"]
+"""Weights of a model whose repository has no safetensors; only tensors are read of them, no code."""
 DATASET_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.csv", "*.txt", *CARDS]
 ARCHIVES = ["*.zip", *CARDS]
 """Files of a dataset without other data files: such repositories have a loading script, which is never run."""
@@ -69,7 +71,7 @@ def _make_model(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
         save_stand_in(config.model, load_tokenizer(path), scratch)
         return
     tokenizer = load_tokenizer(path, config.model)
-    new_model(config.model, tokenizer).save_pretrained(scratch)
+    new_model(config.model, tokenizer, like=path).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
 
 
@@ -130,7 +132,8 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
     with one_line_errors(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
         info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
         facts: dict[str, Any] = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
-        choices = [MODEL_FILES] if config.what == "model" else [DATASET_FILES, ARCHIVES]
+        safe = any(file.rfilename.endswith(".safetensors") for file in info.siblings)
+        choices = [MODEL_FILES + PICKLED * (not safe)] if config.what == "model" else [DATASET_FILES, ARCHIVES]
         choices = [[facts["stream"]["held_out"], *CARDS]] if facts else choices
         if not facts and (named := _files_of_configuration(config, scratch)):
             choices = [[*named, *CARDS]]

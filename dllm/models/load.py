@@ -148,14 +148,19 @@ def longest_row(config) -> int:
     return positions - config.pad_token_id - 1 if config.model_type in COUNTS_FROM_PADDING else positions
 
 
-def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
+def new_model(entry: ModelEntry, tokenizer, *, like: Path | None = None) -> nn.Module:
     """A stock model with seeded random weights, sized by `entry.new`, with the tokenizer's vocabulary.
 
+    An empty `entry.new` takes the config.json of the checkpoint `like` as it is, the size of its vocabulary too.
     Raises ValueError, one line, for an unknown architecture or setting.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+    auto = AutoModelForMaskedLM if entry.family == "encoder" else AutoModelForCausalLM
+    if not entry.new:
+        config = _config(Path(str(like)), None)
+        return _drawn(entry.seed, lambda: auto.from_config(config, dtype=torch.float32))
     settings = dict(entry.new)
     kind = settings.pop("model_type", None)
     try:
@@ -175,7 +180,6 @@ def new_model(entry: ModelEntry, tokenizer) -> nn.Module:
     if tokenizer.cls_token_id is not None:
         tokens |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
     tokens["vocab_size"] = -(-len(tokenizer) // 8) * 8
-    auto = AutoModelForMaskedLM if entry.family == "encoder" else AutoModelForCausalLM
     try:
         return _drawn(entry.seed, lambda: auto.from_config(AutoConfig.for_model(kind, **settings | tokens)))
     except (ValueError, TypeError, LookupError, StrictDataclassError) as error:

@@ -187,6 +187,8 @@ class _Planner:
 
     def _looked_up(self, root: str) -> Shape | None:
         entry = self.project.models[root]
+        if entry.new == {} and not self._downloaded(root):
+            return self.shape(str(entry.tokenizer))
         found = self._downloaded(root)
         if found and entry.shape and (wrong := differences(entry.shape, found)):
             self.notes.append(f"models.{root}.shape: {'; '.join(wrong)} in its config.json; correct the entry")
