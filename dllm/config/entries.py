@@ -363,6 +363,9 @@ class ReportEntry(Settings):
     ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
     chat: list[CurveEntry] = option([], "chat training")
     systems: list[str] = option([], "evaluations whose models are compared with each other")
+    starts: list[str] = option(
+        [], "the same where the models differ in the weights they start from: claims on pretraining and size are judged"
+    )
 
 
 class ReportedEntry(Settings):

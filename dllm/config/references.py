@@ -135,7 +135,7 @@ def _tokenizers(project: Project) -> Iterator[Problem]:
         if model.new == {} and other in project.datasets:
             yield (
                 ("models", name, "new"),
-                f"models.{name}.new = {{}} takes the config of {other!r}, which is a dataset; state one, model_type first",
+                f"models.{name}.new = {{}} takes the config of {other!r}, a dataset; state one, model_type first",
             )
         if other in project.models and other not in project.datasets and project.models[other].tokenizer:
             yield (
@@ -182,9 +182,13 @@ def _shown(project: Project) -> Iterator[Problem]:
         for curve in getattr(project.report, section):
             if curve.run not in project.runs:
                 yield _unknown(("report", section, "run"), curve.run, ("runs",), list(project.runs))
-    for name in project.report.systems:
-        if name not in project.evaluations:
-            yield _unknown(("report", "systems"), name, ("evaluations",), list(project.evaluations))
+    for section in ("systems", "starts"):
+        for name in getattr(project.report, section):
+            if name not in project.evaluations:
+                yield _unknown(("report", section), name, ("evaluations",), list(project.evaluations))
+            elif section == "starts" and project.evaluations[name].checkpoint not in project.runs:
+                given = project.evaluations[name].checkpoint
+                yield _unknown(("evaluations", name, "checkpoint"), given, ("runs",), list(project.runs))
 
 
 CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (

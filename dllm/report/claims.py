@@ -1,15 +1,24 @@
-"""The five published claims as verdicts computed from the data, each with the rule that decides it."""
+"""Claims as verdicts computed from the data, each with its rule: the five published ones, and two on starts."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pandas as pd
 
 from dllm.numbers import duration
 from dllm.report.format import fixed, interval, joined, signed_interval
-from dllm.report.load import final_losses, read_provenance, read_speed, scores
+from dllm.report.load import (
+    final_answer_nats,
+    final_losses,
+    read_metrics,
+    read_provenance,
+    read_speed,
+    scores,
+    split_of,
+)
 from dllm.report.plan import FEW_STEPS, RECIPES, ReportPlan, ResultRow
 from dllm.report.statistics import Estimate, Verdict, all_of, decide_below, decide_within
 
@@ -42,9 +51,15 @@ class Claim:
 
 
 def build_claims(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
-    """Writes `out` (claims.json): the short answer and the five claims. Returns the path written."""
+    """Writes `out` (claims.json): the question, its short answer and the claims. Returns the path written."""
     claims = judge(workdir, plan)
-    record = {"toy": plan.toy, "answer": short_answer(workdir, plan, claims), "claims": [asdict(c) for c in claims]}
+    question = "What does pretraining give a chatbot?" if plan.starts else "Can BERTs chat?"
+    record = {
+        "toy": plan.toy,
+        "question": question,
+        "answer": short_answer(workdir, plan, claims),
+        "claims": [asdict(c) for c in claims],
+    }
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -52,7 +67,10 @@ def build_claims(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]
 
 
 def judge(workdir: Path, plan: ReportPlan) -> tuple[Claim, ...]:
-    """The five claims, in their published order."""
+    """The five claims, in their published order; of runs that differ in their start, the two claims on starts."""
+    if plan.starts:
+        starts = starts_frame(workdir, plan)
+        return (pretraining_claim(starts, plan), size_claim(starts))
     return (
         encoder_claim(final_losses(workdir, plan.pretraining), plan),
         openwebtext_claim(final_losses(workdir, plan.openwebtext), plan),
@@ -202,9 +220,86 @@ def cost_claim(provenance: dict | None, speed: pd.DataFrame | None, plan: Report
     )
 
 
+def starts_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+    """One row per start: `final_losses`, parameters, and the bound on a held-out answer in nats with its interval.
+
+    `passed` is the first evaluated step at which it is as low as its twin of random weights ends; missing without one.
+    """
+    frame = final_losses(workdir, plan.starts)
+    curves = {run: split_of(read_metrics(workdir, run), "eval") for run in frame["run"]}
+    nats = [final_answer_nats(read_metrics(workdir, run)) or Estimate(math.nan, math.nan) for run in frame["run"]]
+    ends = {start.twin: curves[start.run]["loss"].iloc[-1] for start in plan.starts if start.twin}
+    passed = {run: curves[run].loc[curves[run]["loss"] <= end, "step"].min() for run, end in ends.items()}
+    return frame.assign(
+        start=["pretrained" if start.pretrained else "random" for start in plan.starts],
+        parameters=[read_provenance(workdir, run)["parameters"] for run in frame["run"]],
+        nats=[found.value for found in nats],
+        nats_standard_error=[found.standard_error for found in nats],
+        nats_low=[found.low for found in nats],
+        nats_high=[found.high for found in nats],
+        passed=frame["run"].map(passed),
+    )
+
+
+def pretraining_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
+    """Of what a run starts from: does the pretrained start end lower than random weights of the same architecture?"""
+    rows = {row["run"]: row for _, row in starts.iterrows()}
+    findings = []
+    for start in (start for start in plan.starts if start.twin):
+        pretrained, random = rows[start.twin], rows[start.run]
+        found = _lower("bound", pretrained, random)
+        if not math.isnan(pretrained["passed"]):
+            step, last = int(pretrained["passed"]), int(random["steps"])
+            found = replace(found, because=f"{found.because} It is as low as the other ends, at step {step} of {last}.")
+        findings.append(_unless_truncated(found, pd.DataFrame([pretrained, random])))
+    return _claim(
+        1,
+        "Pretrained weights give a chatbot a lower held-out bound than random weights of the same architecture.",
+        f"{_LOWER_RULE} Both had the same data, steps and noise.",
+        findings,
+        _ONE_SEED,
+    )
+
+
+def size_claim(starts: pd.DataFrame) -> Claim:
+    """Of pretrained starts: has each next larger one a lower bound?"""
+    rows = [row for _, row in starts[starts["start"] == "pretrained"].sort_values("parameters").iterrows()]
+    pairs = [(larger, smaller) for smaller, larger in pairwise(rows)]
+    return _claim(
+        2,
+        "A larger pretrained encoder gives a lower held-out bound than the next smaller one.",
+        f"{_LOWER_RULE} One pair that fails makes the claim fail.",
+        [_unless_truncated(_lower(f"{a['label']}", a, b), pd.DataFrame([a, b])) for a, b in pairs],
+        f"{_ONE_SEED} The encoders may differ in more than their size.",
+    )
+
+
+_LOWER_RULE = (
+    "Holds if the bound on a held-out answer is at least 2 combined standard errors below the other one, fails if it "
+    "is as far above, and is undecided between."
+)
+_ONE_SEED = (
+    "All runs meet the same answers and noise, so their errors are partly shared and the combined one is cautious. One "
+    "seed each: how much another seed would move a bound is not in these intervals."
+)
+
+
+def _lower(part: str, one: pd.Series, other: pd.Series) -> Finding:
+    """Whether one start ends below another."""
+    gap = Estimate(one["nats"], one["nats_standard_error"]) - Estimate(other["nats"], other["nats_standard_error"])
+    because = (
+        f"{one['label']} ends at {fixed(one['nats'])} and {other['label']} at {fixed(other['nats'])} nats per answer: "
+        f"a difference of {signed_interval(gap.value, gap.low, gap.high)}."
+    )
+    return Finding(part, one["recipe"], decide_below(gap, 0.0), because)
+
+
 def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> list[str]:
     """Can BERTs chat? Two to four sentences, computed from the scores and the verdicts."""
     sentences = []
+    if plan.starts:
+        decided = [claim.findings[0].because for claim in claims if claim.verdict != "undecided"]
+        return [*decided, f"Of the {len(claims)} claims, {_counted(claims)}."]
     if plan.toy:
         sentences.append("This toy run cannot say: it shows that the pipeline works from data to report.")
     frame = scores(workdir, plan)
@@ -223,11 +318,15 @@ def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> 
         verdict = claims[3].verdict
         opening = {"holds": "Yes, within limits.", "does not hold": "Not convincingly.", "undecided": "In part."}
         sentences.insert(0, opening[verdict])
-    counts = [(verdict, [str(c.number) for c in claims if c.verdict == verdict]) for verdict in _ORDER]
-    parts = [f"{joined(numbers)} {_VERB[verdict][len(numbers) > 1]}" for verdict, numbers in counts if numbers]
     judged = ", judged on toy data" if plan.toy else ""
-    sentences.append(f"Of the five published claims{judged}, {joined(parts)}.")
+    sentences.append(f"Of the five published claims{judged}, {_counted(claims)}.")
     return sentences
+
+
+def _counted(claims: tuple[Claim, ...]) -> str:
+    """`1 and 3 hold and 2 is undecided`."""
+    counts = [(verdict, [str(c.number) for c in claims if c.verdict == verdict]) for verdict in _ORDER]
+    return joined([f"{joined(numbers)} {_VERB[verdict][len(numbers) > 1]}" for verdict, numbers in counts if numbers])
 
 
 _ORDER: tuple[Verdict, ...] = ("holds", "does not hold", "undecided")

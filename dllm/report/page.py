@@ -37,6 +37,11 @@ CAPTIONS = {
     "one in twenty misses its true value.",
     "systems": "The systems side by side. Left: the bound on -log p of a test answer (lower is better), exact for the "
     "autoregressive model. Then each score with its 95 % Wilson interval; the upright line is chance.",
+    "starts": "The same training on the same chat data from each start. Left: training loss, running mean over a "
+    "twentieth of the run. Right: loss on held-out answers with 95 % intervals. A target is a token of an answer, or "
+    "an end that fills its block, which is easy.",
+    "sizes": "The bound on -log p of a held-out answer against the number of parameters (lower is better), with 95 % "
+    "intervals. Filled: from pretrained weights; hollow: from random ones.",
     "speed": "Generation with fewer denoising steps. Left: seconds for all answers, and the time in proportion to "
     "the steps (dotted). Right: quality at the same steps, with 95 % intervals. These are wall times of one machine.",
 }
@@ -81,6 +86,7 @@ def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
         "root": root,
         "style": _package_text("page.css"),
         "sections": _sections(plan, samples, film),
+        "question": record["question"],
         "answer": record["answer"],
         "claims": record["claims"],
         "signs": VERDICT_SIGNS,
@@ -119,7 +125,9 @@ def stages(plan: ReportPlan) -> tuple[Stage, ...]:
         Stage("Alpaca tuning", ablation, "untuned, Wikitext and OpenWebText weights"),
         Stage("Chat tuning, tulu-3 and smoltalk", _labels(plan.chat), weights),
         Stage(
-            "Systems of one size", tuple(system.label for system in plan.systems), "random weights, in one stage or two"
+            "The same training" if plan.starts else "Systems of one size",
+            tuple(system.label for system in plan.systems),
+            "public weights and random ones" if plan.starts else "random weights, in one stage or two",
         ),
         Stage(
             f"Evaluation on {len(plan.benchmarks)} benchmarks",
@@ -168,9 +176,10 @@ def table_markdown(table: Table) -> str:
 def _sections(plan: ReportPlan, samples: dict, film: dict | None) -> tuple[Section, ...]:
     scored = plan.results and plan.benchmarks
     found = (
-        ("answer", "The short answer", plan.reproduces or not plan.systems),
-        ("claims", "The five claims", plan.reproduces or not plan.systems),
-        ("systems", "Systems side by side", plan.systems),
+        ("answer", "The short answer", plan.judges),
+        ("claims", "The claims" if plan.starts else "The five claims", plan.judges),
+        ("starts", "The same training from other weights", plan.starts),
+        ("systems", "Side by side" if plan.starts else "Systems side by side", plan.systems),
         ("runs", "What was run", True),
         ("pretraining", "Six encoders on Wikitext", plan.pretraining),
         ("openwebtext", "More text: OpenWebText", plan.openwebtext),

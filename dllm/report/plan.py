@@ -51,6 +51,30 @@ class PlannedRun(_Entry):
         return (self.family or self.label.replace(" ", "-").split("-")[0]).lower()
 
 
+class Start(PlannedRun):
+    """A run among others with the same training from other weights."""
+
+    pretrained: bool = True
+    twin: str = ""
+    """Of random weights: the run of the same training from the pretrained weights of the same architecture."""
+
+    @classmethod
+    def of_row(cls, project: Project, row: str, rows: list[str]) -> Start:
+        """The run of an evaluation; rows: all evaluations whose runs are compared."""
+        entry = project.evaluations[row]
+        model = project.models[project.root_model(entry.checkpoint)]
+        runs = [project.evaluations[other].checkpoint for other in rows]
+        twins = [run for run in runs if model.new == {} and project.root_model(run) == model.tokenizer]
+        return cls(
+            run=entry.checkpoint,
+            label=entry.label,
+            recipe=_recipe(project, entry.checkpoint),
+            truncated=_is_truncated(project, entry.checkpoint),
+            pretrained=model.new is None,
+            twin=next(iter(twins), ""),
+        )
+
+
 class AblationRun(_Entry):
     """One instruction-tuning run of the ablation."""
 
@@ -211,14 +235,17 @@ class ReportPlan(_Entry):
     """Rows of `results` that score one checkpoint with different likelihood estimators, shown side by side."""
     systems: tuple[System, ...] = ()
     """Systems that are compared with each other."""
+    starts: tuple[Start, ...] = ()
+    """The runs of these systems, if what they differ in is the weights they start from."""
     rules: DecisionRules = DecisionRules()
 
     @classmethod
     def of(cls, project: Project) -> ReportPlan:
         """What the report of a project shows."""
         shown, estimators = project.report, _rows_that_differ_in_estimator(project)
+        compared = [*shown.systems, *(row for row in shown.starts if row not in shown.systems)]
         # systems have a table of their own for what they say
-        first = "" if shown.systems else next(iter(project.samples), "")
+        first = "" if compared else next(iter(project.samples), "")
         return cls(
             title=shown.title,
             toy=shown.toy,
@@ -236,7 +263,8 @@ class ReportPlan(_Entry):
             samples=first,
             speed=next(iter(project.speed), ""),
             estimators=estimators,
-            systems=tuple(System.of(project, row) for row in shown.systems),
+            systems=tuple(System.of(project, row) for row in compared),
+            starts=tuple(Start.of_row(project, row, shown.starts) for row in shown.starts),
         )
 
     @model_validator(mode="after")
@@ -252,7 +280,7 @@ class ReportPlan(_Entry):
         _check("estimators", self.estimators, [row.run for row in self.results])
         for published in self.reported:
             _check(f"reported: {published.label}.values", published.values, benchmarks)
-        for section in ("pretraining", "openwebtext", "ablation", "chat"):
+        for section in ("pretraining", "openwebtext", "ablation", "chat", "starts"):
             _check_unique(section, [(entry.run, entry.recipe) for entry in getattr(self, section)])
         _check_unique("ablation", [(entry.start, entry.recipe) for entry in self.ablation])
         _check_unique("results", [(row.run,) for row in self.results])
@@ -264,6 +292,11 @@ class ReportPlan(_Entry):
     def reproduces(self) -> bool:
         """Whether anything of the published report is repeated, whose claims can then be judged."""
         return bool(self.pretraining or self.openwebtext or self.ablation or self.chat)
+
+    @property
+    def judges(self) -> bool:
+        """Whether claims are judged: the five published ones, or those on what a run starts from."""
+        return bool(self.reproduces or self.starts or not self.systems)
 
     def system_benchmarks(self) -> tuple[Benchmark, ...]:
         """The benchmarks that any of the systems was scored on."""
@@ -285,7 +318,7 @@ class ReportPlan(_Entry):
 
     def trained_runs(self) -> tuple[str, ...]:
         """Every run that the report shows, once, in the order of the report."""
-        sections = (self.pretraining, self.openwebtext, self.ablation, self.chat)
+        sections = (self.pretraining, self.openwebtext, self.ablation, self.chat, self.starts)
         curves = [entry.run for section in sections for entry in section]
         return tuple(dict.fromkeys([*curves, *(run for system in self.systems for run in system.stages)]))
 
@@ -301,7 +334,7 @@ class ReportPlan(_Entry):
             "reported": self.reported and self.benchmarks,
             "systems": self.systems,
             "answers": any(system.samples for system in self.systems),
-            "claims": self.reproduces or not self.systems,
+            "claims": self.judges,
         }
         return tuple(name for name, content in filled.items() if content)
 
@@ -313,7 +346,9 @@ class ReportPlan(_Entry):
             "ablation": self.ablation,
             "ablation-final": self.ablation,
             "chat": self.chat,
-            "systems": self.systems,
+            "starts": self.starts,
+            "sizes": self.starts,
+            "systems": self.systems and (self.system_benchmarks() or not self.starts),
             "scores": self.results and self.benchmarks and not self.systems,
             "speed": self.speed,
         }

@@ -79,7 +79,7 @@ def make_metrics(workdir: Path, plan: ReportPlan) -> dict[str, dict]:
     found: dict[str, dict] = {"scores": {}, "loss": {}}
     for row in scores(workdir, plan).itertuples() if plan.results and plan.benchmarks else ():
         found["scores"].setdefault(row.run, {})[row.benchmark] = float(f"{row.value:.6g}")
-    for section in (plan.pretraining, plan.openwebtext, plan.ablation, plan.chat):
+    for section in (plan.pretraining, plan.openwebtext, plan.ablation, plan.chat, plan.starts):
         for row in final_losses(workdir, section).itertuples() if section else ():
             if not math.isnan(row.eval_loss):
                 found["loss"][row.run] = float(f"{row.eval_loss:.6g}")
@@ -212,7 +212,8 @@ def systems_table(workdir: Path, plan: ReportPlan) -> Table:
         "its 95 % interval; exact for the autoregressive model, and unknown for edits. Scores in per cent with 95 % "
         f"intervals. {MARKS_NOTE}"
     )
-    table = _table("systems", "Systems of one size on the same data.", columns, rows, frame, note)
+    caption = "The same training from other weights." if plan.starts else "Systems of one size on the same data."
+    table = _table("systems", caption, columns, rows, frame, note)
     return _left(table, 2)
 
 
@@ -252,7 +253,9 @@ def claims_table(workdir: Path, plan: ReportPlan) -> Table:
             cells = (f"{claim.number}", finding.part, finding.recipe or ABSENT, verdict, because)
             rows.append(tuple(Cell(text) for text in cells))
     columns = ("Claim", "Part", "Recipe", "Verdict", "Because")
-    return _left(_table("claims", "The five claims.", columns, rows, pd.DataFrame(tidy)), 5)
+    return _left(
+        _table("claims", "The claims." if plan.starts else "The five claims.", columns, rows, pd.DataFrame(tidy)), 5
+    )
 
 
 def as_csv(frame: pd.DataFrame) -> str:
