@@ -2,6 +2,7 @@
 # make lint     formatters, linters and types            make chat   talk to the laptop's chat model
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
 # make smoke    any configuration cut short to minutes, with its real models and data: CONFIG=config/paper.yaml
+# make small    a chatbot of 17 million parameters from three starts, about an hour on four cores: CORES=4
 # make one-gpu  the essential path with real models and data, on one GPU in less than a day
 # make systems  every kind of diffusion model, at toy size   make dvc   DVC, in an environment of its own
 # make docs     the pages and an API reference as a site, in build/docs/html
@@ -21,7 +22,7 @@ $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := report
-.PHONY: report showcase systems test bench lint docs chat plan smoke one-gpu clean install dvc unlock
+.PHONY: report showcase systems test bench lint docs chat plan smoke small one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -93,6 +94,11 @@ smoke: $(INSTALLED)
 	@$(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete --quiet host reason \
 	  --configfile $(CONFIG) config/smoke.yaml
 
+small: $(INSTALLED)
+	@$(BIN)/dllm plan config/small.yaml
+	@$(call run,small,--configfile config/small.yaml)
+	@echo "The report: $(abspath results/small/report/index.html)"
+
 # shows the plan, asks (YES=1 answers), then runs everything: downloads and tokenizing side by side, one job on the GPU
 one-gpu: $(INSTALLED)
 	@$(BIN)/dllm plan config/one-gpu.yaml
@@ -105,7 +111,8 @@ one-gpu: $(INSTALLED)
 	@echo "The report: $(abspath results/one-gpu/report/index.html)"
 
 unlock: $(INSTALLED)
-	@for configs in laptop.yaml "laptop.yaml config/systems.yaml" one-gpu.yaml "paper.yaml config/smoke.yaml"; do \
+	@for configs in laptop.yaml "laptop.yaml config/systems.yaml" one-gpu.yaml "paper.yaml config/smoke.yaml" small.yaml \
+	    "small.yaml config/scaling.yaml" "small.yaml config/smoke.yaml"; do \
 	  $(BIN)/snakemake --unlock --quiet all --configfile config/$$configs; done
 
 clean:

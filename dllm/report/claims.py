@@ -250,7 +250,7 @@ def pretraining_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
         found = _lower("bound", pretrained, random)
         if not math.isnan(pretrained["passed"]):
             step, last = int(pretrained["passed"]), int(random["steps"])
-            found = replace(found, because=f"{found.because} It is as low as the other ends, at step {step} of {last}.")
+            found = replace(found, because=f"{found.because} At step {step} of {last} it is as low as the other ends.")
         findings.append(_unless_truncated(found, pd.DataFrame([pretrained, random])))
     return _claim(
         1,
@@ -269,7 +269,7 @@ def size_claim(starts: pd.DataFrame) -> Claim:
         2,
         "A larger pretrained encoder gives a lower held-out bound than the next smaller one.",
         f"{_LOWER_RULE} One pair that fails makes the claim fail.",
-        [_unless_truncated(_lower(f"{a['label']}", a, b), pd.DataFrame([a, b])) for a, b in pairs],
+        [_unless_truncated(_lower("bound", a, b), pd.DataFrame([a, b])) for a, b in pairs],
         f"{_ONE_SEED} The encoders may differ in more than their size.",
     )
 
@@ -291,7 +291,7 @@ def _lower(part: str, one: pd.Series, other: pd.Series) -> Finding:
         f"{one['label']} ends at {fixed(one['nats'])} and {other['label']} at {fixed(other['nats'])} nats per answer: "
         f"a difference of {signed_interval(gap.value, gap.low, gap.high)}."
     )
-    return Finding(part, one["recipe"], decide_below(gap, 0.0), because)
+    return Finding(part, "", decide_below(gap, 0.0), because)
 
 
 def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> list[str]:

@@ -174,12 +174,10 @@ def draw_sizes(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     axes = figure.subplots()
     for name, rows in frame.sort_values("parameters").groupby("start"):
         look = found[str(name)]
-        axes.plot(rows["parameters"], rows["nats"], color=look.color, linewidth=1.2, zorder=1)
-        axes.vlines(rows["parameters"], rows["nats_low"], rows["nats_high"], color=look.color, linewidth=1.8)
         face = look.color if name == "pretrained" else "white"
-        axes.scatter(
-            rows["parameters"], rows["nats"], 42, face, look.marker, edgecolors=look.color, zorder=3, label=name
-        )
+        axes.vlines(rows["parameters"], rows["nats_low"], rows["nats_high"], color=look.color, linewidth=1.8)
+        line = axes.plot(rows["parameters"], rows["nats"], look.marker, color=look.color, markerfacecolor=face)[0]
+        line.set(linestyle="-", linewidth=1.2, markersize=6.5)
     for row in frame.itertuples():
         axes.annotate(row.label, (row.parameters, row.nats), textcoords="offset points", xytext=(9, 5), fontsize=9)
     axes.set(xscale="log", xlabel="parameters", ylabel="bound, nats per answer")

@@ -131,7 +131,7 @@ def stages(plan: ReportPlan) -> tuple[Stage, ...]:
         ),
         Stage(
             f"Evaluation on {len(plan.benchmarks)} benchmarks",
-            scored,
+            scored if plan.benchmarks else (),
             f"{trained} and comparisons" if plan.chat else trained,
         ),
         Stage("Conversations and timing", _named(plan, (plan.film, plan.samples, plan.speed)), trained),

@@ -218,20 +218,17 @@ def systems_table(workdir: Path, plan: ReportPlan) -> Table:
 
 
 def answers_table(workdir: Path, plan: ReportPlan) -> Table:
-    """Questions across, systems down: what each answers."""
+    """What each system answers: questions across and systems down; of starts, which are few, the other way round."""
     frame = answers_frame(workdir, plan)
-    questions = list(dict.fromkeys(frame["question"]))
-    answers = {(row.row, row.question): row.answer for row in frame.itertuples()}
-    names = dict(zip(frame["row"], frame["label"], strict=True))
-    rows = [
-        (Cell(label), *(Cell(answers.get((name, question), ABSENT) or ABSENT) for question in questions))
-        for name, label in names.items()
-    ]
-    columns = ("System", *questions)
-    table = _table(
-        "answers", "The same questions to each system, answers neither chosen nor edited.", columns, rows, frame
-    )
-    return _left(table, len(columns))
+    found = {(row.question, row.row): row.answer for row in frame.itertuples()}
+    questions = {question: question for question in frame["question"]}
+    systems = dict(zip(frame["row"], frame["label"], strict=True))
+    down, across = (questions, systems) if plan.starts else (systems, questions)
+    answer = (lambda i, j: found.get((i, j))) if down is questions else (lambda i, j: found.get((j, i)))
+    rows = [(Cell(label), *(Cell(answer(one, other) or ABSENT) for other in across)) for one, label in down.items()]
+    columns = ("Question" if down is questions else "System", *across.values())
+    caption = "The same questions to each system, answers neither chosen nor edited."
+    return _left(_table("answers", caption, columns, rows, frame), len(columns))
 
 
 def claims_table(workdir: Path, plan: ReportPlan) -> Table:
