@@ -1,4 +1,4 @@
-"""Hub repositories in the layout of the real ones: every repository that config/paper.yaml names, with tiny content.
+"""Hub repositories in the layout of the real ones: all that paper.yaml and small.yaml name, with tiny content.
 
 Files, folders, card, configurations, splits, columns, special tokens and their ids are those of the repository at the
 commit that config/*.yaml pins; a model's config.json is the real one but for depth and width. The content is made up
@@ -183,13 +183,13 @@ def lambada_texts(directory: Path) -> None:
 
 
 DATASETS: dict[str, Dataset] = {
-    # card and file list at b08601e0: four configurations, train of 103 in two files
+    # card and file list at b08601e0: four configurations, the raw ones first, train of 103 in two files
     "Salesforce/wikitext": Dataset("cc-by-sa-3.0", {
         f"wikitext-{size}-v1": Files(
             {"test": (1, 40), "train": (2 if size.startswith("103") else 1, 400), "validation": (1, 40)},
             wikitext, f"wikitext-{size}-v1/",
         )
-        for size in ("103", "103-raw", "2", "2-raw")
+        for size in ("103-raw", "103", "2-raw", "2")
     }),
     # 79d93d78: 80 files below plain_text/, 100,173 rows each in reality
     "Skylion007/openwebtext": Dataset("cc0-1.0", {
@@ -318,6 +318,7 @@ class Model:
     eos: str | None = None
     masked: bool = True
     renamed: Callable[[dict], dict] = dict
+    pickled: bool = False
     others: tuple[str, ...] = ()
 
 
@@ -406,6 +407,12 @@ QWEN_TOY = QWEN | TOY | {"num_key_value_heads": 2, "max_window_layers": 21}
 OLD = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "rust_model.ot")
 """Weights in other formats, which stand beside the safetensors."""
 
+# 98760745 and 1b8ba064: five files beside the card, the weights as pytorch_model.bin alone, which holds the tied matrix
+# twice; config.json as later models that start from them repeat it
+ETTIN = encoder(
+    "mit", MODERNBERT | {"local_rope_theta": 160000.0, "max_position_embeddings": 7999}, "modernbert", pickled=True
+)
+
 MODELS: dict[str, Model] = {
     "google-bert/bert-base-uncased": encoder("apache-2.0", BERT, "bert", renamed=bert_names, others=OLD),
     "google-bert/bert-large-uncased": encoder("apache-2.0", BERT, "bert", renamed=bert_names, others=OLD),
@@ -413,6 +420,8 @@ MODELS: dict[str, Model] = {
     "FacebookAI/roberta-large": encoder("mit", ROBERTA, "roberta", renamed=roberta_names, others=OLD),
     "answerdotai/ModernBERT-base": encoder("apache-2.0", MODERNBERT, "modernbert", others=OLD[:1]),
     "answerdotai/ModernBERT-large": encoder("apache-2.0", MODERNBERT, "modernbert", others=OLD[:1]),
+    "jhu-clsp/ettin-encoder-17m": ETTIN,
+    "jhu-clsp/ettin-encoder-32m": ETTIN,
     "Qwen/Qwen1.5-0.5B": decoder("other", QWEN_TOY, "qwen", "<|endoftext|>", template=CHATML),
     "Qwen/Qwen1.5-0.5B-Chat": decoder(
         "other", QWEN_TOY | {"eos_token_id": 1302}, "qwen", "<|im_end|>", template=CHATML
@@ -437,9 +446,12 @@ def write_model(directory: Path, model: Model) -> None:
     config = transformers.AutoConfig.from_pretrained(directory)
     made = getattr(transformers, kind).from_config(config, dtype=torch.float32)
     state = {name: value.detach() for name, value in made.state_dict().items()}
-    tied = [name for name in getattr(made, "_tied_weights_keys", None) or [] if name in state]
-    state = {name: value.contiguous() for name, value in state.items() if name not in tied}
-    save_file(model.renamed(state), directory / "model.safetensors", metadata={"format": "pt"})
+    if model.pickled:
+        torch.save(state, directory / "pytorch_model.bin")
+    else:
+        tied = [name for name in getattr(made, "_tied_weights_keys", None) or [] if name in state]
+        state = {name: value.contiguous() for name, value in state.items() if name not in tied}
+        save_file(model.renamed(state), directory / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(directory, model)
     for name in model.others:
         (directory / name).write_bytes(b"not fetched")

@@ -21,7 +21,8 @@ from dllm.report.rehearsal import rehearsal_page
 from workflow.plan import make_plan
 
 CONFIG = Path(__file__).parent.parent / "config"
-OVERLAYS = [("paper",), ("one-gpu",), ("paper", "systems-paper"), ("laptop",), ("laptop", "systems")]
+OVERLAYS = [("paper",), ("one-gpu",), ("small",), ("small", "scaling"), ("paper", "systems-paper"), ("laptop",)]
+OVERLAYS += [("laptop", "systems")]
 
 
 def projects(*names: str, **section):

@@ -135,7 +135,8 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
         safe = any(file.rfilename.endswith(".safetensors") for file in info.siblings)
         choices = [MODEL_FILES + PICKLED * (not safe)] if config.what == "model" else [DATASET_FILES, ARCHIVES]
         choices = [[facts["stream"]["held_out"], *CARDS]] if facts else choices
-        if not facts and (named := _files_of_configuration(config, scratch)):
+        named = None if facts else _files_of_configuration(config, scratch)
+        if named:
             choices = [[*named, *CARDS]]
         for patterns in choices:
             wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
@@ -151,6 +152,8 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
     facts["files"] = _verified(entry.hub, scratch, wanted)
     if patterns is ARCHIVES:
         _unpack(scratch)
+    if named:
+        _describe_alone(scratch / "README.md", config.dataset.config)
     (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -274,6 +277,15 @@ def _files_of_configuration(config: DownloadConfig, scratch: Path) -> list[str] 
     files = files if isinstance(files, list) else [files]
     paths = [file["path"] if isinstance(file, dict) else file for file in files]
     return [path for found in paths for path in (found if isinstance(found, list) else [found])]
+
+
+def _describe_alone(card: Path, name: str) -> None:
+    """Leave one configuration in a card: `datasets` looks for the files of the first one, whichever is asked for."""
+    from huggingface_hub import RepoCard
+
+    found = RepoCard.load(card, ignore_metadata_errors=True)
+    found.data["configs"] = [stated for stated in found.data["configs"] if stated.get("config_name") == name]
+    found.save(card)
 
 
 def _shards(config: DownloadConfig, info) -> dict:

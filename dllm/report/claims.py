@@ -10,16 +10,9 @@ import pandas as pd
 
 from dllm.numbers import duration
 from dllm.report.format import fixed, interval, joined, signed_interval
-from dllm.report.load import (
-    final_answer_nats,
-    final_losses,
-    read_metrics,
-    read_provenance,
-    read_speed,
-    scores,
-    split_of,
-)
+from dllm.report.load import final_losses, read_provenance, read_speed, scores
 from dllm.report.plan import FEW_STEPS, RECIPES, ReportPlan, ResultRow
+from dllm.report.starts import starts_frame
 from dllm.report.statistics import Estimate, Verdict, all_of, decide_below, decide_within
 
 MODERNBERT = "modernbert"
@@ -220,27 +213,6 @@ def cost_claim(provenance: dict | None, speed: pd.DataFrame | None, plan: Report
     )
 
 
-def starts_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
-    """One row per start: `final_losses`, parameters, and the bound on a held-out answer in nats with its interval.
-
-    `passed` is the first evaluated step at which it is as low as its twin of random weights ends; missing without one.
-    """
-    frame = final_losses(workdir, plan.starts)
-    curves = {run: split_of(read_metrics(workdir, run), "eval") for run in frame["run"]}
-    nats = [final_answer_nats(read_metrics(workdir, run)) or Estimate(math.nan, math.nan) for run in frame["run"]]
-    ends = {start.twin: curves[start.run]["loss"].iloc[-1] for start in plan.starts if start.twin}
-    passed = {run: curves[run].loc[curves[run]["loss"] <= end, "step"].min() for run, end in ends.items()}
-    return frame.assign(
-        start=["pretrained" if start.pretrained else "random" for start in plan.starts],
-        parameters=[read_provenance(workdir, run)["parameters"] for run in frame["run"]],
-        nats=[found.value for found in nats],
-        nats_standard_error=[found.standard_error for found in nats],
-        nats_low=[found.low for found in nats],
-        nats_high=[found.high for found in nats],
-        passed=frame["run"].map(passed),
-    )
-
-
 def pretraining_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
     """Of what a run starts from: does the pretrained start end lower than random weights of the same architecture?"""
     rows = {row["run"]: row for _, row in starts.iterrows()}
@@ -262,9 +234,14 @@ def pretraining_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
 
 
 def size_claim(starts: pd.DataFrame) -> Claim:
-    """Of pretrained starts: has each next larger one a lower bound?"""
-    rows = [row for _, row in starts[starts["start"] == "pretrained"].sort_values("parameters").iterrows()]
-    pairs = [(larger, smaller) for smaller, larger in pairwise(rows)]
+    """Of pretrained starts with as many steps: has each next larger one a lower bound?"""
+    pretrained = starts[starts["start"] == "pretrained"].sort_values("parameters")
+    pairs = [
+        (larger, smaller)
+        for _, same in pretrained.groupby("steps", sort=False)
+        for (_, smaller), (_, larger) in pairwise(same.iterrows())
+        if larger["parameters"] > smaller["parameters"]
+    ]
     return _claim(
         2,
         "A larger pretrained encoder gives a lower held-out bound than the next smaller one.",

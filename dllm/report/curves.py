@@ -6,10 +6,10 @@ from typing import Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dllm.numbers import Z95
-from dllm.report.format import fixed, range_of
+from dllm.report.format import fixed, quantity, range_of
 from dllm.report.load import final_losses, read_metrics
 from dllm.report.plan import RECIPES, ReportPlan
 from dllm.report.style import (
@@ -114,6 +114,29 @@ def draw_ablation_final(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
 def draw_chat(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """Training and evaluation loss of the chat models."""
     return _draw_curves(frame, looks(frame["label"]), _lowest_title(frame))
+
+
+def draw_sizes(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
+    """The bound on an answer against the number of parameters: filled from pretrained weights, hollow from random."""
+    found = looks(["pretrained", "random"])
+    figure = Figure(figsize=(WIDTH, 3.3))
+    axes = figure.subplots()
+    for name, rows in frame.sort_values("parameters").groupby("start"):
+        look = found[str(name)]
+        face = look.color if name == "pretrained" else "white"
+        axes.vlines(rows["parameters"], rows["nats_low"], rows["nats_high"], color=look.color, linewidth=1.8)
+        line = axes.plot(rows["parameters"], rows["nats"], look.marker, color=look.color, markerfacecolor=face)[0]
+        line.set(linestyle="-", linewidth=1.2, markersize=6.5)
+    for row in frame.itertuples():
+        axes.annotate(row.label, (row.parameters, row.nats), textcoords="offset points", xytext=(9, 5), fontsize=9)
+    axes.set(xscale="log", xlabel="parameters", ylabel="bound, nats per answer")
+    axes.set_xticks(sorted(set(frame["parameters"])), [quantity(n) for n in sorted(set(frame["parameters"]))])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.22, y=0.18)
+    lowest = frame.loc[frame["nats"].idxmin()]
+    head(figure, f"{lowest['label']}: the lowest bound, {fixed(lowest['nats'])} nats per answer")
+    figure.subplots_adjust(left=0.09, right=0.975, bottom=0.17)
+    return figure
 
 
 def _draw_curves(frame: pd.DataFrame, found: dict[str, Look], title: str) -> Figure:

@@ -15,10 +15,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 
 from dllm.algorithms import ALGORITHMS
 from dllm.report import curves
-from dllm.report.claims import halving_ratios, starts_frame
-from dllm.report.format import fixed, quantity, range_of
+from dllm.report.claims import halving_ratios
+from dllm.report.format import fixed, range_of
 from dllm.report.load import read_speed, scores
 from dllm.report.plan import ReportPlan
+from dllm.report.starts import starts_frame
 from dllm.report.style import INK, PALETTE, QUIET, RC, WIDTH, Look, head, looks
 from dllm.report.systems import algorithm_label, systems_frame
 from dllm.report.tables import TOY, as_csv
@@ -33,7 +34,7 @@ def build_figures(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...
         "ablation-final": (curves.ablation_final_frame, curves.draw_ablation_final),
         "chat": (curves.frame_of("chat"), curves.draw_chat),
         "starts": (curves.frame_of("starts"), curves.draw_chat),
-        "sizes": (starts_frame, draw_sizes),
+        "sizes": (starts_frame, curves.draw_sizes),
         "systems": (systems_frame, draw_systems),
         "scores": (scores_frame, draw_scores),
         "speed": (speed_frame, draw_speed),
@@ -164,29 +165,6 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         handles=handles, loc="upper left", ncols=len(handles), bbox_to_anchor=(0.0, 1 - 0.36 / figure.get_figheight())
     )
     figure.subplots_adjust(left=0.27, right=0.975, bottom=0.62 / figure.get_figheight(), wspace=0.12)
-    return figure
-
-
-def draw_sizes(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
-    """The bound on an answer against the number of parameters: filled from pretrained weights, hollow from random."""
-    found = looks(["pretrained", "random"])
-    figure = Figure(figsize=(WIDTH, 3.3))
-    axes = figure.subplots()
-    for name, rows in frame.sort_values("parameters").groupby("start"):
-        look = found[str(name)]
-        face = look.color if name == "pretrained" else "white"
-        axes.vlines(rows["parameters"], rows["nats_low"], rows["nats_high"], color=look.color, linewidth=1.8)
-        line = axes.plot(rows["parameters"], rows["nats"], look.marker, color=look.color, markerfacecolor=face)[0]
-        line.set(linestyle="-", linewidth=1.2, markersize=6.5)
-    for row in frame.itertuples():
-        axes.annotate(row.label, (row.parameters, row.nats), textcoords="offset points", xytext=(9, 5), fontsize=9)
-    axes.set(xscale="log", xlabel="parameters", ylabel="bound, nats per answer")
-    axes.set_xticks(sorted(set(frame["parameters"])), [quantity(n) for n in sorted(set(frame["parameters"]))])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.22, y=0.18)
-    lowest = frame.loc[frame["nats"].idxmin()]
-    head(figure, f"{lowest['label']}: the lowest bound, {fixed(lowest['nats'])} nats per answer")
-    figure.subplots_adjust(left=0.09, right=0.975, bottom=0.17)
     return figure
 
 

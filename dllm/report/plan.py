@@ -63,8 +63,10 @@ class Start(PlannedRun):
         """The run of an evaluation; rows: all evaluations whose runs are compared."""
         entry = project.evaluations[row]
         model = project.models[project.root_model(entry.checkpoint)]
+        training = project.runs[entry.checkpoint].model_dump(exclude={"init", "like"})
         runs = [project.evaluations[other].checkpoint for other in rows]
-        twins = [run for run in runs if model.new == {} and project.root_model(run) == model.tokenizer]
+        alike = [run for run in runs if project.runs[run].model_dump(exclude={"init", "like"}) == training]
+        twins = [run for run in alike if model.new == {} and project.runs[run].init == model.tokenizer]
         return cls(
             run=entry.checkpoint,
             label=entry.label,

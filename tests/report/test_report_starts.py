@@ -66,6 +66,17 @@ def test_random_weights_of_another_architecture_are_no_twin():
     assert [start.twin for start in plan.starts] == ["", "", ""] and not plan.starts[0].pretrained
 
 
+def test_a_start_is_compared_with_the_same_training_only():
+    longer = {"runs": {"pretrained": {"epochs": 7}, "random": {"like": None, "init": "untrained", "data": "small-chat",
+        "epochs": 3}}}  # fmt: skip
+    plan = ReportPlan.of(load_project(ROOT / "config", ROOT / "config/small.yaml", longer))
+    assert [start.twin for start in plan.starts] == ["", "", ""]
+    plan = ReportPlan.of(
+        load_project(ROOT / "config", ROOT / "config/small.yaml", {"runs": {"pretrained": {"epochs": 7}}})
+    )
+    assert [start.twin for start in plan.starts] == ["pretrained", "", ""]
+
+
 def test_the_page_asks_what_a_start_gives_and_shows_all_answers(tmp_path, plan):
     build_all(finished(tmp_path, random=4.0, pretrained=3.0, larger=2.5), plan)
     page = (tmp_path / "report/index.html").read_text()

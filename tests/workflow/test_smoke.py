@@ -32,6 +32,8 @@ def pins(hub: LoopbackHub, *names: str) -> dict:
     found["benchmarks"] = {name: {"size": {"documents": ASKED[name]}} for name in project.benchmarks}
     for config in download_configs(project).values():
         entry = config.model or config.dataset
+        if not entry.hub:
+            continue
         kind = f"{config.what}s"
         found[kind][config.name] = {"revision": hub.commit(kind, entry.hub)}
         if isinstance(entry, DatasetEntry) and entry.kind != "benchmark":
@@ -69,11 +71,10 @@ def paper(hub, tmp_path_factory):
     return rehearse(tmp_path_factory.mktemp("paper"), hub, "paper")
 
 
-def test_every_repository_of_the_paper_has_a_layout():
-    entries = [
-        c.model or c.dataset
-        for c in download_configs(load_project(ROOT / "config", ROOT / "config/paper.yaml")).values()
-    ]
+def test_every_repository_of_the_paper_and_of_the_small_path_has_a_layout():
+    projects = [load_project(ROOT / "config", ROOT / f"config/{name}.yaml") for name in ("paper", "small")]
+    jobs = [job for project in projects for job in download_configs(project).values()]
+    entries = [entry for job in jobs if (entry := job.model or job.dataset).hub]
     assert {e.hub for e in entries if isinstance(e, ModelEntry)} == set(MODELS)
     assert {e.hub for e in entries if isinstance(e, DatasetEntry)} == set(DATASETS)
 
@@ -109,3 +110,20 @@ def test_every_rule_of_the_path_on_one_gpu_works_too(hub, tmp_path):
     assert not failed and done.returncode == 0, "\n".join(failed) or done.stderr[-3000:]
     # an encoder of the hub, which comes without a chat template
     assert json.loads((workdir / "evals/modernbert-base/mmlu.json").read_text())["n"] == 57
+
+
+def test_the_small_path_works_from_weights_without_safetensors_to_a_page_of_three_starts(hub, tmp_path):
+    workdir, done = rehearse(tmp_path, hub, "small")
+    found = json.loads((workdir / "report/rehearsal.json").read_text())
+    failed = [f"{job['rule']} {job['name']}: {job['reason']}" for job in found["missing"]]
+    assert not failed and done.returncode == 0, "\n".join(failed) or done.stderr[-3000:]
+    fetched, drawn = (
+        json.loads((workdir / f"downloads/{n}/config.json").read_text()) for n in ("ettin-17m", "untrained")
+    )
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "local_attention")
+    assert [fetched[key] for key in sizes] == [drawn[key] for key in sizes] and not fetched.get("rope_parameters")
+    assert drawn["rope_parameters"]["sliding_attention"]["rope_theta"] == 160000.0
+    claims = json.loads((workdir / "claims.json").read_text())
+    assert claims["question"] == "What does pretraining give a chatbot?"
+    assert [claim["verdict"] for claim in claims["claims"]] == ["undecided", "undecided"]  # of two steps
+    assert "decides nothing" in claims["claims"][0]["findings"][0]["because"]
