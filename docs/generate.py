@@ -10,6 +10,7 @@ A marked part is between `<!-- generated: NAME -->` and `<!-- /generated -->`.
 from __future__ import annotations
 
 import argparse
+import csv
 import inspect
 import json
 import re
@@ -230,6 +231,61 @@ def one_gpu_plan() -> str:
     return _plan(_project("one-gpu"))
 
 
+def small_plan() -> str:
+    """What config/small.yaml is predicted to cost where nothing is prepared yet."""
+    return _plan(_project("small"))
+
+
+def scaling_plan() -> str:
+    """What config/scaling.yaml is predicted to cost where nothing is prepared yet."""
+    return _plan(_project("small", "scaling"))
+
+
+def _real(name: str) -> Any:
+    """A file of the run that is shown as the first one from real weights, as JSON or as text."""
+    text = (ROOT / "results/real-weights" / name).read_text(encoding="utf-8")
+    return json.loads(text) if name.endswith(".json") else text.strip()
+
+
+def real_summary() -> str:
+    """The first result on real weights in a few lines: figure, what was trained on what, and the findings."""
+    with open(ROOT / "results/real-weights/tables/systems.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    sizes = sorted({int(row["parameters"]) for row in rows})
+    encoders = " and ".join(f"{size / 1e6:.1f}" for size in sizes)
+    trained = sum(split["train_rows"] for split in _real("data.json")["sources"])
+    found = [finding["because"] for claim in _real("claims.json")["claims"] for finding in claim["findings"]]
+    picture = "![Loss on held-out answers against steps, by start](results/real-weights/figures/starts.png)"
+    return (
+        f"A first result on real weights, in the sizes that were at hand: encoders of {encoders} million parameters, "
+        f"{trained:,} rows of real conversations, minutes of one CPU core. {' '.join(found)}\nModels this small learn what "
+        "an answer looks like, and hardly to answer: conversations good and bad, and what the run can and cannot show, "
+        f"are in [docs/small.md](docs/small.md).\n\n{picture}"
+    )
+
+
+def real_data() -> str:
+    """Source by source, the rows of the run from real weights."""
+    lines = ["| source | rows to train on | rows held out |", "|---|---:|---:|"]
+    sources = _real("data.json")["sources"]
+    return "\n".join([*lines, *(f"| `{s['hub']}` | {s['train_rows']:,} | {s['test_rows']:,} |" for s in sources)])
+
+
+def real_claims() -> str:
+    """The claims of that run with their verdicts, findings and rules."""
+    lines = []
+    for claim in _real("claims.json")["claims"]:
+        lines.append(f"{claim['number']}. **{claim['verdict']}**: {claim['claim']}")
+        lines += [f"   - {finding['verdict']}: {finding['because']}" for finding in claim["findings"]]
+        lines.append(f"   - Rule: {claim['rule']} {claim['caveat']}")
+    return "\n".join(lines)
+
+
+def real_answers() -> str:
+    """Bounds and answers of all starts side by side."""
+    return f"{_real('tables/systems.md')}\n\n{_real('tables/answers.md')}"
+
+
 def _plan(project: Project) -> str:
     from dllm.planning import show
     from dllm.planning.project import plan_project
@@ -370,6 +426,12 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "cluster needs": ("docs/reproduce.md", cluster_needs),
     "needs": ("README.md", cluster_needs),
     "one-gpu plan": ("docs/reproduce.md", one_gpu_plan),
+    "small plan": ("docs/small.md", small_plan),
+    "scaling plan": ("docs/small.md", scaling_plan),
+    "real data": ("docs/small.md", real_data),
+    "real claims": ("docs/small.md", real_claims),
+    "real answers": ("docs/small.md", real_answers),
+    "real weights": ("README.md", real_summary),
     "recipes": ("docs/recipes.md", recipes),
     "estimator policy": ("docs/algorithms.md", policy),
     "estimator spread": ("docs/algorithms.md", spread),
@@ -381,8 +443,8 @@ def _paper() -> Project:
     return _project("paper")
 
 
-def _project(name: str) -> Project:
-    return config.load_project(ROOT / "config", ROOT / "config" / f"{name}.yaml")
+def _project(*names: str) -> Project:
+    return config.load_project(ROOT / "config", *(ROOT / "config" / f"{name}.yaml" for name in names))
 
 
 def with_part(text: str, name: str, content: str) -> str:

@@ -1,10 +1,11 @@
 """Shows a finished run to visitors who run nothing; `make showcase` is this.
 
     python docs/showcase.py results/laptop
+    python docs/showcase.py results/small --place results/real-weights     a run from real weights
 
 Copies the page, tables and figures of the run to results/showcase, names their commit there, and puts the scores into
-README.md, so that both come from one run. Refuses a run without a report, and numbers that no commit of this history
-makes.
+README.md, so that both come from one run; of another place, docs/generate.py writes the pages. Refuses a run without a
+report, and numbers that no commit of this history makes.
 """
 
 from __future__ import annotations
@@ -32,32 +33,39 @@ LIMIT = 2_000_000
 """Bytes of all files together: every clone carries them."""
 
 
-def show(workdir: Path, root: Path = ROOT) -> None:
-    """Writes results/showcase and the scores of README.md below `root`. Raises ValueError, one line, for a refusal."""
-    for name in ("report/index.html", "report/report.md", "report/provenance.csv", "tables/overview.md"):
+def show(workdir: Path, root: Path = ROOT, place: str = PLACE) -> None:
+    """Writes `place` below `root`, and the scores of README.md where that is results/showcase.
+
+    Raises ValueError, one line, for a refusal.
+    """
+    needed = ("report/index.html", "report/report.md", "report/provenance.csv", "tables/overview.md")
+    for name in needed if place == PLACE else needed[:-1]:
         if not (workdir / name).is_file():
             raise ValueError(f"{workdir}: there is no {name}; make report writes it")
-    changed = changed_files(root)
+    changed = changed_files(root, place)
     if changed:
         raise ValueError(f"{changed[0]}: changed since the last commit; commit first, then make report")
     check_origin(workdir, root)
-    files = shown_files(workdir)
+    files = shown_files(workdir, place)
     size = sum(map(len, files.values()))
     if size > LIMIT:
         raise ValueError(
             f"{workdir}: the report has {size:,} bytes, more than {LIMIT:,}; the largest: {largest(files)}"
         )
-    shutil.rmtree(root / PLACE, ignore_errors=True)
+    shutil.rmtree(root / place, ignore_errors=True)
     for name, content in files.items():
-        (root / PLACE / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / PLACE / name).write_bytes(content)
+        (root / place / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / place / name).write_bytes(content)
+    if place != PLACE:
+        return
     readme = root / "README.md"
     readme.write_text(with_results(readme.read_text(encoding="utf-8"), workdir), encoding="utf-8")
 
 
-def shown_files(workdir: Path) -> dict[str, bytes]:
-    """Path and content of every file of the showcase. The page takes its figures from files, not out of itself."""
-    paths = sorted(path for pattern in SHOWN for path in workdir.glob(pattern) if path.is_file())
+def shown_files(workdir: Path, place: str = PLACE) -> dict[str, bytes]:
+    """Path and content of every file that is shown. The page takes its figures from files, not out of itself."""
+    patterns = SHOWN if place == PLACE else (*SHOWN, "samples/*.json", "overlay.yaml")
+    paths = sorted(path for pattern in patterns for path in workdir.glob(pattern) if path.is_file())
     files = {path.relative_to(workdir).as_posix(): path.read_bytes() for path in paths}
     page = files["report/index.html"].decode()
     for name in files:
@@ -66,11 +74,15 @@ def shown_files(workdir: Path) -> dict[str, bytes]:
     title = re.search(r"<title>(.*?)</title>", page)
     lines = [
         f"# {title[1] if title else 'Report'}",
-        "Made by `make showcase`. Open `report/index.html` in a browser, or read [it as Markdown](report/report.md).",
+        f"Made by `{'make showcase' if place == PLACE else 'docs/showcase.py'}`. Open `report/index.html` in a browser, or read [it as Markdown](report/report.md).",
         origin(workdir),
     ]
     files["README.md"] = ("\n\n".join(lines) + "\n").encode()
-    return files | {"report/index.html": page.encode(), "film.svg": film_svg(film_of(workdir)).encode()}
+    if place == PLACE:
+        more = {"film.svg": film_svg(film_of(workdir)).encode()}
+    else:  # what the runs were trained on: all starts read the same rows
+        more = {"data.json": next(iter(sorted(workdir.glob("data/*/manifest.json")))).read_bytes()}
+    return files | {"report/index.html": page.encode()} | more
 
 
 def largest(files: dict[str, bytes]) -> str:
@@ -174,9 +186,9 @@ def is_ancestor(commit: str, root: Path) -> bool:
     return subprocess.run(asked, cwd=root, capture_output=True).returncode == 0
 
 
-def changed_files(root: Path) -> list[str]:
+def changed_files(root: Path, place: str = PLACE) -> list[str]:
     """What differs from HEAD, but for the files that are written here."""
-    asked = ["git", "status", "--porcelain", "--untracked-files=all", "--", ".", f":!{PLACE}", ":!README.md"]
+    asked = ["git", "status", "--porcelain", "--untracked-files=all", "--", ".", f":!{place}", ":!README.md"]
     return [line[3:] for line in subprocess.check_output(asked, cwd=root, text=True).splitlines()]
 
 
@@ -216,8 +228,10 @@ def mostly_blank(cells) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Show a finished run in results/showcase and in README.md.")
     parser.add_argument("workdir", type=Path, help="results/laptop")
+    parser.add_argument("--place", default=PLACE, help="folder that is written, below the repository")
+    given = parser.parse_args()
     try:
-        show(parser.parse_args().workdir)
+        show(given.workdir, place=given.place)
     except ValueError as error:
         print(f"make showcase: {error}", file=sys.stderr)
         return 2
