@@ -258,9 +258,9 @@ def real_summary() -> str:
     picture = "![Loss on held-out answers against steps, by start](results/real-weights/figures/starts.png)"
     return (
         f"A first result on real weights, in the sizes that were at hand: encoders of {encoders} million parameters, "
-        f"{trained:,} rows of real conversations, minutes of one CPU core. {' '.join(found)}\nModels this small learn what "
-        "an answer looks like, and hardly to answer: conversations good and bad, and what the run can and cannot show, "
-        f"are in [docs/small.md](docs/small.md).\n\n{picture}"
+        f"{trained:,} rows of real conversations, minutes of one CPU core. {' '.join(found)}\n"
+        "Models this small learn what an answer looks like, and hardly to answer: what they say, and what the run can "
+        f"and cannot show, is in [docs/small.md](docs/small.md).\n\n{picture}"
     )
 
 

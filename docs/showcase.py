@@ -72,10 +72,11 @@ def shown_files(workdir: Path, place: str = PLACE) -> dict[str, bytes]:
         if name.startswith("figures/") and name.endswith(".svg"):
             page = page.replace(as_data_uri(files[name].decode()), f"../{name}")
     title = re.search(r"<title>(.*?)</title>", page)
+    made = "Made by `make showcase`." if place == PLACE else "Made by `docs/showcase.py`."
     lines = [
         f"# {title[1] if title else 'Report'}",
-        f"Made by `{'make showcase' if place == PLACE else 'docs/showcase.py'}`. Open `report/index.html` in a browser, or read [it as Markdown](report/report.md).",
-        origin(workdir),
+        f"{made} Open `report/index.html` in a browser, or read [it as Markdown](report/report.md).",
+        origin(workdir) if place == PLACE else origin(workdir).replace("`make report`", "a run"),
     ]
     files["README.md"] = ("\n\n".join(lines) + "\n").encode()
     if place == PLACE:
