@@ -1,6 +1,7 @@
-"""The five published claims as verdicts computed from the data, each with the rule that decides it."""
+"""The published claims as verdicts computed from the data, each with the rule that decides it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from dllm.numbers import duration
-from dllm.report.format import fixed, interval, joined, signed_interval
+from dllm.report.format import fixed, in_words, interval, joined, signed_interval
 from dllm.report.load import final_losses, read_provenance, read_speed, scores
 from dllm.report.plan import FEW_STEPS, RECIPES, ReportPlan, ResultRow
 from dllm.report.statistics import Estimate, Verdict, all_of, decide_below, decide_within
@@ -29,11 +30,11 @@ class Finding:
     """True if the numbers are wall times, which differ from one machine, and one day, to the next."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One published claim, its rule of decision and what was found."""
+    """One published claim, its rule of decision and what was found. number: its place in `CLAIMS`, from 1."""
 
-    number: int
+    number: int = 0
     claim: str
     rule: str
     verdict: Verdict
@@ -42,7 +43,7 @@ class Claim:
 
 
 def build_claims(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
-    """Writes `out` (claims.json): the short answer and the five claims. Returns the path written."""
+    """Writes `out` (claims.json): the short answer and the claims. Returns the path written."""
     claims = judge(workdir, plan)
     record = {"toy": plan.toy, "answer": short_answer(workdir, plan, claims), "claims": [asdict(c) for c in claims]}
     out = Path(out)
@@ -52,14 +53,9 @@ def build_claims(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]
 
 
 def judge(workdir: Path, plan: ReportPlan) -> tuple[Claim, ...]:
-    """The five claims, in their published order."""
-    return (
-        encoder_claim(final_losses(workdir, plan.pretraining), plan),
-        openwebtext_claim(final_losses(workdir, plan.openwebtext), plan),
-        ablation_claim(final_losses(workdir, plan.ablation), plan),
-        chat_claim(scores(workdir, plan), plan),
-        cost_claim(_chat_provenance(workdir, plan), read_speed(workdir, plan.speed) if plan.speed else None, plan),
-    )
+    """The claims, in their published order."""
+    found = (make(*read(workdir, plan), plan) for make, read in CLAIMS)
+    return tuple(replace(claim, number=number) for number, claim in enumerate(found, 1))
 
 
 def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
@@ -85,7 +81,6 @@ def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
             found = Finding(part, recipe, decide_below(lead, 0.0), because)
             findings.append(_unless_truncated(found, runs))
     return _claim(
-        1,
         "Of six encoders trained on Wikitext-103 with the masked diffusion objective, ModernBERT has the lowest loss.",
         "Holds if the lowest ModernBERT loss is at least 2 combined standard errors below the lowest loss of any other "
         "encoder, fails if it is as far above, and is undecided between. The training loss, of which the claim speaks, "
@@ -116,7 +111,6 @@ def openwebtext_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
             findings.append(_unless_truncated(Finding("evaluation loss", recipe, verdict, because), run.to_frame().T))
     margin = fixed(100 * plan.rules.hardly_lower, 0)
     return _claim(
-        2,
         "Further training of ModernBERT-large on OpenWebText hardly lowers the loss.",
         f"Holds if the relative fall of the evaluation loss is below {margin} % by 2 combined standard errors, fails "
         "if it is above by as much, and is undecided between, or if the first evaluation comes after 5 % of the run.",
@@ -147,7 +141,6 @@ def ablation_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
             findings.append(_unless_truncated(found, runs))
     margin = fixed(100 * plan.rules.same_loss, 0)
     return _claim(
-        3,
         "Alpaca tuning from three starts (untuned, after Wikitext, after OpenWebText) ends at nearly the same training "
         "and evaluation loss.",
         f"A pair of starts counts as the same if its relative difference, widened by 2 combined standard errors, stays "
@@ -176,7 +169,6 @@ def chat_claim(score_frame: pd.DataFrame, plan: ReportPlan) -> Claim:
         findings += [_without_verdict(finding, [row.label]) if row.truncated else finding for finding in found]
     points = fixed(plan.rules.close_points, 0)
     return _claim(
-        4,
         "Instruction tuning alone turns ModernBERT into a chat model, and the large one comes close to Qwen1.5-0.5B.",
         "Above chance: holds if the 95 % interval lies above chance on more than half of the benchmarks, fails "
         f"otherwise. Close: a score is close if its interval lies above the published one less {points} points, and "
@@ -192,7 +184,6 @@ def cost_claim(provenance: dict | None, speed: pd.DataFrame | None, plan: Report
     rules = plan.rules
     low, high = rules.halving
     return _claim(
-        5,
         "The large chat model costs about 50 GPU hours (A100), and half the diffusion steps take about half the time.",
         f"Cost: wall time × devices, within a factor {fixed(rules.gpu_hours_factor)} of {fixed(rules.gpu_hours, 0)} "
         "hours; undecided on other hardware. Steps: holds if every halving of the steps divides the time by "
@@ -226,7 +217,7 @@ def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> 
     counts = [(verdict, [str(c.number) for c in claims if c.verdict == verdict]) for verdict in _ORDER]
     parts = [f"{joined(numbers)} {_VERB[verdict][len(numbers) > 1]}" for verdict, numbers in counts if numbers]
     judged = ", judged on toy data" if plan.toy else ""
-    sentences.append(f"Of the five published claims{judged}, {joined(parts)}.")
+    sentences.append(f"Of the {in_words(len(claims))} published claims{judged}, {joined(parts)}.")
     return sentences
 
 
@@ -238,14 +229,14 @@ _VERB = {
 }
 
 
-def _claim(number: int, claim: str, rule: str, findings: list[Finding], caveat: str = "", deciding=None) -> Claim:
+def _claim(claim: str, rule: str, findings: list[Finding], caveat: str = "", deciding=None) -> Claim:
     """If there are corrected runs, they alone decide."""
     if not findings:
         findings = [Finding("runs", "", "undecided", "The plan has no runs that could decide it.")]
     deciding = deciding or findings
     corrected = [finding for finding in deciding if finding.recipe != "published"]
     verdict = all_of([finding.verdict for finding in corrected or deciding])
-    return Claim(number, claim, rule, verdict, tuple(findings), caveat)
+    return Claim(claim=claim, rule=rule, verdict=verdict, findings=tuple(findings), caveat=caveat)
 
 
 def _unless_truncated(finding: Finding, runs: pd.DataFrame) -> Finding:
@@ -290,8 +281,8 @@ def _majority(holding: int, failing: int, total: int) -> Verdict:
 def _closeness(own: pd.DataFrame, row: ResultRow, plan: ReportPlan) -> Finding:
     rival = plan.reported_row(row.close_to)
     assert rival is not None  # the plan is checked: `close_to` names a published row
-    shared = own[own["benchmark"].isin(rival.values)]
-    gap_low, gap_high = (shared[end] - shared["benchmark"].map(rival.values) for end in ("low", "high"))
+    shared = own[own["benchmark"].isin(rival.scores)]
+    gap_low, gap_high = (shared[end] - shared["benchmark"].map(rival.scores) for end in ("low", "high"))
     close = shared[gap_low > -plan.rules.close_points]
     apart = shared[gap_high < -plan.rules.close_points]
     because = (
@@ -315,6 +306,10 @@ def _chat_provenance(workdir: Path, plan: ReportPlan) -> dict | None:
     last = [entry.run for entry in plan.chat if entry.recipe == "corrected"][-1:]
     found = [*compared, *last]
     return read_provenance(workdir, found[0]) if found else None
+
+
+def _speed(workdir: Path, plan: ReportPlan) -> pd.DataFrame | None:
+    return read_speed(workdir, plan.speed) if plan.speed else None
 
 
 def _training_cost(provenance: dict | None, plan: ReportPlan) -> Finding:
@@ -356,3 +351,13 @@ def halving_ratios(speed: pd.DataFrame) -> pd.Series:
     seconds = speed.set_index("steps")["seconds"]
     pairs = {steps: steps // 2 for steps in seconds.index if steps % 2 == 0 and steps // 2 in seconds.index}
     return pd.Series({steps: seconds[steps] / seconds[half] for steps, half in pairs.items()}, dtype=float)
+
+
+CLAIMS: tuple[tuple[Callable[..., Claim], Callable[[Path, ReportPlan], tuple]], ...] = (
+    (encoder_claim, lambda workdir, plan: (final_losses(workdir, plan.pretraining),)),
+    (openwebtext_claim, lambda workdir, plan: (final_losses(workdir, plan.openwebtext),)),
+    (ablation_claim, lambda workdir, plan: (final_losses(workdir, plan.ablation),)),
+    (chat_claim, lambda workdir, plan: (scores(workdir, plan),)),
+    (cost_claim, lambda workdir, plan: (_chat_provenance(workdir, plan), _speed(workdir, plan))),
+)
+"""The claims in their published order: the function that decides each, and what it reads for it."""

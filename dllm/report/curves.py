@@ -1,6 +1,6 @@
 """Figures of loss curves: the encoders, OpenWebText, the ablation, the chat models."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -31,19 +31,14 @@ WARMUP = 0.1
 """Share of a run, at its start, that may leave the frame at the top where it would dwarf the rest."""
 
 
-def frame_of(section: str) -> Callable[[Path, ReportPlan], pd.DataFrame]:
-    """The function that gives the `curves` of one section of the plan."""
-    return lambda workdir, plan: curves(workdir, getattr(plan, section))
-
-
-def curves(workdir: Path, entries) -> pd.DataFrame:
-    """Loss curves of planned runs: label, recipe, split, step, loss, its 95 % interval, and a running mean."""
+def curves(workdir: Path, plan: ReportPlan, section: str) -> pd.DataFrame:
+    """Loss curves of a section's runs: label, recipe, split, step, loss, its 95 % interval, and a running mean."""
     frames = []
-    for entry in entries:
+    for entry in getattr(plan, section):
         metrics = read_metrics(workdir, entry.run)
         half = Z95 * metrics["standard_error"].astype(float)
         frame = metrics.assign(low=metrics["loss"] - half, high=metrics["loss"] + half)
-        frame.insert(0, "label", getattr(entry, "label", None) or entry.start)
+        frame.insert(0, "label", entry.label)
         frame.insert(1, "recipe", entry.recipe)
         window = frame.groupby("split")["loss"].transform(_running_mean)
         frame["running_mean"] = window.where(frame["split"] == "train")
@@ -51,7 +46,7 @@ def curves(workdir: Path, entries) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def ablation_final_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def ablation_final_frame(workdir: Path, plan: ReportPlan, name: str) -> pd.DataFrame:
     """Final losses of the ablation, with intervals: one row per start, recipe and split."""
     losses = final_losses(workdir, plan.ablation)
     parts = []

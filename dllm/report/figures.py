@@ -3,7 +3,6 @@
 Wall times appear in `speed` only, so that two full runs write the same bytes for every other csv.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,28 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from dllm.algorithms import ALGORITHMS
-from dllm.report import curves
+from dllm.algorithms import ALGORITHMS, resolved
 from dllm.report.claims import halving_ratios
 from dllm.report.format import fixed, range_of
 from dllm.report.load import read_speed, scores
 from dllm.report.plan import ReportPlan
+from dllm.report.shown import FIGURES
 from dllm.report.style import INK, PALETTE, QUIET, RC, WIDTH, Look, head, looks
-from dllm.report.systems import algorithm_label, systems_frame
+from dllm.report.systems import algorithm_label
 from dllm.report.tables import TOY, as_csv
 
 
 def build_figures(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
     """Writes every figure of the plan to the folder `out`, as svg, png and csv. Returns the paths written."""
-    makers: dict[str, tuple[Callable, Callable]] = {
-        "pretraining": (curves.frame_of("pretraining"), curves.draw_pretraining),
-        "openwebtext": (curves.frame_of("openwebtext"), curves.draw_openwebtext),
-        "ablation": (curves.frame_of("ablation"), curves.draw_ablation),
-        "ablation-final": (curves.ablation_final_frame, curves.draw_ablation_final),
-        "chat": (curves.frame_of("chat"), curves.draw_chat),
-        "systems": (systems_frame, draw_systems),
-        "scores": (scores_frame, draw_scores),
-        "speed": (speed_frame, draw_speed),
-    }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in plan.figure_names():
-        make_frame, draw = makers[name]
-        frame = make_frame(workdir, plan)
+        row = FIGURES[name]
+        frame = resolved(row.frame)(workdir, plan, name)
         (out / f"{name}.csv").write_text(as_csv(frame), encoding="utf-8")
         with matplotlib.rc_context(RC):
-            figure = draw(frame, plan)
+            figure = resolved(row.draw)(frame, plan)
             if plan.toy:
                 _mark_as_toy(figure)
             figure.savefig(out / f"{name}.svg", metadata={"Date": None, "Creator": None})
@@ -53,13 +42,13 @@ def build_figures(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...
     return tuple(paths)
 
 
-def scores_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def scores_frame(workdir: Path, plan: ReportPlan, name: str) -> pd.DataFrame:
     """Scores with intervals, chance and the published number, per cent."""
     columns = ["run", "label", "recipe", "kind", "benchmark_label", "value", "low", "high", "chance", "against_chance"]
     return scores(workdir, plan)[[*columns, "reported"]]
 
 
-def speed_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def speed_frame(workdir: Path, plan: ReportPlan, name: str) -> pd.DataFrame:
     """Time and quality against steps. The one figure with wall times in it."""
     return read_speed(workdir, plan.speed)
 

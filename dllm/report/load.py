@@ -164,7 +164,7 @@ def final_losses(workdir: Path, entries) -> pd.DataFrame:
         first = split_of(metrics, "eval").iloc[0]
         rows.append(
             {
-                "label": getattr(entry, "label", None) or entry.start,
+                "label": entry.label,
                 "recipe": entry.recipe,
                 "run": entry.run,
                 "steps": int(metrics["step"].max()),
@@ -194,7 +194,7 @@ def scores(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
         published = plan.reported_row(row.published_as)
         for benchmark in plan.scored(row):
             found = score(workdir, row.run, benchmark)
-            reported = published.values.get(benchmark.name) if published else None
+            reported = published.scores.get(benchmark.name) if published else None
             rows.append(
                 {
                     "run": row.run,
@@ -217,7 +217,7 @@ def scores(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
 def score(workdir: Path, run: str, benchmark) -> dict:
     """The score of a row of the results on a benchmark, in per cent, with its interval, chance and metric."""
     evaluation = read_evaluation(workdir, run, benchmark.name)
-    name = benchmark.metric or evaluation["metric"]
+    name = evaluation["metric"]
     metric = evaluation["metrics"].get(name)
     if metric is None:
         known = ", ".join(sorted(evaluation["metrics"]))

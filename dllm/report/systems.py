@@ -21,7 +21,7 @@ def algorithm_label(name: str) -> str:
     return algorithm_named(name).label if name else "as published"
 
 
-def systems_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def systems_frame(workdir: Path, plan: ReportPlan, name: str = "systems") -> pd.DataFrame:
     """One row per system: parameters, steps and tokens of all its stages, and the bound on an answer in nats.
 
     `nats` with `nats_low` and `nats_high` is the mean bound on -log p of a test answer with its end; exact for an
