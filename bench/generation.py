@@ -28,12 +28,12 @@ def generation(options: Options) -> Result:
     model = trained.model
     count, new = (3, 16) if options.quick else (32, 128)
     prompts = chat_prompts(trained, count, LONGEST_PROMPT)
-    found: dict[str, list] = {}
+    answered: dict[str, list] = {}
 
     def job(side: str, ahead: str) -> None:
         settings = GenerateSettings(max_new_tokens=new, ahead=ahead)
         answer = model.answers if side == "ours" else partial(one_by_one, model)
-        found[f"{side} {ahead}"] = answer(prompts, settings)
+        answered[f"{side} {ahead}"] = answer(prompts, settings)
 
     sides = [(side, ahead) for ahead in ("hidden", "visible") for side in ("ours", "theirs")]
     jobs = {f"{side} {ahead}": partial(job, side, ahead) for side, ahead in sides}
@@ -41,7 +41,7 @@ def generation(options: Options) -> Result:
     times = interleaved(jobs, options.repeats(3), warmup=int(options.quick), at_most=75)
     rows = []
     for ahead, how in (("hidden", "hidden from the model"), ("visible", "visible as masks")):
-        ours, theirs = found[f"ours {ahead}"], found[f"theirs {ahead}"]
+        ours, theirs = answered[f"ours {ahead}"], answered[f"theirs {ahead}"]
         same = [(a.text, a.tokens) for a in ours] == [(model.decode(t), model.answer_length(t)) for t in theirs]
         long = sum(answer.tokens for answer in ours) / count
         note = f"Answers take {long:.0f} tokens on average, {_passes(ours):.0f} passes instead of {new}."
@@ -59,7 +59,7 @@ def generation(options: Options) -> Result:
                 note=note + (" The laptop model is trained to be decoded so." if ahead == "hidden" else ""),
             )
         )
-    tokens = [answer.tokens for answer in found["ours hidden"]]
+    tokens = [answer.tokens for answer in answered["ours hidden"]]
     setup = {"prompt tokens": [len(prompt) for prompt in prompts], "answer tokens": tokens}
     return Result([*rows, _never_ending(options)], _growth(model, prompts, options), setup)
 
@@ -142,8 +142,8 @@ def _approximations(
     wanted = tokens_of(model.backbone, prompts, exact)
     rows, agreement, passes = [], [1.0], [_passes(answers["exact"])]
     for label, plan in plans.items():
-        found = tokens_of(model.backbone, prompts, plan)
-        share = _agreement(model, wanted, found)
+        decoded = tokens_of(model.backbone, prompts, plan)
+        share = _agreement(model, wanted, decoded)
         texts = sum(a.text == b.text for a, b in zip(answers[label], answers["exact"], strict=True)) / len(prompts)
         agreement.append(share)
         passes.append(_passes(answers[label]))
@@ -245,10 +245,10 @@ def _passes(answers: Sequence[Answer]) -> float:
     return sum(answer.passes for answer in answers) / len(answers)
 
 
-def _agreement(model: DiffusionLM, wanted: list[list[int]], found: list[list[int]]) -> float:
+def _agreement(model: DiffusionLM, wanted: list[list[int]], decoded: list[list[int]]) -> float:
     """Share of the exact answers' tokens, their end included, that the other decode has at the same place."""
     same = total = 0
-    for a, b in zip(wanted, found, strict=True):
+    for a, b in zip(wanted, decoded, strict=True):
         length = min(len(a), model.answer_length(a) + 1)
         same += sum(x == y for x, y in zip(a[:length], b[:length], strict=True))
         total += length

@@ -163,5 +163,5 @@ def write_result(path: Path, case: str, title: str, result: Result, seconds: flo
 
 
 def _commit() -> str:
-    found = provenance.commit()
-    return found["commit"] + (" with uncommitted changes" if found["dirty"] else "")
+    state = provenance.commit()
+    return state["commit"] + (" with uncommitted changes" if state["dirty"] else "")

@@ -87,8 +87,8 @@ def verdict(row: dict) -> str:
 def _where(cases: dict) -> list[dict]:
     """The different machines and versions of the results, one entry each."""
     keys = ("hardware", "device", "commit", "dirty", "versions", "threads")
-    found = {str([case[key] for key in keys]): {key: case[key] for key in keys} for case in cases.values()}
-    return list(found.values())
+    places = {str([case[key] for key in keys]): {key: case[key] for key in keys} for case in cases.values()}
+    return list(places.values())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def _where(cases: dict) -> list[dict]:
 
 
 def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
-    found = {
+    figures = {
         "ratios": (
             "Every comparison: median of theirs over median of ours, with the interquartile range of the paired "
             "ratios. Upright marks are the targets. Right of 1, ours is faster or smaller.",
@@ -110,21 +110,21 @@ def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
         caption = (
             "How cost grows. Points are medians, bars the quartiles. Both axes are logarithmic; both lines of a panel "
         )
-        found["growth"] = (caption + "were taken in turn.", _panels(scaling), _growth_csv(scaling))
+        figures["growth"] = (caption + "were taken in turn.", _panels(scaling), _growth_csv(scaling))
     if "estimators" in curves:
         caption = (
             "Standard error of each likelihood estimator against the passes it takes, on the same requests. Left and "
             "down is better. Every estimator has the same expectation."
         )
-        found["estimators"] = (caption, _estimators(curves["estimators"]), _estimators_csv(curves["estimators"]))
+        figures["estimators"] = (caption, _estimators(curves["estimators"]), _estimators_csv(curves["estimators"]))
     trades = [curves[name] for name in ("parallel", "reuse") if name in curves]
     if trades:
         caption = (
             "What approximate decoding gives up: share of the exact answers' tokens that it keeps, against its speed. "
             "The exact decode is at (1, 1)."
         )
-        found["agreement"] = (caption, _agreement(trades, cases), _agreement_csv(trades, cases))
-    return found
+        figures["agreement"] = (caption, _agreement(trades, cases), _agreement_csv(trades, cases))
+    return figures
 
 
 def _ratios(cases: dict) -> Figure:
@@ -215,8 +215,8 @@ def _trade(curve: dict, cases: dict) -> dict[str, tuple[float, float, float]]:
     """Speed, agreement and passes of each variant of a curve."""
     labels = curve["note"].split(" | ")
     speeds = [1.0, *(row["ratio"] for row in cases[curve["name"]]["rows"])]
-    found = zip(labels, speeds, curve["lines"]["agreement"], curve["x"], strict=True)
-    return {label: (speed, share, passes) for label, speed, share, passes in found}
+    points = zip(labels, speeds, curve["lines"]["agreement"], curve["x"], strict=True)
+    return {label: (speed, share, passes) for label, speed, share, passes in points}
 
 
 # --------------------------------------------------------------------------------------------------------------------

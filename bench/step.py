@@ -159,9 +159,9 @@ def pool(sizes: Sizes) -> tuple[TokenRows, list[ndarray], TokenRows, list[ndarra
     batches = epoch_batches(lengths, sizes.batch, SEED, 0, grouped=True)
     by_length = batches[numpy.argsort(lengths[batches].mean(1))]
     grouped = by_length[(numpy.arange(count) * 2 + 1) * len(by_length) // (2 * count)].reshape(-1)
-    found = [rows_of_lengths(lengths[chosen], sizes.vocabulary) for chosen in (random, grouped)]
+    pools = [rows_of_lengths(lengths[chosen], sizes.vocabulary) for chosen in (random, grouped)]
     cut = [numpy.arange(sizes.rows).reshape(-1, sizes.batch)] * 2
-    return found[0], list(cut[0]), found[1], list(cut[1])
+    return pools[0], list(cut[0]), pools[1], list(cut[1])
 
 
 def _waste(lengths: ndarray) -> float:

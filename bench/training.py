@@ -54,13 +54,13 @@ def sft(options: Options) -> Result:
         ("bf16", "grouped bf16", f"{GROUPED}, bf16 autocast", None, other | {"correct": rounded}),
     )
     name = f"SFT step, chat lengths, ModernBERT {sizes.layers} x {sizes.width}, vocabulary {sizes.vocabulary:,}"
-    found = []
+    compared = []
     for mine, theirs, against, asked, facts in comparisons:
         title = f"{name}, {'fp32' if mine == 'ours' else 'bf16 autocast'}"
         facts = facts | {"note": notes.get(theirs, "") if mine == "ours" else "", "target": options.target(asked)}
-        found.append(compare(times[mine], times[theirs], name=title, against=against, unit=UNIT, **facts))
+        compared.append(compare(times[mine], times[theirs], name=title, against=against, unit=UNIT, **facts))
     setup = {"rows": sizes.rows, "useful tokens": useful, "padding": waste, "seconds per step": seconds}
-    return Result(found + _memory(sizes, options), _growth(options), setup)
+    return Result(compared + _memory(sizes, options), _growth(options), setup)
 
 
 def _checked(full: Trainer, half: Trainer, sizes: Sizes) -> tuple[str, str]:
@@ -160,7 +160,7 @@ def packing(options: Options) -> Result:
     times = _per_token(interleaved(jobs, options.repeats(5), at_most=25), rows)
     name = f"SFT step, ModernBERT {sizes.layers} x {sizes.width}, vocabulary {sizes.vocabulary:,}"
     facts = {"unit": UNIT, "held_equal": SAME, "correct": correct}
-    found = [
+    compared = [
         compare(
             times["packed"],
             times["padded"],
@@ -178,7 +178,7 @@ def packing(options: Options) -> Result:
             **facts,
         ),
     ]
-    return Result([*found, _ungrouped(sizes, trainers["packed"], options), _prefetch(sizes, options)])
+    return Result([*compared, _ungrouped(sizes, trainers["packed"], options), _prefetch(sizes, options)])
 
 
 def _ungrouped(sizes: Sizes, packed: Trainer, options: Options) -> Row:

@@ -15,7 +15,7 @@ from pydantic import PrivateAttr, model_validator
 from dllm.config.rules import (
     adapter_error,
     budget_error,
-    launch_fault,
+    launch_error,
     raise_first,
     tokens_error,
 )
@@ -235,7 +235,7 @@ class RunEntry(RunSettings):
     @model_validator(mode="after")
     def can_be_launched(self) -> RunEntry:
         quantized = self.adapter is not None and self.adapter.kind == "qlora"
-        raise_first(launch_fault(self.launch, self.optimizer.name, quantized=quantized))
+        raise_first(launch_error(self.launch, self.optimizer.name, quantized=quantized))
         return self
 
 

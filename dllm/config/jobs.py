@@ -251,10 +251,10 @@ def _own_files(project: Project, name: str, entry: DatasetEntry) -> dict[str, An
     if not entry.files:
         return {}
     where, workdir = f"datasets.{name}.files", project.root / project.workdir
-    found = {path: stated for stated in entry.files for path in dataset_files([stated], project.root, where)}
+    files = {path: stated for stated in entry.files for path in dataset_files([stated], project.root, where)}
     return {
-        "sources": [seen_from(path, stated, workdir) for path, stated in found.items()],
-        "content": content_digest(found),
+        "sources": [seen_from(path, stated, workdir) for path, stated in files.items()],
+        "content": content_digest(files),
     }
 
 

@@ -215,13 +215,13 @@ def overlaid(generation: GenerateSettings, changes: dict[str, Any]) -> GenerateS
     """A sampler with some settings changed. Raises ValueError, one line, for an unknown name or a wrong value."""
     try:
         return GenerateSettings.model_validate(generation.model_dump() | changes)
-    except ValidationError as fault:
-        error = fault.errors()[0]
-        name = str(error["loc"][0]) if error["loc"] else ""
-        if error["type"] == "extra_forbidden":
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden":
             raise ValueError(f"{name} is not a setting. {did_you_mean(name, GenerateSettings.model_fields)}") from None
-        value = f"{name} = {error['input']!r}: " if name else ""
-        raise ValueError(value + lower_first(message_of(error))) from None
+        value = f"{name} = {problem['input']!r}: " if name else ""
+        raise ValueError(value + lower_first(message_of(problem))) from None
 
 
 def checked_options(options: dict[str, dict[str, Any]], generation: GenerateSettings) -> None:
@@ -229,8 +229,8 @@ def checked_options(options: dict[str, dict[str, Any]], generation: GenerateSett
     for name, changes in options.items():
         try:
             overlaid(generation, changes)
-        except ValueError as fault:
-            raise ValueError(f"options[{name!r}]: {fault}") from None
+        except ValueError as error:
+            raise ValueError(f"options[{name!r}]: {error}") from None
 
 
 class LikelihoodSettings(Settings):

@@ -30,17 +30,17 @@ def entry_settings(directory: Path, prediction: str | None = None) -> dict[str, 
     known = sidecar or (family.sidecar() if family else {})
     if known:
         tokens = known["special_tokens"]
-        found = {"family": known["family"], "prediction": known["prediction"]}
-        found |= {"mask_token": tokens["mask"], "end_token": tokens["eos"]}
-        found |= {"end_of_turn": tokens.get("end_of_turn", ""), "chat_template": known.get("chat_template", "bert")}
+        settings = {"family": known["family"], "prediction": known["prediction"]}
+        settings |= {"mask_token": tokens["mask"], "end_token": tokens["eos"]}
+        settings |= {"end_of_turn": tokens.get("end_of_turn", ""), "chat_template": known.get("chat_template", "bert")}
     else:
-        found = _of_stock_class(directory, prediction)
-    if prediction is not None and prediction != found["prediction"] and known:
+        settings = _of_stock_class(directory, prediction)
+    if prediction is not None and prediction != settings["prediction"] and known:
         raise ValueError(
-            f"{directory}: prediction = {prediction!r}, but this model was trained with {found['prediction']!r}; leave "
-            "the option out"
+            f"{directory}: prediction = {prediction!r}, but this model was trained with {settings['prediction']!r}; "
+            "leave the option out"
         )
-    return found
+    return settings
 
 
 def _of_stock_class(directory: Path, prediction: str | None) -> dict[str, Any]:

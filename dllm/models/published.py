@@ -300,10 +300,10 @@ def refuse_edited(family: Family, place: str | Path) -> None:
         names = [directory.name, str(published_config(directory).get("_name_or_path"))]
         for name, pattern in (("manifest.json", r'"hub": "(.*)"'), ("README.md", r"^# *(.*)")):
             try:
-                found = re.search(pattern, (directory / name).read_text(encoding="utf-8"), re.MULTILINE)
+                named = re.search(pattern, (directory / name).read_text(encoding="utf-8"), re.MULTILINE)
             except (OSError, UnicodeDecodeError):
                 continue
-            names += [found[1]] if found else []
+            names += [named[1]] if named else []
     if family.name == "LLaDA2" and any(EDITED.search(name) for name in names):
         raise ValueError(
             f"{place}: LLaDA2.1 and 2.2 are decoded with edits of revealed tokens, which dllm does not do, so that "
@@ -346,14 +346,14 @@ def stock_tensors(family: Family, config, tensors: Iterator[tuple[str, Tensor]])
 
     A name that the family does not know stays as it is, for the loader to complain about.
     """
-    found = {}
+    renamed = {}
     for name, tensor in tensors:
         targets = _renamed(name, family.names)
         if len(targets) == 1:
-            found[targets[0]] = tensor
+            renamed[targets[0]] = tensor
         else:
-            found |= zip(targets, tensor.split(_query_key_value_rows(config)), strict=True)
-    return found
+            renamed |= zip(targets, tensor.split(_query_key_value_rows(config)), strict=True)
+    return renamed
 
 
 def published_tensors(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -363,10 +363,10 @@ def published_tensors(family: Family, tensors: dict[str, Tensor]) -> dict[str, T
     joined = {targets: name for name, targets in family.names.items() if isinstance(targets, tuple)}
     names: Names = {target: name for name, target in family.names.items() if isinstance(target, str)}
     names |= {part: name for parts, name in joined.items() for part in parts}
-    found: dict[str, list[Tensor]] = {}
+    renamed: dict[str, list[Tensor]] = {}
     for name in sorted(tensors, key=_position_in(joined)):
-        found.setdefault(_renamed(name, names)[0], []).append(tensors[name])
-    return {name: parts[0] if len(parts) == 1 else cat(parts) for name, parts in found.items()}
+        renamed.setdefault(_renamed(name, names)[0], []).append(tensors[name])
+    return {name: parts[0] if len(parts) == 1 else cat(parts) for name, parts in renamed.items()}
 
 
 def read_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:

@@ -54,8 +54,8 @@ def build_claims(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]
 
 def judge(workdir: Path, plan: ReportPlan) -> tuple[Claim, ...]:
     """The claims, in their published order."""
-    found = (make(*read(workdir, plan), plan) for make, read in CLAIMS)
-    return tuple(replace(claim, number=number) for number, claim in enumerate(found, 1))
+    claims = (make(*read(workdir, plan), plan) for make, read in CLAIMS)
+    return tuple(replace(claim, number=number) for number, claim in enumerate(claims, 1))
 
 
 def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
@@ -78,8 +78,8 @@ def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
                 f"{rival['label']}, at {fixed(rival[f'{split}_loss'], 3)} nats per token: a difference of "
                 f"{signed_interval(lead.value, lead.low, lead.high, 3)}."
             )
-            found = Finding(part, recipe, decide_below(lead, 0.0), because)
-            findings.append(_unless_truncated(found, runs))
+            finding = Finding(part, recipe, decide_below(lead, 0.0), because)
+            findings.append(_unless_truncated(finding, runs))
     return _claim(
         "Of six encoders trained on Wikitext-103 with the masked diffusion objective, ModernBERT has the lowest loss.",
         "Holds if the lowest ModernBERT loss is at least 2 combined standard errors below the lowest loss of any other "
@@ -137,8 +137,8 @@ def ablation_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
                 f"The widest of {len(pairs)} differences is {one} against {other}: "
                 f"{_percent_interval(widest, signed=True)} %; {within} of {len(pairs)} lie surely within the margin."
             )
-            found = Finding(f"{name} loss", recipe, all_of([pair[0] for pair in pairs]), because)
-            findings.append(_unless_truncated(found, runs))
+            finding = Finding(f"{name} loss", recipe, all_of([pair[0] for pair in pairs]), because)
+            findings.append(_unless_truncated(finding, runs))
     margin = fixed(100 * plan.rules.same_loss, 0)
     return _claim(
         "Alpaca tuning from three starts (untuned, after Wikitext, after OpenWebText) ends at nearly the same training "
@@ -163,10 +163,10 @@ def chat_claim(score_frame: pd.DataFrame, plan: ReportPlan) -> Claim:
         verdict = _majority(int(above), int(len(own) - above), len(own))
         because = f"{row.label}: {above} of {len(own)} scores are above chance"
         because += f" and {below} below it." if below else "."
-        found = [Finding("above chance", row.recipe, verdict, because)]
+        of_row = [Finding("above chance", row.recipe, verdict, because)]
         if row.close_to:
-            found.append(_closeness(own, row, plan))
-        findings += [_without_verdict(finding, [row.label]) if row.truncated else finding for finding in found]
+            of_row.append(_closeness(own, row, plan))
+        findings += [_without_verdict(finding, [row.label]) if row.truncated else finding for finding in of_row]
     points = fixed(plan.rules.close_points, 0)
     return _claim(
         "Instruction tuning alone turns ModernBERT into a chat model, and the large one comes close to Qwen1.5-0.5B.",
@@ -304,8 +304,8 @@ def _chat_provenance(workdir: Path, plan: ReportPlan) -> dict | None:
     """Provenance of the large chat model: the trained run that claim 4 compares, else the last corrected chat run."""
     compared = [row.run for row in plan.results if row.close_to and row.run in plan.trained_runs()]
     last = [entry.run for entry in plan.chat if entry.recipe == "corrected"][-1:]
-    found = [*compared, *last]
-    return read_provenance(workdir, found[0]) if found else None
+    runs = [*compared, *last]
+    return read_provenance(workdir, runs[0]) if runs else None
 
 
 def _speed(workdir: Path, plan: ReportPlan) -> pd.DataFrame | None:

@@ -97,7 +97,7 @@ def stages(plan: ReportPlan) -> tuple[Stage, ...]:
     scored = tuple(row.name for row in plan.results)
     weights = "stand-in encoders" if plan.toy else "public encoder weights"
     trained = "chat models" if plan.chat else "trained models"
-    found = (
+    every = (
         Stage("Wikitext-103 pretraining", _labels(plan.pretraining), weights),
         Stage("OpenWebText pretraining", _labels(plan.openwebtext), weights),
         Stage("Alpaca tuning", ablation, "untuned, Wikitext and OpenWebText weights"),
@@ -112,7 +112,7 @@ def stages(plan: ReportPlan) -> tuple[Stage, ...]:
         ),
         Stage("Conversations and timing", _named(plan, (plan.samples, plan.speed)), trained),
     )
-    return tuple(stage for stage in found if stage.runs)
+    return tuple(stage for stage in every if stage.runs)
 
 
 def split_interval(text: str) -> Markup:
@@ -151,7 +151,7 @@ def table_markdown(table: Table) -> str:
 
 def _sections(plan: ReportPlan, samples: dict) -> tuple[Section, ...]:
     scored = plan.results and plan.benchmarks
-    found = (
+    every = (
         ("answer", "The short answer", plan.judges),
         ("claims", f"The {in_words(len(CLAIMS))} claims", plan.judges),
         ("systems", "Systems side by side", plan.systems),
@@ -170,7 +170,7 @@ def _sections(plan: ReportPlan, samples: dict) -> tuple[Section, ...]:
         ("reading", "How to read the numbers", True),
         ("provenance", "Where each number comes from", True),
     )
-    return tuple(Section(anchor, title) for anchor, title, content in found if content)
+    return tuple(Section(anchor, title) for anchor, title, content in every if content)
 
 
 def _labels(entries) -> tuple[str, ...]:

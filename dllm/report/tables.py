@@ -79,14 +79,14 @@ def make_metrics(workdir: Path, plan: ReportPlan) -> dict[str, dict]:
 
     scores: per cent, by row and benchmark; loss: final loss on the test split, nats per target token, by run.
     """
-    found: dict[str, dict] = {"scores": {}, "loss": {}}
+    numbers: dict[str, dict] = {"scores": {}, "loss": {}}
     for row in scores(workdir, plan).itertuples() if plan.results and plan.benchmarks else ():
-        found["scores"].setdefault(row.run, {})[row.benchmark] = float(f"{row.value:.6g}")
+        numbers["scores"].setdefault(row.run, {})[row.benchmark] = float(f"{row.value:.6g}")
     for section in (plan.pretraining, plan.openwebtext, plan.ablation, plan.chat):
         for row in final_losses(workdir, section).itertuples() if section else ():
             if not math.isnan(row.eval_loss):
-                found["loss"][row.run] = float(f"{row.eval_loss:.6g}")
-    return found
+                numbers["loss"][row.run] = float(f"{row.eval_loss:.6g}")
+    return numbers
 
 
 def make_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
@@ -109,10 +109,10 @@ def _made(workdir: Path, plan: ReportPlan, names: tuple[str, ...]) -> dict[str, 
 def overview_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """Benchmarks down, models across: every score with its interval and the chance level."""
     frame = scores(workdir, plan)
-    found = {(row.run, row.benchmark): row for row in frame.itertuples()}
+    by_place = {(row.run, row.benchmark): row for row in frame.itertuples()}
     rows = []
     for benchmark in plan.benchmarks:
-        cells = [found.get((row.run, benchmark.name)) for row in plan.results]
+        cells = [by_place.get((row.run, benchmark.name)) for row in plan.results]
         chance = next((cell.chance for cell in cells if cell is not None), None)
         shown = [_score_cell(cell) if cell is not None else Cell(ABSENT) for cell in cells]
         rows.append((Cell(benchmark.label), Cell(fixed(chance)), *shown))

@@ -17,6 +17,7 @@ given answers, each place is right equally often.
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from dllm.synthetic.entities import SUBJECTS, Fact, SyntheticWorld
 from dllm.synthetic.instructions import LETTERS, choices_for
@@ -37,18 +38,18 @@ def distinct(make: Callable[[], dict], rows: int, right: str | None = None, answ
     right: the column of the right answer, of which there are `answers`: each is right equally often, so that always A
     is at chance.
     """
-    found: dict[str, dict] = {}
+    by_text: dict[str, dict] = {}
     times: Counter = Counter()
     for _ in range(400 * rows):
         row = make()
         key, answer = repr(row), row[right] if right else None
-        if key in found or times[answer] == rows // answers:
+        if key in by_text or times[answer] == rows // answers:
             continue
-        found[key] = row
+        by_text[key] = row
         times[answer] += 1
-        if len(found) == rows:
-            return list(found.values())
-    raise ValueError(f"only {len(found)} of {rows} benchmark rows exist: widen the world or ask for fewer rows")
+        if len(by_text) == rows:
+            return list(by_text.values())
+    raise ValueError(f"only {len(by_text)} of {rows} benchmark rows exist: widen the world or ask for fewer rows")
 
 
 Draw = Callable[[random.Random, bool], dict]
@@ -65,7 +66,7 @@ def split_files(
     for split, rows in splits.items():
         rng, test = world.random(f"{name}/{split}"), split != "train"
         balance = (right, answers) if test else ()
-        yield f"{name}/{split}.jsonl", distinct(lambda rng=rng, test=test: draw(rng, test), rows, *balance)
+        yield f"{name}/{split}.jsonl", distinct(partial(draw, rng, test), rows, *balance)
 
 
 SHOTS_AND_TEST = {"train": SHOT_ROWS, "test": TEST_ROWS}
