@@ -68,7 +68,6 @@ class Growth:
     low: dict[str, list[float]] = field(default_factory=dict)
     high: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
-    log_x: bool = True
 
 
 @dataclass(frozen=True)
