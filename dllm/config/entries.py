@@ -26,10 +26,12 @@ from dllm.config.settings import (
     AdapterSettings,
     AlgorithmName,
     EditSettings,
+    FamilyName,
     GenerateSettings,
     OptimizerSettings,
     Recipe,
     Resources,
+    RowKindName,
     Scorer,
     Settings,
     checked_options,
@@ -43,10 +45,6 @@ REVISION = re.compile(r"^[0-9a-f]{40}$")
 HardwareName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "rtx-4090", "cpu"]
 HARDWARE: tuple[HardwareName, ...] = get_args(HardwareName)
 """Names of what `dllm plan` can plan for; the figures are in `dllm.planning.hardware`."""
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
 
 
 class Shape(Settings):
@@ -90,7 +88,7 @@ class ModelEntry(Pinned):
         None, "directory of a checkpoint on this disk, absolute or below the repository", exclude_if=is_none
     )
     new: dict[str, Any] | None = option(None, "transformers config of a model made from a seed (model_type first)")
-    published: Literal["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"] | None = option(
+    published: FamilyName | None = option(
         None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
     )
     seed: int = option(0, "seed of a new model's weights", ge=0, le=LARGEST_SEED)
@@ -134,9 +132,7 @@ class DatasetEntry(Pinned):
     )
     seed: int = option(0, "seed of the synthetic world", ge=0, le=LARGEST_SEED)
     mix: list[str] | None = option(None, "names of datasets, concatenated split by split")
-    kind: Literal["text", "alpaca", "messages", "sharegpt", "pairs", "auto", "benchmark", "world"] = option(
-        "text", "how a row is read; `auto`, the default of `files`, goes by its columns"
-    )
+    kind: RowKindName = option("text", "how a row is read; `auto`, the default of `files`, goes by its columns")
     test_split: str | None = option(None, "name of the set's own test split")
     test_share: float = option(0.05, "share held out where the set has no test split", ge=0, lt=1)
     split_seed: int = option(42, "seed of that split", ge=0, le=LARGEST_SEED)
@@ -153,7 +149,7 @@ class DatasetEntry(Pinned):
     shuffle_rows: int = option(16_384, "rows of text shuffled together while a set is streamed", gt=0)
     licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
     counts: dict[str, int] | None = option(
-        None, "rows of its splits, exactly; another number is an error", exclude_if=_is_none
+        None, "rows of its splits, exactly; another number is an error", exclude_if=is_none
     )
     # for planning only, until the set is prepared and counted
     documents: int | None = option(None, "rows of the train split, about, for planning", gt=0, exclude=True)

@@ -131,7 +131,7 @@ class EvaluationConfig(Job, TaskSettings):
     limit: int | None = option(None, "score only the first documents of each task", gt=0)
     scorer: Scorer = option(Scorer(), "rules of the likelihood")
     expected_documents: int | None = option(
-        None, "documents of all its tasks; another number is an error", gt=0, exclude_if=lambda value: value is None
+        None, "documents of all its tasks; another number is an error", gt=0, exclude_if=is_none
     )
 
 

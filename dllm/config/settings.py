@@ -19,7 +19,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dllm.algorithms import ALGORITHMS, algorithm_named
-from dllm.choices import ESTIMATORS, REVEAL_RULES
+from dllm.choices import ESTIMATORS, REVEAL_RULES, ROW_KINDS
+from dllm.families import FAMILIES
 from dllm.schedules import KAPPAS, SCHEDULES
 
 LARGEST = 2**53
@@ -84,6 +85,13 @@ def names_schema(table: Iterable[str], *more: str) -> WithJsonSchema:
 RevealRuleName = Annotated[str, AfterValidator(known(REVEAL_RULES)), names_schema(REVEAL_RULES)]
 EstimatorName = Annotated[str, AfterValidator(known(ESTIMATORS, "auto")), names_schema(ESTIMATORS, "auto")]
 ScheduleName = Annotated[str, AfterValidator(known(SCHEDULES)), names_schema(SCHEDULES)]
+FamilyName = Annotated[str, AfterValidator(known(FAMILIES)), names_schema(FAMILIES)]
+READ_OTHERWISE = ("auto", "benchmark", "world")
+"""Kinds of datasets whose rows are not read by a function of their own."""
+
+RowKindName = Annotated[
+    str, AfterValidator(known(ROW_KINDS, *READ_OTHERWISE)), names_schema(ROW_KINDS, *READ_OTHERWISE)
+]
 KappaName = Annotated[str, AfterValidator(known(KAPPAS)), names_schema(KAPPAS)]
 
 

@@ -1,17 +1,16 @@
 """What a report may show: one row for each table and figure says where its functions are. Imports none of them.
 
-A new table or figure is one function and one row; `templates/` says where on the page it is. A row with `fills` is
-shown where that is true of the plan.
+A new table or figure is one function and one row; `templates/` says where on the page it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dllm.report.plan import ReportPlan
+Fills = Callable[[Any], Any]
+"""Whether there is something to show: a function of the `plan.ReportPlan`, true or false."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class TableRow:
     """A table. make: (work directory, plan, name of the row) -> `tables.Table`, or None where nothing was measured."""
 
     make: str | Callable[..., Any]
-    fills: Callable[[ReportPlan], Any]
+    fills: Fills
     timed: bool = False
     """It holds wall times: the page shows it, and no folder that is compared byte by byte has it."""
 
@@ -30,11 +29,11 @@ class FigureRow:
 
     frame: str | Callable[..., Any]
     draw: str | Callable[..., Any]
-    fills: Callable[[ReportPlan], Any]
+    fills: Fills
     caption: str
 
 
-def _scores(plan: ReportPlan) -> Any:
+def _scores(plan: Any) -> Any:
     return plan.results and plan.benchmarks
 
 
