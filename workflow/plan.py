@@ -127,8 +127,8 @@ class Plan:
 
     @property
     def path_to_root(self) -> str:
-        """The way from the work directory to the repository, where jobs start."""
-        return os.path.relpath(ROOT, ROOT / self.project.workdir)
+        """The way from the work directory, where jobs start, to the repository; either may be a symbolic link."""
+        return os.path.relpath(ROOT, (ROOT / self.project.workdir).resolve())
 
     def record_of(self, name: str) -> str:
         """Record of a model or run: the edge of the graph that `init` and `checkpoint` draw."""
