@@ -188,7 +188,9 @@ def commit() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+            # the clone may belong to another user, whose code is running at this moment
+            command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

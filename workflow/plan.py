@@ -6,6 +6,7 @@ setting reruns exactly what depends on it.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -187,6 +188,14 @@ class Plan:
         write_atomically(workdir / "report" / "rehearsal.json", found.as_json())
         write_atomically(workdir / "report" / "rehearsal.html", rehearsal_page(found))
         print(f"{found.line()}\n{workdir / 'report' / 'rehearsal.html'}", file=sys.stderr)
+
+
+def check_writable(workdir: str | Path) -> None:
+    """Raise PermissionError if this user cannot write where Snakemake will, which says so in a traceback only."""
+    root = Path(workdir)
+    for path in (root, *root.glob(".snakemake"), *root.glob(".snakemake/*/")):
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def make_plan(full: Project) -> Plan:
