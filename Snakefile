@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
 from cache import Cache, record_of
-from plan import PLACES, make_plan
+from plan import PLACES, check_writable, make_plan
 
 ROOT = Path(workflow.basedir)
 OVERLAYS = [Path(path) for path in workflow.configfiles] or [
@@ -22,16 +22,20 @@ OVERLAYS = [Path(path) for path in workflow.configfiles] or [
 
 try:
     PLAN = make_plan(load_project(ROOT / "config", *OVERLAYS))
+    PROJECT = PLAN.project
+    PLAN.write(ROOT / PROJECT.workdir)
+    check_writable(ROOT / PROJECT.workdir)
 except ValueError as fault:
     raise WorkflowError(str(fault)) from None
-
-PROJECT = PLAN.project
+except OSError as fault:
+    raise WorkflowError(
+        f"{fault.filename}: {fault.strerror}; `workdir` must be a directory that can be written"
+    ) from None
 
 
 workdir: ROOT / PROJECT.workdir
 
 
-PLAN.write(ROOT / PROJECT.workdir)
 CACHE = Cache(PROJECT.cache, f"{PLAN.path_to_root}/workflow/cache.py")
 
 

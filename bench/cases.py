@@ -20,11 +20,7 @@ CASES = {
     "endings": Case("bench.likelihood:endings_at_equal_error", "Endings at equal standard error"),
     "estimators": Case("bench.likelihood:estimators", "Estimators at equal passes"),
     "generation": Case("bench.generation:generation", "Generation, identical tokens"),
-    "continuous": Case("bench.generation:continuous", "Continuous batching"),
-    "parallel": Case("bench.generation:parallel", "Parallel decoding"),
-    "reuse": Case("bench.generation:reuse", "Reuse of keys and values"),
     "sft": Case("bench.training:sft", "Fine-tuning step"),
-    "packing": Case("bench.training:packing", "Packing, chunked head, prefetching"),
     "gpu": Case("bench.gpu:gpu", "On a CUDA device"),
 }
 

@@ -1,4 +1,4 @@
-"""Generation: the exact decode against the common sampler, then what parallel decoding and prefix reuse give up."""
+"""Generation: the exact decode against the common sampler."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def generation(options: Options) -> Result:
     model = trained.model
     count, new = (3, 16) if options.quick else (32, 128)
     prompts = chat_prompts(trained, count, LONGEST_PROMPT)
-    found: dict[str, list] = {}
+    answered: dict[str, list] = {}
 
     def job(side: str, ahead: str) -> None:
         settings = GenerateSettings(max_new_tokens=new, ahead=ahead)
         answer = model.answers if side == "ours" else partial(one_by_one, model)
-        found[f"{side} {ahead}"] = answer(prompts, settings)
+        answered[f"{side} {ahead}"] = answer(prompts, settings)
 
     sides = [(side, ahead) for ahead in ("hidden", "visible") for side in ("ours", "theirs")]
     jobs = {f"{side} {ahead}": partial(job, side, ahead) for side, ahead in sides}
@@ -41,7 +41,7 @@ def generation(options: Options) -> Result:
     times = interleaved(jobs, options.repeats(3), warmup=int(options.quick), at_most=75)
     rows = []
     for ahead, how in (("hidden", "hidden from the model"), ("visible", "visible as masks")):
-        ours, theirs = found[f"ours {ahead}"], found[f"theirs {ahead}"]
+        ours, theirs = answered[f"ours {ahead}"], answered[f"theirs {ahead}"]
         same = [(a.text, a.tokens) for a in ours] == [(model.decode(t), model.answer_length(t)) for t in theirs]
         long = sum(answer.tokens for answer in ours) / count
         note = f"Answers take {long:.0f} tokens on average, {_passes(ours):.0f} passes instead of {new}."
@@ -59,117 +59,9 @@ def generation(options: Options) -> Result:
                 note=note + (" The laptop model is trained to be decoded so." if ahead == "hidden" else ""),
             )
         )
-    tokens = [answer.tokens for answer in found["ours hidden"]]
+    tokens = [answer.tokens for answer in answered["ours hidden"]]
     setup = {"prompt tokens": [len(prompt) for prompt in prompts], "answer tokens": tokens}
     return Result([*rows, _never_ending(options)], _growth(model, prompts, options), setup)
-
-
-def continuous(options: Options) -> Result:
-    """Rows that end give their place to the next prompt, against batches that wait for their longest answer."""
-    trained = laptop(options)
-    model = trained.model
-    size, count = (2, 6) if options.quick else (16, 96)
-    prompts = chat_prompts(trained, count, LONGEST_PROMPT)
-    settings = GenerateSettings(batch_size=size, max_new_tokens=32 if options.quick else 128)
-
-    def batches() -> list[Answer]:
-        groups = [prompts[low : low + size] for low in range(0, len(prompts), size)]
-        return [answer for group in groups for answer in model.answers(group, settings)]
-
-    together = partial(model.answers, prompts, settings)
-    correct = require(
-        [a.text for a in together()] == [a.text for a in batches()], "every answer is the same text in both orders"
-    )
-    times = interleaved({"ours": together, "theirs": batches}, options.repeats(5), at_most=25)
-    row = compare(
-        times["ours"],
-        times["theirs"],
-        name=f"continuous batching, {len(prompts)} prompts, {size} rows at a time",
-        against="fixed batches, each until its last row ends",
-        held_equal="same sampler, weights, settings and rows at a time; rows that end leave their batch on both sides",
-        correct=correct,
-    )
-    return Result([row])
-
-
-def parallel(options: Options) -> Result:
-    """Several tokens per pass: how many passes, how much of the exact decode is kept, how long it takes."""
-    trained = laptop(options)
-    model = trained.model
-    prompts = chat_prompts(trained, 4 if options.quick else 32, LONGEST_PROMPT)
-    exact = GenerateSettings(max_new_tokens=32 if options.quick else 128)
-    variants = {
-        "half the passes": {"steps": exact.max_new_tokens // 2},
-        "a quarter of the passes": {"steps": exact.max_new_tokens // 4},
-        "threshold 0.9": {"reveal_rule": "threshold", "threshold": 0.9},
-        "threshold 0.7": {"reveal_rule": "threshold", "threshold": 0.7},
-        "factor 1": {"reveal_rule": "factor", "factor": 1.0},
-        "entropy bound 0.1": {"reveal_rule": "entropy_bound", "entropy_bound": 0.1},
-    }
-    return _approximations(model, prompts, exact, variants, "one token per pass", options, "parallel")
-
-
-def reuse(options: Options) -> Result:
-    """Approximate reuse of keys and values outside the active block between refreshes."""
-    trained = laptop(options)
-    model = trained.model
-    prompts = chat_prompts(trained, 4 if options.quick else 16, LONGEST_PROMPT)
-    exact = GenerateSettings(ahead="visible", max_new_tokens=32 if options.quick else 128)
-    variants = {
-        "prefix, refreshed at every pass": {"reuse": "prefix", "refresh": 1},
-        "prefix": {"reuse": "prefix"},
-        "prefix, refreshed every 8 passes": {"reuse": "prefix", "refresh": 8},
-        "dual": {"reuse": "dual"},
-        "dual, refreshed every 8 passes": {"reuse": "dual", "refresh": 8},
-    }
-    return _approximations(model, prompts, exact, variants, "everything computed in every pass", options, "reuse")
-
-
-def _approximations(
-    model: DiffusionLM,
-    prompts: list[list[int]],
-    exact: GenerateSettings,
-    variants: dict[str, dict],
-    against: str,
-    options: Options,
-    name: str,
-) -> Result:
-    plans = {label: exact.model_copy(update=changes) for label, changes in variants.items()}
-    jobs = {"exact": partial(model.answers, prompts, exact)}
-    jobs |= {label: partial(model.answers, prompts, plan) for label, plan in plans.items()}
-    answers = {label: job() for label, job in jobs.items()}
-    times = interleaved(jobs, options.repeats(3), warmup=0, at_most=30)
-    wanted = tokens_of(model.backbone, prompts, exact)
-    rows, agreement, passes = [], [1.0], [_passes(answers["exact"])]
-    for label, plan in plans.items():
-        found = tokens_of(model.backbone, prompts, plan)
-        share = _agreement(model, wanted, found)
-        texts = sum(a.text == b.text for a, b in zip(answers[label], answers["exact"], strict=True)) / len(prompts)
-        agreement.append(share)
-        passes.append(_passes(answers[label]))
-        rows.append(
-            compare(
-                times[label],
-                times["exact"],
-                name=f"{name}: {label}",
-                against=against,
-                held_equal="same weights, prompts, canvas and blocks; NOT the same tokens, see the note",
-                correct="the exact decode is the reference; what agrees with it is counted, not assumed",
-                note=f"{passes[-1]:.1f} passes per answer instead of {passes[0]:.1f}; {100 * texts:.0f} % of the "
-                f"answers and {100 * share:.1f} % of their tokens are those of the exact decode.",
-            )
-        )
-    curve = Growth(
-        name=name,
-        title="Agreement with the exact decode",
-        x_label="passes per answer",
-        y_label="share of equal tokens",
-        x=passes,
-        lines={"agreement": agreement},
-        note=" | ".join(["exact", *plans]),
-        log_x=False,
-    )
-    return Result(rows, [curve])
 
 
 def _never_ending(options: Options) -> Row:
@@ -243,13 +135,3 @@ def tokens_of(backbone, prompts: list[list[int]], settings: GenerateSettings) ->
 
 def _passes(answers: Sequence[Answer]) -> float:
     return sum(answer.passes for answer in answers) / len(answers)
-
-
-def _agreement(model: DiffusionLM, wanted: list[list[int]], found: list[list[int]]) -> float:
-    """Share of the exact answers' tokens, their end included, that the other decode has at the same place."""
-    same = total = 0
-    for a, b in zip(wanted, found, strict=True):
-        length = min(len(a), model.answer_length(a) + 1)
-        same += sum(x == y for x, y in zip(a[:length], b[:length], strict=True))
-        total += length
-    return same / max(1, total)

@@ -156,11 +156,11 @@ def _training(name: str, length: int, options: Options) -> tuple[list, dict]:
         "in training",
         "correct": "same loss on the CPU (case sft)",
     }
-    found = [compare(times["ours"], times["theirs"], name=f"training step, {title}", note=note, **common)]
+    rows_found = [compare(times["ours"], times["theirs"], name=f"training step, {title}", note=note, **common)]
     if _device() == "cuda":
         peaks = [memory["ours"]], [memory["theirs"]]
-        found.append(compare(*peaks, name=f"peak memory, {title}", unit="GiB", **common))
-    return found, facts
+        rows_found.append(compare(*peaks, name=f"peak memory, {title}", unit="GiB", **common))
+    return rows_found, facts
 
 
 def _padded_step(devices: Devices, backbone: Backbone, rows: TokenRows) -> None:

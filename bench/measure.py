@@ -68,7 +68,6 @@ class Growth:
     low: dict[str, list[float]] = field(default_factory=dict)
     high: dict[str, list[float]] = field(default_factory=dict)
     note: str = ""
-    log_x: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,5 +162,5 @@ def write_result(path: Path, case: str, title: str, result: Result, seconds: flo
 
 
 def _commit() -> str:
-    found = provenance.commit()
-    return found["commit"] + (" with uncommitted changes" if found["dirty"] else "")
+    state = provenance.commit()
+    return state["commit"] + (" with uncommitted changes" if state["dirty"] else "")

@@ -15,7 +15,7 @@ from bench.cases import read
 from dllm.numbers import duration
 from dllm.provenance import write_atomically
 from dllm.report.page import as_data_uri
-from dllm.report.style import GRID, INK, QUIET, RC, WIDTH, looks
+from dllm.report.style import INK, QUIET, RC, WIDTH, looks
 
 HERE = Path(__file__).resolve().parent
 STYLE = HERE.parent / "dllm" / "report" / "templates" / "page.css"
@@ -87,8 +87,8 @@ def verdict(row: dict) -> str:
 def _where(cases: dict) -> list[dict]:
     """The different machines and versions of the results, one entry each."""
     keys = ("hardware", "device", "commit", "dirty", "versions", "threads")
-    found = {str([case[key] for key in keys]): {key: case[key] for key in keys} for case in cases.values()}
-    return list(found.values())
+    places = {str([case[key] for key in keys]): {key: case[key] for key in keys} for case in cases.values()}
+    return list(places.values())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def _where(cases: dict) -> list[dict]:
 
 
 def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
-    found = {
+    figures = {
         "ratios": (
             "Every comparison: median of theirs over median of ours, with the interquartile range of the paired "
             "ratios. Upright marks are the targets. Right of 1, ours is faster or smaller.",
@@ -105,26 +105,19 @@ def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
         )
     }
     curves = {c["name"]: c for case in cases.values() for c in case["growth"]}
-    scaling = [c for c in curves.values() if c["name"] not in ("estimators", "parallel", "reuse")]
+    scaling = [c for c in curves.values() if c["name"] != "estimators"]
     if scaling:
         caption = (
             "How cost grows. Points are medians, bars the quartiles. Both axes are logarithmic; both lines of a panel "
         )
-        found["growth"] = (caption + "were taken in turn.", _panels(scaling), _growth_csv(scaling))
+        figures["growth"] = (caption + "were taken in turn.", _panels(scaling), _growth_csv(scaling))
     if "estimators" in curves:
         caption = (
             "Standard error of each likelihood estimator against the passes it takes, on the same requests. Left and "
             "down is better. Every estimator has the same expectation."
         )
-        found["estimators"] = (caption, _estimators(curves["estimators"]), _estimators_csv(curves["estimators"]))
-    trades = [curves[name] for name in ("parallel", "reuse") if name in curves]
-    if trades:
-        caption = (
-            "What approximate decoding gives up: share of the exact answers' tokens that it keeps, against its speed. "
-            "The exact decode is at (1, 1)."
-        )
-        found["agreement"] = (caption, _agreement(trades, cases), _agreement_csv(trades, cases))
-    return found
+        figures["estimators"] = (caption, _estimators(curves["estimators"]), _estimators_csv(curves["estimators"]))
+    return figures
 
 
 def _ratios(cases: dict) -> Figure:
@@ -196,29 +189,6 @@ def _estimators(curve: dict) -> Figure:
     return figure
 
 
-def _agreement(curves: list[dict], cases: dict) -> Figure:
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    titles = {"parallel": "Several tokens per pass", "reuse": "Reuse of keys and values"}
-    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
-        points = _trade(curve, cases)
-        for (label, look), (speed, share, _) in zip(looks(points).items(), points.values(), strict=True):
-            axes.plot(speed, share, look.marker, color=look.color, label=label, markersize=7)
-        axes.set(title=titles[curve["name"]], xlabel="times faster than exact", ylabel="share of equal tokens")
-        axes.set_ylim(-0.04, 1.06)
-        axes.set_xlim(left=0)
-        axes.legend(fontsize=7.5, loc="lower left")
-        axes.axhline(1, color=GRID)
-    return figure
-
-
-def _trade(curve: dict, cases: dict) -> dict[str, tuple[float, float, float]]:
-    """Speed, agreement and passes of each variant of a curve."""
-    labels = curve["note"].split(" | ")
-    speeds = [1.0, *(row["ratio"] for row in cases[curve["name"]]["rows"])]
-    found = zip(labels, speeds, curve["lines"]["agreement"], curve["x"], strict=True)
-    return {label: (speed, share, passes) for label, speed, share, passes in found}
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -250,11 +220,6 @@ def _estimators_csv(curve: dict) -> str:
     pairs = {name: zip(curve["low"][name], errors, strict=True) for name, errors in curve["lines"].items()}
     rows = [[name, passes, error] for name, points in pairs.items() for passes, error in points]
     return _csv(["estimator", "passes", "standard_error"], rows)
-
-
-def _agreement_csv(curves: list[dict], cases: dict) -> str:
-    rows = [[c["name"], label, *point] for c in curves for label, point in _trade(c, cases).items()]
-    return _csv(["kind", "variant", "speed", "agreement", "passes"], rows)
 
 
 def _csv(head: list[str], rows: list[list]) -> str:

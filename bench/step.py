@@ -20,7 +20,6 @@ from bench.workloads import VOCABULARY, chat_lengths, encoder, rows_of_lengths
 from dllm.config import ModelEntry, OptimizerSettings, Recipe, RunConfig
 from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
-from dllm.core.losses import dense_masked_loss
 from dllm.core.memory import LOGITS_BYTES
 from dllm.data.collate import ResponseEnd, collate, ended_lengths, epoch_batches
 from dllm.data.tokens import TokenRows
@@ -61,18 +60,14 @@ class Sizes:
 class Trainer:
     """One model with its optimiser, and steps on the same rows in our way and in the common ways."""
 
-    def __init__(
-        self, sizes: Sizes, *, bf16: bool = False, padded: bool = False, logits: int | None = None, **settings
-    ):
-        """padded: rows padded to the longest, as the stock class runs them; logits: how many rows of them are held."""
+    def __init__(self, sizes: Sizes, *, bf16: bool = False, logits: int | None = None):
+        """logits: how many rows of them are held at a time."""
         self.sizes, self.bf16 = sizes, bf16
         self.backbone: Backbone = encoder(
             sizes.vocabulary, layers=sizes.layers, width=sizes.width, context=sizes.longest + 64
         )
-        if padded:
-            self.backbone = replace(self.backbone, packable=False)
         self.budget = LOGITS_BYTES["cpu"] if logits is None else logits * sizes.vocabulary * (2 if bf16 else 4)
-        self.config = run_config(sizes, bf16=bf16, **settings)
+        self.config = run_config(sizes, bf16=bf16)
         AcceleratorState._reset_state(reset_partial_state=False)
         scores = scores_for(self.config, self.backbone)
         self.devices = devices_for(Accelerator(cpu=True), scores, self.config.optimizer, bf16=bf16)
@@ -116,14 +111,6 @@ class Trainer:
         corrupted = exact_count(batch.maskable, noise.level, noise.place)
         return batch.tokens, batch.attention, corrupted.masked, corrupted.weight
 
-    def plain(self, rows: TokenRows, numbers: ndarray, total: float) -> float:
-        """The textbook loss of these rows, without a gradient: the oracle of the tests."""
-        tokens, attention, masked, share = self.padded(rows, numbers)
-        with torch.no_grad():
-            corrupted = torch.where(masked, self.backbone.mask_id, tokens)
-            logits = self.backbone.model(input_ids=corrupted, attention_mask=attention.long()).logits
-            return float(dense_masked_loss(logits, tokens, masked, share)) / total
-
     def _autocast(self):
         return torch.autocast("cpu", torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
@@ -159,9 +146,9 @@ def pool(sizes: Sizes) -> tuple[TokenRows, list[ndarray], TokenRows, list[ndarra
     batches = epoch_batches(lengths, sizes.batch, SEED, 0, grouped=True)
     by_length = batches[numpy.argsort(lengths[batches].mean(1))]
     grouped = by_length[(numpy.arange(count) * 2 + 1) * len(by_length) // (2 * count)].reshape(-1)
-    found = [rows_of_lengths(lengths[chosen], sizes.vocabulary) for chosen in (random, grouped)]
+    pools = [rows_of_lengths(lengths[chosen], sizes.vocabulary) for chosen in (random, grouped)]
     cut = [numpy.arange(sizes.rows).reshape(-1, sizes.batch)] * 2
-    return found[0], list(cut[0]), found[1], list(cut[1])
+    return pools[0], list(cut[0]), pools[1], list(cut[1])
 
 
 def _waste(lengths: ndarray) -> float:

@@ -99,13 +99,13 @@ def endings(laptop: Laptop, lengths: list[int]) -> list[Request]:
     """Held-out conversations cut before their last tokens: one request per wanted target length."""
     rows = laptop.rows
     long_enough = [n for n in range(len(rows)) if rows.lengths[n] >= max(lengths) + 8]
-    found = []
+    requests = []
     for length, number in zip(lengths, long_enough[:: max(1, len(long_enough) // len(lengths))], strict=False):
         row = rows.row(number).tolist()
-        found.append(Request(row[:-length], row[-length:]))
-    if len(found) < len(lengths):
-        raise ValueError(f"{len(found)} held-out texts are long enough, {len(lengths)} are needed; ask for fewer")
-    return found
+        requests.append(Request(row[:-length], row[-length:]))
+    if len(requests) < len(lengths):
+        raise ValueError(f"{len(requests)} held-out texts are long enough, {len(lengths)} are needed; ask for fewer")
+    return requests
 
 
 def answers(laptop: Laptop) -> tuple[list[Request], list[Request]]:

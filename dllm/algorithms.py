@@ -56,11 +56,11 @@ class Algorithm:
 
     def part(self, name: str) -> Any:
         """What makes the objective, the sampler or the scorer. Raises ValueError, one line, if there is none."""
-        found = getattr(self, name)
-        if found is None:
+        made_by = getattr(self, name)
+        if made_by is None:
             end = f"; {self.instead}" if self.instead else ""
             raise ValueError(f"algorithm = {self.name!r} has no {PARTS[name]}{end}")
-        return resolved(found)
+        return resolved(made_by)
 
     @property
     def has_likelihood(self) -> bool:
@@ -156,14 +156,14 @@ def algorithm_for(trained: str, wanted: str | None) -> Algorithm:
 
     Raises ValueError, one line, for an unknown algorithm, or one that the model cannot serve.
     """
-    found = algorithm_named(wanted or trained)
+    row = algorithm_named(wanted or trained)
     allowed = (trained, *(ALGORITHMS[trained].also_as if trained in ALGORITHMS else ()))
-    if found.name not in allowed:
+    if row.name not in allowed:
         raise ValueError(
             f"algorithm = {wanted!r} cannot use a model trained with {trained!r}; allowed: {', '.join(allowed)}; "
             f"leave it out, or train one with algorithm: {wanted}"
         )
-    return found
+    return row
 
 
 def trained_blocks(trained: str | None) -> Literal["any", "trained", "none"]:

@@ -1,6 +1,7 @@
 """Settings that choose a function by its name: the row of a name says where its function is. Imports none of them.
 
-A new reveal rule or estimator is a function and a row here; settings, command line and planning read the tables.
+A new reveal rule, estimator or kind of rows is a function and a row here; settings, command line, planning and data
+read the tables.
 `dllm.algorithms.resolved` makes the function of a name such as "package.module:function".
 """
 
@@ -55,3 +56,13 @@ ESTIMATORS: dict[str, Estimator] = {
     "lattice": Estimator("dllm.likelihood.designs:lattice", "dllm.likelihood.policy:lattice_passes"),
     "mc": Estimator("dllm.likelihood.designs:mc", "dllm.likelihood.policy:mc_passes"),
 }
+
+
+ROW_KINDS: dict[str, str | Any] = {
+    "messages": "dllm.data.kinds:CHATS",
+    "sharegpt": "dllm.data.kinds:SHAREGPT",
+    "alpaca": "dllm.data.kinds:ALPACA",
+    "pairs": "dllm.data.kinds:PAIRS",
+    "text": "dllm.data.kinds:TEXT",
+}
+"""Ways to write the rows of a dataset, each a `data.kinds.Kind`; a row is of the first that fits."""

@@ -58,11 +58,12 @@ def replace_directory(new: str | Path, target: str | Path) -> None:
 
 
 @contextmanager
-def alone(path: str | Path) -> Iterator[bool]:
-    """Hold the lock file `path`, so that no two attempts at one job write to one place; one that was killed lets go.
+def file_lock(path: str | Path) -> Iterator[bool]:
+    """Hold the lock file `path`, so that only one attempt at a job writes at a time. A process that is killed lets go.
 
-    Gives whether another attempt was there before and has been waited for. The file may be deleted with the directory
-    it stands in; whoever waited for it then makes a new one. Raises ValueError, one line, where files cannot be locked.
+    The value says whether this attempt had to wait for another one. The file may be deleted together with its
+    directory: an attempt that waited for it then makes a new one. Raises ValueError, one line, where the file system
+    cannot lock files.
     """
     import fcntl
 
@@ -77,9 +78,9 @@ def alone(path: str | Path) -> Iterator[bool]:
                 print(f"{path}: another attempt is at work here; waiting until it ends", flush=True)
                 waited = True
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as fault:
+            except OSError as error:
                 raise ValueError(
-                    f"{path}: this file system cannot lock files ({fault.strerror}), so two attempts could write to "
+                    f"{path}: this file system cannot lock files ({error.strerror}), so two attempts could write to "
                     "one place; put `workdir` on one that can (Lustre: mounted with flock)"
                 ) from None
             try:
@@ -166,14 +167,14 @@ def read_record(path: str | Path) -> dict:
 def input_digest(directory: str | Path) -> str:
     """The digest of an artifact that a job reads. Raises ValueError, one line, if the artifact or its record is gone.
 
-    Such a job cannot be helped by the workflow: where the record is, it takes the artifact for made.
+    The workflow cannot help here: while the record is there, it believes that the artifact is, too.
     """
-    found = read_record(f"{directory}.json")["digest"]
+    digest = read_record(f"{directory}.json")["digest"]
     if not Path(directory).is_dir():
         raise ValueError(
             f"{directory}: missing, although its record is there; delete {directory}.json and run the workflow again"
         )
-    return found
+    return digest
 
 
 @cache
@@ -187,7 +188,9 @@ def commit() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+            # the clone may belong to another user, whose code is running at this moment
+            command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -202,13 +205,13 @@ def commit() -> dict[str, Any]:
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 @cache

@@ -16,9 +16,9 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK = ROOT / "bench" / "results"
@@ -113,7 +113,7 @@ def section(where: str, model: type[Settings]) -> str:
     for name, field in model.model_fields.items():
         cells = (
             f"`{name}`",
-            (choices_text(field) or type_text(field.annotation)) + limits_text(field),
+            (choices_text(field.metadata) or type_text(field.annotation)) + limits_text(field),
             default_text(field),
             field.description,
         )
@@ -121,15 +121,17 @@ def section(where: str, model: type[Settings]) -> str:
     return "\n".join(lines)
 
 
-def choices_text(field: FieldInfo) -> str:
+def choices_text(metadata: Iterable[Any]) -> str:
     """The names that a table allows, where a setting is one of them."""
-    found = [name for part in field.metadata if isinstance(part, WithJsonSchema) for name in part.json_schema["enum"]]
+    found = [name for part in metadata if isinstance(part, WithJsonSchema) for name in part.json_schema["enum"]]
     return ", ".join(f"`{name}`" for name in found)
 
 
 def type_text(annotation: Any) -> str:
     """A type in words, with links to the settings classes in it."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return choices_text(arguments)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):

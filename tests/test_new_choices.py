@@ -1,12 +1,14 @@
-"""A new reveal rule or estimator is one function and one row, a new schedule one row."""
+"""A new reveal rule, estimator or kind of rows is one function and one row, a new schedule one row."""
 
 import pytest
 import torch
 
-from dllm.choices import ESTIMATORS, REVEAL_RULES, Estimator, RevealRule
-from dllm.config import GenerateSettings, LikelihoodSettings, Recipe
+from dllm.choices import ESTIMATORS, REVEAL_RULES, ROW_KINDS, Estimator, RevealRule
+from dllm.config import DatasetEntry, GenerateSettings, LikelihoodSettings, Recipe
 from dllm.core.canvas import canvas_for
 from dllm.core.corrupt import corrupted
+from dllm.data.convert import messages_of
+from dllm.data.kinds import Kind, recognised
 from dllm.likelihood.designs import Design
 from dllm.likelihood.policy import likelihood_passes
 from dllm.likelihood.scorer import MaskedScorer
@@ -50,3 +52,17 @@ def test_one_row_is_a_schedule_of_recipes(monkeypatch):
     recipe = Recipe(schedule="half", corruption="bernoulli")
     maskable, noise = torch.ones(1, 100, dtype=torch.bool), torch.linspace(0, 0.99, 100)[None]
     assert corrupted(maskable, torch.ones(1), noise, recipe).masked.sum() == 50
+
+
+def test_one_row_is_a_kind_of_datasets(monkeypatch):
+    def turns(row, where):
+        return [{"role": "user", "content": row["riddle"]}, {"role": "assistant", "content": row["solution"]}]
+
+    with pytest.raises(ValueError, match="Input should be 'auto', .* or 'text'"):
+        DatasetEntry(files=["riddles.jsonl"], kind="riddles")
+    riddles = Kind("riddles", lambda row: ("riddle", "solution") if "riddle" in row else (), turns)
+    monkeypatch.setitem(ROW_KINDS, "riddles", riddles)
+    assert DatasetEntry(files=["riddles.jsonl"], kind="riddles").kind == "riddles"
+    row = {"riddle": "What has keys and no locks?", "solution": "A piano."}
+    assert recognised([row], "riddles.jsonl") == ("riddles", "rows look like riddles: columns riddle, solution")
+    assert messages_of(row, "auto", "riddles.jsonl:1")[-1]["content"] == "A piano."

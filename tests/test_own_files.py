@@ -63,6 +63,8 @@ def test_the_shortest_overlay_plans_one_run_and_nothing_else(home):
 def test_the_shortest_overlay_runs_from_download_to_page_with_the_model_of_the_synthetic_world(home, tmp_path):
     from tests.workflow.conftest import snakemake
 
+    (tmp_path / "scratch/deep/er").mkdir(parents=True)
+    (tmp_path / "small").symlink_to("scratch/deep/er")  # as results are on many a cluster
     (home / "world.yaml").write_text(
         f"replaces: all\nworkdir: {tmp_path / 'small'}\nworld_seed: 7\n"
         f"models: {{tiny: {{new: {json.dumps(entry_for().new)}, tokenizer: world}}}}\n"

@@ -164,6 +164,7 @@ def test_a_release_unpacked_inside_another_repository_does_not_take_its_commit(m
     place = tmp_path / below / "dllm" / "provenance.py"
     place.parent.mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(place))
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # two users in one clone
     provenance.commit.cache_clear()
     try:
         found = provenance.commit()

@@ -6,6 +6,7 @@ setting reruns exactly what depends on it.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -127,8 +128,8 @@ class Plan:
 
     @property
     def path_to_root(self) -> str:
-        """The way from the work directory to the repository, where jobs start."""
-        return os.path.relpath(ROOT, ROOT / self.project.workdir)
+        """The way from the work directory, where jobs start, to the repository; either may be a symbolic link."""
+        return os.path.relpath(ROOT, (ROOT / self.project.workdir).resolve())
 
     def record_of(self, name: str) -> str:
         """Record of a model or run: the edge of the graph that `init` and `checkpoint` draw."""
@@ -187,6 +188,14 @@ class Plan:
         write_atomically(workdir / "report" / "rehearsal.json", found.as_json())
         write_atomically(workdir / "report" / "rehearsal.html", rehearsal_page(found))
         print(f"{found.line()}\n{workdir / 'report' / 'rehearsal.html'}", file=sys.stderr)
+
+
+def check_writable(workdir: str | Path) -> None:
+    """Raise PermissionError if this user cannot write where Snakemake will, which says so in a traceback only."""
+    root = Path(workdir)
+    for path in (root, *root.glob(".snakemake"), *root.glob(".snakemake/*/")):
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def make_plan(full: Project) -> Plan:

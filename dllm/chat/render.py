@@ -65,14 +65,14 @@ def pieces(canvas: Canvas, decode: Callable[[list[int]], str], *, previous: Canv
 
 def _texts(tokens: Sequence[int], masked: Sequence[bool], decode: Callable[[list[int]], str]) -> list[str]:
     """What each token adds to the text of its unmasked run; "" while masked."""
-    found: list[str] = []
+    texts: list[str] = []
     for is_masked, run in groupby(zip(masked, tokens, strict=True), key=lambda pair: pair[0]):
         ids, known = [token for _, token in run], ""
         for size in range(1, len(ids) + 1):
             text = "" if is_masked else decode(ids[:size])
-            found.append(text[len(commonprefix([known, text])) :])
+            texts.append(text[len(commonprefix([known, text])) :])
             known = text
-    return found
+    return texts
 
 
 def style_of(piece: Piece) -> str:
@@ -83,7 +83,7 @@ def style_of(piece: Piece) -> str:
     return f"bold {colour}" if piece.state == "new" else colour
 
 
-def canvas_text(found: Sequence[Piece], end: str = "") -> Text:
+def canvas_text(pieces_shown: Sequence[Piece], end: str = "") -> Text:
     """The pieces as styled text; the text of `end` (EOS) becomes a small sign."""
 
     def shown(piece: Piece) -> tuple[str, str]:
@@ -92,18 +92,18 @@ def canvas_text(found: Sequence[Piece], end: str = "") -> Text:
         return (END, "dim") if end and piece.text.strip() == end else (piece.text, style_of(piece))
 
     text = Text()
-    for style, run in groupby(map(shown, found), key=lambda pair: pair[1]):
+    for style, run in groupby(map(shown, pieces_shown), key=lambda pair: pair[1]):
         text.append("".join(sign for sign, _ in run), style)
     return text
 
 
-def edit_text(found: Sequence[tuple[str, str]], *, colours: bool = True) -> Text:
+def edit_text(edits: Sequence[tuple[str, str]], *, colours: bool = True) -> Text:
     """Pieces of an edited text (`sampling.edits.edit_pieces`) on one line.
 
     With colours, what is gone is struck through and what is new is bold; else they read [-gone-] and {+new+}.
     """
     text = Text()
-    for kind, piece in found:
+    for kind, piece in edits:
         piece = SPACE.sub(" ", piece)
         sign, style = EDITS[kind]
         text.append(piece if colours else sign.format(piece), style if colours else "")

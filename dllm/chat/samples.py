@@ -25,14 +25,14 @@ def samples(model: DiffusionLM, config: SampleConfig) -> dict:
 
 def converse(model: DiffusionLM, conversations: list[list[str]], settings: GenerateSettings) -> list[list[Message]]:
     """The conversations with the model's answers as {"role", "content"} turns; the n-th turns are one batch."""
-    found: list[list[Message]] = [[] for _ in conversations]
+    talks: list[list[Message]] = [[] for _ in conversations]
     for number in range(max(map(len, conversations), default=0)):
         open_ones = [i for i, turns in enumerate(conversations) if number < len(turns)]
         for i in open_ones:
-            found[i].append({"role": "user", "content": conversations[i][number]})
-        for i, answer in zip(open_ones, model.generate([found[i] for i in open_ones], settings), strict=True):
-            found[i].append({"role": "assistant", "content": answer})
-    return found
+            talks[i].append({"role": "user", "content": conversations[i][number]})
+        for i, answer in zip(open_ones, model.generate([talks[i] for i in open_ones], settings), strict=True):
+            talks[i].append({"role": "assistant", "content": answer})
+    return talks
 
 
 def film(model: DiffusionLM, prompt: str, settings: GenerateSettings) -> dict:
@@ -48,24 +48,24 @@ def film(model: DiffusionLM, prompt: str, settings: GenerateSettings) -> dict:
     decode = model.backbone.tokenizer.decode
     frames, shown = [], None
     for previous, canvas in zip([None, *canvases], canvases, strict=False):
-        found = pieces(canvas, decode, previous=previous)
+        shown_pieces = pieces(canvas, decode, previous=previous)
         if isinstance(canvas, EditCanvas):
-            found = _in_place(found, canvas.responses()[0], response)
-        found = found[:size]
+            shown_pieces = _in_place(shown_pieces, canvas.responses()[0], response)
+        shown_pieces = shown_pieces[:size]
         # frames are compared by what is known: the state `new` alone would make every frame differ
-        known = [None if piece.state == "masked" else piece.text for piece in found]
+        known = [None if piece.state == "masked" else piece.text for piece in shown_pieces]
         if known != shown:
-            frames.append({"step": canvas.step, "nfe": canvas.nfe, "tokens": [_token(piece) for piece in found]})
+            frames.append({"step": canvas.step, "nfe": canvas.nfe, "tokens": [_token(piece) for piece in shown_pieces]})
             shown = known
     return {"prompt": prompt, "answer": model.decode(response, settings.stop).strip(), "frames": frames}
 
 
-def _in_place(found: list[Piece], tokens: list[int], response: list[int]) -> list[Piece]:
+def _in_place(pieces_of: list[Piece], tokens: list[int], response: list[int]) -> list[Piece]:
     """The pieces of `tokens` at the positions that the finished response has for them; masked ones elsewhere."""
     placed = [Piece("", "masked", 0.0)] * len(response)
     for step in Levenshtein.opcodes(tokens, response):
         if step.tag in ("equal", "replace"):
-            placed[step.dest_start : step.dest_end] = found[step.src_start : step.src_end]
+            placed[step.dest_start : step.dest_end] = pieces_of[step.src_start : step.src_end]
     return placed
 
 

@@ -21,10 +21,10 @@ class Conversation:
 
     def messages(self, question: str | None = None) -> list[Message]:
         """The conversation as {"role", "content"} turns, with a new question at the end if there is one."""
-        found = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [{"role": "system", "content": self.system}] if self.system else []
         for asked, answered in self.turns:
-            found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return found + ([{"role": "user", "content": question}] if question is not None else [])
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return turns + ([{"role": "user", "content": question}] if question is not None else [])
 
     def with_turn(self, question: str, answer: str) -> Conversation:
         """The conversation one turn later."""

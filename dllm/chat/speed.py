@@ -58,16 +58,16 @@ def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]
     files = sorted(Path(name) for name in glob.glob(str(path))) if "*" in str(path) else [path]
     if not files or not all(file.is_file() for file in files):
         raise ValueError(f"{path}: no such file of questions; fetch or make its dataset first")
-    found: list[Question] = []
+    questions: list[Question] = []
     rows = ((source, number, line) for source in files for number, line in enumerate(_lines(source), 1))
     for file, number, line in rows:
-        if len(found) == limit:
+        if len(questions) == limit:
             break
         if line.strip():
-            found.append(_question(line, expression, f"{file}:{number}"))
-    if not found:
+            questions.append(_question(line, expression, f"{file}:{number}"))
+    if not questions:
         raise ValueError(f"{path}: no questions in it")
-    return found
+    return questions
 
 
 def _lines(path: Path) -> list[str]:
@@ -113,11 +113,11 @@ def compare(model: DiffusionLM, config: SpeedConfig, questions: list[Question]) 
     exact: list[Answer] = []
     for name, settings in decoding_plans(config).items():
         model.generate(_prompts(config, questions)[: min(8, settings.batch_size)], settings)
-        found, answers = _measured(model, config, questions, name, settings)
+        measured, answers = _measured(model, config, questions, name, settings)
         exact = exact or answers
         pairs = [(one.ids, other.ids) for one, other in zip(answers, exact, strict=True)]
         share = sum(one == other for one, other in pairs) / len(pairs)
-        yield replace(found, agreement=share, token_agreement=token_agreement(pairs))
+        yield replace(measured, agreement=share, token_agreement=token_agreement(pairs))
 
 
 def decoding_plans(config: SpeedConfig) -> dict[str, GenerateSettings]:

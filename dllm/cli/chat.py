@@ -213,17 +213,17 @@ class Live:
         from dllm.chat.render import canvas_text, pieces, status
 
         tokenizer = self.model.backbone.tokenizer
-        found = pieces(canvas, tokenizer.decode, previous=previous)
-        known = next((i for i, piece in enumerate(found) if piece.state == "masked"), len(found))
+        shown = pieces(canvas, tokenizer.decode, previous=previous)
+        known = next((i for i, piece in enumerate(shown) if piece.state == "masked"), len(shown))
         tokens = canvas.responses()[0][:known]
         size = self.model.answer_length(tokens)
         if size < known:
-            found = found[:size]
-        if found and size:  # a word-level token brings the space before it, also at the start
-            found = [replace(found[0], text=found[0].text.lstrip()), *found[1:]]
-        revealed = sum(piece.state != "masked" for piece in found)
+            shown = shown[:size]
+        if shown and size:  # a word-level token brings the space before it, also at the start
+            shown = [replace(shown[0], text=shown[0].text.lstrip()), *shown[1:]]
+        revealed = sum(piece.state != "masked" for piece in shown)
         text = Text("" if self.bare else "Bot: ", "bold")
-        body = canvas_text(found, tokenizer.eos_token)
+        body = canvas_text(shown, tokenizer.eos_token)
         body.rstrip()
         line = status(canvas.step, canvas.nfe, revealed, seconds)
         return Text.assemble(text, body, "\n", line)

@@ -22,13 +22,13 @@ def run(args: argparse.Namespace) -> int:
     """Download and say where it is."""
     from dllm.config import DownloadConfig, read_config
     from dllm.data.download import download
-    from dllm.provenance import alone
+    from dllm.provenance import file_lock
 
     config = read_config(args.config, DownloadConfig)
     stated = config.dataset.licence if config.dataset else None
     if stated:
         print(f"{config.name}: licence {stated}", flush=True)
-    with alone(Path(args.workdir) / ".work" / "locks" / f"download-{config.name}"):
+    with file_lock(Path(args.workdir) / ".work" / "locks" / f"download-{config.name}"):
         path = download(config, args.workdir)
     manifest = path / "manifest.json"
     facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     workdirs = [workdir_of(path, args.workdir) for path, _ in configs]
 
     from dllm.evaluation.evaluate import evaluate_benchmark
-    from dllm.provenance import alone
+    from dllm.provenance import file_lock
 
     shard, score, wait = _share(args)
     device = _device(args.device)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         progress = ProgressLine(f"{config.run} {config.benchmark}")
         # one process at a time works on a part: a process that waited reads the stored answers
         part = f"evaluate-{config.run}-{config.benchmark}-{shard[0]}-of-{shard[1]}"
-        with alone(workdir / ".work" / "locks" / part):
+        with file_lock(workdir / ".work" / "locks" / part):
             result = evaluate_benchmark(
                 config,
                 workdir,

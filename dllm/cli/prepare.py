@@ -23,14 +23,14 @@ def run(args: argparse.Namespace) -> int:
 
     from dllm.config import PrepareConfig, read_config
     from dllm.data.prepare import prepare
-    from dllm.provenance import alone
+    from dllm.provenance import file_lock
 
     config = read_config(args.config, PrepareConfig)
 
     def progress(rows, text):
         return tqdm(rows, desc=text, unit="row", mininterval=1.0, dynamic_ncols=True, disable=None)
 
-    with alone(Path(args.workdir) / ".work" / "locks" / f"prepare-{config.name}"):
+    with file_lock(Path(args.workdir) / ".work" / "locks" / f"prepare-{config.name}"):
         manifest = prepare(config, args.workdir, progress)
     for source in manifest["sources"]:
         if source.get("read_as"):

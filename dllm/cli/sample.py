@@ -123,9 +123,9 @@ def _edit(args: argparse.Namespace) -> int:
         return text.replace(model.end_of_turn, "") if model.end_of_turn else text
 
     for canvas in model.edits(args.edit, prompt, settings):
-        found = [(kind, text) for kind, text in edit_pieces(canvas, decode) if text.strip() or kind == "kept"]
-        if canvas.step == 0 or any(kind != "kept" for kind, _ in found):
-            line = edit_text(found, colours=colours)
+        pieces = [(kind, text) for kind, text in edit_pieces(canvas, decode) if text.strip() or kind == "kept"]
+        if canvas.step == 0 or any(kind != "kept" for kind, _ in pieces):
+            line = edit_text(pieces, colours=colours)
             line.rstrip()
             console.print(Text.assemble((f"{canvas.step:>3}  ", "dim"), line), soft_wrap=True)
     console.print(model.decode(canvas.responses()[0], settings.stop).strip(), soft_wrap=True, markup=False)
@@ -158,7 +158,7 @@ def _write(model, config, output) -> int:
     from dllm.chat.samples import samples
     from dllm.provenance import write_atomically
 
-    found = samples(model, config)
-    write_atomically(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    print(f"{config.run}: {len(found['conversations'])} conversations, {len(found['film']['frames'])} frames: {output}")
+    made = samples(model, config)
+    write_atomically(output, json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    print(f"{config.run}: {len(made['conversations'])} conversations, {len(made['film']['frames'])} frames: {output}")
     return 0

@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
     questions = read_questions(workdir / config.questions, config.answer, config.limit)
     model = open_model(str(workdir / config.checkpoint), args.device)
     points, options = [], []
-    for found in measure(model, config, questions):
-        points.append({"steps": int(found.name), "metric": METRIC} | measured(found))
-        print(f"{found.name:>5} steps: {line(points[-1])}", flush=True)
-    for found in compare(model, config, questions):
-        agreement: dict[str, Any] = {"agreement": found.agreement, "token_agreement": found.token_agreement}
-        options.append({"name": found.name} | agreement | measured(found))
+    for measurement in measure(model, config, questions):
+        points.append({"steps": int(measurement.name), "metric": METRIC} | measured(measurement))
+        print(f"{measurement.name:>5} steps: {line(points[-1])}", flush=True)
+    for measurement in compare(model, config, questions):
+        agreement: dict[str, Any] = {"agreement": measurement.agreement, "token_agreement": measurement.token_agreement}
+        options.append({"name": measurement.name} | agreement | measured(measurement))
         print(
-            f"{found.name}: {line(options[-1])}, {100 * agreement['agreement']:.1f} % of answers and "
+            f"{measurement.name}: {line(options[-1])}, {100 * agreement['agreement']:.1f} % of answers and "
             f"{100 * agreement['token_agreement']:.1f} % of tokens as in the exact decode",
             flush=True,
         )
@@ -60,19 +60,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measured(found) -> dict:
+def measured(measurement) -> dict:
     """A measurement as the report reads it: seconds over all answers, quality with its 95 % Wilson interval."""
     from dllm.numbers import wilson_interval
 
-    low, high = wilson_interval(found.correct, found.n)
+    low, high = wilson_interval(measurement.correct, measurement.n)
     return {
-        "nfe": found.nfe,
-        "seconds": found.seconds,
-        "tokens_per_second": found.tokens / found.seconds,
-        "quality": found.correct / found.n,
+        "nfe": measurement.nfe,
+        "seconds": measurement.seconds,
+        "tokens_per_second": measurement.tokens / measurement.seconds,
+        "quality": measurement.correct / measurement.n,
         "quality_low": low,
         "quality_high": high,
-        "n": found.n,
+        "n": measurement.n,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import MutableMapping
 
 HELP = "train one run from its resolved config, resuming where it was interrupted"
 EXAMPLES = """examples:
@@ -36,15 +37,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def set_up_torch() -> None:
-    """As many threads as the environment says, deterministic kernels, and no bars and warnings of other packages."""
+    """A number of threads that all packages can read, deterministic kernels, no bars and warnings of other packages."""
     import logging
     import os
 
     import torch
     import transformers
 
-    if os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    check_threads(os.environ)
     torch.use_deterministic_algorithms(True, warn_only=True)
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
+
+
+def check_threads(environment: MutableMapping[str, str]) -> None:
+    """Leave one number in OMP_NUM_THREADS, the first of several: OpenMP takes lists, accelerate does not.
+
+    Raises ValueError, one line, for anything that OpenMP would pass over.
+    """
+    stated = environment.get("OMP_NUM_THREADS", "")
+    first = stated.split(",")[0].strip()
+    if not stated.strip():
+        environment.pop("OMP_NUM_THREADS", None)
+    elif first.isdecimal() and int(first):
+        environment["OMP_NUM_THREADS"] = str(int(first))
+    else:
+        raise ValueError(f"OMP_NUM_THREADS = {stated!r}; set it to a number of threads from 1 on, or unset it")

@@ -141,8 +141,8 @@ def _say_plan(tuning: Tuning, say) -> None:
     say(f"         everything is written below {tuning.workdir}; Ctrl-C saves")
 
 
-def _show(found: Sequence[Example]) -> None:
-    for example in found:
+def _show(examples: Sequence[Example]) -> None:
+    for example in examples:
         print()
         for name, text in (("asked", example.prompt), ("reference", example.reference), ("model", example.answer)):
             short = " ".join(text.split())

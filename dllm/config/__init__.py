@@ -49,7 +49,7 @@ from dllm.config.jobs import (
 )
 from dllm.config.reading import CONFIG_FILES, ConfigError, load_project, read_config, read_yaml, with_scalar
 from dllm.config.rehearsal import rehearsed
-from dllm.config.rules import launch_fault
+from dllm.config.rules import launch_error
 from dllm.config.settings import (
     DECODING_OPTIONS,
     AdapterSettings,
@@ -77,7 +77,7 @@ __all__ = [
     "ReportedEntry", "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer", "Settings",
     "Shape", "SpeedConfig", "SpeedEntry", "checked_options", "checkpoint_directory", "checkpoint_files",
     "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest", "download_configs",
-    "download_name", "download_path", "evaluation_configs", "launch_fault", "load_project", "option", "overlaid",
+    "download_name", "download_path", "evaluation_configs", "launch_error", "load_project", "option", "overlaid",
     "prepare_configs", "prepared_name", "read_config", "read_yaml", "rehearsed", "run_configs", "sample_configs",
     "schema", "speed_configs", "with_scalar", "write_when_changed", "yaml_text",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from pydantic import PrivateAttr, model_validator
 from dllm.config.rules import (
     adapter_error,
     budget_error,
-    launch_fault,
+    launch_error,
     raise_first,
     tokens_error,
 )
@@ -26,10 +26,12 @@ from dllm.config.settings import (
     AdapterSettings,
     AlgorithmName,
     EditSettings,
+    FamilyName,
     GenerateSettings,
     OptimizerSettings,
     Recipe,
     Resources,
+    RowKindName,
     Scorer,
     Settings,
     checked_options,
@@ -43,10 +45,6 @@ REVISION = re.compile(r"^[0-9a-f]{40}$")
 HardwareName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "rtx-4090", "cpu"]
 HARDWARE: tuple[HardwareName, ...] = get_args(HardwareName)
 """Names of what `dllm plan` can plan for; the figures are in `dllm.planning.hardware`."""
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
 
 
 class Shape(Settings):
@@ -94,7 +92,7 @@ class ModelEntry(Pinned):
         "transformers config of a model made from a seed (model_type first); {}: that of the model that brings the "
         "tokenizer, whose architecture is drawn anew",
     )
-    published: Literal["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"] | None = option(
+    published: FamilyName | None = option(
         None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
     )
     seed: int = option(0, "seed of a new model's weights", ge=0, le=LARGEST_SEED)
@@ -138,9 +136,7 @@ class DatasetEntry(Pinned):
     )
     seed: int = option(0, "seed of the synthetic world", ge=0, le=LARGEST_SEED)
     mix: list[str] | None = option(None, "names of datasets, concatenated split by split")
-    kind: Literal["text", "alpaca", "messages", "sharegpt", "pairs", "auto", "benchmark", "world"] = option(
-        "text", "how a row is read; `auto`, the default of `files`, goes by its columns"
-    )
+    kind: RowKindName = option("text", "how a row is read; `auto`, the default of `files`, goes by its columns")
     test_split: str | None = option(None, "name of the set's own test split")
     test_share: float = option(0.05, "share held out where the set has no test split", ge=0, lt=1)
     split_seed: int = option(42, "seed of that split", ge=0, le=LARGEST_SEED)
@@ -157,7 +153,7 @@ class DatasetEntry(Pinned):
     shuffle_rows: int = option(16_384, "rows of text shuffled together while a set is streamed", gt=0)
     licence: str | None = option(None, "licence as its card states it; shown when it is fetched")
     counts: dict[str, int] | None = option(
-        None, "rows of its splits, exactly; another number is an error", exclude_if=_is_none
+        None, "rows of its splits, exactly; another number is an error", exclude_if=is_none
     )
     # for planning only, until the set is prepared and counted
     documents: int | None = option(None, "rows of the train split, about, for planning", gt=0, exclude=True)
@@ -239,7 +235,7 @@ class RunEntry(RunSettings):
     @model_validator(mode="after")
     def can_be_launched(self) -> RunEntry:
         quantized = self.adapter is not None and self.adapter.kind == "qlora"
-        raise_first(launch_fault(self.launch, self.optimizer.name, quantized=quantized))
+        raise_first(launch_error(self.launch, self.optimizer.name, quantized=quantized))
         return self
 
 

@@ -131,7 +131,7 @@ class EvaluationConfig(Job, TaskSettings):
     limit: int | None = option(None, "score only the first documents of each task", gt=0)
     scorer: Scorer = option(Scorer(), "rules of the likelihood")
     expected_documents: int | None = option(
-        None, "documents of all its tasks; another number is an error", gt=0, exclude_if=lambda value: value is None
+        None, "documents of all its tasks; another number is an error", gt=0, exclude_if=is_none
     )
 
 
@@ -251,10 +251,10 @@ def _own_files(project: Project, name: str, entry: DatasetEntry) -> dict[str, An
     if not entry.files:
         return {}
     where, workdir = f"datasets.{name}.files", project.root / project.workdir
-    found = {path: stated for stated in entry.files for path in dataset_files([stated], project.root, where)}
+    files = {path: stated for stated in entry.files for path in dataset_files([stated], project.root, where)}
     return {
-        "sources": [seen_from(path, stated, workdir) for path, stated in found.items()],
-        "content": content_digest(found),
+        "sources": [seen_from(path, stated, workdir) for path, stated in files.items()],
+        "content": content_digest(files),
     }
 
 

@@ -75,14 +75,14 @@ def read_yaml(path: str | Path) -> Mapping:
         raise ConfigError(
             f"{path}: no such file; check the path, or run the workflow from the repository root"
         ) from None
-    except (OSError, UnicodeDecodeError) as fault:
-        raise ConfigError(f"{path}: cannot be read ({fault}); check its permissions and encoding") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); check its permissions and encoding") from None
     try:
         content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as fault:
-        mark = getattr(fault, "problem_mark", None)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(fault, 'problem', fault)}") from None
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, not a mapping; see docs/configuration.md")
     return content
@@ -109,8 +109,8 @@ def read_config(path: str | Path, model: type[Model]) -> Model:
     content = read_yaml(path)
     try:
         return model.model_validate(content)
-    except ValidationError as fault:
-        raise ConfigError(_describe(fault, model, lambda location: str(path))) from None
+    except ValidationError as error:
+        raise ConfigError(_describe(error, model, lambda location: str(path))) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def load_project(config_directory: str | Path | None, *overlays: str | Path | Ma
     _take_tokens(merged)
     try:
         project = Project.model_validate(merged)
-    except ValidationError as fault:
-        raise ConfigError(_describe(fault, Project, origin)) from None
+    except ValidationError as error:
+        raise ConfigError(_describe(error, Project, origin)) from None
     for location, line in problems(project):
         removed = next((f"; {where} removes it" for gone, where in removals.items() if f"= {gone!r} " in line), "")
         raise ConfigError(f"{origin(location)}: {line}{removed}")
@@ -259,23 +259,23 @@ REMOVED = {
 """Settings that there once were, and what to do instead."""
 
 
-def _describe(fault: ValidationError, model: type[BaseModel], origin: Origin) -> str:
+def _describe(error: ValidationError, model: type[BaseModel], origin: Origin) -> str:
     """The first error of a validation as one line: file: key = value, what is wrong, what is allowed."""
-    errors = fault.errors()
+    errors = error.errors()
     # a misspelt key also leaves its right spelling missing: the misspelling says more
-    error = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    location = error["loc"]
+    problem = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    location = problem["loc"]
     key = ".".join(str(part) for part in location)
     where = f"{origin(location)}: {key}" if key else origin(location)
     if location and location[-1] in REMOVED:
         return f"{where} was removed: {REMOVED[str(location[-1])]}"
-    if error["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden":
         return f"{where} is not a setting. {did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))}"
-    if error["type"] == "missing":
+    if problem["type"] == "missing":
         return f"{where} is missing; it is needed here"
-    if error["type"] == "value_error":
-        return f"{where}: {message_of(error)}"
-    return f"{where} = {error['input']!r}: {lower_first(message_of(error))}"
+    if problem["type"] == "value_error":
+        return f"{where}: {message_of(problem)}"
+    return f"{where} = {problem['input']!r}: {lower_first(message_of(problem))}"
 
 
 def _fields_at(annotation: Any, location: Location) -> list[str]:

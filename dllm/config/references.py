@@ -165,8 +165,8 @@ def _samplers(project: Project) -> Iterator[Problem]:
     for name, entry in project.evaluations.items():
         try:
             overlaid(GenerateSettings(), entry.generation)
-        except ValueError as fault:
-            yield ("evaluations", name, "generation"), f"evaluations.{name}.generation: {fault}"
+        except ValueError as error:
+            yield ("evaluations", name, "generation"), f"evaluations.{name}.generation: {error}"
 
 
 def _questions(project: Project) -> Iterator[Problem]:

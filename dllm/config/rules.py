@@ -35,7 +35,7 @@ def adapter_error(adapter: AdapterSettings | None, optimizer: OptimizerSettings)
     )
 
 
-def launch_fault(
+def launch_error(
     launch: str, optimizer: str, *, quantized: bool = False, parameters: Literal["fp32", "bf16"] = "fp32"
 ) -> str | None:
     """The line for a launch that cannot run an optimiser, quantized weights or bf16 master weights."""

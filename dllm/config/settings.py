@@ -19,7 +19,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dllm.algorithms import ALGORITHMS, algorithm_named
-from dllm.choices import ESTIMATORS, REVEAL_RULES
+from dllm.choices import ESTIMATORS, REVEAL_RULES, ROW_KINDS
+from dllm.families import FAMILIES
 from dllm.schedules import KAPPAS, SCHEDULES
 
 LARGEST = 2**53
@@ -84,6 +85,13 @@ def names_schema(table: Iterable[str], *more: str) -> WithJsonSchema:
 RevealRuleName = Annotated[str, AfterValidator(known(REVEAL_RULES)), names_schema(REVEAL_RULES)]
 EstimatorName = Annotated[str, AfterValidator(known(ESTIMATORS, "auto")), names_schema(ESTIMATORS, "auto")]
 ScheduleName = Annotated[str, AfterValidator(known(SCHEDULES)), names_schema(SCHEDULES)]
+FamilyName = Annotated[str, AfterValidator(known(FAMILIES)), names_schema(FAMILIES)]
+READ_OTHERWISE = ("auto", "benchmark", "world")
+"""Kinds of datasets whose rows are not read by a function of their own."""
+
+RowKindName = Annotated[
+    str, AfterValidator(known(ROW_KINDS, *READ_OTHERWISE)), names_schema(ROW_KINDS, *READ_OTHERWISE)
+]
 KappaName = Annotated[str, AfterValidator(known(KAPPAS)), names_schema(KAPPAS)]
 
 
@@ -215,13 +223,13 @@ def overlaid(generation: GenerateSettings, changes: dict[str, Any]) -> GenerateS
     """A sampler with some settings changed. Raises ValueError, one line, for an unknown name or a wrong value."""
     try:
         return GenerateSettings.model_validate(generation.model_dump() | changes)
-    except ValidationError as fault:
-        error = fault.errors()[0]
-        name = str(error["loc"][0]) if error["loc"] else ""
-        if error["type"] == "extra_forbidden":
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden":
             raise ValueError(f"{name} is not a setting. {did_you_mean(name, GenerateSettings.model_fields)}") from None
-        value = f"{name} = {error['input']!r}: " if name else ""
-        raise ValueError(value + lower_first(message_of(error))) from None
+        value = f"{name} = {problem['input']!r}: " if name else ""
+        raise ValueError(value + lower_first(message_of(problem))) from None
 
 
 def checked_options(options: dict[str, dict[str, Any]], generation: GenerateSettings) -> None:
@@ -229,8 +237,8 @@ def checked_options(options: dict[str, dict[str, Any]], generation: GenerateSett
     for name, changes in options.items():
         try:
             overlaid(generation, changes)
-        except ValueError as fault:
-            raise ValueError(f"options[{name!r}]: {fault}") from None
+        except ValueError as error:
+            raise ValueError(f"options[{name!r}]: {error}") from None
 
 
 class LikelihoodSettings(Settings):

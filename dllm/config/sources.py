@@ -25,7 +25,7 @@ def dataset_files(patterns: Iterable[str], root: Path, where: str) -> list[Path]
 
     where: how an error line names the setting. Raises ValueError, one line, if one names no file that can be read.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for pattern in patterns:
         whole = root / Path(pattern).expanduser()
         if whole.is_dir():
@@ -42,8 +42,8 @@ def dataset_files(patterns: Iterable[str], root: Path, where: str) -> list[Path]
                     f"{where} = {pattern!r}: {path.name} is of no kind that is read; allowed: {', '.join(DATA_FILES)}, "
                     "also as .gz"
                 )
-            found[path] = None
-    return list(found)
+            files[path] = None
+    return list(files)
 
 
 def is_data_file(path: Path) -> bool:

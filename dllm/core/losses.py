@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 Normalisation = Literal["token", "sequence", "batch"]
@@ -27,12 +26,3 @@ def denominator(targets: Tensor, normalisation: Normalisation) -> float:
     arXiv:2502.09992, algorithm 2 (`sequence`).
     """
     return float(targets.sum()) if normalisation == "token" else float(len(targets))
-
-
-def dense_masked_loss(logits: Tensor, x_0: Tensor, masked: Tensor, share: Tensor) -> Tensor:
-    """The textbook form, kept as the oracle of tests: cross-entropy everywhere, then masked, weighted and summed.
-
-    logits [B, L, V]; x_0, masked [B, L]; share [B]. Returns a scalar.
-    """
-    nll = -torch.log_softmax(logits.float(), -1).gather(-1, x_0[..., None])[..., 0]
-    return (nll * masked * share[:, None]).sum()

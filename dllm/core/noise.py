@@ -38,8 +38,8 @@ def keyed_hash(key: int | Tensor, *counters: int | Tensor) -> Tensor:
         with numpy.errstate(over="ignore"):
             h = _hash([_unsigned(value) for value in given], numpy.uint64(_GAMMA), _mix_unsigned)
         return torch.from_numpy(numpy.asarray(h).view(numpy.int64))
-    found: Tensor = _hash([_long(value) for value in given], _signed(_GAMMA), _mix)
-    return found
+    hashed: Tensor = _hash([_long(value) for value in given], _signed(_GAMMA), _mix)
+    return hashed
 
 
 def _hash(values: list[Any], gamma: int | numpy.uint64, mix: Callable[[Any], Any]) -> Any:

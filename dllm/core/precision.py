@@ -37,5 +37,5 @@ class WidenedWeights(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         wide = {name: p.float() if p.dtype == torch.bfloat16 else p for name, p in self.inner.named_parameters()}
-        found: Tensor = functional_call(self.inner, wide, inputs, named)
-        return found
+        result: Tensor = functional_call(self.inner, wide, inputs, named)
+        return result

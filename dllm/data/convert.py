@@ -92,7 +92,7 @@ def pack_texts(tokenizer, texts: list[str], carry: list[int], length: int, *, ap
 def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     """The conversation of an instruction row, as role and content, ending with an assistant's turn.
 
-    kind: one of `data.kinds.KINDS` but text, or `auto`, as the row is. Raises ValueError, one line, for a row without
+    kind: one of `choices.ROW_KINDS` but text, or `auto`, as the row is. Raises ValueError, one line, for a row without
     messages, without a turn before the last answer, or with an empty text.
     """
     messages = conversation_of(row, kind, where)

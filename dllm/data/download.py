@@ -26,6 +26,9 @@ DATASET_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.gz", "*.csv", "*.txt
 ARCHIVES = ["*.zip", *CARDS]
 """Files of a dataset without other data files: such repositories have a loading script, which is never run."""
 
+SPLITS = ("train", "dev", "val", "valid", "validation", "test")
+"""What an archive calls its splits."""
+
 NO_DATA = [*CARDS, "dataset_infos.json"]
 
 
@@ -210,25 +213,49 @@ def _licence(scratch: Path) -> str | None:
 def _unpack(scratch: Path) -> None:
     """Unpack archives of tables and describe them in the card, as `datasets` reads it.
 
-    A table is `<split>/<configuration>.csv` or `<split>/<configuration>_<split>.csv`. Its cells are texts: nothing is
-    left to a guess, under which 0.80 would become 0.8 and a table whose splits look different could not be read.
+    A table is `<split>/<configuration>.csv`, `<split>/<configuration>_<split>.csv`, or, in any folder,
+    `<configuration>_<split>.csv`. Its cells are texts: nothing is left to a guess, under which 0.80 would become 0.8
+    and a table whose splits look different could not be read. Raises ValueError, one line, for an archive that cannot
+    be unpacked and for tables whose split is not known, or stated twice.
     """
     import zipfile
 
     from huggingface_hub import RepoCard
 
     for archive in scratch.rglob("*.zip"):
-        with zipfile.ZipFile(archive) as file:
-            file.extractall(scratch / "unpacked")
+        try:
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(scratch / "unpacked")
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as fault:  # torn, encrypted, unknown method
+            raise ValueError(f"{archive.name}: cannot be unpacked ({fault}); choose another `revision`") from None
         archive.unlink()
-    tables: dict[str, list[dict]] = {}
+    tables: dict[str, dict[str, str]] = {}
     for path in sorted((scratch / "unpacked").rglob("*.csv")):
-        split, table = path.parent.name, _as_texts(path)
-        place = {"split": split, "path": table.relative_to(scratch).as_posix()}
-        tables.setdefault(path.stem.removesuffix(f"_{split}"), []).append(place)
+        if path.name.startswith(".") or "__MACOSX" in path.parts:  # what macOS adds to archives
+            continue
+        name, split = _configuration_and_split(path)
+        if split in tables.setdefault(name, {}):
+            raise ValueError(f"{path.name}: a second table of {name!r}, split {split!r}; choose another `revision`")
+        tables[name][split] = _as_texts(path).relative_to(scratch).as_posix()
     card = RepoCard("---\n{}\n---\n")
-    card.data["configs"] = [{"config_name": name, "data_files": files} for name, files in tables.items()]
+    card.data["configs"] = [
+        {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
+        for name, files in tables.items()
+    ]
     card.save(scratch / "README.md")
+
+
+def _configuration_and_split(path: Path) -> tuple[str, str]:
+    """What a table of an archive is called, and its split: its folder, or else the ending of its name."""
+    folder, (stem, _, ending) = path.parent.name, path.stem.rpartition("_")
+    if folder in SPLITS:
+        return path.stem.removesuffix(f"_{folder}"), folder
+    if stem and ending in SPLITS:
+        return stem, ending
+    raise ValueError(
+        f"{path.name}: neither its name nor its folder says which split it is ({', '.join(SPLITS)}); choose another "
+        "`revision`"
+    )
 
 
 def _as_texts(path: Path) -> Path:
@@ -283,9 +310,9 @@ def _describe_alone(card: Path, name: str) -> None:
     """Leave one configuration in a card: `datasets` looks for the files of the first one, whichever is asked for."""
     from huggingface_hub import RepoCard
 
-    found = RepoCard.load(card, ignore_metadata_errors=True)
-    found.data["configs"] = [stated for stated in found.data["configs"] if stated.get("config_name") == name]
-    found.save(card)
+    described = RepoCard.load(card, ignore_metadata_errors=True)
+    described.data["configs"] = [part for part in described.data["configs"] if part.get("config_name") == name]
+    described.save(card)
 
 
 def _shards(config: DownloadConfig, info) -> dict:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dllm.algorithms import resolved
+from dllm.choices import ROW_KINDS
 from dllm.models.tokenizers import check_messages
 
 Columns = tuple[str, ...]
@@ -46,6 +48,11 @@ class Kind:
     """(row, where) -> turns; None for text. Raises ValueError, one line, for a row that cannot be used."""
 
 
+def kinds() -> dict[str, Kind]:
+    """The kinds of `choices.ROW_KINDS`, in its order."""
+    return {name: resolved(kind) for name, kind in ROW_KINDS.items()}
+
+
 def recognised(rows: Iterable[Row], name: str) -> tuple[str, str]:
     """The kind of a dataset's first rows, and the line that says so. Raises ValueError, one line, if it has none."""
     columns: dict[str, None] = {}
@@ -53,7 +60,7 @@ def recognised(rows: Iterable[Row], name: str) -> tuple[str, str]:
     for row in rows:
         columns |= dict.fromkeys(row)
         if kind := kind_of(row):
-            found.setdefault(kind, KINDS[kind].columns(row))
+            found.setdefault(kind, kinds()[kind].columns(row))
     if not found:
         raise ValueError(
             f"{name}: rows with the columns {', '.join(columns) or '(none)'} are of no known kind; allowed: "
@@ -61,13 +68,13 @@ def recognised(rows: Iterable[Row], name: str) -> tuple[str, str]:
         )
     if "text" in found and len(found) > 1:
         raise ValueError(f"{name}: holds both texts and conversations; make two datasets of them")
-    said = "; ".join(f"{KINDS[kind].called}: {_listed(names)}" for kind, names in found.items())
+    said = "; ".join(f"{kinds()[kind].called}: {_listed(names)}" for kind, names in found.items())
     return next(iter(found)), f"rows look like {said}"
 
 
 def kind_of(row: Row) -> str | None:
     """The first kind whose columns a row has; None for none."""
-    return next((name for name, kind in KINDS.items() if kind.columns(row)), None)
+    return next((name for name, kind in kinds().items() if kind.columns(row)), None)
 
 
 def conversation_of(row: Row, kind: str, where: str) -> list[dict]:
@@ -76,7 +83,7 @@ def conversation_of(row: Row, kind: str, where: str) -> list[dict]:
     Raises ValueError, one line, for a row that cannot be used.
     """
     found = kind_of(row) if kind == "auto" else kind
-    make = KINDS[found].conversation if found in KINDS else None
+    make = resolved(ROW_KINDS[found]).conversation if found in ROW_KINDS else None
     if make is None:
         raise ValueError(f"{where}: no conversation (columns: {', '.join(row)}); allowed: {ALLOWED}")
     turns = make(row, where)
@@ -210,14 +217,11 @@ def _text_columns(row: Row) -> Columns:
     return ("text",) if isinstance(row.get("text"), str) else ()
 
 
-KINDS: dict[str, Kind] = {
-    "messages": Kind("conversations", _chat_columns(MESSAGES, "role"), _chat(MESSAGES)),
-    "sharegpt": Kind("ShareGPT conversations", _chat_columns(CONVERSATIONS, "from"), _chat(CONVERSATIONS)),
-    "alpaca": Kind("instructions and answers (Alpaca)", _alpaca_columns, _alpaca),
-    "pairs": Kind("prompts and responses", _pair_columns, _pairs),
-    "text": Kind("plain text", _text_columns),
-}
-"""The kinds by name; a row is of the first that fits."""
+CHATS = Kind("conversations", _chat_columns(MESSAGES, "role"), _chat(MESSAGES))
+SHAREGPT = Kind("ShareGPT conversations", _chat_columns(CONVERSATIONS, "from"), _chat(CONVERSATIONS))
+ALPACA = Kind("instructions and answers (Alpaca)", _alpaca_columns, _alpaca)
+PAIRS = Kind("prompts and responses", _pair_columns, _pairs)
+TEXT = Kind("plain text", _text_columns)
 
 ALLOWED = (
     "messages (role, content), conversations (from, value), instruction with output, "

@@ -195,7 +195,7 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
                 batch_size=config.generation.batch_size,
             )
 
-        return CausalAnswerer(tokenizer, open_model, generation=config.generation)
+        return CausalAnswerer(tokenizer, open_model, generation=config.generation, chat_template=config.chat_template)
     from dllm.evaluation.adapter import DiffusionAnswerer
 
     return DiffusionAnswerer(

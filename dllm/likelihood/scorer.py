@@ -118,7 +118,7 @@ def _forward(
     """The nll [G, S, L] float64 of each group, 0 where not masked."""
     batches = packed_batches(targets, groups, batch_tokens, rule, backbone.pad_id)
     order, parts = zip(*((batch.order, _nll(backbone, batch)) for batch in batches), strict=True)
-    nll = torch.cat(parts).double().cpu()
+    nll = torch.cat(parts).cpu().double()  # there are devices without float64
     nll = torch.empty_like(nll).index_copy(0, torch.cat(order), nll)
     counts = [int(group.design.masked.sum()) for group in groups]
     for group, values in zip(groups, torch.split(nll, counts), strict=True):

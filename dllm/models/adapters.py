@@ -6,6 +6,7 @@ Sources: Hu et al. 2021 (arXiv:2106.09685); Dettmers et al. 2023 (arXiv:2305.143
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,11 @@ def save_adapter(model: nn.Module, state: dict[str, Tensor], directory: str | Pa
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     configs: Any = model.peft_config
-    configs[ADAPTER].save_pretrained(directory)
+    config = copy(configs[ADAPTER])
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # whose order differs from process to process
+            setattr(config, name, sorted(value))
+    config.save_pretrained(directory)
     lora = {
         f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": value.contiguous()
         for name, value in state.items()

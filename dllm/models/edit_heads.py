@@ -10,6 +10,7 @@ Source: Havasi et al. 2025 (arXiv:2506.09018); modulation by time as in Peebles 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,8 @@ def save_edit_heads(heads: EditHeads, directory: str | Path, state: dict[str, Te
     """Write the heads beside a checkpoint, with their sizes; returns the file. state: theirs, where it is elsewhere."""
     path = Path(directory) / HEADS_FILE
     tensors = {name: value.detach().cpu().contiguous() for name, value in (state or heads.state_dict()).items()}
-    save_file(tensors, path, metadata={name: str(value) for name, value in heads.sizes.items()})
+    # one entry: several would be written in another order by every process
+    save_file(tensors, path, metadata={"sizes": json.dumps(heads.sizes, sort_keys=True)})
     return path
 
 
@@ -182,11 +184,11 @@ def load_edit_heads(directory: str | Path, model: nn.Module) -> EditHeads:
         raise ValueError(f"{path}: missing; a checkpoint of edit_flows has its heads there: train or fetch it again")
     try:
         with safe_open(path, "pt") as file:
-            sizes = {name: int(value) for name, value in (file.metadata() or {}).items() if name != "format"}
+            sizes = json.loads((file.metadata() or {})["sizes"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         heads = EditHeads(**sizes)
         heads.load_state_dict(tensors)
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         first = " ".join(str(error).split())[:160]
         raise ValueError(f"{path}: damaged ({first}); train or fetch this checkpoint again") from None
     if sizes["width"] != model.config.hidden_size:

@@ -28,19 +28,21 @@ def entry_settings(directory: Path, prediction: str | None = None) -> dict[str, 
     """
     sidecar, family = read_sidecar(directory), family_of(directory)
     known = sidecar or (family.sidecar() if family else {})
-    if known:
-        tokens = known["special_tokens"]
-        found = {"family": known["family"], "prediction": known["prediction"]}
-        found |= {"mask_token": tokens["mask"], "end_token": tokens["eos"]}
-        found |= {"end_of_turn": tokens.get("end_of_turn", ""), "chat_template": known.get("chat_template", "bert")}
-    else:
-        found = _of_stock_class(directory, prediction)
-    if prediction is not None and prediction != found["prediction"] and known:
+    settings = sidecar_settings(known) if known else _of_stock_class(directory, prediction)
+    if prediction is not None and prediction != settings["prediction"] and known:
         raise ValueError(
-            f"{directory}: prediction = {prediction!r}, but this model was trained with {found['prediction']!r}; leave "
-            "the option out"
+            f"{directory}: prediction = {prediction!r}, but this model was trained with {settings['prediction']!r}; "
+            "leave the option out"
         )
-    return found
+    return settings
+
+
+def sidecar_settings(sidecar: dict) -> dict[str, Any]:
+    """Settings of a `ModelEntry` that what was noted beside a checkpoint says."""
+    tokens = {"mask_token": "mask", "end_token": "eos", "end_of_turn": "end_of_turn"}
+    settings = {key: sidecar["special_tokens"].get(name, "") for key, name in tokens.items()}
+    settings |= {key: sidecar[key] for key in ("family", "prediction")}
+    return settings | {"chat_template": sidecar.get("chat_template", "bert")}
 
 
 def _of_stock_class(directory: Path, prediction: str | None) -> dict[str, Any]:

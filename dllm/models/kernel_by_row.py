@@ -130,7 +130,7 @@ def _block_causal(
     base = sum(layout.lengths[:row])
     here = slice(base, base + layout.lengths[row])
     position, key_end, span = (x[here] for x in (pattern.position, pattern.key_end, pattern.span))
-    clean, found, low, end = int(layout.blocks.clean[row]), [], first, first + count
+    clean, blocks, low, end = int(layout.blocks.clean[row]), [], first, first + count
     while low < end:
         high = _next_cut(low, end, clean, key_end, span)
         stop = int(key_end[low:high].max())
@@ -150,7 +150,7 @@ def _block_causal(
         about = ("pattern", low - own.start, high - low, stop - start, low < clean, *read)  # what the mask depends on
         if about not in masks:
             masks[about] = _pattern_mask(pattern, base, slice(low, high), keys, window)
-        found.append(
+        blocks.append(
             Block(
                 queries=None if high - low == count else slice(low - first, high - first),
                 keys=None if keys == slice(0, len(position)) else keys,
@@ -158,7 +158,7 @@ def _block_causal(
             )
         )
         low = high
-    return tuple(found)
+    return tuple(blocks)
 
 
 def _next_cut(low: int, end: int, clean: int, key_end: numpy.ndarray, span: numpy.ndarray) -> int:

@@ -90,8 +90,8 @@ def _padding(layout: Layout, part: Layout, window: Window) -> tuple[Tensor, Tens
         seen = in_blocks(layout, start_k + place_q, start_k + place_k, window) & (to_k < length)[:, None]
     seen |= (to_q >= count)[:, :, None]  # a query of padding sees everything: not a number would spread in the gradient
     place = _placed(part.lengths, queries)
-    found = where_q.flatten(), where_k.flatten(), seen[:, None], place
-    where_q, where_k, seen, place = (x.to(device, non_blocking=True) for x in found)
+    on_host = where_q.flatten(), where_k.flatten(), seen[:, None], place
+    where_q, where_k, seen, place = (x.to(device, non_blocking=True) for x in on_host)
     return where_q, where_k, seen, place
 
 

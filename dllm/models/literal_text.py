@@ -46,9 +46,10 @@ def _controls(tokenizer) -> _Controls:
     ids = {token: number for token, (number, special) in added.items() if token and (special or token in turns)}
     ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     words = "|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "(?!)"
-    found = _Controls(ids, tokenizer.unk_token_id, re.compile(words), re.compile(f"{BEGIN}(?:{words}){END}|({words})"))
-    _known[tokenizer] = state, found
-    return found
+    own = re.compile(f"{BEGIN}(?:{words}){END}|({words})")
+    controls = _Controls(ids, tokenizer.unk_token_id, re.compile(words), own)
+    _known[tokenizer] = state, controls
+    return controls
 
 
 def _dummy_chat(tokenizer) -> str:
@@ -93,22 +94,22 @@ def _without_turn_marks(template: str, text: str) -> str:
 
 def _folded(text: str) -> tuple[str, list[int]]:
     """A text without accents, invisible characters and wide forms, and where each of its characters comes from."""
-    found = [
+    letters = [
         (part, place)
         for place, character in enumerate(text)
         for part in unicodedata.normalize("NFKD", character)
         if part.isspace() or (part != "\ufffd" and unicodedata.category(part) not in ("Mn", "Cf", "Cc", "Co", "Cn"))
     ]
-    return "".join(part for part, _ in found), [place for _, place in found]
+    return "".join(part for part, _ in letters), [place for _, place in letters]
 
 
 def check_text(text: str, where: str) -> None:
     """Raise ValueError, one line, for a string that is no text: half a character, or bytes that were not UTF-8."""
     try:
         text.encode()
-    except UnicodeEncodeError as fault:
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: character {fault.start} (U+{ord(text[fault.start]):04X}) is no text; it comes from bytes that "
+            f"{where}: character {error.start} (U+{ord(text[error.start]):04X}) is no text; it comes from bytes that "
             "are not UTF-8, or from half of an escaped pair"
         ) from None
 
@@ -147,12 +148,12 @@ def literal_messages(tokenizer, messages: list[dict]) -> list[dict]:
     brackets: `[/Answer]` becomes `(/Answer)`.
     """
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    controls, found = _controls(tokenizer), []
+    controls, turns = _controls(tokenizer), []
     for message in messages:
         content = message["content"]
         literal = _marked(controls, _without_turn_marks(template, content))
-        found.append(message if literal == content else message | {"content": literal})
-    return messages if all(one is other for one, other in zip(found, messages, strict=True)) else found
+        turns.append(message if literal == content else message | {"content": literal})
+    return messages if all(one is other for one, other in zip(turns, messages, strict=True)) else turns
 
 
 def encode_marked(tokenizer, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:

@@ -16,13 +16,12 @@ from torch import nn
 
 from dllm.config import ModelEntry
 from dllm.core.precision import has_fast_bf16
+from dllm.families import FAMILIES, Family
 from dllm.models.backbone import Backbone
 from dllm.models.edit_heads import load_edit_heads
 from dllm.models.hidden import COUNTS_FROM_PADDING
 from dllm.models.published import (
-    PUBLISHED,
     SIDECAR,
-    Family,
     family_of,
     published_config,
     read_tensors,
@@ -209,7 +208,7 @@ def save_stand_in(entry: ModelEntry, tokenizer, directory: Path) -> None:
     """
     from transformers import AutoModelForCausalLM
 
-    family = next(family for family in PUBLISHED if family.name == entry.published)
+    family = FAMILIES[entry.published]
     template = chat_template(family.template or "bert").replace("[/Answer]", family.end_of_turn)
     special = [family.mask_token, family.end_token, family.end_of_turn, *re.findall(r"<\|\w+\|>", template)]
     tokenizer.add_special_tokens({"additional_special_tokens": list(dict.fromkeys(special))})
@@ -321,8 +320,8 @@ def _config(directory: Path, published: Family | None):
         kind = (raw.get("architectures") or [raw.get("model_type")])[0]
         raise ValueError(
             f"{directory}/config.json: cannot be used: {kind!r} is not a class of transformers, and code beside a "
-            f"checkpoint is never run; allowed beside those: {', '.join(f.name for f in PUBLISHED)}; a further family "
-            "is a row in dllm/models/published.py"
+            f"checkpoint is never run; allowed beside those: {', '.join(FAMILIES)}; a further family "
+            "is a row in dllm/families.py"
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)

@@ -43,11 +43,11 @@ def head_is_whole(model: nn.Module, special: Collection[int] = ()) -> bool:
     tokens = ordinary_tokens(model, 8, special)[None]
     expected = model(input_ids=tokens).logits[0].float()
     try:
-        found = head_logits(model, padded_hidden(model, input_ids=tokens)[0]).float()
+        ours = head_logits(model, padded_hidden(model, input_ids=tokens)[0]).float()
     except (AttributeError, RuntimeError):  # no such layers, or of other sizes
         return False
     # rounding is far below, a missing layer far above
-    return bool((found - expected).abs().max() <= 0.1 * expected.std())
+    return bool((ours - expected).abs().max() <= 0.1 * expected.std())
 
 
 def ordinary_tokens(model: nn.Module, count: int, special: Collection[int] = ()) -> Tensor:

@@ -133,8 +133,8 @@ def rendered(tokenizer, messages: list[dict], **options) -> str:
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except TemplateError as fault:
-        roles, reason = ", ".join(message["role"] for message in messages), " ".join(str(fault).split())
+    except TemplateError as error:
+        roles, reason = ", ".join(message["role"] for message in messages), " ".join(str(error).split())
         raise ValueError(f"the model's chat template refuses turns of {roles}: {reason}") from None
 
 

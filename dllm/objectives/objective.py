@@ -26,7 +26,7 @@ class Objective(ABC):
 
         Here the nll of every target times its share, summed and divided by `denominator`, that of the global batch
         (`core.losses.denominator`), so that accumulation and the number of devices do not change the loss. The LM head
-        runs at the targets only; equal to `core.losses.dense_masked_loss` (values and gradients).
+        runs at the targets only; values and gradients equal those of the textbook's loss, which runs it everywhere.
         model: the module that is trained (`models.backbone.TokenNLL`, or what the algorithm's row names), or a wrapper;
         inputs: what `corrupt` made of the micro-batch, on the device.
         """

@@ -49,9 +49,9 @@ def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared 
     distributed, so that a row of mean m cut at L has m (1 - e^(-L/m)) tokens on average.
     """
     width = 2 if vocabulary <= 2**16 else 4
-    found = _counted(workdir / "data" / config.name / "manifest.json", config)
-    if found:
-        return Prepared(*found, True, found[0].tokens + found[1].tokens, width)
+    counted = _counted(workdir / "data" / config.name / "manifest.json", config)
+    if counted:
+        return Prepared(*counted, True, counted[0].tokens + counted[1].tokens, width)
     train, test, read = Split(), Split(), 0.0
     for entry in (part.entry for part in config.parts):
         documents, tokens = entry.documents, entry.tokens

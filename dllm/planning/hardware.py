@@ -60,9 +60,9 @@ def hardware(name: str, utilisation: float | None = None) -> Hardware:
         raise ValueError(
             f"hardware = {name!r} is not known; allowed: {', '.join(HARDWARE)}. {did_you_mean(name, HARDWARE)}"
         )
-    found = TABLE[name]
+    machine = TABLE[name]
     if utilisation is None:
-        return found
+        return machine
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation = {utilisation} is not a share of the peak; allowed: above 0, up to 1")
-    return replace(found, training=utilisation, inference=utilisation * found.inference / found.training)
+    return replace(machine, training=utilisation, inference=utilisation * machine.inference / machine.training)

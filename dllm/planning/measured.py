@@ -33,8 +33,8 @@ class Measured:
 
 def measure(plan: ProjectPlan, workdir: str | Path) -> dict[tuple[str, str], Measured]:
     """The measurements of the plan's jobs below a work directory, by (rule, name)."""
-    found = {key: _job(job, Path(workdir)) for key, job in plan.jobs.items()}
-    return {key: measured for key, measured in found.items() if measured is not None}
+    jobs = {key: _job(job, Path(workdir)) for key, job in plan.jobs.items()}
+    return {key: measured for key, measured in jobs.items() if measured is not None}
 
 
 def comparable(job: Job, measured: Measured) -> bool:
@@ -94,25 +94,25 @@ def _unfinished(job: Job, workdir: Path) -> dict[str, Any] | None:
 
 
 def _evaluate(job: Job, workdir: Path) -> dict[str, Any] | None:
-    found = _json(workdir / "evals" / f"{job.name}.json")
-    if not found:
+    scores = _json(workdir / "evals" / f"{job.name}.json")
+    if not scores:
         return None
-    facts = found.get("provenance") or {}
+    facts = scores.get("provenance") or {}
     return {
-        "seconds": found.get("wall_seconds"),
+        "seconds": scores.get("wall_seconds"),
         # lm-eval's own adapter does not say how many passes it took
-        "passes": None if (found.get("scorer") or {}).get("model_kind") == "hf" else found.get("passes"),
+        "passes": None if (scores.get("scorer") or {}).get("model_kind") == "hf" else scores.get("passes"),
         "hardware": str(facts.get("hardware", "")),
         "gpu": str(facts.get("device", "cpu")) != "cpu",
     }
 
 
 def _speed(job: Job, workdir: Path) -> dict[str, Any] | None:
-    found = _json(workdir / "speed" / f"{job.name}.json")
-    points = found.get("points")
+    speed = _json(workdir / "speed" / f"{job.name}.json")
+    points = speed.get("points")
     if not points:
         return None
-    facts = found.get("provenance") or {}
+    facts = speed.get("provenance") or {}
     return {
         "seconds": sum(point["seconds"] for point in points) + job.place.hardware.startup_seconds,
         "passes": sum(point["nfe"] * point["n"] for point in points),
@@ -137,10 +137,10 @@ def _benchmark(path: Path) -> dict[str, float]:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; empty if it is missing or damaged, which other commands report."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

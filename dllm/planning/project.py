@@ -187,17 +187,17 @@ class _Planner:
 
     def _looked_up(self, root: str) -> Shape | None:
         entry = self.project.models[root]
-        if entry.new == {} and not self._downloaded(root):
+        downloaded = self._downloaded(root)
+        if entry.new == {} and not downloaded:
             return self.shape(str(entry.tokenizer))
-        found = self._downloaded(root)
-        if found and entry.shape and (wrong := differences(entry.shape, found)):
+        if downloaded and entry.shape and (wrong := differences(entry.shape, downloaded)):
             self.notes.append(f"models.{root}.shape: {'; '.join(wrong)} in its config.json; correct the entry")
         try:
-            shape = found or shape_of(entry)
+            shape = downloaded or shape_of(entry)
         except ValidationError as error:
-            fault = error.errors()[0]
+            problem = error.errors()[0]
             self.notes.append(
-                f"models.{root}.new: {fault['loc'][0]} = {fault['input']!r} is not a size; it is not planned"
+                f"models.{root}.new: {problem['loc'][0]} = {problem['input']!r} is not a size; it is not planned"
             )
             return None
         if shape is None:

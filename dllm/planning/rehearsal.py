@@ -157,8 +157,8 @@ def _rule(
 ) -> RuleOutcome:
     jobs = [job for job in _needed(short) if job.rule == rule]
     later = [job for job in full.jobs.values() if job.rule == rule]
-    found = [measured[rule, job.name].seconds for job in jobs if (rule, job.name) in measured]
-    seconds = [value for value in found if value is not None]
+    times = [measured[rule, job.name].seconds for job in jobs if (rule, job.name) in measured]
+    seconds = [value for value in times if value is not None]
     return RuleOutcome(
         rule=rule,
         jobs=len(jobs),

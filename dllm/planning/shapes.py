@@ -189,28 +189,28 @@ def translated(config: dict[str, Any], vocabulary: int | None = None) -> Shape:
     Sizes left out are those of its class. A vocabulary that is not stated is `vocabulary`, or a guess.
     """
     kind = str(config.get("model_type", "unknown"))
-    found: dict[str, Any] = {"layers": 12, "width": 768, "heads": 12, "positions": 2048, "model_type": kind}
-    found |= STANDARD.get(kind, {})
+    sizes: dict[str, Any] = {"layers": 12, "width": 768, "heads": 12, "positions": 2048, "model_type": kind}
+    sizes |= STANDARD.get(kind, {})
     for ours, theirs in NAMES.items():
         stated = next((config[name] for name in theirs if config.get(name) is not None), None)
         if stated is not None and (ours != "window" or kind == "modernbert"):
-            found[ours] = stated
-    found.setdefault("intermediate", 4 * found["width"])
-    found.setdefault("vocabulary", vocabulary or UNKNOWN_VOCABULARY)
+            sizes[ours] = stated
+    sizes.setdefault("intermediate", 4 * sizes["width"])
+    sizes.setdefault("vocabulary", vocabulary or UNKNOWN_VOCABULARY)
     if kind == "modernbert" and config.get("layer_types"):
         wide = config["layer_types"].count("full_attention")
-        found["global_every"] = max(1, round(len(config["layer_types"]) / max(1, wide)))
+        sizes["global_every"] = max(1, round(len(config["layer_types"]) / max(1, wide)))
     if kind == "modernbert" and config.get("global_attn_every_n_layers"):
-        found["global_every"] = config["global_attn_every_n_layers"]
+        sizes["global_every"] = config["global_attn_every_n_layers"]
     if kind not in ("bert", "roberta"):
-        found.pop("token_types", None)
-    return Shape.model_validate(found)
+        sizes.pop("token_types", None)
+    return Shape.model_validate(sizes)
 
 
-def differences(stated: Shape, found: Shape) -> list[str]:
+def differences(stated: Shape, measured: Shape) -> list[str]:
     """Sizes that count for the plan and differ, as `layers = 12, not 24`."""
     names = ("model_type", "layers", "width", "heads", "intermediate", "vocabulary", "positions", "window", "tied")
-    pairs = [(name, getattr(stated, name), getattr(found, name)) for name in names]
+    pairs = [(name, getattr(stated, name), getattr(measured, name)) for name in names]
     return [f"{name} = {ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
 
 

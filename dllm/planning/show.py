@@ -78,8 +78,8 @@ def _row(label: str, jobs: Sequence[Job], measured: Measurements, gpu: bool) -> 
 
 
 def _pairs(jobs: Sequence[Job], measured: Measurements) -> list[tuple[Job, Measured]]:
-    found = [(job, measured.get((job.rule, job.name))) for job in jobs]
-    return [(job, m) for job, m in found if m is not None and comparable(job, m)]
+    pairs = [(job, measured.get((job.rule, job.name))) for job in jobs]
+    return [(job, m) for job, m in pairs if m is not None and comparable(job, m)]
 
 
 def totals(plan: ProjectPlan) -> str:
@@ -128,8 +128,8 @@ def as_json(plan: ProjectPlan, measured: Measurements) -> dict[str, Any]:
     """The plan for programs: jobs with cost, requested resources, and measurements."""
     jobs = []
     for (rule, name), job in plan.jobs.items():
-        found = measured.get((rule, name))
-        seconds = found.seconds if found and comparable(job, found) else None
+        took = measured.get((rule, name))
+        seconds = took.seconds if took and comparable(job, took) else None
         jobs.append(
             {
                 "rule": rule,
@@ -139,7 +139,7 @@ def as_json(plan: ProjectPlan, measured: Measurements) -> dict[str, Any]:
                 "devices": job.place.devices,
                 "device_hours": job.device_hours,
                 "predicted": dict(job.cost.__dict__),
-                "measured": {k: v for k, v in found.__dict__.items() if v is not None} if found else None,
+                "measured": {k: v for k, v in took.__dict__.items() if v is not None} if took else None,
                 "ratio": job.cost.seconds / seconds if seconds else None,
                 "resources": job.resources,
                 "after": [" ".join(key) for key in job.after],

@@ -1,7 +1,8 @@
-"""Claims as verdicts computed from the data, each with its rule: the five published ones, and two on starts."""
+"""Claims as verdicts computed from the data, each with its rule: the published ones, and two on starts."""
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -9,13 +10,16 @@ from pathlib import Path
 import pandas as pd
 
 from dllm.numbers import duration
-from dllm.report.format import fixed, interval, joined, signed_interval
+from dllm.report.format import fixed, in_words, interval, joined, signed_interval
 from dllm.report.load import final_losses, read_provenance, read_speed, scores
 from dllm.report.plan import FEW_STEPS, RECIPES, ReportPlan, ResultRow
 from dllm.report.starts import starts_frame
 from dllm.report.statistics import Estimate, Verdict, all_of, decide_below, decide_within
 
 MODERNBERT = "modernbert"
+
+ClaimRow = tuple[Callable[..., "Claim"], Callable[[Path, ReportPlan], tuple]]
+"""The function that decides a claim, and what it reads for it."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,11 @@ class Finding:
     """True if the numbers are wall times, which differ from one machine, and one day, to the next."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One published claim, its rule of decision and what was found."""
+    """One published claim, its rule of decision and what was found. number: its place in `CLAIMS`, from 1."""
 
-    number: int
+    number: int = 0
     claim: str
     rule: str
     verdict: Verdict
@@ -47,12 +51,8 @@ def build_claims(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]
     """Writes `out` (claims.json): the question, its short answer and the claims. Returns the path written."""
     claims = judge(workdir, plan)
     question = "What does pretraining give a chatbot?" if plan.starts else "Can BERTs chat?"
-    record = {
-        "toy": plan.toy,
-        "question": question,
-        "answer": short_answer(workdir, plan, claims),
-        "claims": [asdict(c) for c in claims],
-    }
+    record = {"toy": plan.toy, "question": question, "answer": short_answer(workdir, plan, claims)}
+    record |= {"claims": [asdict(claim) for claim in claims]}
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -60,17 +60,14 @@ def build_claims(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]
 
 
 def judge(workdir: Path, plan: ReportPlan) -> tuple[Claim, ...]:
-    """The five claims, in their published order; of runs that differ in their start, the two claims on starts."""
-    if plan.starts:
-        starts = starts_frame(workdir, plan)
-        return (pretraining_claim(starts, plan), size_claim(starts))
-    return (
-        encoder_claim(final_losses(workdir, plan.pretraining), plan),
-        openwebtext_claim(final_losses(workdir, plan.openwebtext), plan),
-        ablation_claim(final_losses(workdir, plan.ablation), plan),
-        chat_claim(scores(workdir, plan), plan),
-        cost_claim(_chat_provenance(workdir, plan), read_speed(workdir, plan.speed) if plan.speed else None, plan),
-    )
+    """The claims of a plan, in their order."""
+    claims = (make(*read(workdir, plan), plan) for make, read in claims_of(plan))
+    return tuple(replace(claim, number=number) for number, claim in enumerate(claims, 1))
+
+
+def claims_of(plan: ReportPlan) -> tuple[ClaimRow, ...]:
+    """The published claims; those on starts where runs differ in what they start from."""
+    return STARTS_CLAIMS if plan.starts else CLAIMS
 
 
 def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
@@ -93,10 +90,9 @@ def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
                 f"{rival['label']}, at {fixed(rival[f'{split}_loss'], 3)} nats per token: a difference of "
                 f"{signed_interval(lead.value, lead.low, lead.high, 3)}."
             )
-            found = Finding(part, recipe, decide_below(lead, 0.0), because)
-            findings.append(_unless_truncated(found, runs))
+            finding = Finding(part, recipe, decide_below(lead, 0.0), because)
+            findings.append(_unless_truncated(finding, runs))
     return _claim(
-        1,
         "Of six encoders trained on Wikitext-103 with the masked diffusion objective, ModernBERT has the lowest loss.",
         "Holds if the lowest ModernBERT loss is at least 2 combined standard errors below the lowest loss of any other "
         "encoder, fails if it is as far above, and is undecided between. The training loss, of which the claim speaks, "
@@ -127,7 +123,6 @@ def openwebtext_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
             findings.append(_unless_truncated(Finding("evaluation loss", recipe, verdict, because), run.to_frame().T))
     margin = fixed(100 * plan.rules.hardly_lower, 0)
     return _claim(
-        2,
         "Further training of ModernBERT-large on OpenWebText hardly lowers the loss.",
         f"Holds if the relative fall of the evaluation loss is below {margin} % by 2 combined standard errors, fails "
         "if it is above by as much, and is undecided between, or if the first evaluation comes after 5 % of the run.",
@@ -154,11 +149,10 @@ def ablation_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
                 f"The widest of {len(pairs)} differences is {one} against {other}: "
                 f"{_percent_interval(widest, signed=True)} %; {within} of {len(pairs)} lie surely within the margin."
             )
-            found = Finding(f"{name} loss", recipe, all_of([pair[0] for pair in pairs]), because)
-            findings.append(_unless_truncated(found, runs))
+            finding = Finding(f"{name} loss", recipe, all_of([pair[0] for pair in pairs]), because)
+            findings.append(_unless_truncated(finding, runs))
     margin = fixed(100 * plan.rules.same_loss, 0)
     return _claim(
-        3,
         "Alpaca tuning from three starts (untuned, after Wikitext, after OpenWebText) ends at nearly the same training "
         "and evaluation loss.",
         f"A pair of starts counts as the same if its relative difference, widened by 2 combined standard errors, stays "
@@ -181,13 +175,12 @@ def chat_claim(score_frame: pd.DataFrame, plan: ReportPlan) -> Claim:
         verdict = _majority(int(above), int(len(own) - above), len(own))
         because = f"{row.label}: {above} of {len(own)} scores are above chance"
         because += f" and {below} below it." if below else "."
-        found = [Finding("above chance", row.recipe, verdict, because)]
+        of_row = [Finding("above chance", row.recipe, verdict, because)]
         if row.close_to:
-            found.append(_closeness(own, row, plan))
-        findings += [_without_verdict(finding, [row.label]) if row.truncated else finding for finding in found]
+            of_row.append(_closeness(own, row, plan))
+        findings += [_without_verdict(finding, [row.label]) if row.truncated else finding for finding in of_row]
     points = fixed(plan.rules.close_points, 0)
     return _claim(
-        4,
         "Instruction tuning alone turns ModernBERT into a chat model, and the large one comes close to Qwen1.5-0.5B.",
         "Above chance: holds if the 95 % interval lies above chance on more than half of the benchmarks, fails "
         f"otherwise. Close: a score is close if its interval lies above the published one less {points} points, and "
@@ -203,7 +196,6 @@ def cost_claim(provenance: dict | None, speed: pd.DataFrame | None, plan: Report
     rules = plan.rules
     low, high = rules.halving
     return _claim(
-        5,
         "The large chat model costs about 50 GPU hours (A100), and half the diffusion steps take about half the time.",
         f"Cost: wall time × devices, within a factor {fixed(rules.gpu_hours_factor)} of {fixed(rules.gpu_hours, 0)} "
         "hours; undecided on other hardware. Steps: holds if every halving of the steps divides the time by "
@@ -219,13 +211,14 @@ def pretraining_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
     findings = []
     for start in (start for start in plan.starts if start.twin):
         pretrained, random = rows[start.twin], rows[start.run]
-        found = _lower("bound", pretrained, random)
+        finding = _lower("bound", pretrained, random)
         if not math.isnan(pretrained["passed"]):
             step, last = int(pretrained["passed"]), int(random["steps"])
-            found = replace(found, because=f"{found.because} At step {step} of {last} it is as low as the other ends.")
-        findings.append(_unless_truncated(found, pd.DataFrame([pretrained, random])))
+            finding = replace(
+                finding, because=f"{finding.because} At step {step} of {last} it is as low as the other ends."
+            )
+        findings.append(_unless_truncated(finding, pd.DataFrame([pretrained, random])))
     return _claim(
-        1,
         "Pretrained weights give a chatbot a lower held-out bound than random weights of the same architecture.",
         f"{_LOWER_RULE} Both had the same data, steps and noise.",
         findings,
@@ -233,7 +226,7 @@ def pretraining_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
     )
 
 
-def size_claim(starts: pd.DataFrame) -> Claim:
+def size_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
     """Of pretrained starts with as many steps: has each next larger one a lower bound?"""
     pretrained = starts[starts["start"] == "pretrained"].sort_values("parameters")
     pairs = [
@@ -243,7 +236,6 @@ def size_claim(starts: pd.DataFrame) -> Claim:
         if larger["parameters"] > smaller["parameters"]
     ]
     return _claim(
-        2,
         "A larger pretrained encoder gives a lower held-out bound than the next smaller one.",
         f"{_LOWER_RULE} One pair that fails makes the claim fail.",
         [_unless_truncated(_lower("bound", a, b), pd.DataFrame([a, b])) for a, b in pairs],
@@ -276,7 +268,7 @@ def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> 
     sentences = []
     if plan.starts:
         decided = [claim.findings[0].because for claim in claims if claim.verdict != "undecided"]
-        return [*decided, f"Of the {len(claims)} claims, {_counted(claims)}."]
+        return [*decided, f"Of the {in_words(len(claims))} claims, {_counted(claims)}."]
     if plan.toy:
         sentences.append("This toy run cannot say: it shows that the pipeline works from data to report.")
     frame = scores(workdir, plan)
@@ -296,7 +288,7 @@ def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> 
         opening = {"holds": "Yes, within limits.", "does not hold": "Not convincingly.", "undecided": "In part."}
         sentences.insert(0, opening[verdict])
     judged = ", judged on toy data" if plan.toy else ""
-    sentences.append(f"Of the five published claims{judged}, {_counted(claims)}.")
+    sentences.append(f"Of the {in_words(len(claims))} published claims{judged}, {_counted(claims)}.")
     return sentences
 
 
@@ -314,14 +306,14 @@ _VERB = {
 }
 
 
-def _claim(number: int, claim: str, rule: str, findings: list[Finding], caveat: str = "", deciding=None) -> Claim:
+def _claim(claim: str, rule: str, findings: list[Finding], caveat: str = "", deciding=None) -> Claim:
     """If there are corrected runs, they alone decide."""
     if not findings:
         findings = [Finding("runs", "", "undecided", "The plan has no runs that could decide it.")]
     deciding = deciding or findings
     corrected = [finding for finding in deciding if finding.recipe != "published"]
     verdict = all_of([finding.verdict for finding in corrected or deciding])
-    return Claim(number, claim, rule, verdict, tuple(findings), caveat)
+    return Claim(claim=claim, rule=rule, verdict=verdict, findings=tuple(findings), caveat=caveat)
 
 
 def _unless_truncated(finding: Finding, runs: pd.DataFrame) -> Finding:
@@ -366,8 +358,8 @@ def _majority(holding: int, failing: int, total: int) -> Verdict:
 def _closeness(own: pd.DataFrame, row: ResultRow, plan: ReportPlan) -> Finding:
     rival = plan.reported_row(row.close_to)
     assert rival is not None  # the plan is checked: `close_to` names a published row
-    shared = own[own["benchmark"].isin(rival.values)]
-    gap_low, gap_high = (shared[end] - shared["benchmark"].map(rival.values) for end in ("low", "high"))
+    shared = own[own["benchmark"].isin(rival.scores)]
+    gap_low, gap_high = (shared[end] - shared["benchmark"].map(rival.scores) for end in ("low", "high"))
     close = shared[gap_low > -plan.rules.close_points]
     apart = shared[gap_high < -plan.rules.close_points]
     because = (
@@ -389,8 +381,12 @@ def _chat_provenance(workdir: Path, plan: ReportPlan) -> dict | None:
     """Provenance of the large chat model: the trained run that claim 4 compares, else the last corrected chat run."""
     compared = [row.run for row in plan.results if row.close_to and row.run in plan.trained_runs()]
     last = [entry.run for entry in plan.chat if entry.recipe == "corrected"][-1:]
-    found = [*compared, *last]
-    return read_provenance(workdir, found[0]) if found else None
+    runs = [*compared, *last]
+    return read_provenance(workdir, runs[0]) if runs else None
+
+
+def _speed(workdir: Path, plan: ReportPlan) -> pd.DataFrame | None:
+    return read_speed(workdir, plan.speed) if plan.speed else None
 
 
 def _training_cost(provenance: dict | None, plan: ReportPlan) -> Finding:
@@ -432,3 +428,18 @@ def halving_ratios(speed: pd.DataFrame) -> pd.Series:
     seconds = speed.set_index("steps")["seconds"]
     pairs = {steps: steps // 2 for steps in seconds.index if steps % 2 == 0 and steps // 2 in seconds.index}
     return pd.Series({steps: seconds[steps] / seconds[half] for steps, half in pairs.items()}, dtype=float)
+
+
+CLAIMS: tuple[ClaimRow, ...] = (
+    (encoder_claim, lambda workdir, plan: (final_losses(workdir, plan.pretraining),)),
+    (openwebtext_claim, lambda workdir, plan: (final_losses(workdir, plan.openwebtext),)),
+    (ablation_claim, lambda workdir, plan: (final_losses(workdir, plan.ablation),)),
+    (chat_claim, lambda workdir, plan: (scores(workdir, plan),)),
+    (cost_claim, lambda workdir, plan: (_chat_provenance(workdir, plan), _speed(workdir, plan))),
+)
+"""The published claims in their order."""
+
+STARTS_CLAIMS: tuple[ClaimRow, ...] = (
+    (pretraining_claim, lambda workdir, plan: (starts_frame(workdir, plan),)),
+    (size_claim, lambda workdir, plan: (starts_frame(workdir, plan),)),
+)

@@ -1,6 +1,6 @@
 """Figures of loss curves: the encoders, OpenWebText, the ablation, the chat models."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -31,19 +31,14 @@ WARMUP = 0.1
 """Share of a run, at its start, that may leave the frame at the top where it would dwarf the rest."""
 
 
-def frame_of(section: str) -> Callable[[Path, ReportPlan], pd.DataFrame]:
-    """The function that gives the `curves` of one section of the plan."""
-    return lambda workdir, plan: curves(workdir, getattr(plan, section))
-
-
-def curves(workdir: Path, entries) -> pd.DataFrame:
-    """Loss curves of planned runs: label, recipe, split, step, loss, its 95 % interval, and a running mean."""
+def curves(workdir: Path, plan: ReportPlan, section: str) -> pd.DataFrame:
+    """Loss curves of a section's runs: label, recipe, split, step, loss, its 95 % interval, and a running mean."""
     frames = []
-    for entry in entries:
+    for entry in getattr(plan, section):
         metrics = read_metrics(workdir, entry.run)
         half = Z95 * metrics["standard_error"].astype(float)
         frame = metrics.assign(low=metrics["loss"] - half, high=metrics["loss"] + half)
-        frame.insert(0, "label", getattr(entry, "label", None) or entry.start)
+        frame.insert(0, "label", entry.label)
         frame.insert(1, "recipe", entry.recipe)
         window = frame.groupby("split")["loss"].transform(_running_mean)
         frame["running_mean"] = window.where(frame["split"] == "train")
@@ -51,7 +46,7 @@ def curves(workdir: Path, entries) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def ablation_final_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def ablation_final_frame(workdir: Path, plan: ReportPlan, name: str) -> pd.DataFrame:
     """Final losses of the ablation, with intervals: one row per start, recipe and split."""
     losses = final_losses(workdir, plan.ablation)
     parts = []
@@ -64,8 +59,8 @@ def ablation_final_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
 
 def draw_pretraining(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """Training and evaluation loss of the encoders."""
-    found = family_looks((entry.label, entry.encoder_family) for entry in plan.pretraining)
-    return _draw_curves(frame, found, _lowest_title(frame))
+    looks_of = family_looks((entry.label, entry.encoder_family) for entry in plan.pretraining)
+    return _draw_curves(frame, looks_of, _lowest_title(frame))
 
 
 def draw_openwebtext(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
@@ -85,15 +80,15 @@ def draw_ablation(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
 
 def draw_ablation_final(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """Final losses of the ablation with 95 % intervals, side by side."""
-    found = looks(frame["label"])
+    looks_of = looks(frame["label"])
     recipes = _recipes(frame)
-    figure = Figure(figsize=(WIDTH, 1.35 + 0.36 * len(found) * len(recipes)))
+    figure = Figure(figsize=(WIDTH, 1.35 + 0.36 * len(looks_of) * len(recipes)))
     panels = figure.subplots(1, len(SPLITS), sharey=True, squeeze=False)[0]
-    order = [(label, recipe) for recipe in recipes for label in found]
+    order = [(label, recipe) for recipe in recipes for label in looks_of]
     height = {key: len(order) - 1 - place for place, key in enumerate(order)}
     for axes, (split, name) in zip(panels, SPLITS.items(), strict=True):
         for row in frame[frame["split"] == split].itertuples():
-            look, y = found[row.label], height[(row.label, row.recipe)]
+            look, y = looks_of[row.label], height[(row.label, row.recipe)]
             bar = axes.plot([row.low, row.high], [y, y], color=look.color, linewidth=1.6)[0]
             bar.set_linestyle(DASHES[row.recipe])
             face = look.color if row.recipe == "corrected" else "white"
@@ -102,7 +97,7 @@ def draw_ablation_final(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         axes.set_xlabel(LOSS_UNIT)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y", visible=False)
-        for edge in range(len(found), len(order), len(found)):
+        for edge in range(len(looks_of), len(order), len(looks_of)):
             axes.axhline(edge - 0.5, color=GRID, linewidth=0.8)
     panels[0].set_yticks(list(height.values()), [f"{label}, {recipe}" for label, recipe in order])
     panels[0].set_ylim(-0.6, len(order) - 0.4)
@@ -118,11 +113,11 @@ def draw_chat(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
 
 def draw_sizes(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """The bound on an answer against the number of parameters: filled from pretrained weights, hollow from random."""
-    found = looks(["pretrained", "random"])
+    looks_of = looks(["pretrained", "random"])
     figure = Figure(figsize=(WIDTH, 3.3))
     axes = figure.subplots()
     for name, rows in frame.sort_values("parameters").groupby("start"):
-        look = found[str(name)]
+        look = looks_of[str(name)]
         face = look.color if name == "pretrained" else "white"
         axes.vlines(rows["parameters"], rows["nats_low"], rows["nats_high"], color=look.color, linewidth=1.8)
         line = axes.plot(rows["parameters"], rows["nats"], look.marker, color=look.color, markerfacecolor=face)[0]
@@ -139,7 +134,7 @@ def draw_sizes(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     return figure
 
 
-def _draw_curves(frame: pd.DataFrame, found: dict[str, Look], title: str) -> Figure:
+def _draw_curves(frame: pd.DataFrame, looks_of: dict[str, Look], title: str) -> Figure:
     """Columns are recipes and rows splits; with one recipe, the splits stand side by side."""
     recipes = _recipes(frame)
     cells = [[(recipe, split) for recipe in recipes] for split in SPLITS]
@@ -151,7 +146,7 @@ def _draw_curves(frame: pd.DataFrame, found: dict[str, Look], title: str) -> Fig
     for axes_row, cell_row in zip(panels, cells, strict=True):
         for axes, (recipe, split) in zip(axes_row, cell_row, strict=True):
             rows = frame[(frame["recipe"] == recipe) & (frame["split"] == split)]
-            _draw_panel(axes, rows, split, found)
+            _draw_panel(axes, rows, split, looks_of)
             name = SPLITS[split].capitalize()
             axes.set_title(f"{name}, {recipe}" if len(recipes) > 1 else name, color=QUIET)
         if len(recipes) == 1:
@@ -164,15 +159,15 @@ def _draw_curves(frame: pd.DataFrame, found: dict[str, Look], title: str) -> Fig
             rows = frame[(frame["recipe"] == recipe) & (frame["split"] == split)]
             last = rows.groupby("label", sort=False).last()
             y = last["running_mean"] if split == "train" else last["loss"]
-            if len(found) > 1:
-                label_line_ends(axes, [(last["step"][key], y[key], key, found[key]) for key in last.index])
+            if len(looks_of) > 1:
+                label_line_ends(axes, [(last["step"][key], y[key], key, looks_of[key]) for key in last.index])
     for axes in panels[-1]:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in panels.flat:
         axes.yaxis.set_major_locator(MaxNLocator(6))
     head(figure, title)
-    _place(figure, names=tuple(found) if len(found) > 1 else (), shared=len(recipes) > 1)
+    _place(figure, names=tuple(looks_of) if len(looks_of) > 1 else (), shared=len(recipes) > 1)
     return figure
 
 
@@ -186,10 +181,10 @@ def _place(figure: Figure, *, names: tuple[str, ...], shared: bool) -> None:
     figure.subplots_adjust(left=left / WIDTH, right=1 - name / WIDTH, bottom=bottom, wspace=gap / panel, hspace=0.3)
 
 
-def _draw_panel(axes, rows: pd.DataFrame, split: str, found: dict[str, Look]) -> None:
+def _draw_panel(axes, rows: pd.DataFrame, split: str, looks_of: dict[str, Look]) -> None:
     alone = rows["label"].nunique() == 1
     for (label, recipe), run in rows.groupby(["label", "recipe"], sort=False):
-        look = found[label]
+        look = looks_of[label]
         if split == "train":
             if alone:
                 axes.plot(run["step"], run["loss"], color=look.color, alpha=0.25, linewidth=0.8)

@@ -3,7 +3,6 @@
 Wall times appear in `speed` only, so that two full runs write the same bytes for every other csv.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +12,28 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from dllm.algorithms import ALGORITHMS
-from dllm.report import curves
+from dllm.algorithms import ALGORITHMS, resolved
 from dllm.report.claims import halving_ratios
 from dllm.report.format import fixed, range_of
 from dllm.report.load import read_speed, scores
 from dllm.report.plan import ReportPlan
-from dllm.report.starts import starts_frame
+from dllm.report.shown import FIGURES
 from dllm.report.style import INK, PALETTE, QUIET, RC, WIDTH, Look, head, looks
-from dllm.report.systems import algorithm_label, systems_frame
+from dllm.report.systems import algorithm_label
 from dllm.report.tables import TOY, as_csv
 
 
 def build_figures(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
     """Writes every figure of the plan to the folder `out`, as svg, png and csv. Returns the paths written."""
-    makers: dict[str, tuple[Callable, Callable]] = {
-        "pretraining": (curves.frame_of("pretraining"), curves.draw_pretraining),
-        "openwebtext": (curves.frame_of("openwebtext"), curves.draw_openwebtext),
-        "ablation": (curves.frame_of("ablation"), curves.draw_ablation),
-        "ablation-final": (curves.ablation_final_frame, curves.draw_ablation_final),
-        "chat": (curves.frame_of("chat"), curves.draw_chat),
-        "starts": (curves.frame_of("starts"), curves.draw_chat),
-        "sizes": (starts_frame, curves.draw_sizes),
-        "systems": (systems_frame, draw_systems),
-        "scores": (scores_frame, draw_scores),
-        "speed": (speed_frame, draw_speed),
-    }
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in plan.figure_names():
-        make_frame, draw = makers[name]
-        frame = make_frame(workdir, plan)
+        row = FIGURES[name]
+        frame = resolved(row.frame)(workdir, plan, name)
         (out / f"{name}.csv").write_text(as_csv(frame), encoding="utf-8")
         with matplotlib.rc_context(RC):
-            figure = draw(frame, plan)
+            figure = resolved(row.draw)(frame, plan)
             if plan.toy:
                 _mark_as_toy(figure)
             figure.savefig(out / f"{name}.svg", metadata={"Date": None, "Creator": None})
@@ -56,13 +42,13 @@ def build_figures(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...
     return tuple(paths)
 
 
-def scores_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def scores_frame(workdir: Path, plan: ReportPlan, name: str) -> pd.DataFrame:
     """Scores with intervals, chance and the published number, per cent."""
     columns = ["run", "label", "recipe", "kind", "benchmark_label", "value", "low", "high", "chance", "against_chance"]
     return scores(workdir, plan)[[*columns, "reported"]]
 
 
-def speed_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def speed_frame(workdir: Path, plan: ReportPlan, name: str) -> pd.DataFrame:
     """Time and quality against steps. The one figure with wall times in it."""
     return read_speed(workdir, plan.speed)
 
@@ -70,7 +56,7 @@ def speed_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
 def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """Every score against chance: filled markers lie above chance, hollow ones do not; crosses are published."""
     keys = [row.run for row in plan.results]
-    found = looks(keys)
+    looks_of = looks(keys)
     benchmarks = list(dict.fromkeys(frame["benchmark_label"]))
     step = 0.18 if len(keys) < 7 else 0.145
     band = step * len(keys) + 0.22
@@ -85,7 +71,7 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         if len(chance):
             axes.plot([chance.iloc[0]] * 2, [middle - band / 2, middle + band / 2], color=INK, linewidth=1.4, zorder=2)
         for row in rows.itertuples():
-            look, y = found[row.run], middle + step * ((len(keys) - 1) / 2 - keys.index(row.run))
+            look, y = looks_of[row.run], middle + step * ((len(keys) - 1) / 2 - keys.index(row.run))
             axes.plot([row.low, row.high], [y, y], color=look.color, linewidth=1.5, zorder=3)
             face = "white" if row.against_chance in ("near", "below") else look.color
             axes.plot(row.value, y, look.marker, color=look.color, markerfacecolor=face, markersize=5.5, zorder=4)
@@ -99,7 +85,7 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     axes.grid(axis="y", visible=False)
     known = frame[(frame["against_chance"] != "") & (frame["kind"] == "ours")]
     above = int((known["against_chance"] == "above").sum())
-    handles = _scores_legend(frame, plan, found)
+    handles = _scores_legend(frame, plan, looks_of)
     columns = 3 if max(len(row.name) for row in plan.results) < 34 else 2
     title = f"{above} of {len(known)} scores of our models lie above chance" if len(known) else "Scores"
     head(figure, title, below=0.2 * -(-len(handles) // columns) - 0.15)
@@ -115,10 +101,10 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     return figure
 
 
-def _scores_legend(frame: pd.DataFrame, plan: ReportPlan, found: dict[str, Look]) -> list[Line2D]:
+def _scores_legend(frame: pd.DataFrame, plan: ReportPlan, looks_of: dict[str, Look]) -> list[Line2D]:
     handles = [
         Line2D([], [], color=look.color, marker=look.marker, linewidth=1.5, label=row.name)
-        for row, look in zip(plan.results, found.values(), strict=True)
+        for row, look in zip(plan.results, looks_of.values(), strict=True)
     ]
     hollow: dict[str, Any] = {"color": QUIET, "marker": "o", "markerfacecolor": "white", "linewidth": 0}
     cross: dict[str, Any] = {"color": INK, "marker": "x", "markeredgewidth": 1.5, "linewidth": 0}
@@ -132,7 +118,7 @@ def _scores_legend(frame: pd.DataFrame, plan: ReportPlan, found: dict[str, Look]
 def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """One line per system: its bound on an answer, and each score with its interval against chance."""
     benchmarks = plan.system_benchmarks()
-    found = looks(dict.fromkeys(frame["algorithm"]))
+    looks_of = looks(dict.fromkeys(frame["algorithm"]))
     figure = Figure(figsize=(WIDTH, 1.5 + 0.3 * len(frame)))
     panels = figure.subplots(1, 1 + len(benchmarks), sharey=True, squeeze=False)[0]
     heights = range(len(frame) - 1, -1, -1)
@@ -140,7 +126,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     names += [(benchmark.name, benchmark.label, "per cent") for benchmark in benchmarks]
     for axes, (name, title, unit) in zip(panels, names, strict=True):
         for y, row in zip(heights, frame.to_dict("records"), strict=True):
-            look = found[row["algorithm"]]
+            look = looks_of[row["algorithm"]]
             if not pd.isna(row[name]):
                 axes.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color=look.color, linewidth=1.6)
                 axes.plot(row[name], y, look.marker, color=look.color, markersize=6)
@@ -157,7 +143,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     panels[0].set_ylim(-0.6, len(frame) - 0.4)
     handles = [
         Line2D([], [], color=look.color, marker=look.marker, linewidth=1.6, label=algorithm_label(name))
-        for name, look in found.items()
+        for name, look in looks_of.items()
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.3, label="chance"))
     head(figure, _bound_title(frame), below=0.2)

@@ -49,3 +49,8 @@ def range_of(values: Sequence[float], digits: int = 1) -> str:
     """`1.9 to 2.1`, or one number where both ends look the same."""
     low, high = fixed(min(values), digits), fixed(max(values), digits)
     return low if low == high else f"{low} to {high}"
+
+
+def in_words(count: int) -> str:
+    """`five`: a small count as prose has it."""
+    return "no one two three four five six seven eight nine ten eleven twelve".split()[count]

@@ -103,7 +103,7 @@ def evaluation_costs(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
             passes, seconds = evaluation.get("passes_per_document"), evaluation["provenance"].get("model_seconds")
             if passes is None or seconds is None:
                 raise ValueError(f"evals/{row.run}/{benchmark.name}.json has no costs; rule 'evaluate' makes it again.")
-            found = score(workdir, row.run, benchmark)
+            scored = score(workdir, row.run, benchmark)
             n = evaluation["n"]
             rows.append(
                 {
@@ -112,9 +112,9 @@ def evaluation_costs(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
                     "run": row.run,
                     "estimator": evaluation["scorer"]["likelihood"]["estimator"],
                     "n": n,
-                    "value": found["value"],
-                    "low": found["low"],
-                    "high": found["high"],
+                    "value": scored["value"],
+                    "low": scored["low"],
+                    "high": scored["high"],
                     "score_standard_error": _number(evaluation.get("standard_error_of_answers")),
                     "passes_per_document": passes,
                     "seconds_per_document": seconds / n,
@@ -144,8 +144,8 @@ def final_answer_nats(metrics: pd.DataFrame) -> Estimate | None:
     if final.empty or "rows" not in final or pd.isna(final["rows"].iloc[-1]):
         return None
     per_row = final["targets"].iloc[-1] / final["rows"].iloc[-1]
-    found = final_eval_loss(metrics)
-    return Estimate(found.value * per_row, found.standard_error * per_row)
+    per_target = final_eval_loss(metrics)
+    return Estimate(per_target.value * per_row, per_target.standard_error * per_row)
 
 
 def final_train_loss(metrics: pd.DataFrame) -> Estimate:
@@ -164,7 +164,7 @@ def final_losses(workdir: Path, entries) -> pd.DataFrame:
         first = split_of(metrics, "eval").iloc[0]
         rows.append(
             {
-                "label": getattr(entry, "label", None) or entry.start,
+                "label": entry.label,
                 "recipe": entry.recipe,
                 "run": entry.run,
                 "steps": int(metrics["step"].max()),
@@ -193,8 +193,8 @@ def scores(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     for row in plan.results:
         published = plan.reported_row(row.published_as)
         for benchmark in plan.scored(row):
-            found = score(workdir, row.run, benchmark)
-            reported = published.values.get(benchmark.name) if published else None
+            scored = score(workdir, row.run, benchmark)
+            reported = published.scores.get(benchmark.name) if published else None
             rows.append(
                 {
                     "run": row.run,
@@ -203,12 +203,12 @@ def scores(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
                     "kind": row.kind,
                     "benchmark": benchmark.name,
                     "benchmark_label": benchmark.label,
-                    **found,
+                    **scored,
                     "reported": _number(reported),
                     "reported_as": row.published_as if reported is not None else "",
-                    "difference": found["value"] - _number(reported),
-                    "difference_low": found["low"] - _number(reported),
-                    "difference_high": found["high"] - _number(reported),
+                    "difference": scored["value"] - _number(reported),
+                    "difference_low": scored["low"] - _number(reported),
+                    "difference_high": scored["high"] - _number(reported),
                 }
             )
     return pd.DataFrame(rows)
@@ -217,7 +217,7 @@ def scores(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
 def score(workdir: Path, run: str, benchmark) -> dict:
     """The score of a row of the results on a benchmark, in per cent, with its interval, chance and metric."""
     evaluation = read_evaluation(workdir, run, benchmark.name)
-    name = benchmark.metric or evaluation["metric"]
+    name = evaluation["metric"]
     metric = evaluation["metrics"].get(name)
     if metric is None:
         known = ", ".join(sorted(evaluation["metrics"]))

@@ -12,39 +12,16 @@ from markupsafe import Markup, escape
 
 from dllm.numbers import ABSENT, duration
 from dllm.report import markup
+from dllm.report.claims import claims_of
 from dllm.report.faults import FAULTS
 from dllm.report.film import Frame, frames
-from dllm.report.format import quantity
+from dllm.report.format import in_words, quantity
 from dllm.report.load import read_json, read_samples, read_text
 from dllm.report.plan import ReportPlan
-from dllm.report.tables import Table, as_csv, as_markdown, make_tables
-from dllm.report.timed import timed_tables
+from dllm.report.shown import FIGURES
+from dllm.report.tables import Table, as_csv, as_markdown, make_tables, timed_tables
 from dllm.report.trace import trace
 
-CAPTIONS = {
-    "pretraining": "Masked diffusion training of the encoders on Wikitext-103. Above: training loss, running mean over "
-    "a twentieth of the run. Below: evaluation loss with 95 % intervals. Filled markers are the last size of "
-    "a family, hollow ones the first.",
-    "openwebtext": "Further training on OpenWebText. The faint line is every logged training loss, the band the "
-    "95 % interval of the evaluation.",
-    "ablation": "Alpaca tuning from three starts. Published recipe dashed, corrected recipe solid; each row "
-    "has one scale.",
-    "ablation-final": "Final losses of the same runs with 95 % intervals: hollow and dashed is the published recipe, "
-    "filled and solid the corrected one.",
-    "chat": "Training of the chat models on tulu-3 and smoltalk.",
-    "scores": "Every score with its 95 % Wilson interval. The upright line is chance, where it is known; a hollow "
-    "marker does not lie above it; a cross is the published number of the same model. With this many intervals, about "
-    "one in twenty misses its true value.",
-    "systems": "The systems side by side. Left: the bound on -log p of a test answer (lower is better), exact for the "
-    "autoregressive model. Then each score with its 95 % Wilson interval; the upright line is chance.",
-    "starts": "The same training on the same chat data from each start. Left: training loss, running mean over a "
-    "twentieth of the run. Right: loss on held-out answers with 95 % intervals. A target is a token of an answer, or "
-    "an end that fills its block, which is easy.",
-    "sizes": "The bound on -log p of a held-out answer against the number of parameters (lower is better), with 95 % "
-    "intervals. Filled: from pretrained weights; hollow: from random ones.",
-    "speed": "Generation with fewer denoising steps. Left: seconds for all answers, and the time in proportion to "
-    "the steps (dotted). Right: quality at the same steps, with 95 % intervals. These are wall times of one machine.",
-}
 VERDICT_SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
 _INTERVAL = re.compile(r"^(.*?) (\[.*\])(.*)$", re.DOTALL)
 
@@ -65,10 +42,13 @@ def build_page(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
     workdir, out = Path(workdir), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     content = gather(workdir, plan, root=Path(os.path.relpath(workdir, out)).as_posix())
+    html = environment(split_interval=split_interval, data_uri=as_data_uri, unbroken=unbroken)
+    texts = {"table": table_markdown, "film": film_text, "conversation": conversation_text}
+    markdown = environment(html=False, md=markup.markdown, fenced=markup.fenced, **texts)
     timed = {f"{table.name}.csv": as_csv(table.frame) for table in timed_tables(workdir, plan).values()}
     written = timed | {
-        "index.html": _environment().get_template("page.html.jinja").render(**content),
-        "report.md": _markdown_environment().get_template("report.md.jinja").render(**content).rstrip() + "\n",
+        "index.html": html.get_template("page.html.jinja").render(**content),
+        "report.md": markdown.get_template("report.md.jinja").render(**content).rstrip() + "\n",
         "provenance.csv": as_csv(content["trace"]),
     }
     for name, text in written.items():
@@ -80,12 +60,11 @@ def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
     """Everything both templates show; `root` is the way from the page to the work directory."""
     record = read_json(workdir, "claims.json", "claims")
     samples = read_samples(workdir, plan.samples) if plan.samples else {}
-    film = read_samples(workdir, plan.film).get("film") if plan.film else None
     return {
         "plan": plan,
         "root": root,
-        "style": _package_text("page.css"),
-        "sections": _sections(plan, samples, film),
+        "style": style_sheet(),
+        "sections": _sections(plan, samples),
         "question": record["question"],
         "answer": record["answer"],
         "claims": record["claims"],
@@ -94,9 +73,9 @@ def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
         "stages": stages(plan),
         "tables": make_tables(workdir, plan) | timed_tables(workdir, plan),
         "figures": {name: read_text(workdir, f"figures/{name}.svg", "figures") for name in plan.figure_names()},
-        "captions": CAPTIONS,
-        "film": film,
-        "frames": frames(film) if film else (),
+        "captions": {name: row.caption for name, row in FIGURES.items()},
+        "film": samples.get("film"),
+        "frames": frames(samples["film"]) if samples.get("film") else (),
         "conversations": samples.get("conversations", ()),
         "faults": FAULTS,
         "trace": trace(workdir, plan),
@@ -115,11 +94,11 @@ class Stage:
 
 def stages(plan: ReportPlan) -> tuple[Stage, ...]:
     """The workflow in the order it ran, stages without a run left out."""
-    ablation = tuple(f"{entry.start}, {entry.recipe}" for entry in plan.ablation)
+    ablation = tuple(f"{entry.label}, {entry.recipe}" for entry in plan.ablation)
     scored = tuple(row.name for row in plan.results)
     weights = "stand-in encoders" if plan.toy else "public encoder weights"
     trained = "chat models" if plan.chat else "trained models"
-    found = (
+    every = (
         Stage("Wikitext-103 pretraining", _labels(plan.pretraining), weights),
         Stage("OpenWebText pretraining", _labels(plan.openwebtext), weights),
         Stage("Alpaca tuning", ablation, "untuned, Wikitext and OpenWebText weights"),
@@ -134,9 +113,9 @@ def stages(plan: ReportPlan) -> tuple[Stage, ...]:
             scored if plan.benchmarks else (),
             f"{trained} and comparisons" if plan.chat else trained,
         ),
-        Stage("Conversations and timing", _named(plan, (plan.film, plan.samples, plan.speed)), trained),
+        Stage("Conversations and timing", _named(plan, (plan.samples, plan.speed)), trained),
     )
-    return tuple(stage for stage in found if stage.runs)
+    return tuple(stage for stage in every if stage.runs)
 
 
 def split_interval(text: str) -> Markup:
@@ -173,11 +152,11 @@ def table_markdown(table: Table) -> str:
     return as_markdown(table, heading=False).rstrip()
 
 
-def _sections(plan: ReportPlan, samples: dict, film: dict | None) -> tuple[Section, ...]:
+def _sections(plan: ReportPlan, samples: dict) -> tuple[Section, ...]:
     scored = plan.results and plan.benchmarks
-    found = (
+    every = (
         ("answer", "The short answer", plan.judges),
-        ("claims", "The claims" if plan.starts else "The five claims", plan.judges),
+        ("claims", f"The {in_words(len(claims_of(plan)))} claims", plan.judges),
         ("starts", "The same training from other weights", plan.starts),
         ("systems", "Side by side" if plan.starts else "Systems side by side", plan.systems),
         ("runs", "What was run", True),
@@ -189,13 +168,13 @@ def _sections(plan: ReportPlan, samples: dict, film: dict | None) -> tuple[Secti
         ("estimators", "Two estimates of one likelihood", len(plan.estimators) > 1),
         ("reported", "Published numbers", plan.reported and plan.benchmarks),
         ("speed", "Steps, time and quality", plan.speed),
-        ("film", "Watching it denoise", film),
+        ("film", "Watching it denoise", samples.get("film")),
         ("conversations", "Conversations", samples.get("conversations")),
-        ("faults", "What was corrected", plan.reproduces or not plan.systems),
+        ("faults", "What was corrected", plan.judges and not plan.starts),
         ("reading", "How to read the numbers", True),
         ("provenance", "Where each number comes from", True),
     )
-    return tuple(Section(anchor, title) for anchor, title, content in found if content)
+    return tuple(Section(anchor, title) for anchor, title, content in every if content)
 
 
 def _labels(entries) -> tuple[str, ...]:
@@ -242,35 +221,16 @@ def _short(digest, length: int = 12) -> str:
     return ABSENT if not isinstance(digest, str) else digest.removeprefix("sha256:")[:length]
 
 
-def _package_text(name: str) -> str:
-    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+def style_sheet() -> str:
+    """The CSS of the pages."""
+    return (Path(__file__).parent / "templates" / "page.css").read_text(encoding="utf-8")
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("dllm.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+def environment(*, html: bool = True, **filters) -> Environment:
+    """Where the templates of the report are, with some filters of their own; html: texts are escaped for HTML."""
+    made = Environment(
+        loader=PackageLoader("dllm.report"), autoescape=html, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
-    environment.filters.update(split_interval=split_interval, data_uri=as_data_uri, unbroken=unbroken)
-    return environment
-
-
-def _markdown_environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("dllm.report"),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        md=markup.markdown,
-        fenced=markup.fenced,
-        table=table_markdown,
-        film=film_text,
-        conversation=conversation_text,
-    )
-    return environment
+    )  # fmt: skip
+    made.filters.update(filters)
+    return made

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dllm.config import CurveEntry, ReportedEntry
+from dllm.report.shown import FIGURES, TABLES
+
 if TYPE_CHECKING:
-    from dllm.config import CurveEntry, EvaluationEntry, Project
+    from dllm.config import Project
 
 Recipe = Literal["published", "corrected"]
 RECIPES: tuple[Recipe, ...] = ("published", "corrected")
-
+SECTIONS = ("pretraining", "openwebtext", "ablation", "chat")
+"""Parts of the report that show loss curves of runs: what the published report did, in its order."""
 
 FEW_STEPS = 20
 """A run of fewer steps shows that the pipeline works, and nothing else: no claim is judged by it."""
@@ -31,67 +35,42 @@ class PlannedRun(_Entry):
     run: str
     """Name of the run: the folder below `runs/`."""
     label: str
-    """How the report calls it."""
+    """How the report calls it; in the ablation, the weights that it starts from: `untuned`, `after Wikitext`, ..."""
     recipe: Recipe = "corrected"
     """`published` repeats the faults of the published pipeline, `corrected` mends them."""
     truncated: bool = False
     """Whether it has next to no steps, at all or of its schedule: no claim is judged by it."""
-    family: str = ""
-    """Encoder family, for the first claim; by default the label up to its first hyphen or space."""
 
     @classmethod
     def of(cls, project: Project, curve: CurveEntry) -> PlannedRun:
         """The run of a curve."""
-        settled = {"recipe": _recipe(project, curve.run), "truncated": _is_truncated(project, curve.run)}
-        return cls(run=curve.run, label=curve.label, **settled)
+        recipe = "published" if project.runs[curve.run].recipe.startswith("published") else "corrected"
+        return cls(run=curve.run, label=curve.label, recipe=recipe, truncated=_is_truncated(project, curve.run))
 
     @property
     def encoder_family(self) -> str:
-        """The family, lower case: `ModernBERT-large` belongs to `modernbert`."""
-        return (self.family or self.label.replace(" ", "-").split("-")[0]).lower()
+        """The label up to its first hyphen or space, lower case: `ModernBERT-large` belongs to `modernbert`."""
+        return self.label.replace(" ", "-").split("-")[0].lower()
 
 
 class Start(PlannedRun):
-    """A run among others with the same training from other weights."""
+    """A run among others that differ in the weights they start from."""
 
     pretrained: bool = True
     twin: str = ""
     """Of random weights: the run of the same training from the pretrained weights of the same architecture."""
 
     @classmethod
-    def of_row(cls, project: Project, row: str, rows: list[str]) -> Start:
-        """The run of an evaluation; rows: all evaluations whose runs are compared."""
+    def of_row(cls, project: Project, row: str) -> Start:
+        """The run of an evaluation that `report.starts` names."""
         entry = project.evaluations[row]
         model = project.models[project.root_model(entry.checkpoint)]
-        training = project.runs[entry.checkpoint].model_dump(exclude={"init", "like"})
-        runs = [project.evaluations[other].checkpoint for other in rows]
-        alike = [run for run in runs if project.runs[run].model_dump(exclude={"init", "like"}) == training]
+        runs = [project.evaluations[other].checkpoint for other in project.report.starts]
+        training = {run: project.runs[run].model_dump(exclude={"init", "like"}) for run in runs}
+        alike = [run for run in runs if training[run] == training[entry.checkpoint]]
         twins = [run for run in alike if model.new == {} and project.runs[run].init == model.tokenizer]
-        return cls(
-            run=entry.checkpoint,
-            label=entry.label,
-            recipe=_recipe(project, entry.checkpoint),
-            truncated=_is_truncated(project, entry.checkpoint),
-            pretrained=model.new is None,
-            twin=next(iter(twins), ""),
-        )
-
-
-class AblationRun(_Entry):
-    """One instruction-tuning run of the ablation."""
-
-    start: str
-    """The weights it starts from, as the report calls them: `untuned`, `after Wikitext`, ..."""
-    run: str
-    recipe: Recipe = "corrected"
-    truncated: bool = False
-    """As of `PlannedRun`."""
-
-    @classmethod
-    def of(cls, project: Project, curve: CurveEntry) -> AblationRun:
-        """The run of a curve, whose label says what it starts from."""
-        settled = {"recipe": _recipe(project, curve.run), "truncated": _is_truncated(project, curve.run)}
-        return cls(start=curve.label, run=curve.run, **settled)
+        planned = PlannedRun.of(project, CurveEntry(run=entry.checkpoint, label=entry.label))
+        return cls(**dict(planned), pretrained=model.new is None, twin=next(iter(twins), ""))
 
 
 class ResultRow(_Entry):
@@ -122,7 +101,7 @@ class ResultRow(_Entry):
             run=name,
             label=entry.label,
             recipe="published" if entry.scorer == "published" else "corrected",
-            kind="again" if again else _kind(entry),
+            kind="again" if again else "control" if entry.control else "ar" if entry.kind == "hf" else "ours",
             published_as=reported[entry.compare].label if entry.compare else "",
             close_to=reported[entry.close_to].label if entry.close_to else "",
             truncated=_is_truncated(project, entry.checkpoint),
@@ -146,24 +125,12 @@ class Benchmark(_Entry):
     """Score of guessing, a fraction; by default what the evaluation file says."""
     reported_chance: float | None = Field(default=None, ge=0, le=1)
     """Score of guessing on the benchmark of the published numbers, if ours is a miniature of it; else `chance`."""
-    metric: str = ""
-    """Metric to show; by default the evaluation's headline metric."""
 
     @classmethod
     def of(cls, project: Project, name: str) -> Benchmark:
         """The column of a benchmark."""
         entry = project.benchmarks[name]
         return cls(name=name, label=entry.label, chance=entry.chance, reported_chance=entry.reported_chance)
-
-
-class ReportedRow(_Entry):
-    """Published numbers of one model."""
-
-    label: str
-    source: str
-    values: dict[str, float]
-    """Benchmark name -> per cent."""
-    note: str = ""
 
 
 class System(_Entry):
@@ -222,15 +189,13 @@ class ReportPlan(_Entry):
     """True for the laptop run on stand-in data and models: the page says so at the top."""
     pretraining: tuple[PlannedRun, ...] = ()
     openwebtext: tuple[PlannedRun, ...] = ()
-    ablation: tuple[AblationRun, ...] = ()
+    ablation: tuple[PlannedRun, ...] = ()
     chat: tuple[PlannedRun, ...] = ()
     results: tuple[ResultRow, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
-    reported: tuple[ReportedRow, ...] = ()
-    film: str = ""
-    """Run whose denoising is shown frame by frame."""
+    reported: tuple[ReportedEntry, ...] = ()
     samples: str = ""
-    """Run whose conversations are shown."""
+    """Run whose conversations are shown, and whose denoising frame by frame."""
     speed: str = ""
     """Run whose time and quality are shown against the number of steps."""
     estimators: tuple[str, ...] = ()
@@ -245,59 +210,46 @@ class ReportPlan(_Entry):
     def of(cls, project: Project) -> ReportPlan:
         """What the report of a project shows."""
         shown, estimators = project.report, _rows_that_differ_in_estimator(project)
-        compared = [*shown.systems, *(row for row in shown.starts if row not in shown.systems)]
-        # systems have a table of their own for what they say
-        first = "" if compared else next(iter(project.samples), "")
+        compared = dict.fromkeys([*shown.systems, *shown.starts])
         return cls(
             title=shown.title,
             toy=shown.toy,
-            pretraining=tuple(PlannedRun.of(project, curve) for curve in shown.pretraining),
-            openwebtext=tuple(PlannedRun.of(project, curve) for curve in shown.openwebtext),
-            ablation=tuple(AblationRun.of(project, curve) for curve in shown.ablation),
-            chat=tuple(PlannedRun.of(project, curve) for curve in shown.chat),
+            **{name: tuple(PlannedRun.of(project, curve) for curve in getattr(shown, name)) for name in SECTIONS},
             results=tuple(ResultRow.of(project, row, again=row in estimators[1:]) for row in project.evaluations),
             benchmarks=tuple(Benchmark.of(project, name) for name in _scored_benchmarks(project)),
-            reported=tuple(
-                ReportedRow(label=row.label, source=row.source, note=row.note, values=dict(row.scores))
-                for row in project.reported.values()
-            ),
-            film=first,
-            samples=first,
+            reported=tuple(project.reported.values()),
+            # systems have a table of their own for what they say
+            samples="" if compared else next(iter(project.samples), ""),
             speed=next(iter(project.speed), ""),
             estimators=estimators,
             systems=tuple(System.of(project, row) for row in compared),
-            starts=tuple(Start.of_row(project, row, shown.starts) for row in shown.starts),
+            starts=tuple(Start.of_row(project, row) for row in shown.starts),
         )
 
     @model_validator(mode="after")
-    def _names_exist(self) -> ReportPlan:
-        benchmarks = [benchmark.name for benchmark in self.benchmarks]
-        reported = [row.label for row in self.reported]
-        for row in self.results:
-            _check(f"results: {row.run}.benchmarks", row.benchmarks, benchmarks)
-            _check(f"results: {row.run}.published_as", [row.published_as] if row.published_as else [], reported)
-            _check(f"results: {row.run}.close_to", [row.close_to] if row.close_to else [], reported)
-        _check("systems", [system.row for system in self.systems], [row.run for row in self.results])
-        _check_unique("systems", [(system.row,) for system in self.systems])
-        _check("estimators", self.estimators, [row.run for row in self.results])
-        for published in self.reported:
-            _check(f"reported: {published.label}.values", published.values, benchmarks)
-        for section in ("pretraining", "openwebtext", "ablation", "chat", "starts"):
+    def _fits_together(self) -> ReportPlan:
+        known = [benchmark.name for benchmark in self.benchmarks]
+        for row in self.reported:
+            if unknown := [name for name in row.scores if name not in known]:
+                raise ValueError(
+                    f"report plan: reported: {row.label}.scores = {unknown[0]!r} is not in the plan; known are "
+                    f"{', '.join(known)}."
+                )
+        for section in (*SECTIONS, "starts"):
             _check_unique(section, [(entry.run, entry.recipe) for entry in getattr(self, section)])
-        _check_unique("ablation", [(entry.start, entry.recipe) for entry in self.ablation])
-        _check_unique("results", [(row.run,) for row in self.results])
-        _check_unique("benchmarks", [(name,) for name in benchmarks])
-        _check_unique("reported", [(label,) for label in reported])
+        _check_unique("ablation", [(entry.label, entry.recipe) for entry in self.ablation])
+        _check_unique("systems", [(system.row,) for system in self.systems])
+        _check_unique("reported", [(row.label,) for row in self.reported])
         return self
 
     @property
     def reproduces(self) -> bool:
         """Whether anything of the published report is repeated, whose claims can then be judged."""
-        return bool(self.pretraining or self.openwebtext or self.ablation or self.chat)
+        return any(getattr(self, section) for section in SECTIONS)
 
     @property
     def judges(self) -> bool:
-        """Whether claims are judged: the five published ones, or those on what a run starts from."""
+        """Whether claims are judged and shown: all but a mere comparison of systems does."""
         return bool(self.reproduces or self.starts or not self.systems)
 
     def system_benchmarks(self) -> tuple[Benchmark, ...]:
@@ -307,54 +259,29 @@ class ReportPlan(_Entry):
 
     def sample_names(self) -> tuple[str, ...]:
         """Every file of sample conversations that is shown, once."""
-        names = (self.film, self.samples, *(system.samples for system in self.systems))
+        names = (self.samples, *(system.samples for system in self.systems))
         return tuple(dict.fromkeys(name for name in names if name))
 
     def scored(self, row: ResultRow) -> tuple[Benchmark, ...]:
         """The benchmarks a row was scored on, in the order of the plan."""
         return tuple(b for b in self.benchmarks if not row.benchmarks or b.name in row.benchmarks)
 
-    def reported_row(self, label: str) -> ReportedRow | None:
+    def reported_row(self, label: str) -> ReportedEntry | None:
         """The published numbers under this label, or None."""
         return next((row for row in self.reported if row.label == label), None)
 
     def trained_runs(self) -> tuple[str, ...]:
         """Every run that the report shows, once, in the order of the report."""
-        sections = (self.pretraining, self.openwebtext, self.ablation, self.chat, self.starts)
-        curves = [entry.run for section in sections for entry in section]
+        curves = [entry.run for section in (*SECTIONS, "starts") for entry in getattr(self, section)]
         return tuple(dict.fromkeys([*curves, *(run for system in self.systems for run in system.stages)]))
 
-    def table_names(self) -> tuple[str, ...]:
-        """Names of the tables that this plan fills; each becomes csv, md and tex."""
-        filled = {
-            "overview": self.results and self.benchmarks,
-            "results": self.results and self.benchmarks,
-            "pretraining": self.pretraining,
-            "openwebtext": self.openwebtext,
-            "ablation": self.ablation,
-            "chat": self.chat,
-            "reported": self.reported and self.benchmarks,
-            "systems": self.systems,
-            "answers": any(system.samples for system in self.systems),
-            "claims": self.judges,
-        }
-        return tuple(name for name, content in filled.items() if content)
+    def table_names(self, *, timed: bool = False) -> tuple[str, ...]:
+        """Names of the tables that this plan fills; each becomes csv, md and tex. timed: those with wall times."""
+        return tuple(name for name, row in TABLES.items() if row.timed == timed and row.fills(self))
 
     def figure_names(self) -> tuple[str, ...]:
         """Names of the figures that this plan fills; each becomes svg, png and csv."""
-        filled = {
-            "pretraining": self.pretraining,
-            "openwebtext": self.openwebtext,
-            "ablation": self.ablation,
-            "ablation-final": self.ablation,
-            "chat": self.chat,
-            "starts": self.starts,
-            "sizes": self.starts,
-            "systems": self.systems and (self.system_benchmarks() or not self.starts),
-            "scores": self.results and self.benchmarks and not self.systems,
-            "speed": self.speed,
-        }
-        return tuple(name for name, content in filled.items() if content)
+        return tuple(name for name, row in FIGURES.items() if row.fills(self))
 
     def inputs(self) -> tuple[str, ...]:
         """Every file the tables, figures, claims and page read, relative to the work directory."""
@@ -364,12 +291,6 @@ class ReportPlan(_Entry):
         files += [f"samples/{name}.json" for name in self.sample_names()]
         files += [f"speed/{self.speed}.json"] if self.speed else []
         return tuple(files)
-
-
-def _check(where: str, names, allowed: list[str]) -> None:
-    for name in names:
-        if name not in allowed:
-            raise ValueError(f"report plan: {where} = {name!r} is not in the plan; known are {', '.join(allowed)}.")
 
 
 def _check_unique(where: str, keys: list[tuple]) -> None:
@@ -390,16 +311,6 @@ def _is_truncated(project: Project, name: str) -> bool:
             return True
         name = run.init
     return False
-
-
-def _recipe(project: Project, run: str) -> Recipe:
-    return "published" if project.runs[run].recipe.startswith("published") else "corrected"
-
-
-def _kind(entry: EvaluationEntry) -> Literal["ours", "ar", "control"]:
-    if entry.control:
-        return "control"
-    return "ar" if entry.kind == "hf" else "ours"
 
 
 def _scored_benchmarks(project: Project) -> list[str]:

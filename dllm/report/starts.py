@@ -10,7 +10,7 @@ from dllm.report.plan import ReportPlan
 from dllm.report.statistics import Estimate
 
 
-def starts_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def starts_frame(workdir: Path, plan: ReportPlan, name: str = "") -> pd.DataFrame:
     """One row per start: `final_losses`, parameters, and the bound on a held-out answer in nats with its interval.
 
     `passed` is the first evaluated step at which it is as low as its twin of random weights ends; missing without one.
@@ -23,9 +23,9 @@ def starts_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     return frame.assign(
         start=["pretrained" if start.pretrained else "random" for start in plan.starts],
         parameters=[read_provenance(workdir, run)["parameters"] for run in frame["run"]],
-        nats=[found.value for found in nats],
-        nats_standard_error=[found.standard_error for found in nats],
-        nats_low=[found.low for found in nats],
-        nats_high=[found.high for found in nats],
+        nats=[bound.value for bound in nats],
+        nats_standard_error=[bound.standard_error for bound in nats],
+        nats_low=[bound.low for bound in nats],
+        nats_high=[bound.high for bound in nats],
         passed=frame["run"].map(passed),
     )

@@ -84,11 +84,11 @@ def family_looks(pairs: Iterable[tuple[str, str]]) -> dict[str, Look]:
     seen: dict[str, list[str]] = {}
     for label, family in dict.fromkeys(pairs):
         seen.setdefault(family, []).append(label)
-    found = {}
+    by_label = {}
     for look, labels in zip(looks(seen).values(), seen.values(), strict=True):
         for index, label in enumerate(labels):
-            found[label] = Look(look.color, look.marker, filled=index % 2 == len(labels[:2]) - 1)
-    return found
+            by_label[label] = Look(look.color, look.marker, filled=index % 2 == len(labels[:2]) - 1)
+    return by_label
 
 
 def spread(heights: list[float], gap: float) -> list[float]:

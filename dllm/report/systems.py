@@ -21,7 +21,7 @@ def algorithm_label(name: str) -> str:
     return algorithm_named(name).label if name else "as published"
 
 
-def systems_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
+def systems_frame(workdir: Path, plan: ReportPlan, name: str = "systems") -> pd.DataFrame:
     """One row per system: parameters, steps and tokens of all its stages, and the bound on an answer in nats.
 
     `nats` with `nats_low` and `nats_high` is the mean bound on -log p of a test answer with its end; exact for an
@@ -48,8 +48,8 @@ def answers_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     """One row per system with samples and question: the first answer of each of its conversations."""
     rows = []
     for system in plan.systems:
-        found = read_samples(workdir, system.samples)["conversations"] if system.samples else []
-        for question, answer, *_ in found:
+        conversations = read_samples(workdir, system.samples)["conversations"] if system.samples else []
+        for question, answer, *_ in conversations:
             rows.append(
                 {
                     "row": system.row,
@@ -74,8 +74,8 @@ def _row(workdir: Path, plan: ReportPlan, system: System) -> dict:
         **dict.fromkeys(("nats", "nats_low", "nats_high"), float("nan")),
     }
     trained = ALGORITHMS.get(system.algorithm)
-    if metrics and trained and trained.has_likelihood and (found := final_answer_nats(metrics[-1])):
-        row |= {"nats": found.value, "nats_low": found.low, "nats_high": found.high}
+    if metrics and trained and trained.has_likelihood and (bound := final_answer_nats(metrics[-1])):
+        row |= {"nats": bound.value, "nats_low": bound.low, "nats_high": bound.high}
     for benchmark in plan.system_benchmarks():
         keys = ("", "_low", "_high", "_chance", "_passes")
         row |= {f"{benchmark.name}{key}": float("nan") for key in keys}

@@ -5,19 +5,20 @@ No wall time and no provenance appears here, so that two full runs write the sam
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from dllm.algorithms import resolved
 from dllm.numbers import ABSENT
 from dllm.report import markup
-from dllm.report.claims import judge
-from dllm.report.format import fixed, interval, quantity, signed_interval
+from dllm.report.claims import claims_of, judge
+from dllm.report.format import fixed, in_words, interval, quantity, signed_interval
 from dllm.report.load import final_losses, scores
 from dllm.report.plan import ReportPlan
+from dllm.report.shown import TABLES
 from dllm.report.statistics import against_chance
 from dllm.report.systems import algorithm_label, answers_frame, systems_frame
 
@@ -49,6 +50,8 @@ class Table:
     note: str = ""
     folder: str = "tables"
     """Where its files lie, below the work directory."""
+    ours: bool = True
+    """Whether we measured what is in it."""
 
     @property
     def marked(self) -> tuple[bool, ...]:
@@ -76,51 +79,47 @@ def make_metrics(workdir: Path, plan: ReportPlan) -> dict[str, dict]:
 
     scores: per cent, by row and benchmark; loss: final loss on the test split, nats per target token, by run.
     """
-    found: dict[str, dict] = {"scores": {}, "loss": {}}
+    numbers: dict[str, dict] = {"scores": {}, "loss": {}}
     for row in scores(workdir, plan).itertuples() if plan.results and plan.benchmarks else ():
-        found["scores"].setdefault(row.run, {})[row.benchmark] = float(f"{row.value:.6g}")
+        numbers["scores"].setdefault(row.run, {})[row.benchmark] = float(f"{row.value:.6g}")
     for section in (plan.pretraining, plan.openwebtext, plan.ablation, plan.chat, plan.starts):
         for row in final_losses(workdir, section).itertuples() if section else ():
             if not math.isnan(row.eval_loss):
-                found["loss"][row.run] = float(f"{row.eval_loss:.6g}")
-    return found
+                numbers["loss"][row.run] = float(f"{row.eval_loss:.6g}")
+    return numbers
 
 
 def make_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
-    """The tables that the plan fills, by name."""
-    makers: dict[str, Callable[[Path, ReportPlan], Table]] = {
-        "overview": overview_table,
-        "results": results_table,
-        "pretraining": partial(_loss_table, "pretraining", "Final losses of the encoders on Wikitext-103.", "Encoder"),
-        "openwebtext": partial(_loss_table, "openwebtext", "Losses on OpenWebText.", "Model"),
-        "ablation": partial(_loss_table, "ablation", "Final losses of Alpaca tuning, by start and recipe.", "Start"),
-        "chat": partial(_loss_table, "chat", "Final losses of the chat models.", "Model"),
-        "reported": reported_table,
-        "systems": systems_table,
-        "answers": answers_table,
-        "claims": claims_table,
-    }
-    tables = {name: makers[name](workdir, plan) for name in plan.table_names()}
-    if plan.toy:
-        ours = {name: replace(table, caption=f"{table.caption} {TOY}") for name, table in tables.items()}
-        tables = {**ours, **({"reported": tables["reported"]} if "reported" in tables else {})}
-    return tables
+    """The tables without wall times that the plan fills, by name."""
+    return _made(workdir, plan, plan.table_names())
 
 
-def overview_table(workdir: Path, plan: ReportPlan) -> Table:
+def timed_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
+    """The tables with wall times that the plan fills, by name."""
+    return _made(workdir, plan, plan.table_names(timed=True))
+
+
+def _made(workdir: Path, plan: ReportPlan, names: tuple[str, ...]) -> dict[str, Table]:
+    made = {name: resolved(TABLES[name].make)(workdir, plan, name) for name in names}
+    tables = {name: table for name, table in made.items() if table is not None}
+    ours = {name: replace(table, caption=f"{table.caption} {TOY}") for name, table in tables.items() if table.ours}
+    return tables | ours if plan.toy else tables
+
+
+def overview_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """Benchmarks down, models across: every score with its interval and the chance level."""
     frame = scores(workdir, plan)
-    found = {(row.run, row.benchmark): row for row in frame.itertuples()}
+    by_place = {(row.run, row.benchmark): row for row in frame.itertuples()}
     rows = []
     for benchmark in plan.benchmarks:
-        cells = [found.get((row.run, benchmark.name)) for row in plan.results]
+        cells = [by_place.get((row.run, benchmark.name)) for row in plan.results]
         chance = next((cell.chance for cell in cells if cell is not None), None)
         shown = [_score_cell(cell) if cell is not None else Cell(ABSENT) for cell in cells]
         rows.append((Cell(benchmark.label), Cell(fixed(chance)), *shown))
     columns = ("Benchmark", "Chance", *(row.name for row in plan.results))
     keep = "benchmark run label recipe metric shots n truncated value low high chance against_chance".split()
     note = MARKS_NOTE + _truncated_note(frame)
-    return _table("overview", "Scores in per cent with 95 % intervals.", columns, rows, frame[keep], note)
+    return table_of(name, "Scores in per cent with 95 % intervals.", columns, rows, frame[keep], note)
 
 
 def _truncated_note(frame: pd.DataFrame) -> str:
@@ -133,7 +132,7 @@ def _truncated_note(frame: pd.DataFrame) -> str:
     return f" Documents whose prompt did not fit and was cut from the left: {'; '.join(cut)}." if cut else ""
 
 
-def results_table(workdir: Path, plan: ReportPlan) -> Table:
+def results_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """One row per model and benchmark: ours, published, and their difference."""
     frame = scores(workdir, plan)
     names = {row.run: row.name for row in plan.results}
@@ -158,13 +157,11 @@ def results_table(workdir: Path, plan: ReportPlan) -> Table:
         f"{MARKS_NOTE} Difference: ours less the published number, which comes without an interval and is taken as "
         "exact; bold where the interval excludes zero."
     )
-    table = _table(
-        "results", "Scores in per cent against chance and the published numbers.", columns, rows, frame, note
-    )
-    return _left(table, 3)
+    caption = "Scores in per cent against chance and the published numbers."
+    return table_of(name, caption, columns, rows, frame, note, left=3)
 
 
-def reported_table(workdir: Path, plan: ReportPlan) -> Table:
+def reported_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """The published numbers with their sources; nothing here was measured by us."""
     rows, tidy, notes = [], [], []
     sources = list(dict.fromkeys(row.source for row in plan.reported))
@@ -172,7 +169,7 @@ def reported_table(workdir: Path, plan: ReportPlan) -> Table:
     for row in plan.reported:
         cells = []
         for benchmark in plan.benchmarks:
-            value = row.values.get(benchmark.name)
+            value = row.scores.get(benchmark.name)
             odd = value is not None and value < 100 * (chance[benchmark.name] or 0) / 2
             cells.append(Cell(fixed(value), mark="†" if odd else ""))
             if value is not None:
@@ -185,10 +182,11 @@ def reported_table(workdir: Path, plan: ReportPlan) -> Table:
     notes.append(f"Sources: {'; '.join(f'({number}) {source}' for number, source in enumerate(sources, start=1))}.")
     columns = ("Model", *(benchmark.label for benchmark in plan.benchmarks), "Source")
     frame = pd.DataFrame(tidy, columns=["label", "benchmark", "value", "source"])
-    return _table("reported", "Published numbers in per cent, as printed.", columns, rows, frame, " ".join(notes))
+    caption = "Published numbers in per cent, as printed."
+    return table_of(name, caption, columns, rows, frame, " ".join(notes), ours=False)
 
 
-def systems_table(workdir: Path, plan: ReportPlan) -> Table:
+def systems_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """One row per system: what it is made of, its bound and its scores."""
     frame = systems_frame(workdir, plan)
     benchmarks = plan.system_benchmarks()
@@ -213,25 +211,25 @@ def systems_table(workdir: Path, plan: ReportPlan) -> Table:
         f"intervals. {MARKS_NOTE}"
     )
     caption = "The same training from other weights." if plan.starts else "Systems of one size on the same data."
-    table = _table("systems", caption, columns, rows, frame, note)
-    return _left(table, 2)
+    return table_of(name, caption, columns, rows, frame, note, left=2)
 
 
-def answers_table(workdir: Path, plan: ReportPlan) -> Table:
+def answers_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """What each system answers: questions across and systems down; of starts, which are few, the other way round."""
     frame = answers_frame(workdir, plan)
-    found = {(row.question, row.row): row.answer for row in frame.itertuples()}
-    questions = {question: question for question in frame["question"]}
+    answers = {(row.row, row.question): row.answer for row in frame.itertuples()}
     systems = dict(zip(frame["row"], frame["label"], strict=True))
+    questions = {question: question for question in frame["question"]}
+    cells = [[Cell(answers.get((key, question)) or ABSENT) for question in questions] for key in systems]
     down, across = (questions, systems) if plan.starts else (systems, questions)
-    answer = (lambda i, j: found.get((i, j))) if down is questions else (lambda i, j: found.get((j, i)))
-    rows = [(Cell(label), *(Cell(answer(one, other) or ABSENT) for other in across)) for one, label in down.items()]
-    columns = ("Question" if down is questions else "System", *across.values())
+    cells = list(map(list, zip(*cells, strict=True))) if plan.starts else cells
+    rows = [(Cell(label), *row) for label, row in zip(down.values(), cells, strict=True)]
+    columns = ("Question" if plan.starts else "System", *across.values())
     caption = "The same questions to each system, answers neither chosen nor edited."
-    return _left(_table("answers", caption, columns, rows, frame), len(columns))
+    return table_of(name, caption, columns, rows, frame, left=len(columns))
 
 
-def claims_table(workdir: Path, plan: ReportPlan) -> Table:
+def claims_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """One row per finding. Verdicts that rest on wall times stay out: claims.json has them."""
     rows, tidy = [], []
     for claim in judge(workdir, plan):
@@ -250,9 +248,7 @@ def claims_table(workdir: Path, plan: ReportPlan) -> Table:
             cells = (f"{claim.number}", finding.part, finding.recipe or ABSENT, verdict, because)
             rows.append(tuple(Cell(text) for text in cells))
     columns = ("Claim", "Part", "Recipe", "Verdict", "Because")
-    return _left(
-        _table("claims", "The claims." if plan.starts else "The five claims.", columns, rows, pd.DataFrame(tidy)), 5
-    )
+    return table_of(name, f"The {in_words(len(claims_of(plan)))} claims.", columns, rows, pd.DataFrame(tidy), left=5)
 
 
 def as_csv(frame: pd.DataFrame) -> str:
@@ -294,20 +290,25 @@ def as_latex(table: Table) -> str:
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
-def _table(name: str, caption: str, columns, rows, frame: pd.DataFrame, note: str = "") -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    numeric = (False, *([True] * (len(columns) - 1)))
-    return Table(name, caption, tuple(columns), numeric, tuple(rows), frame, note)
+def table_of(name: str, caption: str, columns, rows, frame: pd.DataFrame, note: str = "", **more: Any) -> Table:
+    """A table whose first columns, `left` of them (1), are text and whose others are numbers."""
+    left = more.pop("left", 1)
+    numeric = tuple(index >= left for index in range(len(columns)))
+    return Table(name, caption, tuple(columns), numeric, tuple(rows), frame, note, **more)
 
 
-def _left(table: Table, count: int) -> Table:
-    """The same table with its first `count` columns left-aligned."""
-    numeric = tuple(index >= count for index in range(len(table.columns)))
-    return replace(table, numeric=numeric)
+LOSS_TABLES = {
+    "pretraining": ("Encoder", "Final losses of the encoders on Wikitext-103."),
+    "openwebtext": ("Model", "Losses on OpenWebText."),
+    "ablation": ("Start", "Final losses of Alpaca tuning, by start and recipe."),
+    "chat": ("Model", "Final losses of the chat models."),
+}
+"""Head of the first column and caption of each table of losses."""
 
 
-def _loss_table(name: str, caption: str, subject: str, workdir: Path, plan: ReportPlan) -> Table:
-    """Final losses of the runs of a section of the plan."""
+def loss_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
+    """Final losses of the runs of a section of the plan, which is the table's name."""
+    subject, caption = LOSS_TABLES[name]
     frame = final_losses(workdir, getattr(plan, name))
     rows = [
         (
@@ -326,7 +327,7 @@ def _loss_table(name: str, caption: str, subject: str, workdir: Path, plan: Repo
         "Nats per token with 95 % intervals. The final training loss averages the last tenth of the logged steps. "
         "The final evaluation meets the same masks in every run, whatever the recipe."
     )
-    return _left(_table(name, caption, columns, rows, frame, note), 2)
+    return table_of(name, caption, columns, rows, frame, note, left=2)
 
 
 def _score_cell(row) -> Cell:

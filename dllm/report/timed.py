@@ -9,24 +9,12 @@ from dllm.report.format import fixed, interval
 from dllm.report.load import evaluation_costs, read_decoding_options
 from dllm.report.plan import ReportPlan
 from dllm.report.systems import seconds_frame, systems_frame
-from dllm.report.tables import TOY, Cell, Table
+from dllm.report.tables import Cell, Table, table_of
 
 WALL_TIMES = "Seconds are wall times of one machine."
 
 
-def timed_tables(workdir: Path, plan: ReportPlan) -> dict[str, Table]:
-    """The timed tables that the plan fills, by name."""
-    tables = {}
-    if len(plan.estimators) > 1:
-        tables["estimators"] = estimators_table(workdir, plan)
-    if plan.systems:
-        tables["systems-seconds"] = seconds_table(workdir, plan)
-    if plan.speed and (table := decoding_table(workdir, plan)):
-        tables["decoding"] = table
-    return tables
-
-
-def estimators_table(workdir: Path, plan: ReportPlan) -> Table:
+def estimators_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """Likelihood estimators side by side on the same checkpoint: score, noise of a choice, passes, seconds."""
     frame = evaluation_costs(workdir, plan)
     rows = [
@@ -47,13 +35,11 @@ def estimators_table(workdir: Path, plan: ReportPlan) -> Table:
         "document; equal inputs are forwarded once under either estimator, where the published code forwards all 128 "
         f"draws of every choice. {WALL_TIMES}"
     )
-    caption = _caption("Estimators of the likelihood on the same model and documents.", plan)
-    return Table(
-        "estimators", caption, columns, (False, False, True, True, True, True), tuple(rows), frame, note, "report"
-    )
+    caption = "Estimators of the likelihood on the same model and documents."
+    return table_of(name, caption, columns, rows, frame, note, left=2, folder="report")
 
 
-def seconds_table(workdir: Path, plan: ReportPlan) -> Table:
+def seconds_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """Seconds of training, and passes and seconds per question, system by system."""
     frame, benchmarks = seconds_frame(workdir, plan), plan.system_benchmarks()
     passes = systems_frame(workdir, plan).set_index("row")
@@ -72,12 +58,10 @@ def seconds_table(workdir: Path, plan: ReportPlan) -> Table:
         "Training: of all stages. Passes: forward passes per question. Milliseconds of forward computation per "
         f"question, many questions side by side. {WALL_TIMES}"
     )
-    caption = _caption("What the systems take.", plan)
-    numeric = (False, *[True] * (len(columns) - 1))
-    return Table("systems-seconds", caption, columns, numeric, tuple(rows), frame, note, "report")
+    return table_of(name, "What the systems take.", columns, rows, frame, note, folder="report")
 
 
-def decoding_table(workdir: Path, plan: ReportPlan) -> Table | None:
+def decoding_table(workdir: Path, plan: ReportPlan, name: str) -> Table | None:
     """Faster ways to decode next to the exact one: passes, speed, quality, agreement. None without measurements."""
     frame = read_decoding_options(workdir, plan.speed)
     if frame.empty:
@@ -101,9 +85,5 @@ def decoding_table(workdir: Path, plan: ReportPlan) -> Table | None:
         "Passes per answer; seconds for all answers; tokens up to each answer's end. Same answer and same tokens: "
         f"agreement in per cent with the exact decode, one token per pass. {WALL_TIMES}"
     )
-    caption = _caption("Faster ways to decode, next to the exact one.", plan)
-    return Table("decoding", caption, columns, (False, *[True] * 6), tuple(rows), frame, note, "report")
-
-
-def _caption(text: str, plan: ReportPlan) -> str:
-    return f"{text} {TOY}" if plan.toy else text
+    caption = "Faster ways to decode, next to the exact one."
+    return table_of(name, caption, columns, rows, frame, note, folder="report")

@@ -19,20 +19,20 @@ def trace(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     for row in plan.results:
         for benchmark in plan.scored(row):
             evaluation = read_evaluation(workdir, row.run, benchmark.name)
-            found = dict(evaluation.get("provenance") or {})
-            found.setdefault("wall_seconds", evaluation.get("wall_seconds"))
-            found.setdefault("seed", (evaluation.get("scorer") or {}).get("seed"))
-            found.setdefault("data_digest", (evaluation.get("inputs") or {}).get("data"))
-            rows.append(_row("evaluation", row.run, benchmark.name, found))
+            facts = dict(evaluation.get("provenance") or {})
+            facts.setdefault("wall_seconds", evaluation.get("wall_seconds"))
+            facts.setdefault("seed", (evaluation.get("scorer") or {}).get("seed"))
+            facts.setdefault("data_digest", (evaluation.get("inputs") or {}).get("data"))
+            rows.append(_row("evaluation", row.run, benchmark.name, facts))
     for run in plan.sample_names():
         rows.append(_row("samples", run, "", read_samples(workdir, run).get("provenance") or {}))
     if plan.speed:
-        found = read_json(workdir, f"speed/{plan.speed}.json", "speed").get("provenance") or {}
-        rows.append(_row("speed", plan.speed, "", found))
+        facts = read_json(workdir, f"speed/{plan.speed}.json", "speed").get("provenance") or {}
+        rows.append(_row("speed", plan.speed, "", facts))
     return pd.DataFrame(rows, columns=["kind", "run", "benchmark", *FIELDS])
 
 
-def _row(kind: str, run: str, benchmark: str, found: dict) -> dict:
-    values = {field: found.get(field) for field in FIELDS}
-    values["written"] = found.get("written") or found.get("started")
+def _row(kind: str, run: str, benchmark: str, facts: dict) -> dict:
+    values = {field: facts.get(field) for field in FIELDS}
+    values["written"] = facts.get("written") or facts.get("started")
     return {"kind": kind, "run": run, "benchmark": benchmark, **values}

@@ -14,9 +14,10 @@ result. Test rows use held-out combinations only; a benchmark's rows are distinc
 given answers, each place is right equally often.
 """
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from operator import itemgetter
+from functools import partial
 
 from dllm.synthetic.entities import SUBJECTS, Fact, SyntheticWorld
 from dllm.synthetic.instructions import LETTERS, choices_for
@@ -31,28 +32,45 @@ CHINESE_ROWS = 20
 SHOT_ROWS = 5
 
 
-def distinct(make: Callable[[], dict], rows: int) -> Rows:
-    """`rows` different rows from a source of random ones; ValueError if the source runs dry."""
-    return balanced(make, rows, answer_of=lambda row: None, answers=1)
+def distinct(make: Callable[[], dict], rows: int, right: str | None = None, answers: int = 1) -> Rows:
+    """`rows` different rows from a source of random ones; ValueError if the source runs dry.
 
-
-def balanced(make: Callable[[], dict], rows: int, *, answer_of: Callable[[dict], object], answers: int) -> Rows:
-    """Different rows in which each of the `answers` answers is right equally often, so that always A is at chance.
-
-    ValueError if the source runs dry.
+    right: the column of the right answer, of which there are `answers`: each is right equally often, so that always A
+    is at chance.
     """
-    found: dict[str, dict] = {}
+    by_text: dict[str, dict] = {}
     times: Counter = Counter()
     for _ in range(400 * rows):
         row = make()
-        key, answer = repr(row), answer_of(row)
-        if key in found or times[answer] == rows // answers:
+        key, answer = repr(row), row[right] if right else None
+        if key in by_text or times[answer] == rows // answers:
             continue
-        found[key] = row
+        by_text[key] = row
         times[answer] += 1
-        if len(found) == rows:
-            return list(found.values())
-    raise ValueError(f"only {len(found)} of {rows} benchmark rows exist: widen the world or ask for fewer rows")
+        if len(by_text) == rows:
+            return list(by_text.values())
+    raise ValueError(f"only {len(by_text)} of {rows} benchmark rows exist: widen the world or ask for fewer rows")
+
+
+Draw = Callable[[random.Random, bool], dict]
+"""A random row, from the training side of the world or from the test side."""
+
+
+def split_files(
+    world: SyntheticWorld, name: str, splits: dict[str, int], draw: Draw, right: str | None = None, answers: int = 1
+) -> Iterator[tuple[str, Rows]]:
+    """The files of a benchmark, one for each split and its number of rows; a `train` split has the examples.
+
+    right, answers: as in `distinct`, for the other splits.
+    """
+    for split, rows in splits.items():
+        rng, test = world.random(f"{name}/{split}"), split != "train"
+        balance = (right, answers) if test else ()
+        yield f"{name}/{split}.jsonl", distinct(partial(draw, rng, test), rows, *balance)
+
+
+SHOTS_AND_TEST = {"train": SHOT_ROWS, "test": TEST_ROWS}
+SHOTS_AND_VALIDATION = {"train": SHOT_ROWS, "validation": TEST_ROWS}
 
 
 def lambada(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
@@ -63,14 +81,12 @@ def lambada(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
 
 def gsm8k(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Word problems."""
-    for split, rows in (("train", SHOT_ROWS), ("test", TEST_ROWS)):
-        rng = world.random(f"gsm8k/{split}")
 
-        def make(rng=rng, test=split == "test") -> dict:
-            problem = word_problem(rng, test=test)
-            return {"question": problem.question, "answer": problem.solution}
+    def draw(rng: random.Random, test: bool) -> dict:
+        problem = word_problem(rng, test=test)
+        return {"question": problem.question, "answer": problem.solution}
 
-        yield f"gsm8k/{split}.jsonl", distinct(make, rows)
+    return split_files(world, "gsm8k", SHOTS_AND_TEST, draw)
 
 
 def bbh(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
@@ -82,11 +98,8 @@ def bbh(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
             problem = problem_of(rng, test=True)
             return {"input": problem.question, "target": problem.answer}
 
-        if task in TWO_ANSWERS:
-            rows = balanced(make, TEST_ROWS_PER_PART, answer_of=itemgetter("target"), answers=2)
-        else:
-            rows = distinct(make, TEST_ROWS_PER_PART)
-        yield f"bbh/{task}.jsonl", rows
+        balance = ("target", 2) if task in TWO_ANSWERS else ()
+        yield f"bbh/{task}.jsonl", distinct(make, TEST_ROWS_PER_PART, *balance)
 
 
 TWO_ANSWERS = ("boolean_expressions", "navigate")
@@ -95,14 +108,12 @@ TWO_ANSWERS = ("boolean_expressions", "navigate")
 def minerva_math(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Three of the seven subjects."""
     for subject in MATHEMATICS:
-        for split, rows in (("train", SHOT_ROWS), ("test", TEST_ROWS_PER_PART)):
-            rng = world.random(f"math/{subject}/{split}")
 
-            def make(rng=rng, subject=subject, test=split == "test") -> dict:
-                problem = mathematics(subject, rng, test=test)
-                return {"problem": problem.question, "solution": problem.solution, "level": "Level 1", "type": subject}
+        def draw(rng: random.Random, test: bool, subject: str = subject) -> dict:
+            problem = mathematics(subject, rng, test=test)
+            return {"problem": problem.question, "solution": problem.solution, "level": "Level 1", "type": subject}
 
-            yield f"math/{subject}/{split}.jsonl", distinct(make, rows)
+        yield from split_files(world, f"math/{subject}", {"train": SHOT_ROWS, "test": TEST_ROWS_PER_PART}, draw)
 
 
 def mmlu(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
@@ -123,54 +134,44 @@ def mmlu(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
                 if split == "dev":
                     rows.append(make())
                 else:
-                    rows += balanced(make, len(LETTERS), answer_of=itemgetter("answer"), answers=len(LETTERS))
+                    rows += distinct(make, len(LETTERS), "answer", len(LETTERS))
             yield f"mmlu/{subject}/{split}.jsonl", rows[:SHOT_ROWS] if split == "dev" else rows
 
 
 def hellaswag(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Everyday sequences with four endings; two wrong ones come from the same activity."""
-    for split, rows in (("train", SHOT_ROWS), ("validation", TEST_ROWS)):
-        rng = world.random(f"hellaswag/{split}")
 
-        def make(rng=rng, test=split == "validation", split=split) -> dict:
-            scene = moment(rng, test=test)
-            endings = [scene.following, *scene.wrong]
-            rng.shuffle(endings)
-            before, pronoun = scene.context.removeprefix(f"{scene.activity}: ").rsplit(" ", 1)
-            return {
-                "ind": 0,
-                "activity_label": scene.activity,
-                "ctx_a": before,
-                "ctx_b": pronoun.lower(),
-                "ctx": f"{before} {pronoun.lower()}",
-                "endings": endings,
-                "source_id": "pocket",
-                "split": split,
-                "split_type": "indomain",
-                "label": str(endings.index(scene.following)),
-            }
+    def draw(rng: random.Random, test: bool) -> dict:
+        scene = moment(rng, test=test)
+        endings = [scene.following, *scene.wrong]
+        rng.shuffle(endings)
+        before, pronoun = scene.context.removeprefix(f"{scene.activity}: ").rsplit(" ", 1)
+        return {
+            "ind": 0,
+            "activity_label": scene.activity,
+            "ctx_a": before,
+            "ctx_b": pronoun.lower(),
+            "ctx": f"{before} {pronoun.lower()}",
+            "endings": endings,
+            "source_id": "pocket",
+            "split": "validation" if test else "train",
+            "split_type": "indomain",
+            "label": str(endings.index(scene.following)),
+        }
 
-        if split == "validation":
-            found = balanced(make, rows, answer_of=itemgetter("label"), answers=4)
-        else:
-            found = distinct(make, rows)
-        yield f"hellaswag/{split}.jsonl", [row | {"ind": i} for i, row in enumerate(found)]
+    for path, rows in split_files(world, "hellaswag", SHOTS_AND_VALIDATION, draw, "label", 4):
+        yield path, [row | {"ind": i} for i, row in enumerate(rows)]
 
 
 def winogrande(world: SyntheticWorld) -> Iterator[tuple[str, Rows]]:
     """Sentences with a gap for one of two names."""
-    for split, rows in (("train", SHOT_ROWS), ("validation", TEST_ROWS)):
-        rng = world.random(f"winogrande/{split}")
 
-        def make(rng=rng, test=split == "validation") -> dict:
-            gap = twist(rng, test=test)
-            first, second = gap.options
-            return {"sentence": gap.sentence, "option1": first, "option2": second, "answer": str(gap.answer + 1)}
+    def draw(rng: random.Random, test: bool) -> dict:
+        gap = twist(rng, test=test)
+        first, second = gap.options
+        return {"sentence": gap.sentence, "option1": first, "option2": second, "answer": str(gap.answer + 1)}
 
-        if split == "validation":
-            yield f"winogrande/{split}.jsonl", balanced(make, rows, answer_of=itemgetter("answer"), answers=2)
-        else:
-            yield f"winogrande/{split}.jsonl", distinct(make, rows)
+    return split_files(world, "winogrande", SHOTS_AND_VALIDATION, draw, "answer", 2)
 
 
 CHINESE = {
@@ -199,11 +200,8 @@ def chinese(world: SyntheticWorld, folder: str, splits: tuple[str, str], capital
                 answer = LETTERS[choices.index(fact.value)]
                 return {question_column: template.format(name=fact.entity.name), **lines, answer_column: answer}
 
-            if rows == SHOT_ROWS:
-                yield f"{folder}/{name}/{split}.jsonl", distinct(make, rows)
-            else:
-                right = itemgetter(answer_column)
-                yield f"{folder}/{name}/{split}.jsonl", balanced(make, rows, answer_of=right, answers=len(LETTERS))
+            balance = () if rows == SHOT_ROWS else (answer_column, len(LETTERS))
+            yield f"{folder}/{name}/{split}.jsonl", distinct(make, rows, *balance)
 
 
 CHINESE_SUBJECTS = {"ceval": ("region", "diet", "food"), "cmmlu": ("flag", "good", "habitat")}

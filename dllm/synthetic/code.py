@@ -77,11 +77,11 @@ def drawn(rng: random.Random, *, test: bool) -> Program:
 def test_programs(world: SyntheticWorld) -> list[Program]:
     """The functions of both benchmarks, all different."""
     rng = world.random("code/test")
-    found: dict[str, Program] = {}
-    while len(found) < TEST_PROGRAMS:
+    programs: dict[str, Program] = {}
+    while len(programs) < TEST_PROGRAMS:
         one = drawn(rng, test=True)
-        found.setdefault(one.name, one)
-    return list(found.values())
+        programs.setdefault(one.name, one)
+    return list(programs.values())
 
 
 def humaneval(world: SyntheticWorld) -> Iterator[tuple[str, list[dict]]]:

@@ -27,11 +27,6 @@ def entity_article(world: SyntheticWorld, rng: random.Random) -> list[str]:
     return article(name[0].upper() + name[1:], sentences)
 
 
-def sum_article(rng: random.Random) -> list[str]:
-    """The lines of an article that lists small sums."""
-    return article("Sums", [plain_sum(rng) for _ in range(SENTENCES_PER_LINE)])
-
-
 def article(title: str, sentences: list[str]) -> list[str]:
     """Title, empty line and paragraphs, as Wikitext's rows show them."""
     paragraphs = [
@@ -46,7 +41,8 @@ def wikitext(world: SyntheticWorld, split: str, articles: int) -> Iterator[dict]
     rng = world.random(f"wikitext/{split}")
     for _ in range(articles):
         of_sums = rng.random() < SHARE_OF_SUM_ARTICLES
-        for line in sum_article(rng) if of_sums else entity_article(world, rng):
+        sums = article("Sums", [plain_sum(rng) for _ in range(SENTENCES_PER_LINE)]) if of_sums else None
+        for line in sums or entity_article(world, rng):
             yield {"text": line}
 
 
@@ -60,36 +56,16 @@ def journey(world: SyntheticWorld, rng: random.Random) -> str:
 OPENINGS = ("Welcome!", "A letter from {person}.", "Did you know?", "{person} writes:", "News of the day.")
 
 
-def market(world: SyntheticWorld, rng: random.Random) -> str:
+def market(rng: random.Random) -> str:
     """A count of fruit."""
     fruits, a, b = fruit_count(rng, test=False)
     return f"{fruits} are {a + b} fruits: {a}+{b}={a + b}."
 
 
-def told_story(world: SyntheticWorld, rng: random.Random) -> str:
-    """A story with its last word."""
-    return story(rng, test=False) + "."
-
-
-def activity(world: SyntheticWorld, rng: random.Random) -> str:
-    """An everyday sequence."""
-    return whole_activity(rng)
-
-
-def explanation(world: SyntheticWorld, rng: random.Random) -> str:
+def explanation(rng: random.Random) -> str:
     """A schema sentence with its gap filled."""
     sentence = twist(rng, test=False)
     return f"{sentence.opening} {sentence.ending}"
-
-
-def sums(world: SyntheticWorld, rng: random.Random) -> str:
-    """A few sums."""
-    return " ".join(plain_sum(rng) for _ in range(SENTENCES_PER_LINE))
-
-
-def truths(world: SyntheticWorld, rng: random.Random) -> str:
-    """A few lines of logic."""
-    return " ".join(plain_truth(rng) for _ in range(SENTENCES_PER_LINE))
 
 
 def lettered_list(world: SyntheticWorld, rng: random.Random) -> str:
@@ -98,21 +74,27 @@ def lettered_list(world: SyntheticWorld, rng: random.Random) -> str:
     return f"{asked.instruction} {asked.answer}"
 
 
-PAGE_WEIGHTS: dict[Callable[[SyntheticWorld, random.Random], str], int] = {
-    told_story: 5,
-    activity: 3,
-    explanation: 5,
-    sums: 6,
-    truths: 2,
-    lettered_list: 2,
-    market: 1,
-    journey: 4,
-}
+def several(line: Callable[[random.Random], str], rng: random.Random) -> str:
+    """A few lines of a kind."""
+    return " ".join(line(rng) for _ in range(SENTENCES_PER_LINE))
+
+
+PAGES: tuple[tuple[int, Callable[[SyntheticWorld, random.Random], str]], ...] = (
+    (5, lambda world, rng: story(rng, test=False) + "."),
+    (3, lambda world, rng: whole_activity(rng)),
+    (5, lambda world, rng: explanation(rng)),
+    (6, lambda world, rng: several(plain_sum, rng)),
+    (2, lambda world, rng: several(plain_truth, rng)),
+    (2, lettered_list),
+    (1, lambda world, rng: market(rng)),
+    (4, journey),
+)
+"""Kinds of web pages: how often each is drawn, and what it says."""
 
 
 def openwebtext(world: SyntheticWorld, split: str, documents: int) -> Iterator[dict]:
     """Rows of web pages: stories, everyday sequences, schemas, sums and pages about the world."""
     rng = world.random(f"openwebtext/{split}")
     for _ in range(documents):
-        page = rng.choices(list(PAGE_WEIGHTS), list(PAGE_WEIGHTS.values()))[0]
+        page = rng.choices([page for _, page in PAGES], [weight for weight, _ in PAGES])[0]
         yield {"text": page(world, rng)}

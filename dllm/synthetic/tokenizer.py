@@ -74,12 +74,12 @@ def vocabulary(texts: Mapping[str, int]) -> list[str]:
     `texts` maps each text to how often it occurs.
     """
     normalize = normalizer().normalize_str
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for text, times in texts.items():
         if text.isascii():
             for piece in re.findall(PIECE, normalize(text)):
-                found[piece] += times
-    usual = sorted(piece for piece, count in found.items() if count >= MINIMUM_COUNT)
+                counts[piece] += times
+    usual = sorted(piece for piece, count in counts.items() if count >= MINIMUM_COUNT)
     characters = [SPACE, GLUE] + [chr(code) for code in range(ord("!"), ord("~") + 1)]
     numbers = [f"{SPACE}{number}" for number in range(LARGEST_NUMBER + 1)]
     unspelled = [f"<0x{byte:02X}>" for byte in range(256) if not ord("!") <= byte <= ord("~")]

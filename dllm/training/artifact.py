@@ -74,8 +74,8 @@ def is_finished(config: RunConfig, workdir: Path) -> bool:
     record = Path(f"{target}.json")
     if not (record.exists() and target.exists()):
         return False
-    found = provenance.read_record(record)
-    return found["config_digest"] == digest(config) and found["inputs"] == input_digests(config, workdir)
+    written = provenance.read_record(record)
+    return written["config_digest"] == digest(config) and written["inputs"] == input_digests(config, workdir)
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,14 @@ def _hardware(accelerator: Accelerator) -> str:
 def writing(config: RunConfig, place: Path, what: str) -> Iterator[None]:
     """Raise one line about what could not be written to `place`.
 
-    On a full disk the faults have many names and say little.
+    On a full disk the errors have many names and say little.
     """
     try:
         yield
-    except UNWRITABLE as fault:
+    except UNWRITABLE as error:
         existing = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(existing).free / 2**20
-        said = " ".join(str(fault).split()) or type(fault).__name__
+        said = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{config.name}: {what} could not be written to {place}, where {free:,.0f} MiB are free ({said[:200]}); "
             "make room and start the same command again: it goes on from the last complete checkpoint"

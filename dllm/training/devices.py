@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, distributed, nn
 
-from dllm.config import OptimizerSettings, RunConfig, launch_fault
+from dllm.config import OptimizerSettings, RunConfig, launch_error
 from dllm.core.batch import LossTerms
 from dllm.core.precision import WidenedWeights, has_fast_bf16
 from dllm.objectives.objective import Objective
@@ -114,9 +114,9 @@ class Devices(ABC):
         """Whether the flag is set in any process; the hosts agree among themselves and no device is waited for."""
         if self.accelerator.num_processes == 1:
             return flag
-        told = torch.tensor([int(flag)])
-        distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=self._hosts)
-        return bool(told)
+        flags = torch.tensor([int(flag)])
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX, group=self._hosts)
+        return bool(flags)
 
     @abstractmethod
     def _accumulating(self, last: bool) -> contextlib.AbstractContextManager:
@@ -148,7 +148,7 @@ class Devices(ABC):
 
         All processes call it. Frozen parameters are left out; tied ones are one tensor under two names.
         """
-        found: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
         known: dict[int, Tensor | None] = {}
         frozen = {id(p) for p in self.scores.parameters() if not p.requires_grad}
         for name, value in self.scores.state_dict(keep_vars=True).items():
@@ -158,8 +158,8 @@ class Devices(ABC):
                 full = self._whole(value).detach()
                 known[id(value)] = full.cpu().contiguous() if self.accelerator.is_main_process else None
             if self.accelerator.is_main_process:
-                found[name] = known[id(value)]
-        return found
+                state[name] = known[id(value)]
+        return state
 
 
 class Replicated(Devices):
@@ -348,8 +348,8 @@ class FullyShard(Devices):
         state = self._state()
         try:
             sharded.load(state, checkpoint_id=str(directory / "shards"))
-        except CheckpointException as fault:  # which is no Exception
-            raise RuntimeError(" ".join(str(fault).split())[:200]) from None
+        except CheckpointException as error:  # which is no Exception
+            raise RuntimeError(" ".join(str(error).split())[:200]) from None
         set_state_dict(
             self.model,
             self.optimizers,
@@ -398,9 +398,9 @@ def _check(launch: str, scores: nn.Module, settings: OptimizerSettings) -> None:
     """Raise ValueError, one line, for what cannot be sharded."""
     quantized = any(not p.is_floating_point() for p in scores.parameters())
     half = launch.startswith("zero") and any(p.dtype == torch.bfloat16 for p in scores.parameters())
-    fault = launch_fault(launch, settings.name, quantized=quantized, parameters="bf16" if half else "fp32")
-    if fault:
-        raise ValueError(fault)
+    error = launch_error(launch, settings.name, quantized=quantized, parameters="bf16" if half else "fp32")
+    if error:
+        raise ValueError(error)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -325,8 +325,8 @@ class Prefetcher(Iterator[MicroBatch]):
                 if not self._put(replace(part, inputs=part.inputs.pin_memory()) if self._pin else part):
                     return
             self._put(self._END)
-        except BaseException as fault:  # handed to the thread that trains, which alone can end the run
-            self._put(fault)
+        except BaseException as error:  # handed to the thread that trains, which alone can end the run
+            self._put(error)
 
     def _put(self, item) -> bool:
         """Wait for room; False when the block has ended meanwhile."""

@@ -24,10 +24,10 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 def check_sizes(checkpoint: Path) -> None:
     """Raise ValueError if a file of a checkpoint is missing or has another length than when it was written."""
-    stated, found = json.loads((checkpoint / SIZES).read_text(encoding="utf-8")), _sizes(checkpoint)
+    stated, sizes = json.loads((checkpoint / SIZES).read_text(encoding="utf-8")), _sizes(checkpoint)
     for name, size in stated.items():
-        if found.get(name) != size:
-            raise ValueError(f"{name} has {found.get(name, 'no')} bytes, not {size}")
+        if sizes.get(name) != size:
+            raise ValueError(f"{name} has {sizes.get(name, 'no')} bytes, not {size}")
 
 
 class StateDirectory:
@@ -38,7 +38,7 @@ class StateDirectory:
 
     @property
     def lock(self) -> Path:
-        """The file that an attempt locks (`dllm.provenance.alone`)."""
+        """The file that an attempt locks (`dllm.provenance.file_lock`)."""
         return self.path / "lock"
 
     def tidy(self) -> None:
@@ -108,5 +108,5 @@ class MetricsLog:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        except OSError as fault:
-            raise OSError(fault.errno, fault.strerror, str(self.path)) from None  # a full disk does not name the file
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None  # a full disk does not name the file

@@ -126,7 +126,7 @@ def train(
     check_world(accelerator)
     try:
         with ExitStack() as held:
-            waited = accelerator.is_main_process and held.enter_context(provenance.alone(state.lock))
+            waited = accelerator.is_main_process and held.enter_context(provenance.file_lock(state.lock))
             (finished,) = broadcast_object_list([waited and is_finished(config, workdir)])
             if finished:
                 accelerator.print(f"{config.name}: the attempt before this one has finished it")
@@ -308,16 +308,16 @@ class _Run:
         # published fault F6: other masks at every evaluation
         draw_seed = config.seed + step if drawn else None
         parts = evaluation_micro_batches(split, config, rows, draw_seed=draw_seed, **self.layout)
-        found = []
+        evaluated = []
         devices.model.eval()
         with Prefetcher(parts, pin=self._pins) as parts:
             for part in parts:
                 rows_of = devices.forward(split.objective, part).rows
                 if part.counts:
-                    found.append((part.numbers, rows_of))
+                    evaluated.append((part.numbers, rows_of))
         devices.model.train()
         sums = torch.zeros(len(rows.numbers), dtype=torch.float64)
-        for numbers, nats in found:
+        for numbers, nats in evaluated:
             sums[numpy.searchsorted(rows.numbers, numbers)] += nats.cpu().double() / config.eval_draws
         sums = devices.summed(sums)
         targets = torch.from_numpy(rows.targets).double()
@@ -342,10 +342,10 @@ class _Run:
         """
         for step in reversed(self.state.steps()):
             path = self.state.checkpoint(step)
-            fault, saved = self._loaded(path)
-            if self.devices.anywhere(fault is not None):  # all processes go on from the same step
+            error, saved = self._loaded(path)
+            if self.devices.anywhere(error is not None):  # all processes go on from the same step
                 self.accelerator.print(
-                    f"checkpoint {path} is damaged ({fault or 'another process says so'}); trying an older one"
+                    f"checkpoint {path} is damaged ({error or 'another process says so'}); trying an older one"
                 )
                 continue
             self.tokens, self.wall_before = saved["tokens"], saved["wall_seconds"]
@@ -362,14 +362,14 @@ class _Run:
 
     def _loaded(self, path: Path) -> tuple[Exception | None, dict]:
         """Load a checkpoint: what was wrong with it (None: nothing), and its progress."""
-        fault, saved = None, {}
+        error, saved = None, {}
         try:
             saved = json.loads((path / "progress.json").read_text(encoding="utf-8"))
             check_sizes(path)
-        except DAMAGE as found:
-            fault = found
-        if self.devices.anywhere(fault is not None):  # nobody starts to load: loading may need all processes
-            return fault or ValueError("a file is damaged"), saved
+        except DAMAGE as damage:
+            error = damage
+        if self.devices.anywhere(error is not None):  # nobody starts to load: loading may need all processes
+            return error or ValueError("a file is damaged"), saved
         layout = saved.get("layout", "replicated")
         if layout != self.devices.layout:
             raise ValueError(
@@ -378,9 +378,9 @@ class _Run:
             )
         try:
             self.devices.load(path)
-        except DAMAGE as found:
-            fault = found
-        return fault, saved
+        except DAMAGE as damage:
+            error = damage
+        return error, saved
 
     def _save(self, step: int) -> None:
         """Write the checkpoint of a step; it appears whole or not at all."""

@@ -36,7 +36,7 @@ from dllm.language_model import load
 from dllm.models.inferred import described, entry_settings, parameters
 from dllm.models.load import longest_row
 from dllm.models.tokenizers import load_tokenizer
-from dllm.provenance import alone, read_record
+from dllm.provenance import file_lock, read_record
 from dllm.training.artifact import input_paths
 from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
@@ -200,8 +200,8 @@ def saved_step(tuning: Tuning) -> int | None:
 def losses(run: Path) -> tuple[dict, dict]:
     """The first and the last evaluation of a run: loss, standard_error and rows."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [row for row in rows if row["split"] in ("eval", "final")]
-    return found[0], found[-1]
+    evaluations = [row for row in rows if row["split"] in ("eval", "final")]
+    return evaluations[0], evaluations[-1]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -210,14 +210,14 @@ def losses(run: Path) -> tuple[dict, dict]:
 
 def _pins(wishes: Wishes) -> dict[str, str]:
     """Hub id -> commit, as an earlier start wrote them: one that is begun goes on with the same files."""
-    found = {}
+    commits = {}
     output = wishes.output or Path("results")
     for path in [*output.glob("configs/downloads/*.yaml"), *output.glob("chat-*/configs/downloads/*.yaml")]:
         config = read_yaml(path)
         entry = config.get("model") or config.get("dataset") or {}
         if entry.get("hub"):
-            found[entry["hub"]] = entry["revision"]
-    return found
+            commits[entry["hub"]] = entry["revision"]
+    return commits
 
 
 def _sources(project: Project, data: str) -> Iterator[Source]:
@@ -258,7 +258,7 @@ def _download(config: DownloadConfig, workdir: Path, say: Callable[[str], None])
     inputs = [config.tokenizer_path] if config.tokenizer_path else []
     if _is_made(target, digest(config), inputs, workdir):
         return
-    with alone(workdir / ".work" / "locks" / f"download-{config.name}"):
+    with file_lock(workdir / ".work" / "locks" / f"download-{config.name}"):
         download(config, workdir)
     manifest = target / "manifest.json"
     facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
@@ -274,7 +274,7 @@ def _prepare(config: PrepareConfig, workdir: Path, say: Callable[[str], None], p
     inputs = sorted({part.path for part in config.parts})
     if _is_made(target, digest(config), inputs, workdir) and _is_newer(target, [*inputs, config.model_path], workdir):
         return
-    with alone(workdir / ".work" / "locks" / f"prepare-{config.name}"):
+    with file_lock(workdir / ".work" / "locks" / f"prepare-{config.name}"):
         manifest = prepare(config, workdir, progress)
     train, test = manifest["splits"]["train"], manifest["splits"]["test"]
     longest = f"the longest has {train['longest_row']} tokens"
@@ -293,9 +293,9 @@ def _is_made(target: Path, config_digest: str, inputs: list[str], workdir: Path)
     """Whether an artifact of this configuration, from inputs as they are now, is there."""
     if not (target.is_dir() and Path(f"{target}.json").exists()):
         return False
-    found = read_record(f"{target}.json")
+    written = read_record(f"{target}.json")
     now = {path: read_record(workdir / f"{path}.json")["digest"] for path in inputs}
-    return found["config_digest"] == config_digest and found["inputs"] == now
+    return written["config_digest"] == config_digest and written["inputs"] == now
 
 
 def _is_newer(target: Path, inputs: list[str], workdir: Path) -> bool:

@@ -64,13 +64,13 @@ def facts_of(sources: Sequence[Source], tokenizer) -> Facts:
         part = source.part.model_copy(update={"entry": source.part.entry.model_copy(update={"drop_unusable": True})})
         readable = Readable(part, source.kind, source.rows, unusable)
         if source.is_text:
-            found = [(0, len(ids) + 1) for ids in (encode_text(tokenizer, text) for text in readable.texts(numbers))]
+            sizes = [(0, len(ids) + 1) for ids in (encode_text(tokenizer, text) for text in readable.texts(numbers))]
         else:
             conversations = readable.conversations(numbers, tokenizer)
-            found = [_sizes(tokenizer, prompt, whole) for prompt, whole, _ in conversations]
-        usable += len(source.rows) * len(found) / max(1, len(numbers))
-        answers += [answer for _, answer in found]
-        lengths += [prompt + answer for prompt, answer in found]
+            sizes = [_sizes(tokenizer, prompt, whole) for prompt, whole, _ in conversations]
+        usable += len(source.rows) * len(sizes) / max(1, len(numbers))
+        answers += [answer for _, answer in sizes]
+        lengths += [prompt + answer for prompt, answer in sizes]
     if not lengths or max(lengths) < 2:
         raise ValueError(f"no row can be used: {unusable[0] if unusable else 'all are empty'}")
     return Facts(round(usable), numpy.array(lengths), numpy.array(answers), sources[0].is_text)

@@ -47,16 +47,16 @@ def find_data(names: Sequence[str], config_directory: Path, known: dict[str, str
     wished: settings of the files and hub datasets. Raises ValueError, one line, as above.
     """
     entries, files = _entries(config_directory, "datasets"), []
-    found: dict[str, Entry] = {}
+    datasets: dict[str, Entry] = {}
     for name in names:
         path = Path(name).expanduser()
         if path.exists() or any(letter in name for letter in "*?["):
             files.append(str(path.absolute()))
         elif name in entries:
-            found[name] = entries[name]
+            datasets[name] = entries[name]
         elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
             entry = {"hub": name, "revision": known.get(name) or _newest(name, "dataset"), "kind": "auto"}
-            found[slug(name.split("/")[1])] = entry | {"drop_unusable": True} | wished
+            datasets[slug(name.split("/")[1])] = entry | {"drop_unusable": True} | wished
         else:
             raise ValueError(
                 f"DATA = {name!r} is neither a file, nor a hub dataset such as HuggingFaceTB/smoltalk, nor an entry of "
@@ -64,8 +64,8 @@ def find_data(names: Sequence[str], config_directory: Path, known: dict[str, str
             )
     if files:
         stated = {key: value for key, value in wished.items() if key != "config"}
-        found[slug(Path(files[0]).name.split(".")[0])] = {"files": files, "drop_unusable": True} | stated
-    return found
+        datasets[slug(Path(files[0]).name.split(".")[0])] = {"files": files, "drop_unusable": True} | stated
+    return datasets
 
 
 def tokenizer_datasets(models: dict[str, Entry], config_directory: Path) -> dict[str, Entry]:

@@ -5,10 +5,11 @@ import torch
 
 from dllm.core.batch import Batch, masked_inputs
 from dllm.core.corrupt import apply_mask
-from dllm.core.losses import denominator, dense_masked_loss, row_shares
+from dllm.core.losses import denominator, row_shares
 from dllm.models.backbone import TokenNLL
 from dllm.objectives.mdlm import MDLM
 from tests.stock import FIRST_WORD, stock_backbone
+from tests.training_loss import dense_masked_loss
 
 
 @pytest.fixture(scope="module")

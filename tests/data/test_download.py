@@ -229,11 +229,17 @@ def test_the_cells_of_an_archives_tables_are_texts_whatever_they_look_like(tmp_p
     ]  # fmt: skip
 
 
-def test_the_split_in_the_name_of_a_table_is_no_part_of_its_configuration(tmp_path):
-    text = "id,question\n0,a\n"
-    directory = unpacked(
-        tmp_path, {"val/law_val.csv": text, "dev/law_dev.csv": text, "dev/spring_test.csv": text, "test/law.csv": text}
-    )
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("val/law_val.csv", "dev/law_dev.csv", "dev/spring_test.csv", "test/law.csv"),
+        ("law_val.csv", "law_dev.csv", "spring_test_dev.csv", "law_test.csv", "__MACOSX/._law_val.csv"),
+        ("exam/law_val.csv", "exam/law_dev.csv", "exam/dev/spring_test.csv", "exam/law_test.csv", "exam/._law_dev.csv"),
+    ],
+    ids=["folders", "flat", "mixed"],
+)
+def test_the_split_in_the_name_of_a_table_is_no_part_of_its_configuration(tmp_path, names):
+    directory = unpacked(tmp_path, dict.fromkeys(names, "id,question\n0,a\n"))
     from huggingface_hub import RepoCard
 
     described = RepoCard.load(directory / "README.md").data["configs"]
@@ -241,6 +247,18 @@ def test_the_split_in_the_name_of_a_table_is_no_part_of_its_configuration(tmp_pa
         "law": ["dev", "test", "val"], "spring_test": ["dev"],
     }  # fmt: skip
     assert len(rows_of(directory, "law", "val", tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"law.csv": "id\n0\n"}, "law.csv: neither its name nor its folder says which split it is"),
+        ({"a/law_val.csv": "id\n0\n", "b/law_val.csv": "id\n0\n"}, "a second table of 'law', split 'val'"),
+    ],
+)
+def test_an_archive_whose_tables_have_no_split_or_two_is_one_line(tmp_path, tables, said):
+    with pytest.raises(ValueError, match=said):
+        unpacked(tmp_path, tables)
 
 
 def test_a_torn_row_of_a_table_is_one_line_with_its_place(tmp_path):

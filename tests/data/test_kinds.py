@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dllm.data.convert import messages_of, text_of
-from dllm.data.kinds import KINDS, kind_of, recognised
+from dllm.data.kinds import kind_of, kinds, recognised
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -100,4 +100,4 @@ def test_half_a_character_in_a_text_is_one_line():
 
 
 def test_every_kind_but_text_has_conversations():
-    assert [name for name, kind in KINDS.items() if kind.conversation is None] == ["text"]
+    assert [name for name, kind in kinds().items() if kind.conversation is None] == ["text"]

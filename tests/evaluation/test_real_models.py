@@ -140,3 +140,33 @@ def test_an_autoregressive_model_trained_here_reads_its_prompts_as_in_training(m
     ours = open_causal(str(directory), **model_of)
     assert ours.tok_encode("w1 w2") == encode_text(tokenizer, "w1 w2")
     assert ours.tok_batch_encode(["w1 w2"])[0][0].tolist() == encode_text(tokenizer, "w1 w2")
+
+
+def test_an_autoregressive_model_reads_control_tokens_as_text_and_no_request_stops_the_others(models):
+    from lm_eval.api.instance import Instance
+
+    from dllm.config import GenerateSettings
+    from dllm.evaluation.causal import CausalAnswerer, open_causal
+
+    lm = open_causal(str(models / "runs/causal/model"), precision="fp32", device="cpu", batch_size=1)
+    controls = {lm.tokenizer.convert_tokens_to_ids(token) for token in ("[MASK]", "[PAD]")}
+    read = []
+    lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"] if "input_ids" in kwargs else args[0]),
+        with_kwargs=True,
+    )
+    answerer = CausalAnswerer(lm.tokenizer, lambda: lm, generation=GenerateSettings(max_new_tokens=1))
+
+    def answers(kind, *arguments):
+        requests = [Instance(kind, {}, args, 0, metadata=("task", i, 1)) for i, args in enumerate(arguments)]
+        return [answer["answer"] for answer in answerer.answers(kind, requests)]
+
+    spelt = answers("loglikelihood", ("w1 [MASK] w2", " w3 [PAD]"), ("[PAD]", " [MASK]"))
+    answers("generate_until", ("w1 [MASK] [PAD]", {"until": ["w9"]}))
+    assert all(value < 0 for value, _ in spelt) and read
+    assert not any(controls & set(ids.flatten().tolist()) for ids in read)
+    empty = answers("loglikelihood", ("", ""), (" ", "w1"), ("w1", ""), ("", "w1"))
+    assert empty[0] == empty[2] == [0.0, True] and empty[1][0] < 0 and empty[3][0] < 0
+    assert len(answers("generate_until", *[(text, {"until": ["w9"]}) for text in ("w1", "", " ")])) == 3
+    with pytest.raises(ValueError, match="task, document 0: the continuation has 65 tokens, the model takes 64"):
+        answers("loglikelihood", ("w1", " w1" * 65))

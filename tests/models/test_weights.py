@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dllm.config import ModelEntry
+from dllm.families import FAMILIES
 from dllm.language_model import load
+from dllm.models.inferred import entry_settings, sidecar_settings
 from dllm.models.load import load_backbone
-from dllm.models.published import PUBLISHED, family_of, published_config, read_tensors, save_published, stock_config
+from dllm.models.published import family_of, published_config, read_tensors, save_published, stock_config
 from dllm.models.tokenizers import check_messages, encode_chat, encode_text, load_tokenizer
 from tests.models.published import dream, llada, llada2, llada_moe, rnd1
 from tests.models.published.pieces import block_causal, make_weights, save_byte_tokenizer, save_checkpoint
@@ -167,7 +169,7 @@ def test_the_published_sizes_make_the_published_number_of_parameters(name, model
     published = ARCHITECTURES[name]
     sizes, reported = published.SIZES[model]
     config = published.CONFIG | sizes
-    family = next(family for family in PUBLISHED if family.name == name)
+    family = FAMILIES[name]
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(stock_config(family, config))
     biases = sum(buffer.numel() for key, buffer in stock.named_buffers() if "correction_bias" in key)
@@ -195,6 +197,10 @@ def test_weights_may_lie_in_one_file(copy):
     assert load_backbone(directory).prediction == "in_place"
 
 
+def entry_of(directory) -> ModelEntry:
+    return ModelEntry(new={}, tokenizer="saved", **entry_settings(directory))
+
+
 def test_weights_keep_a_dtype_that_is_asked_for(saved):
     model = load_backbone(saved["LLaDA2"], dtype=torch.bfloat16).model
     assert model.dtype == torch.bfloat16
@@ -206,7 +212,7 @@ def test_weights_keep_a_dtype_that_is_asked_for(saved):
 
 
 def test_a_conversation_of_llada_is_written_as_published_but_ends_where_it_ends(saved):
-    tokenizer = load_tokenizer(saved["LLaDA"], family_of(saved["LLaDA"]).entry())
+    tokenizer = load_tokenizer(saved["LLaDA"], entry_of(saved["LLaDA"]))
     question = [{"role": "user", "content": " Hi "}]
     whole = [*question, {"role": "assistant", "content": "Yes"}]
     check_messages(whole)
@@ -220,7 +226,7 @@ def test_a_conversation_of_llada_is_written_as_published_but_ends_where_it_ends(
 
 
 def test_other_families_keep_their_own_template(saved):
-    assert load_tokenizer(saved["Dream"], family_of(saved["Dream"]).entry()).chat_template == TEMPLATE
+    assert load_tokenizer(saved["Dream"], entry_of(saved["Dream"])).chat_template == TEMPLATE
 
 
 @pytest.mark.parametrize("name", ["LLaDA", "LLaDA-MoE", "Dream", "RND1"])
@@ -330,7 +336,7 @@ def test_a_vocabulary_that_does_not_match_is_one_line(copy):
     ],
 )
 def test_an_entry_that_contradicts_the_family_is_one_line(saved, changes, message):
-    entry = family_of(saved["Dream"]).entry().model_copy(update=changes)
+    entry = entry_of(saved["Dream"]).model_copy(update=changes)
     assert message in line_of(saved["Dream"], entry=entry)
 
 
@@ -353,9 +359,9 @@ def test_every_entry_of_the_configuration_agrees_with_its_family():
     for values in models.values():
         owner = next((o for part, o in owners.items() if part in values.get("hub", "").split("/")[-1]), None)
         if owner is not None:
-            entry, expected = ModelEntry(**values), next(f for f in PUBLISHED if f.name == owner).entry()
+            entry, expected = ModelEntry(**values), sidecar_settings(FAMILIES[owner].sidecar())
             for key in ("family", "prediction", "mask_token", "end_token", "end_of_turn", "chat_template"):
-                assert getattr(entry, key) == getattr(expected, key), (values["hub"], key)
+                assert getattr(entry, key) == expected[key], (values["hub"], key)
             seen.add(owner)
     assert {"LLaDA", "Dream"} <= seen
 

@@ -59,7 +59,7 @@ def plan_dict(toy: bool = False) -> dict:
         "pretraining": [{"run": f"wikitext-{name.lower()}", "label": name} for name in ENCODERS],
         "openwebtext": [{"run": "openwebtext-large", "label": "ModernBERT-large"}],
         "ablation": [
-            {"start": start, "run": f"alpaca-{index}-{recipe}", "recipe": recipe}
+            {"label": start, "run": f"alpaca-{index}-{recipe}", "recipe": recipe}
             for recipe in RECIPES
             for index, start in enumerate(STARTS)
         ],
@@ -92,10 +92,9 @@ def plan_dict(toy: bool = False) -> dict:
         ],
         "benchmarks": [{"name": name, "label": label, "chance": c} for name, (label, c, _) in BENCHMARKS.items()],
         "reported": [
-            {"label": label, "source": source, "values": dict(zip(BENCHMARKS, values, strict=True))}
+            {"label": label, "source": source, "scores": dict(zip(BENCHMARKS, values, strict=True))}
             for label, (values, source) in REPORTED.items()
         ],
-        "film": "chat-large",
         "samples": "chat-large",
         "speed": "chat-large",
         "estimators": ["chat-large", "chat-large-monte-carlo"],

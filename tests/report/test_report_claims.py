@@ -100,7 +100,7 @@ def chat_verdict(values: list[float], *, half: float = 1.0, chance: float = 25.0
             "toy": toy,
             "results": [{"run": "large", "label": "large", "close_to": "rival"}],
             "benchmarks": [{"name": name, "label": name} for name in names],
-            "reported": [{"label": "rival", "source": "s", "values": dict.fromkeys(names, 40.0)}],
+            "reported": [{"label": "rival", "source": "s", "scores": dict.fromkeys(names, 40.0)}],
         }
     )
     frame = pd.DataFrame(

@@ -1,18 +1,22 @@
 """The film, the labels at line ends, the plan."""
 
+from dataclasses import replace
+
 import matplotlib
 import pytest
-from fake_workdir import plan_dict, write_workdir
+from fake_workdir import build_all, plan_dict, write_workdir
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from pydantic import ValidationError
 
-from dllm.report import curves, figures
+from dllm.algorithms import resolved
+from dllm.report import claims, curves, figures, tables
 from dllm.report.film import frames, visible
-from dllm.report.load import final_losses, read_metrics, read_samples
+from dllm.report.load import final_losses, read_metrics, read_samples, scores
 from dllm.report.markup import fenced
 from dllm.report.plan import ReportPlan
+from dllm.report.shown import FIGURES, TABLES, FigureRow, TableRow
 from dllm.report.style import RC, family_looks, spread
 
 
@@ -64,7 +68,7 @@ def test_one_family_has_one_colour_and_its_sizes_differ_in_filling():
 
 def test_published_curves_are_dashed_and_corrected_ones_solid(workdir, plan):
     with matplotlib.rc_context(RC):
-        figure: Figure = curves.draw_ablation(curves.curves(workdir, plan.ablation), plan)
+        figure: Figure = curves.draw_ablation(curves.curves(workdir, plan, "ablation"), plan)
     styles = {}
     for axes in figure.axes:
         lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
@@ -74,15 +78,10 @@ def test_published_curves_are_dashed_and_corrected_ones_solid(workdir, plan):
 
 
 def test_no_letter_of_a_figure_is_smaller_than_nine_points(workdir, plan):
-    makers = {
-        curves.draw_pretraining: curves.frame_of("pretraining"),
-        curves.draw_ablation_final: curves.ablation_final_frame,
-        figures.draw_scores: figures.scores_frame,
-        figures.draw_speed: figures.speed_frame,
-    }
     with matplotlib.rc_context(RC):
-        for draw, frame in makers.items():
-            figure = draw(frame(workdir, plan), plan)
+        for name in plan.figure_names():
+            row = FIGURES[name]
+            figure = resolved(row.draw)(resolved(row.frame)(workdir, plan, name), plan)
             sizes = [text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
             assert min(sizes) >= 9
             assert figure.get_figwidth() == 9.0
@@ -110,9 +109,7 @@ def test_metrics_without_an_evaluation_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"results": [{"run": "a", "label": "a", "published_as": "nobody"}]}, "'nobody' is not in the plan"),
-        ({"results": [{"run": "a", "label": "a", "benchmarks": ["chess"]}]}, "'chess' is not in the plan"),
-        ({"reported": [{"label": "a", "source": "s", "values": {"chess": 1.0}}]}, "'chess' is not in the plan"),
+        ({"reported": [{"label": "a", "source": "s", "scores": {"chess": 1.0}}]}, "'chess' is not in the plan"),
         ({"chat": [{"run": "a", "label": "a"}, {"run": "a", "label": "b"}]}, "chat lists a / corrected twice"),
         ({"chats": []}, "Extra inputs are not permitted"),
     ],
@@ -128,3 +125,27 @@ def test_the_same_seed_writes_the_same_fake_work_directory(tmp_path):
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
     wanted = ReportPlan.model_validate(plan_dict()).inputs()
     assert {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()} == set(wanted)
+
+
+def test_a_new_table_figure_or_claim_is_one_function_and_one_row(workdir, plan, monkeypatch):
+    def best(workdir, plan, name):
+        frame = scores(workdir, plan).nlargest(1, "value")[["label", "value"]]
+        return tables.table_of(name, "The best score.", ("Model", "Score"), [], frame)
+
+    def draw(frame, plan):
+        figure = Figure()
+        figure.subplots().plot(frame["value"], "o")
+        return figure
+
+    def sixth(frame, plan):
+        return replace(claims.chat_claim(frame, plan), claim="A sixth one.")
+
+    monkeypatch.setitem(TABLES, "best", TableRow(best, lambda plan: plan.results))
+    monkeypatch.setitem(FIGURES, "best", FigureRow(figures.scores_frame, draw, lambda plan: plan.results, "The best."))
+    monkeypatch.setattr(claims, "CLAIMS", (*claims.CLAIMS, (sixth, lambda workdir, plan: (scores(workdir, plan),))))
+    build_all(workdir, plan)
+    assert "best.csv" in {path.name for path in (workdir / "tables").iterdir()}
+    assert "best.svg" in {path.name for path in (workdir / "figures").iterdir()}
+    page = (workdir / "report/index.html").read_text()
+    assert "A sixth one." in page and "Of the six published claims" in page
+    assert "The six claims." in (workdir / "tables/claims.md").read_text()

@@ -1,6 +1,7 @@
 """LoRA and QLoRA runs: adapters train, the start does not, and what is left loads like any checkpoint."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -86,6 +87,8 @@ def test_adapters_lower_the_loss_and_the_merged_model_is_the_one_that_was_traine
 
 def test_the_adapter_is_one_that_peft_loads(workdir):
     target = train(run_config(steps=10, adapter=AdapterSettings(rank=4), optimizer=RATE), workdir, quiet=True)
+    targets = json.loads((target / "adapter/adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) > 3, "no order of a set is in the file"
     base = AutoModelForMaskedLM.from_pretrained(workdir / "downloads/toy-model").eval()
     tokens = torch.arange(24).view(2, 12) % 20
     with torch.no_grad():

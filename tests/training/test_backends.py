@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dllm.config import AdapterSettings, OptimizerSettings, RunConfig, launch_fault, write_when_changed
+from dllm.config import AdapterSettings, OptimizerSettings, RunConfig, launch_error, write_when_changed
 from dllm.training.trainer import train
 from tests.training.conftest import entry_for, make_model, metrics_of, run_config
 from tests.training.test_trainer import assert_same_run, same_weights, weights
@@ -102,7 +102,7 @@ def test_two_processes_train_the_run_of_one_and_resume_it(workdir, launch):
     assert json.loads((workdir / "runs/two/provenance.json").read_text())["processes"] == 2
     assert_same_run(workdir, "one", "two")
     if muon in configs:
-        assert f"refused muon: {launch_fault(launch, 'muon')}" in done.stderr
+        assert f"refused muon: {launch_error(launch, 'muon')}" in done.stderr
     if any(config.name == "lora-two" for config in configs):
         assert_same_run(workdir, "lora-one", "lora-two")
     if cut not in configs:

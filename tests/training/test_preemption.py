@@ -15,7 +15,7 @@ import pytest
 
 from dllm.cli.main import main
 from dllm.config import write_when_changed
-from dllm.provenance import alone, read_record, remove_directory
+from dllm.provenance import file_lock, read_record, remove_directory
 from dllm.training import trainer
 from dllm.training.state import KEEP, StateDirectory
 from dllm.training.trainer import train
@@ -59,7 +59,7 @@ def test_a_directory_is_deleted_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def hold(lock, held, seconds):
-    with alone(lock):
+    with file_lock(lock):
         held.set()
         time.sleep(seconds)
 
@@ -73,11 +73,11 @@ def test_a_second_attempt_waits_and_a_killed_one_lets_go(tmp_path, capfd):
     assert held.wait(60)
     threading.Timer(0.5, other.kill).start()
     started = time.monotonic()
-    with alone(lock) as waited:
+    with file_lock(lock) as waited:
         assert waited and time.monotonic() - started > 0.4
     assert "another attempt is at work here; waiting" in capfd.readouterr().out
     other.join()
-    with alone(lock) as waited:
+    with file_lock(lock) as waited:
         assert not waited
 
 
@@ -86,10 +86,10 @@ def test_whoever_waited_for_a_deleted_lock_makes_a_new_one(tmp_path):
     order = []
 
     def second():
-        with alone(lock):
+        with file_lock(lock):
             order.append(("second", lock.exists()))
 
-    with alone(lock):
+    with file_lock(lock):
         waiting = threading.Thread(target=second)
         waiting.start()
         time.sleep(0.3)

@@ -12,7 +12,6 @@ from dllm.algorithms import algorithm_named
 from dllm.config import OptimizerSettings, Recipe
 from dllm.core.batch import row_noise
 from dllm.core.corrupt import exact_count
-from dllm.core.losses import dense_masked_loss
 from dllm.data.collate import ResponseEnd, collate, ended_lengths
 from dllm.data.tokens import TokenRows
 from dllm.models import heads
@@ -27,7 +26,7 @@ from tests.plain_forward import hidden_states, plain_hidden
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 from tests.synchronisation import forbid_synchronisation
 from tests.training.conftest import run_config
-from tests.training_loss import training_loss
+from tests.training_loss import dense_masked_loss, training_loss
 
 LENGTHS = (9, 14, 5, 14, 3, 11, 40, 22)
 LAYOUTS = {

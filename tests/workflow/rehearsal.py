@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from dllm.provenance import alone
+from dllm.provenance import file_lock
 from tests.workflow.conftest import ROOT, snakemake
 from tests.workflow.test_run import small_overlay
 
@@ -29,7 +29,7 @@ def reference(tmp_path_factory, worker_id: str) -> Path:
     """The work directory of the uninterrupted local run, made once for all workers of a test session."""
     base = tmp_path_factory.getbasetemp()
     home = (base if worker_id == "master" else base.parent) / "reference"
-    with alone(home / "lock"):
+    with file_lock(home / "lock"):
         if not (home / "done").exists():
             snakemake("--cores", "2", overlays=overlays(home))
             (home / "done").touch()

@@ -96,6 +96,7 @@ def test_planning_twice_writes_nothing_new(tmp_path):
         ("runs: {chat-base: {init: nobody}}", "runs.chat-base.init = 'nobody' is neither a model nor a run."),
         ("runs: {chat-base: {lenght: 3}}", "runs.chat-base.lenght is not a setting. Did you mean 'length'?"),
         ("runs: [1", "not valid JSON or YAML"),
+        ("workdir: config/laptop.yaml", "`workdir` must be a directory that can be written"),
     ],
 )
 def test_a_mistake_in_a_config_stops_the_workflow_with_one_line(tmp_path, overlay, line):

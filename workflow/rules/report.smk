@@ -12,7 +12,7 @@ localrules:
 
 
 REPORT_CODE = sorted(
-    os.path.relpath(path, ROOT / PROJECT.workdir)
+    f"{PLAN.path_to_root}/{path.relative_to(ROOT)}"
     for path in (ROOT / "dllm" / "report").rglob("*")
     if path.suffix in (".py", ".css", ".html", ".md", ".jinja")
 )
