@@ -88,22 +88,6 @@ def read_yaml(path: str | Path) -> Mapping:
     return content
 
 
-def with_scalar(path: str | Path, location: tuple[str, ...], value: str) -> str:
-    """The text of a YAML file with one text replaced where it is written: comments and layout stay as they are.
-
-    Raises ConfigError if nothing is written at that location.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    for key in location:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        node = next((found for name, found in pairs if name.value == key), None)
-    if not isinstance(node, yaml.ScalarNode):
-        raise ConfigError(f"{path}: {'.'.join(location)} is not written there; correct it by hand")
-    plain = yaml.load(value, Loader=_Loader) == value  # a commit of digits alone would be read as a number
-    return text[: node.start_mark.index] + (value if plain else f"'{value}'") + text[node.end_mark.index :]
-
-
 def read_config(path: str | Path, model: type[Model]) -> Model:
     """A job's config file as `model`. Raises ConfigError with file, key and value."""
     content = read_yaml(path)
