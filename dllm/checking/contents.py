@@ -28,8 +28,7 @@ def dataset_faults(name: str, entry: DatasetEntry, directory: Path, rows: Rows, 
     directory: the sketch of the repository, or of what was downloaded; found: is given the rows of each split.
     """
     part = DataPart(name=name, path=str(directory), entry=entry.model_copy(update={"counts": None}))
-    splits: list[str] = ["train", *([entry.test_split] if entry.test_split else [])]
-    for split in splits:
+    for split in ["train", *([entry.test_split] if entry.test_split else [])]:
         first = read_rows(part, split)
         if line := _unusable(part, first):
             yield line
@@ -37,10 +36,10 @@ def dataset_faults(name: str, entry: DatasetEntry, directory: Path, rows: Rows, 
     for split, stated in (entry.counts or {}).items():
         if found.get(split) not in (stated, None):
             yield f"split {split!r} has {found[split]:,} rows, counts of its entry {stated:,}; correct `counts`"
-    for key, split in (("documents", "train"), ("test_documents", entry.test_split)):
-        about, size = getattr(entry, key), found.get(split or "")
-        if about and size and split not in (entry.counts or {}) and abs(about - size) > ABOUT * size:
-            yield f"split {split!r} has {size:,} rows, {key} of its entry {about:,}; correct `{key}`"
+    for key, read in (("documents", "train"), ("test_documents", entry.test_split or "")):
+        about, size = getattr(entry, key), found.get(read)
+        if about and size and read not in (entry.counts or {}) and abs(about - size) > ABOUT * size:
+            yield f"split {read!r} has {size:,} rows, {key} of its entry {about:,}; correct `{key}`"
 
 
 def _unusable(part: DataPart, rows) -> str | None:
