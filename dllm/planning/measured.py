@@ -74,10 +74,13 @@ def _train(job: Job, workdir: Path) -> dict[str, Any] | None:
             "tokens": facts.get("tokens"),
             "device_gib": facts.get("peak_memory_gib"),
             "kept_gib": record["bytes"] / 2**30 if record.get("bytes") else None,
-            "hardware": str(facts.get("hardware", "")),
-            "gpu": str(facts.get("device", "cpu")) != "cpu",
-        }
+        } | _machine(facts)
     return _unfinished(job, workdir)
+
+
+def _machine(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a provenance says of the machine."""
+    return {"hardware": str(facts.get("hardware", "")), "gpu": str(facts.get("device", "cpu")) != "cpu"}
 
 
 def _unfinished(job: Job, workdir: Path) -> dict[str, Any] | None:
@@ -102,9 +105,7 @@ def _evaluate(job: Job, workdir: Path) -> dict[str, Any] | None:
         "seconds": scores.get("wall_seconds"),
         # lm-eval's own adapter does not say how many passes it took
         "passes": None if (scores.get("scorer") or {}).get("model_kind") == "hf" else scores.get("passes"),
-        "hardware": str(facts.get("hardware", "")),
-        "gpu": str(facts.get("device", "cpu")) != "cpu",
-    }
+    } | _machine(facts)
 
 
 def _speed(job: Job, workdir: Path) -> dict[str, Any] | None:
@@ -116,9 +117,7 @@ def _speed(job: Job, workdir: Path) -> dict[str, Any] | None:
     return {
         "seconds": sum(point["seconds"] for point in points) + job.place.hardware.startup_seconds,
         "passes": sum(point["nfe"] * point["n"] for point in points),
-        "hardware": str(facts.get("hardware", "")),
-        "gpu": str(facts.get("device", "cpu")) != "cpu",
-    }
+    } | _machine(facts)
 
 
 READERS = {"download": _download, "prepare": _prepare, "train": _train, "evaluate": _evaluate, "speed": _speed}
