@@ -68,7 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = " ".join(["dllm", *words[:1]]) if words and words[0] in VERBS else "dllm"
     try:
-        status = _dispatch(words)
+        status = None
+        if arguments is None and os.environ.get("DLLM_WARM"):
+            from dllm.cli.ask import ask
+
+            status = ask(words)
+        if status is None:
+            status = _dispatch(words)
         sys.stdout.flush()
         return status
     except BrokenPipeError:

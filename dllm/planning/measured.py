@@ -31,6 +31,10 @@ class Measured:
     partial: bool = False
 
 
+ASKING = 64
+"""MiB; only a job that waits for a warm process (`dllm.cli.warm`) needs less, and the memory there is not seen."""
+
+
 def measure(plan: ProjectPlan, workdir: str | Path) -> dict[tuple[str, str], Measured]:
     """The measurements of the plan's jobs below a work directory, by (rule, name)."""
     jobs = {key: _job(job, Path(workdir)) for key, job in plan.jobs.items()}
@@ -49,7 +53,8 @@ def _job(job: Job, workdir: Path) -> Measured | None:
         return None
     seconds = bench.get("s") or facts.pop("seconds", None)
     facts.pop("seconds", None)
-    host = bench["max_rss"] / 1024 if bench.get("max_rss") else None
+    seen = bench.get("max_rss", 0.0)
+    host = facts.pop("host_gib", None) or (seen / 1024 if seen > ASKING else None)
     return Measured(seconds=seconds, host_gib=host, **facts)
 
 
@@ -80,7 +85,11 @@ def _train(job: Job, workdir: Path) -> dict[str, Any] | None:
 
 def _machine(facts: dict[str, Any]) -> dict[str, Any]:
     """What a provenance says of the machine."""
-    return {"hardware": str(facts.get("hardware", "")), "gpu": str(facts.get("device", "cpu")) != "cpu"}
+    return {
+        "host_gib": facts.get("peak_host_gib"),
+        "hardware": str(facts.get("hardware", "")),
+        "gpu": str(facts.get("device", "cpu")) != "cpu",
+    }
 
 
 def _unfinished(job: Job, workdir: Path) -> dict[str, Any] | None:
