@@ -14,6 +14,7 @@ from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
 from cache import Cache, record_of
 from plan import PLACES, check_writable, make_plan
+from remaining import say_remaining
 from warm import start_warm
 
 ROOT = Path(workflow.basedir)
@@ -50,6 +51,7 @@ include: "workflow/rules/track.smk"
 
 onstart:
     start_warm(workflow)
+    say_remaining(workflow, PLAN)
 
 
 onsuccess:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from subprocess import Popen
 
 from dllm.cli.ask import VARIABLE
@@ -13,9 +14,16 @@ FEWEST = 6
 """Jobs for which it pays: it takes about as long to start as two of them."""
 
 THREADS = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
+"""Snakemake and the rules set these, _NUM_THREADS, for a job."""
 
 STARTED: list[Popen] = []
 """The warm process of this run. Its standard input closes when this process ends, however that is."""
+
+
+def of_jobs(environment: Mapping[str, str], offline: int = 1) -> dict[str, str]:
+    """The environment of a job of one thread, from that of Snakemake."""
+    threads = {f"{name}_NUM_THREADS": "1" for name in THREADS} | {"VECLIB_MAXIMUM_THREADS": "1"}
+    return {**environment, **threads, "HF_HUB_OFFLINE": str(offline)}
 
 
 def start_warm(workflow) -> None:
@@ -24,9 +32,7 @@ def start_warm(workflow) -> None:
         return
     if len(list(workflow.dag.needrun_jobs())) < FEWEST:
         return
-    # what Snakemake and the rules set for a job of one thread
-    threads = {f"{name}_NUM_THREADS": "1" for name in THREADS} | {"VECLIB_MAXIMUM_THREADS": "1"}
-    started = start({**os.environ, **threads, "HF_HUB_OFFLINE": "1"})
+    started = start(of_jobs(os.environ))
     if started:
         os.environ[VARIABLE] = started[1]
         STARTED.append(started[0])

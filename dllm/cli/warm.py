@@ -3,7 +3,7 @@
 The Snakefile starts it where a run has many jobs on one machine without an accelerator, and leaves its name in
 DLLM_WARM. `dllm` then asks it (`dllm.cli.ask`). The copy has the arguments, directory, environment, files and process
 group of who asked; its exit status is passed on, and so are signals. Whoever asked does the work itself where nobody
-answers, or where a variable differs that packages may read while they are loaded: docs/decisions/0013-a-warm-process.md.
+answers, or where a variable differs that packages read while loaded. See docs/decisions/0013-a-warm-process.md.
 """
 
 from __future__ import annotations

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dllm.cli import warm
+from dllm.cli.ask import VARIABLE
 from dllm.config import DatasetEntry, ModelEntry, download_configs, load_project
-from tests.fork_server import fork_servers
 from tests.hub_commands import hub_environment, run_commands
 from tests.hub_layouts import DATASETS, MODELS, write_hub
 from tests.loopback_hub import LoopbackHub
 from tests.workflow.conftest import BIN, ROOT
+from workflow.warm import of_jobs
 
 pytestmark = pytest.mark.slow  # 140 jobs: minutes of CPU
 
@@ -52,8 +54,15 @@ def rehearse(home: Path, hub: LoopbackHub, *names: str) -> tuple[Path, subproces
     environment = hub_environment(hub.url, home / "home", PATH=f"{BIN}:{os.environ['PATH']}")
     files = [*(f"config/{name}.yaml" for name in (*names, "smoke")), str(overlay)]
     command = [str(BIN / "snakemake"), "--cores", "1", "--keep-going", "--quiet", "host", "reason", "--configfile"]
-    with fork_servers(home / "servers", environment) as served:
-        done = subprocess.run([*command, *files], cwd=ROOT, env=served, capture_output=True, text=True)
+    # for jobs with and without the hub
+    servers = [warm.start(of_jobs(environment, offline) | {"PYTHONPATH": str(ROOT)}) for offline in (0, 1)]
+    environment |= {VARIABLE: " ".join(name for _, name in servers), "PYTHONPATH": str(ROOT)}
+    try:
+        done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
+    finally:
+        for server, _ in servers:
+            server.stdin.close()
+            server.wait()
     return home / "work-rehearsal", done
 
 
