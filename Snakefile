@@ -14,6 +14,8 @@ from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
 from cache import Cache, record_of
 from plan import PLACES, check_writable, make_plan
+from remaining import say_remaining
+from warm import start_warm
 
 ROOT = Path(workflow.basedir)
 OVERLAYS = [Path(path) for path in workflow.configfiles] or [
@@ -45,6 +47,11 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/track.smk"
+
+
+onstart:
+    start_warm(workflow)
+    say_remaining(workflow, PLAN)
 
 
 onsuccess:

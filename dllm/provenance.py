@@ -229,9 +229,9 @@ def hardware() -> str:
 
 
 def collect(**facts: Any) -> dict[str, Any]:
-    """A provenance mapping: commit, versions, hardware and the time, plus the facts given."""
-    return (
-        commit()
-        | {"versions": versions(), "hardware": hardware(), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        | facts
-    )
+    """A provenance mapping: commit, versions, hardware, peak memory and the time, plus the facts given."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    own = {"versions": versions(), "hardware": hardware(), "peak_host_gib": round(peak / 2**30, 3)}
+    return commit() | own | {"written": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | facts

@@ -1,5 +1,6 @@
 """The configuration: every shipped file loads, and every mistake gets one clear line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from dllm.config import (
     ConfigError,
+    Project,
     RunConfig,
     digest,
     download_configs,
@@ -305,3 +307,36 @@ def test_a_name_that_an_overlay_removed_is_told_with_that_overlay(tmp_path):
     with pytest.raises(ConfigError, match=r"= 'alpaca' is not a dataset.*less.yaml removes it") as error:
         load_project(CONFIG, CONFIG / "paper.yaml", tmp_path / "less.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("section", [name for name, field in Project.model_fields.items() if "dict" in str(field)])
+@pytest.mark.parametrize("base", ["laptop", "paper"])
+def test_an_overlay_that_replaces_one_section_is_planned_or_gets_one_line(base, section):
+    try:
+        make_plan(load_project(CONFIG, CONFIG / f"{base}.yaml", {"replaces": [section]}))
+    except ConfigError as error:
+        assert section not in ("evaluations", "samples", "speed")
+        assert re.fullmatch(r"\S+yaml: [\w.-]+ = '[^']+' is n.*; overlay removes it", str(error))
+    else:
+        assert section in ("evaluations", "samples", "speed") or (base, section) == ("paper", "benchmarks")
+
+
+def test_published_scores_are_shown_where_a_row_is_scored():
+    mine = {"mine": {"checkpoint": "chat-large", "label": "Mine", "benchmarks": ["mmlu"], "compare": "gpt2"}}
+    shown = make_plan(project({"replaces": ["evaluations"], "evaluations": mine})).report.reported
+    assert shown and all(set(row.scores) <= {"mmlu"} for row in shown)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "key"),
+    [
+        ({"report": {"chat": [{"run": "chat-base", "label": label} for label in "ab"]}}, "report.chat"),
+        ({"report": {"ablation": [{"run": f"alpaca-{r}", "label": "a"} for r in ("untuned", "after-wikitext")]}},
+         "report.ablation"),
+        ({"report": {"systems": ["chat-base", "chat-base"]}}, "report.systems"),
+        ({"reported": {"mine": {"label": "GPT-2", "source": "b", "scores": {}}}}, "reported"),
+    ],
+)  # fmt: skip
+def test_what_a_report_shows_twice_is_one_line_with_file_and_key(overlay, key):
+    with pytest.raises(ConfigError, match=rf"^\S+: {key} shows '.*' twice; keep one of them$"):
+        project(overlay)

@@ -148,6 +148,11 @@ class Plan:
         """Whether a run trains without the network (1): all do but those whose data is streamed (0)."""
         return int(not self.project.datasets[self.project.runs[run].data].stream)
 
+    def made_here(self, name: str) -> int:
+        """Whether a download is made on the spot, from a seed, and needs no network (1)."""
+        entry = self.downloads[name].model or self.downloads[name].dataset
+        return int(bool(getattr(entry, "new", None) or getattr(entry, "world", None)))
+
     def evaluation_inputs(self, row: str, benchmark: str) -> list[str]:
         """Records of the checkpoint and of the benchmark's data."""
         entry = self.project.evaluations[row]

@@ -18,8 +18,11 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import Any, NoReturn
 
-VERBS = ("tune", "plan", "pins", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
+VERBS = ("tune", "plan", "check", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
 """Each is a module of this package, imported only when it is used."""
+
+RENAMED = {"pins": "check"}
+"""What a verb was called once, and what does its work now."""
 
 EXAMPLES = """examples:
   dllm chat                              talk to the largest chat model below results/
@@ -28,7 +31,7 @@ EXAMPLES = """examples:
   dllm tune MODEL chats.jsonl            make a chatbot of a model and a file
   dllm train configs/runs/chat-large.yaml  train one run
   dllm plan config/paper.yaml            what the full reproduction would cost
-  dllm pins                              the commit of every model and dataset
+  dllm check config/paper.yaml           whether all that it takes from the hub is there and fits
   dllm VERB --help                       what a verb takes
 
 DLLM_DEBUG=1 shows the traceback of an error, NO_COLOR=1 turns colours off."""
@@ -65,7 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = " ".join(["dllm", *words[:1]]) if words and words[0] in VERBS else "dllm"
     try:
-        status = _dispatch(words)
+        status = None
+        if arguments is None and os.environ.get("DLLM_WARM"):
+            from dllm.cli.ask import ask
+
+            status = ask(words)
+        if status is None:
+            status = _dispatch(words)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -146,6 +155,7 @@ def _dispatch(words: list[str]) -> int:
     if verb not in VERBS:
         what = "an option" if verb.startswith("-") else "a verb"
         near = difflib.get_close_matches(verb, [*VERBS, "--help", "--version"], n=1)
+        near = [RENAMED[verb]] if verb in RENAMED else near
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(VERBS)}."
         raise UsageError(f"{verb!r} is not {what} of dllm. {hint}")
     module = import_module(f"dllm.cli.{verb}")

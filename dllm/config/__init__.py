@@ -47,7 +47,7 @@ from dllm.config.jobs import (
     write_when_changed,
     yaml_text,
 )
-from dllm.config.reading import CONFIG_FILES, ConfigError, load_project, read_config, read_yaml, with_scalar
+from dllm.config.reading import CONFIG_FILES, ConfigError, load_project, read_config, read_yaml
 from dllm.config.rehearsal import rehearsed
 from dllm.config.rules import launch_error
 from dllm.config.settings import (
@@ -79,5 +79,5 @@ __all__ = [
     "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest", "download_configs",
     "download_name", "download_path", "evaluation_configs", "launch_error", "load_project", "option", "overlaid",
     "prepare_configs", "prepared_name", "read_config", "read_yaml", "rehearsed", "run_configs", "sample_configs",
-    "schema", "speed_configs", "with_scalar", "write_when_changed", "yaml_text",
+    "schema", "speed_configs", "write_when_changed", "yaml_text",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dllm.config.entries import Project
-from dllm.config.references import problems
+from dllm.config.references import NOUNS, problems
 from dllm.config.settings import did_you_mean, lower_first, message_of
 
 JOBS = ("runs", "evaluations", "samples", "speed", "report", "reported")
@@ -88,22 +88,6 @@ def read_yaml(path: str | Path) -> Mapping:
     return content
 
 
-def with_scalar(path: str | Path, location: tuple[str, ...], value: str) -> str:
-    """The text of a YAML file with one text replaced where it is written: comments and layout stay as they are.
-
-    Raises ConfigError if nothing is written at that location.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    for key in location:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        node = next((found for name, found in pairs if name.value == key), None)
-    if not isinstance(node, yaml.ScalarNode):
-        raise ConfigError(f"{path}: {'.'.join(location)} is not written there; correct it by hand")
-    plain = yaml.load(value, Loader=_Loader) == value  # a commit of digits alone would be read as a number
-    return text[: node.start_mark.index] + (value if plain else f"'{value}'") + text[node.end_mark.index :]
-
-
 def read_config(path: str | Path, model: type[Model]) -> Model:
     """A job's config file as `model`. Raises ConfigError with file, key and value."""
     content = read_yaml(path)
@@ -128,7 +112,7 @@ def load_project(config_directory: str | Path | None, *overlays: str | Path | Ma
     """
     merged: Mapping = {}
     origins: dict[Location, str] = {}
-    removals: dict[str, str] = {}
+    removals: dict[tuple[str, str], str] = {}
     last = ""
     files = [] if config_directory is None else [Path(config_directory) / f"{stem}.yaml" for stem in CONFIG_FILES]
     for source in (*files, *overlays):
@@ -149,25 +133,28 @@ def load_project(config_directory: str | Path | None, *overlays: str | Path | Ma
     except ValidationError as error:
         raise ConfigError(_describe(error, Project, origin)) from None
     for location, line in problems(project):
-        removed = next((f"; {where} removes it" for gone, where in removals.items() if f"= {gone!r} " in line), "")
-        raise ConfigError(f"{origin(location)}: {line}{removed}")
+        for (section, gone), where in removals.items():
+            if f"= {gone!r} is n" in line and NOUNS.get(section, section) in line:
+                line = f"{line.removesuffix('.')}; {where} removes it"
+                break
+        raise ConfigError(f"{origin(location)}: {line}")
     return project.below(Path() if config_directory is None else Path(config_directory).resolve().parent)
 
 
-def _drop_scores_without_a_column(merged: Mapping, removals: dict[str, str]) -> None:
+def _drop_scores_without_a_column(merged: Mapping, removals: dict[tuple[str, str], str]) -> None:
     """Leave out published scores on benchmarks that an overlay removed."""
     reported, benchmarks = merged.get("reported"), merged.get("benchmarks")
     if not isinstance(reported, dict) or not isinstance(benchmarks, dict):
         return
-    gone = removals.keys() - benchmarks.keys()
+    gone = {name for section, name in removals if section == "benchmarks"} - benchmarks.keys()
     for row in reported.values():
         if isinstance(row, dict) and isinstance(row.get("scores"), dict):
             row["scores"] = {name: score for name, score in row["scores"].items() if name not in gone}
 
 
-def _entry_names(merged: Mapping) -> set[str]:
-    """Names of all entries of all sections."""
-    return {str(name) for section in merged.values() if isinstance(section, dict) for name in section}
+def _entry_names(merged: Mapping) -> set[tuple[str, str]]:
+    """(section, name) of every entry."""
+    return {(key, str(name)) for key, section in merged.items() if isinstance(section, dict) for name in section}
 
 
 def _emptied(merged: Mapping, content: Mapping, source: str) -> Mapping:

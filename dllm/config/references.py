@@ -177,7 +177,7 @@ def _questions(project: Project) -> Iterator[Problem]:
 
 
 def _shown(project: Project) -> Iterator[Problem]:
-    """The report shows runs and evaluations that there are."""
+    """The report shows runs and evaluations that there are, each once."""
     for section in CURVES:
         for curve in getattr(project.report, section):
             if curve.run not in project.runs:
@@ -189,6 +189,18 @@ def _shown(project: Project) -> Iterator[Problem]:
             elif section == "starts" and project.evaluations[name].checkpoint not in project.runs:
                 given = project.evaluations[name].checkpoint
                 yield _unknown(("evaluations", name, "checkpoint"), given, ("runs",), list(project.runs))
+    shown = {("report", section): [curve.run for curve in getattr(project.report, section)] for section in CURVES}
+    starts = [f"{curve.label}, {project.runs[curve.run].recipe}" for curve in project.report.ablation]
+    labels = [row.label for row in project.reported.values()]
+    listed = [
+        *shown.items(),
+        (("report", "ablation"), starts),
+        (("report", "systems"), project.report.systems),
+        (("report", "starts"), project.report.starts),
+    ]
+    for path, names in [*listed, (("reported",), labels)]:
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            yield path, f"{'.'.join(path)} shows {twice!r} twice; keep one of them"
 
 
 CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (

@@ -100,7 +100,11 @@ def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     for number, source in enumerate(sources, 1):
         target = directory / (source.name if counts[source.name] == 1 else f"{number}-{source.name}")
         _copy_file(source.resolve(), target)
-    facts = {"content": config.content, "licence": _licence(scratch), "files": [source.name for source in sources]}
+    facts = {
+        "content": config.content,
+        "licence": stated_licence(scratch),
+        "files": [source.name for source in sources],
+    }
     (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -129,35 +133,48 @@ def _complete(scratch: Path) -> None:
 def _fetch(config: DownloadConfig, scratch: Path) -> None:
     """Download a pinned snapshot with progress and verify it; files complete from an earlier attempt are kept."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import filter_repo_objects
 
     entry = config.model or config.dataset
     with one_line_errors(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
         info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
-        facts: dict[str, Any] = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
-        safe = any(file.rfilename.endswith(".safetensors") for file in info.siblings)
-        choices = [MODEL_FILES + PICKLED * (not safe)] if config.what == "model" else [DATASET_FILES, ARCHIVES]
-        choices = [[facts["stream"]["held_out"], *CARDS]] if facts else choices
-        named = None if facts else _files_of_configuration(config, scratch)
-        if named:
-            choices = [[*named, *CARDS]]
-        for patterns in choices:
-            wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
-            if list(filter_repo_objects(wanted, ignore_patterns=NO_DATA, key=lambda file: file.rfilename)):
-                break
-        else:
-            raise ValueError(f"{entry.hub}: has no file that a {config.what} needs; correct `hub` of {config.name!r}")
+        patterns, wanted, facts = chosen_files(config, info, scratch)
         _check_room(config, scratch, wanted)
         snapshot_download(
             entry.hub, revision=entry.revision, repo_type=config.what, local_dir=scratch, allow_patterns=patterns
         )
-    facts = {"hub": entry.hub, "revision": entry.revision, "commit": info.sha, "licence": _licence(scratch)} | facts
+    facts = {
+        "hub": entry.hub,
+        "revision": entry.revision,
+        "commit": info.sha,
+        "licence": stated_licence(scratch),
+    } | facts
     facts["files"] = _verified(entry.hub, scratch, wanted)
     if patterns is ARCHIVES:
-        _unpack(scratch)
-    if named:
+        unpack(scratch)
+    if config.dataset and config.dataset.config:
         _describe_alone(scratch / "README.md", config.dataset.config)
     (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def chosen_files(config: DownloadConfig, info, scratch: Path) -> tuple[list[str], list, dict[str, Any]]:
+    """(patterns, files, facts of the manifest) of what is fetched of a repository; its card may come to `scratch`.
+
+    info: what the hub says of the repository, with its files. Raises ValueError, one line, if it has nothing of use.
+    """
+    from huggingface_hub.utils import filter_repo_objects
+
+    facts: dict[str, Any] = {"stream": _shards(config, info)} if config.dataset and config.dataset.stream else {}
+    safe = any(file.rfilename.endswith(".safetensors") for file in info.siblings)
+    choices = [MODEL_FILES + PICKLED * (not safe)] if config.what == "model" else [DATASET_FILES, ARCHIVES]
+    choices = [[facts["stream"]["held_out"], *CARDS]] if facts else choices
+    if not facts and (named := _files_of_configuration(config, scratch)):
+        choices = [[*named, *CARDS]]
+    for patterns in choices:
+        wanted = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
+        if list(filter_repo_objects(wanted, ignore_patterns=NO_DATA, key=lambda file: file.rfilename)):
+            return patterns, wanted, facts
+    entry = config.model or config.dataset
+    raise ValueError(f"{entry.hub}: has no file that a {config.what} needs; correct `hub` of {config.name!r}")
 
 
 def _check_room(config: DownloadConfig, scratch: Path, wanted: list) -> None:
@@ -198,7 +215,7 @@ def _verified(repository: str, scratch: Path, wanted: list) -> dict[str, dict]:
     return found
 
 
-def _licence(scratch: Path) -> str | None:
+def stated_licence(scratch: Path) -> str | None:
     """The licence that the card states, or None."""
     from huggingface_hub import RepoCard
 
@@ -210,7 +227,7 @@ def _licence(scratch: Path) -> str | None:
     return ", ".join(map(str, found)) if isinstance(found, list) else found and str(found)
 
 
-def _unpack(scratch: Path) -> None:
+def unpack(scratch: Path) -> None:
     """Unpack archives of tables and describe them in the card, as `datasets` reads it.
 
     A table is `<split>/<configuration>.csv`, `<split>/<configuration>_<split>.csv`, or, in any folder,
@@ -310,9 +327,10 @@ def _describe_alone(card: Path, name: str) -> None:
     """Leave one configuration in a card: `datasets` looks for the files of the first one, whichever is asked for."""
     from huggingface_hub import RepoCard
 
-    described = RepoCard.load(card, ignore_metadata_errors=True)
-    described.data["configs"] = [part for part in described.data["configs"] if part.get("config_name") == name]
-    described.save(card)
+    described = RepoCard.load(card, ignore_metadata_errors=True) if card.exists() else RepoCard("")
+    if stated := described.data.get("configs"):
+        described.data["configs"] = [part for part in stated if part.get("config_name") == name]
+        described.save(card)
 
 
 def _shards(config: DownloadConfig, info) -> dict:

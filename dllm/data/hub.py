@@ -10,6 +10,10 @@ class HubUnreachable(ValueError):
     """No answer from the hub: no network, or a broken connection."""
 
 
+class NoSuchCommit(ValueError):
+    """A repository that has no commit of this name."""
+
+
 @contextmanager
 def one_line_errors(pin: str, name: str, what: str, *, failed: str = "the download broke off") -> Iterator[None]:
     """Turn what the hub's client raises into a ValueError of one line.
@@ -31,9 +35,8 @@ def one_line_errors(pin: str, name: str, what: str, *, failed: str = "the downlo
     except GatedRepoError:
         raise ValueError(f"{pin}: gated; accept its terms on the hub and set HF_TOKEN, then run again") from None
     except RevisionNotFoundError:
-        raise ValueError(
-            f"{pin}: the repository has no such commit; correct `revision` of {name!r} "
-            f"(`dllm pins --refresh {name}` shows its newest)"
+        raise NoSuchCommit(
+            f"{pin}: the repository has no such commit; correct `revision` of {name!r} (`dllm check` shows its newest)"
         ) from None
     except LocalEntryNotFoundError as error:  # also an EntryNotFoundError: nothing in the cache, and no network
         raise _unreachable(pin, failed, error) from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from dllm.models.published import published_config
 
 HAS_HEAD = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForPreTraining", "WithLMHead")
 """Ends of the names of classes with an LM head; ELECTRA's ForPreTraining, a discriminator, is the exception."""
@@ -13,11 +14,8 @@ SEED = 0
 
 def lacks_head(directory: Path) -> bool:
     """Whether a checkpoint's config.json names a class of an encoder without an LM head, or none at all."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        name = (config.get("architectures") or [""])[0]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
+    config = published_config(directory)
+    name = (config.get("architectures") or [""])[0] if config else "ForMaskedLM"
     return name == "ElectraForPreTraining" or not name.endswith(HAS_HEAD)
 
 

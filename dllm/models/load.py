@@ -61,10 +61,10 @@ def load_backbone(
     published = None if sidecar else family_of(directory)
     if published is not None:
         refuse_edited(published, str(path_or_hub_id))
-    config = _config(directory, published)
+    config = stock_config_of(directory, published)
     if published is not None:
         sidecar = published.sidecar()
-        _check_entry(entry, published, directory)
+        check_entry(entry, published, directory)
     family = entry.family if entry else sidecar.get("family") or _family(config)
     model = _model(directory, config, family, dtype, causal, published)
     if entry is None and sidecar:
@@ -158,7 +158,7 @@ def new_model(entry: ModelEntry, tokenizer, *, like: Path | None = None) -> nn.M
 
     auto = AutoModelForMaskedLM if entry.family == "encoder" else AutoModelForCausalLM
     if not entry.new:
-        config = _config(Path(str(like)), None)
+        config = stock_config_of(Path(str(like)), None)
         return _drawn(entry.seed, lambda: auto.from_config(config, dtype=torch.float32))
     settings = dict(entry.new)
     kind = settings.pop("model_type", None)
@@ -291,7 +291,7 @@ def _tokenizer(
     return tokenizer, (0, 0)
 
 
-def _check_entry(entry: ModelEntry | None, published: Family, directory: Path) -> None:
+def check_entry(entry: ModelEntry | None, published: Family, directory: Path) -> None:
     """Raise ValueError, one line, if a model entry says otherwise than the family of a published checkpoint."""
     for key, value in (("family", "decoder"), ("prediction", published.prediction)):
         if entry is not None and getattr(entry, key) != value:
@@ -301,7 +301,8 @@ def _check_entry(entry: ModelEntry | None, published: Family, directory: Path) -
             )
 
 
-def _config(directory: Path, published: Family | None):
+def stock_config_of(directory: Path, published: Family | None):
+    """The configuration of a checkpoint as transformers' class. Raises ValueError, one line, if there is none."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 

@@ -31,6 +31,10 @@ class Measured:
     partial: bool = False
 
 
+ASKING = 64
+"""MiB; only a job that waits for a warm process (`dllm.cli.warm`) needs less, and the memory there is not seen."""
+
+
 def measure(plan: ProjectPlan, workdir: str | Path) -> dict[tuple[str, str], Measured]:
     """The measurements of the plan's jobs below a work directory, by (rule, name)."""
     jobs = {key: _job(job, Path(workdir)) for key, job in plan.jobs.items()}
@@ -49,7 +53,8 @@ def _job(job: Job, workdir: Path) -> Measured | None:
         return None
     seconds = bench.get("s") or facts.pop("seconds", None)
     facts.pop("seconds", None)
-    host = bench["max_rss"] / 1024 if bench.get("max_rss") else None
+    seen = bench.get("max_rss", 0.0)
+    host = facts.pop("host_gib", None) or (seen / 1024 if seen > ASKING else None)
     return Measured(seconds=seconds, host_gib=host, **facts)
 
 
@@ -74,10 +79,17 @@ def _train(job: Job, workdir: Path) -> dict[str, Any] | None:
             "tokens": facts.get("tokens"),
             "device_gib": facts.get("peak_memory_gib"),
             "kept_gib": record["bytes"] / 2**30 if record.get("bytes") else None,
-            "hardware": str(facts.get("hardware", "")),
-            "gpu": str(facts.get("device", "cpu")) != "cpu",
-        }
+        } | _machine(facts)
     return _unfinished(job, workdir)
+
+
+def _machine(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a provenance says of the machine."""
+    return {
+        "host_gib": facts.get("peak_host_gib"),
+        "hardware": str(facts.get("hardware", "")),
+        "gpu": str(facts.get("device", "cpu")) != "cpu",
+    }
 
 
 def _unfinished(job: Job, workdir: Path) -> dict[str, Any] | None:
@@ -102,9 +114,7 @@ def _evaluate(job: Job, workdir: Path) -> dict[str, Any] | None:
         "seconds": scores.get("wall_seconds"),
         # lm-eval's own adapter does not say how many passes it took
         "passes": None if (scores.get("scorer") or {}).get("model_kind") == "hf" else scores.get("passes"),
-        "hardware": str(facts.get("hardware", "")),
-        "gpu": str(facts.get("device", "cpu")) != "cpu",
-    }
+    } | _machine(facts)
 
 
 def _speed(job: Job, workdir: Path) -> dict[str, Any] | None:
@@ -116,9 +126,7 @@ def _speed(job: Job, workdir: Path) -> dict[str, Any] | None:
     return {
         "seconds": sum(point["seconds"] for point in points) + job.place.hardware.startup_seconds,
         "passes": sum(point["nfe"] * point["n"] for point in points),
-        "hardware": str(facts.get("hardware", "")),
-        "gpu": str(facts.get("device", "cpu")) != "cpu",
-    }
+    } | _machine(facts)
 
 
 READERS = {"download": _download, "prepare": _prepare, "train": _train, "evaluate": _evaluate, "speed": _speed}

@@ -78,25 +78,20 @@ class Job:
 
         mem_mb and cpus_per_task are per machine, gpu is the total.
         """
-        stated = self.stated.model_copy(update=self._unplanned())
-        memory = stated.memory_gib
-        memory_mb = memory * 1024 if memory else _up(self.cost.host_gib * MARGIN_MEMORY * 1024, 256)
-        minutes = stated.runtime_minutes or _up(self.cost.seconds * MARGIN_TIME / 60 + 2, 5)
-        disk = stated.disk_gib
-        predicted = (self.cost.kept_gib + self.cost.scratch_gib) * MARGIN_DISK * 1024
+        cost, stated = self.cost, self.stated
+        memory, minutes, disk = (
+            getattr(stated, name) or (None if self.known else getattr(UNPLANNED, name))
+            for name in ("memory_gib", "runtime_minutes", "disk_gib")
+        )
+        predicted = (cost.kept_gib + cost.scratch_gib) * MARGIN_DISK * 1024
         return {
-            "mem_mb": memory_mb,
-            "runtime": minutes,
+            "mem_mb": memory * 1024 if memory else _up(cost.host_gib * MARGIN_MEMORY * 1024, 256),
+            "runtime": minutes or _up(cost.seconds * MARGIN_TIME / 60 + 2, 5),
             "disk_mb": disk * 1024 if disk else _up(predicted, 64),
             "gpu": self.place.devices,
             "nodes": self.place.nodes,
             "cpus_per_task": stated.cpus_per_task,
         }
-
-    def _unplanned(self) -> dict[str, int]:
-        """Values for what neither the entry nor a prediction gives."""
-        names = () if self.known else ("memory_gib", "runtime_minutes", "disk_gib")
-        return {name: getattr(UNPLANNED, name) for name in names if getattr(self.stated, name) is None}
 
 
 def _up(value: float, step: int) -> int:
@@ -224,6 +219,7 @@ class _Planner:
         return Place(self.processor, 0, resources.nodes * resources.cpus_per_task, resources.nodes)
 
     def add(self, rule: str, name: str, cost: Cost | None, place: Place, **more: Any) -> None:
+        """Add a job, with everything that is doubtful about it; cost: None if a size is not stated."""
         job = Job(rule, name, cost or Cost(), place, known=cost is not None, **more)
         doubts = list(job.warnings)
         if cost is None:
@@ -240,7 +236,7 @@ class _Planner:
             doubts.append(
                 f"resources.runtime_minutes = {stated.runtime_minutes}, predicted {job.cost.seconds / 60:.0f}"
             )
-        self.jobs[rule, name] = Job(rule, name, job.cost, place, stated, job.after, tuple(doubts), job.known)
+        self.jobs[rule, name] = replace(job, warnings=tuple(doubts))
 
     # rule by rule
 
@@ -305,18 +301,15 @@ class _Planner:
 
     def _evaluations(self) -> None:
         for row, entry in self.project.evaluations.items():
-            for benchmark in self.project.benchmarks_of(entry):
-                self._evaluation(row, entry, benchmark)
-
-    def _evaluation(self, row: str, entry: EvaluationEntry, name: str) -> None:
-        benchmark, shape = self.project.benchmarks[name], self.shape(entry.checkpoint)
-        place, cost = self.place(entry.resources), None
-        if shape and benchmark.size:
-            cost = self._evaluation_cost(entry, benchmark, benchmark.size, shape, place)
-        after = [self._origin(entry.checkpoint)]
-        if benchmark.dataset:
-            after.append(("download", download_name(self.project, benchmark.dataset)))
-        self.add("evaluate", f"{row}/{name}", cost, place, stated=entry.resources, after=tuple(after))
+            place, shape = self.place(entry.resources), self.shape(entry.checkpoint)
+            for name in self.project.benchmarks_of(entry):
+                benchmark, cost = self.project.benchmarks[name], None
+                if shape and benchmark.size:
+                    cost = self._evaluation_cost(entry, benchmark, benchmark.size, shape, place)
+                after = [self._origin(entry.checkpoint)]
+                if benchmark.dataset:
+                    after.append(("download", download_name(self.project, benchmark.dataset)))
+                self.add("evaluate", f"{row}/{name}", cost, place, stated=entry.resources, after=tuple(after))
 
     def _evaluation_cost(
         self, entry: EvaluationEntry, benchmark: BenchmarkEntry, size: BenchmarkSize, shape: Shape, place: Place
@@ -329,13 +322,8 @@ class _Planner:
         if size.choices:
             answers = likelihood_answers(size, documents, scorer, causal=causal)
         else:
-            answers = generated_answers(
-                size.prompt_tokens,
-                documents,
-                sampler,
-                causal=causal,
-                hides=self._hides(entry.checkpoint, sampler.ahead),
-            )
+            hides = self._hides(entry.checkpoint, sampler.ahead)
+            answers = generated_answers(size.prompt_tokens, documents, sampler, causal=causal, hides=hides)
         cost = scoring(answers, shape, place, precision=scorer.precision, causal=causal)
         written = documents * (size.prompt_tokens * TEXT_BYTES + 600) / GIB
         return replace(cost, kept_gib=written, scratch_gib=written / 4)
@@ -381,15 +369,10 @@ class _Planner:
                 answers = generated_answers(min(prompt, room), documents, one, causal=False, hides=hides)
                 costs.append(scoring(answers, shape, place))
             start = place.hardware.startup_seconds
-            cost = Cost(
-                tokens=sum(c.tokens for c in costs),
-                flops=sum(c.flops for c in costs),
-                passes=sum(c.passes for c in costs),
-                seconds=start + sum(c.seconds - start for c in costs),
-                host_gib=max(c.host_gib for c in costs),
-                device_gib=max(c.device_gib for c in costs),
-                kept_gib=1e6 / GIB,
-            )
+            sums = {name: sum(getattr(one, name) for one in costs) for name in ("tokens", "flops", "passes")}
+            most = {name: max(getattr(one, name) for one in costs) for name in ("host_gib", "device_gib")}
+            seconds = start + sum(one.seconds - start for one in costs)
+            cost = Cost(**sums, **most, seconds=seconds, kept_gib=1e6 / GIB)
         self.add(rule, name, cost, place, after=(("train", checkpoint), *after))
 
     def _report(self) -> None:

@@ -56,12 +56,7 @@ def table(plan: ProjectPlan, measured: Measurements, *, verbose: bool) -> str:
 def _row(label: str, jobs: Sequence[Job], measured: Measurements, gpu: bool) -> list[str]:
     seconds = [job.cost.seconds for job in jobs]
     hours = sum(job.device_hours for job in jobs if job.place.hardware.is_gpu or not gpu)
-    cells = [
-        label,
-        f"{len(jobs)}",
-        count(sum(job.cost.tokens for job in jobs)),
-        count(sum(job.cost.flops for job in jobs)),
-    ]
+    cells = [label, f"{len(jobs)}", *(count(sum(getattr(job.cost, x) for job in jobs)) for x in ("tokens", "flops"))]
     cells += [f"{hours:,.1f}" if hours >= 0.05 else f"{hours:.3f}" if hours else "", duration(sum(seconds))]
     cells += [duration(max(seconds)), f"{max(job.cost.host_gib for job in jobs):.1f}"]
     if gpu:
@@ -98,21 +93,15 @@ def totals(plan: ProjectPlan) -> str:
 def checks(plan: ProjectPlan, measured: Measurements) -> list[str]:
     """Predicted against measured, quantity by quantity; empty if nothing was measured."""
     lines = []
-    for label, predicted, found in (
-        ("seconds", "seconds", "seconds"),
-        ("host memory", "host_gib", "host_gib"),
-        ("device memory", "device_gib", "device_gib"),
-        ("tokens", "tokens", "tokens"),
-        ("passes", "passes", "passes"),
-        ("disk", "kept_gib", "kept_gib"),
-    ):
+    labels = ("seconds", "host memory", "device memory", "tokens", "passes", "disk")
+    for label, name in zip(labels, ("seconds", "host_gib", "device_gib", "tokens", "passes", "kept_gib"), strict=True):
         ratios = {}
         for key, job in plan.jobs.items():
             m = measured.get(key)
-            value = getattr(m, found) if m else None
+            value = getattr(m, name) if m else None
             other_machine = m is not None and label in ("seconds", "host memory") and not comparable(job, m)
-            if value and getattr(job.cost, predicted) and not other_machine:
-                ratios[key] = getattr(job.cost, predicted) / value
+            if value and getattr(job.cost, name) and not other_machine:
+                ratios[key] = getattr(job.cost, name) / value
         if ratios:
             ordered = sorted(ratios.values())
             low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)

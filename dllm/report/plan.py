@@ -217,7 +217,7 @@ class ReportPlan(_Entry):
             **{name: tuple(PlannedRun.of(project, curve) for curve in getattr(shown, name)) for name in SECTIONS},
             results=tuple(ResultRow.of(project, row, again=row in estimators[1:]) for row in project.evaluations),
             benchmarks=tuple(Benchmark.of(project, name) for name in _scored_benchmarks(project)),
-            reported=tuple(project.reported.values()),
+            reported=_reported(project),
             # systems have a table of their own for what they say
             samples="" if compared else next(iter(project.samples), ""),
             speed=next(iter(project.speed), ""),
@@ -317,6 +317,18 @@ def _scored_benchmarks(project: Project) -> list[str]:
     """The benchmarks that any row is scored on, in the order of their entries."""
     used = {name for entry in project.evaluations.values() for name in project.benchmarks_of(entry)}
     return [name for name in project.benchmarks if name in used]
+
+
+def _reported(project: Project) -> tuple[ReportedEntry, ...]:
+    """The published rows, with the scores that have a column; without such a score only what a row compares with."""
+    columns = _scored_benchmarks(project)
+    named = {name for row in project.evaluations.values() for name in (row.compare, row.close_to)}
+    rows = []
+    for name, row in project.reported.items():
+        scores = {benchmark: score for benchmark, score in row.scores.items() if benchmark in columns}
+        if scores or name in named:
+            rows.append(row.model_copy(update={"scores": scores}))
+    return tuple(rows)
 
 
 def _rows_that_differ_in_estimator(project: Project) -> tuple[str, ...]:

@@ -58,8 +58,11 @@ class BlockPlan:
         return self.places[numpy.minimum(at, len(self.places) - 1)], masks
 
     def counts(self, rows: ndarray) -> ndarray:
-        """How many tokens the next pass reveals at least: [B]."""
-        return transfer_counts(self.left[rows], self.passes_left[rows])
+        """How many tokens the next pass reveals at least, ceil(masks left / passes left): [B].
+
+        Over K passes of n masks this is n // K each, and one more in the first n % K (the quotas of Nie et al. 2025).
+        """
+        return -(-self.left[rows] // self.passes_left[rows].clip(1))
 
     def advance(self, rows: ndarray, revealed: ndarray) -> ndarray:
         """Note that a pass revealed so many tokens of some rows [B]; returns [B] bool: rows that ended their block."""
@@ -128,11 +131,3 @@ def block_passes(masks: ndarray, steps: int | None) -> ndarray:
     room = masks - passes
     unused = steps - passes.sum(1, keepdims=True)
     return passes + numpy.minimum((unused - (room.cumsum(1) - room)).clip(0), room)
-
-
-def transfer_counts(masks: ndarray, passes: ndarray) -> ndarray:
-    """How many of the remaining `masks` [B] a pass reveals when `passes` [B] are left: ceil(masks / passes).
-
-    Over K passes of n masks this is n // K each, and one more in the first n % K (the quotas of Nie et al. 2025).
-    """
-    return -(-masks // passes.clip(1))

@@ -116,6 +116,11 @@ class DenoisingStep:
         """
         self.backbone, self.settings, self.device = backbone, settings, torch.device(backbone.device)
         self.reveal_rule = REVEAL_RULES[settings.reveal_rule]
+        self.sure: Callable[[Tensor], Tensor] | None = None
+        """How many candidates are sure enough, by their scores in falling order; None: the plan alone says how many."""
+        if self.reveal_rule.sure is not None:
+            count, number = resolved(self.reveal_rule.sure), getattr(settings, settings.reveal_rule)
+            self.sure = lambda ranked: count(ranked, number)
         given = canvas.valid & ~canvas.masked
         self.keys = keyed_hash(settings.seed, token_hash(canvas.tokens, given))
         self.canvas = canvas
@@ -185,7 +190,7 @@ class DenoisingStep:
         tokens, confidence, score = self._propose(running, row, position, keys, step.index_select(0, row))
         table = score.new_full((len(rows), size), -torch.inf)
         table.view(-1).index_copy_(0, place, score)
-        chosen = choose_positions(table, candidate, least, self._sure)
+        chosen = choose_positions(table, candidate, least, self.sure)
 
         running.passes.add_(~running.done)
         self._reveal(running, row * running.tokens.shape[1] + position, chosen.flatten()[place], tokens, confidence)
@@ -194,14 +199,8 @@ class DenoisingStep:
             running.end((eos & (running.masked.cumsum(1) == 0)).any(1), self.backbone.eos_id)
         else:
             torch.any(running.masked, 1, out=running.done).logical_not_()
-        revealed = chosen.sum(1).cpu().numpy() if self.reveal_rule.sure else count
+        revealed = chosen.sum(1).cpu().numpy() if self.sure else count
         return plan.advance(rows, numpy.minimum(revealed, left))
-
-    def _sure(self, ranked: Tensor) -> Tensor:
-        """How many of a row's candidates are sure enough, under a rule that reveals all of these; 0 under others."""
-        if self.reveal_rule.sure is None:
-            return torch.zeros_like(ranked[:, 0], dtype=torch.long)
-        return resolved(self.reveal_rule.sure)(ranked, getattr(self.settings, self.settings.reveal_rule))
 
     def _reveal(self, running: RunningRows, flat: Tensor, chosen: Tensor, tokens: Tensor, confidence: Tensor) -> None:
         """Write what was chosen [N] among the proposals at `flat` [N], row * L + position."""

@@ -198,12 +198,12 @@ def unpacked(tmp_path, tables: dict[str, str]):
     """The directory of a dataset that came as an archive of these tables."""
     import zipfile
 
-    from dllm.data.download import _unpack
+    from dllm.data.download import unpack
 
     with zipfile.ZipFile(tmp_path / "tables.zip", "w") as archive:
         for name, text in tables.items():
             archive.writestr(name, text)
-    _unpack(tmp_path)
+    unpack(tmp_path)
     return tmp_path
 
 

@@ -111,7 +111,7 @@ ENTRIES = {
 FAULTS = {
     "torn": "the download broke off (",
     "damaged": "damaged/toy: model.safetensors arrived damaged and was removed; run again to fetch it",
-    "moved": "the repository has no such commit; correct `revision` of 'moved' (`dllm pins --refresh moved`",
+    "moved": "the repository has no such commit; correct `revision` of 'moved' (`dllm check` shows its newest)",
     "gated": "gated; accept its terms on the hub and set HF_TOKEN, then run again",
     "refused": "the hub refuses access (401); set HF_TOKEN to a valid token",
     "missing": "no such model on the hub; correct `hub` of 'missing', or set HF_TOKEN if it is private",

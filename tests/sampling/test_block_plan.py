@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from dllm.sampling.plan import block_passes, plan_blocks, transfer_counts
+from dllm.sampling.plan import block_passes, plan_blocks
 
 
 def planned(masked, start, block_size, steps=None):
@@ -13,12 +13,12 @@ def planned(masked, start, block_size, steps=None):
 @pytest.mark.parametrize("n", range(1, 20))
 @pytest.mark.parametrize("steps", range(1, 20))
 def test_revealed_counts_sum_to_the_masks_and_are_the_published_quotas(n, steps):
-    left, counts = n, []
-    for step in range(steps):
-        counts.append(int(transfer_counts(numpy.array([left]), numpy.array([steps - step]))[0]))
-        left -= counts[-1]
-    assert counts == [n // steps + (step < n % steps) for step in range(steps)]
-    assert sum(counts) == n
+    plan, counts, row = planned([[1] * n], [0], n, steps), [], numpy.array([0])
+    while plan.open.any():
+        counts.append(int(plan.counts(row)[0]))
+        plan.advance(row, numpy.array(counts[-1:]))
+    quotas = [n // steps + (step < n % steps) for step in range(steps)]
+    assert counts == [quota for quota in quotas if quota] and sum(counts) == n
 
 
 def test_steps_are_spread_over_the_blocks_that_have_masks():

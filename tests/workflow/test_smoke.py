@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dllm.cli import warm
+from dllm.cli.ask import VARIABLE
 from dllm.config import DatasetEntry, ModelEntry, download_configs, load_project
-from tests.fork_server import fork_servers
-from tests.hub_commands import hub_environment
+from tests.hub_commands import hub_environment, run_commands
 from tests.hub_layouts import DATASETS, MODELS, write_hub
 from tests.loopback_hub import LoopbackHub
 from tests.workflow.conftest import BIN, ROOT
+from workflow.warm import of_jobs
 
 pytestmark = pytest.mark.slow  # 140 jobs: minutes of CPU
 
@@ -42,6 +44,8 @@ def pins(hub: LoopbackHub, *names: str) -> dict:
             found[kind][config.name] |= {"documents": rows["train"]} | (
                 {"counts": rows} if project.datasets[config.name].counts else {}
             )
+            if entry.test_documents:
+                found[kind][config.name]["test_documents"] = rows[project.datasets[config.name].test_split]
     return found
 
 
@@ -52,8 +56,15 @@ def rehearse(home: Path, hub: LoopbackHub, *names: str) -> tuple[Path, subproces
     environment = hub_environment(hub.url, home / "home", PATH=f"{BIN}:{os.environ['PATH']}")
     files = [*(f"config/{name}.yaml" for name in (*names, "smoke")), str(overlay)]
     command = [str(BIN / "snakemake"), "--cores", "1", "--keep-going", "--quiet", "host", "reason", "--configfile"]
-    with fork_servers(home / "servers", environment) as served:
-        done = subprocess.run([*command, *files], cwd=ROOT, env=served, capture_output=True, text=True)
+    # for jobs with and without the hub
+    servers = [warm.start(of_jobs(environment, offline) | {"PYTHONPATH": str(ROOT)}) for offline in (0, 1)]
+    environment |= {VARIABLE: " ".join(name for _, name in servers), "PYTHONPATH": str(ROOT)}
+    try:
+        done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
+    finally:
+        for server, _ in servers:
+            server.stdin.close()
+            server.wait()
     return home / "work-rehearsal", done
 
 
@@ -77,6 +88,19 @@ def test_every_repository_of_the_paper_and_of_the_small_path_has_a_layout():
     entries = [entry for job in jobs if (entry := job.model or job.dataset).hub]
     assert {e.hub for e in entries if isinstance(e, ModelEntry)} == set(MODELS)
     assert {e.hub for e in entries if isinstance(e, DatasetEntry)} == set(DATASETS)
+
+
+def test_every_pin_of_the_paper_is_checked_and_works(hub, tmp_path):
+    overlay = pins(hub, "paper")
+    for entry in overlay["models"].values():  # the hub's models are real but for depth and width
+        entry["shape"] = None
+    (tmp_path / "pins.yaml").write_text(yaml.safe_dump(overlay))
+    command = ["check", str(ROOT / "config/paper.yaml"), str(tmp_path / "pins.yaml")]
+    ((status, output, error),) = run_commands([command], hub_environment(hub.url, tmp_path / "home"))
+    lines = {line.split()[1]: line for line in output.splitlines()[1:]}
+    assert status == 0 and len(lines) == 33, output + error
+    for name, tasks in {"cmmlu": 67, "mmlu": 57, "ceval": 52, "bbh": 27, "math": 7, "gsm8k": 1}.items():
+        assert f"tasks {tasks}, documents {ASKED[name]} " in lines[name]
 
 
 def test_every_rule_of_the_paper_works_from_download_to_page(paper):

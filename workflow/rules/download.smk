@@ -29,7 +29,8 @@ rule download:
         **PLAN.requests("download"),
     params:
         fetch=CACHE.fetch,
+        offline=lambda wildcards: PLAN.made_here(wildcards.name),
     message:
         "Fetch {wildcards.name}."
     shell:
-        "{params.fetch}dllm download {input.config:q} &> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE={params.offline} dllm download {input.config:q} &> {log:q}"

@@ -37,7 +37,7 @@ rule tables:
     message:
         "Build the tables."
     shell:
-        "dllm report tables {input.config:q} &> {log:q}"
+        "HF_HUB_OFFLINE=1 dllm report tables {input.config:q} &> {log:q}"
 
 
 rule figures:
@@ -58,7 +58,7 @@ rule figures:
     message:
         "Draw the figures."
     shell:
-        "dllm report figures {input.config:q} &> {log:q}"
+        "HF_HUB_OFFLINE=1 dllm report figures {input.config:q} &> {log:q}"
 
 
 rule claims:
@@ -75,7 +75,7 @@ rule claims:
     message:
         "Judge the claims."
     shell:
-        "dllm report claims {input.config:q} &> {log:q}"
+        "HF_HUB_OFFLINE=1 dllm report claims {input.config:q} &> {log:q}"
 
 
 rule page:
@@ -97,4 +97,4 @@ rule page:
     message:
         "Write the report."
     shell:
-        "dllm report page {input.config:q} &> {log:q}"
+        "HF_HUB_OFFLINE=1 dllm report page {input.config:q} &> {log:q}"
