@@ -127,18 +127,11 @@ def verb_parser(verb: str, module: ModuleType) -> Parser:
 
 def overview() -> str:
     """What `dllm --help` prints."""
-    lines = [f"  {verb:<10} {import_module(f'dllm.cli.{verb}').HELP}" for verb in VERBS]
-    return "\n".join(
-        [
-            "usage: dllm VERB [ARGUMENT ...]",
-            "",
-            "Diffusion language models: train, sample, score, chat, and report about it.",
-            "",
-            "verbs:",
-            *lines,
-            "",
-            EXAMPLES,
-        ]
+    verbs = "\n".join(f"  {verb:<10} {import_module(f'dllm.cli.{verb}').HELP}" for verb in VERBS)
+    return (
+        "usage: dllm VERB [ARGUMENT ...]\n\n"
+        "Diffusion language models: train, sample, score, chat, and report about it.\n\n"
+        f"verbs:\n{verbs}\n\n{EXAMPLES}"
     )
 
 

@@ -163,9 +163,9 @@ class _HeadNLL(torch.autograd.Function):
         return of_rows, of_weight, of_bias, None, None, None, None
 
 
-def _slices(count: int, height: int, first: int = 0) -> list[slice]:
-    """first .. first + count in slices of `height`."""
-    return [slice(first + low, first + min(count, low + height)) for low in range(0, count, height)]
+def _slices(count: int, height: int) -> list[slice]:
+    """0 .. count in slices of `height`."""
+    return [slice(low, min(count, low + height)) for low in range(0, count, height)]
 
 
 def _few_rows(logits: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
