@@ -200,20 +200,20 @@ class DiffusionLM:
         """What ends a row early: the end of turn, EOS, or a stop string."""
         return partial(self._has_ended, self._ends(settings.stop)) if settings.early_stop else None
 
-    def _has_ended(self, marks: Sequence[str], row: Progress) -> bool:
-        """Whether a response has an end of turn or one of the marks, which its new tokens may have completed.
+    def _has_ended(self, end_strings: Sequence[str], row: Progress) -> bool:
+        """Whether a response now holds an end of turn or one of `end_strings`.
 
-        Text is decoded only if one of these holds the last character of a mark.
+        Text is decoded only if a new token may hold the last character of one of them.
         """
         tokens = row.response[: row.known]
-        news = tokens[row.known - row.new :]
-        if not self._end_ids.isdisjoint(news):
+        new_tokens = tokens[row.known - row.new :]
+        if not self._end_ids.isdisjoint(new_tokens):
             return True
-        last = {mark[-1] for mark in marks}
-        if not last or not any(self._may_show(token, last) for token in news):
+        last = {mark[-1] for mark in end_strings}
+        if not last or not any(self._may_show(token, last) for token in new_tokens):
             return False
         text = self._text(tokens)
-        return any(mark in text for mark in marks)
+        return any(mark in text for mark in end_strings)
 
     def _may_show(self, token: int, characters: set[str]) -> bool:
         """Whether a token may bring one of the characters into a decoded text."""
@@ -242,9 +242,9 @@ class DiffusionLM:
         target or a pair longer than the model's context.
         """
         self._check_trained()
-        rows, aims = self._pairs(prompts, targets)
+        rows, target_ids = self._pairs(prompts, targets)
         scorer = self.algorithm.part("scorer")()
-        return scorer.nelbo(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+        return scorer.nelbo(self.backbone, rows, target_ids, settings or LikelihoodSettings()) if rows else []
 
     def greedy_match(
         self,
@@ -254,9 +254,9 @@ class DiffusionLM:
     ) -> list[bool]:
         """Whether greedy decoding of exactly the target's length, one token per pass, gives the target."""
         self._check_trained()
-        rows, aims = self._pairs(prompts, targets)
+        rows, target_ids = self._pairs(prompts, targets)
         scorer = self.algorithm.part("scorer")()
-        return scorer.greedy_match(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+        return scorer.greedy_match(self.backbone, rows, target_ids, settings or LikelihoodSettings()) if rows else []
 
     def _check_trained(self) -> None:
         """Raise ValueError, one line, if the checkpoint was trained with another algorithm: no score of it is meant."""
@@ -273,16 +273,16 @@ class DiffusionLM:
         _check_list(targets, "targets")
         if len(prompts) != len(targets):
             raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; every prompt needs one target")
-        aims = [self._encode_text(target) if isinstance(target, str) else list(target) for target in targets]
-        for number, aim in enumerate(aims):
-            if not aim:
+        target_ids = [self._encode_text(target) if isinstance(target, str) else list(target) for target in targets]
+        for number, ids in enumerate(target_ids):
+            if not ids:
                 raise ValueError(f"targets[{number}] = {targets[number]!r} has no tokens; there is nothing to score")
         # no tokens at all are a prompt here: the likelihood of a text from its start
         rows = [self.encode_prompt(p) if isinstance(p, str) or len(p) else [] for p in prompts]
-        for name, lists in (("prompts", rows), ("targets", aims)):
+        for name, lists in (("prompts", rows), ("targets", target_ids)):
             for number, tokens in enumerate(lists):
                 _check_ids(f"{name}[{number}]", tokens, self.backbone.vocab_size)
-        return rows, aims
+        return rows, target_ids
 
     # ----------------------------------------------------------------------------------------------------------------
     # Text and tokens

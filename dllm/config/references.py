@@ -105,7 +105,7 @@ def _unusable_names(project: Project) -> Iterator[Problem]:
 
 
 def _streamed_data(project: Project) -> Iterator[Problem]:
-    """A streamed dataset is no part of a mixture, and how many rows it has is not known."""
+    """A streamed dataset cannot be part of a mixture, and its number of rows is not known."""
     for name, dataset in project.datasets.items():
         for part in dataset.mix or []:
             if project.datasets[part].stream:

@@ -65,7 +65,7 @@ def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared 
 
 
 def _documents(entry: DatasetEntry, documents: int, most: int | None, *, overlapping: bool) -> tuple[float, float]:
-    """Rows in train and test of an entry with so many documents."""
+    """Rows in train and test of an entry with this number of documents."""
     if entry.test_split:
         train, test = float(documents), float(entry.test_documents or documents * 0.02)
     else:

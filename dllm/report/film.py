@@ -55,7 +55,7 @@ def _width(raw: list[dict], place: int) -> int:
 
 
 def _frame(raw: dict, widths: list[int], *, hidden: set[int]) -> Frame:
-    """One frame; new is what was hidden in the frame shown before, which may lie several steps back."""
+    """One frame. A token is new if the frame shown before, perhaps several steps earlier, had it masked (`hidden`)."""
     tokens = []
     for place, (token, width) in enumerate(zip(raw["tokens"], widths, strict=False)):
         state = "masked" if token["state"] == "masked" else "new" if place in hidden else "kept"

@@ -111,7 +111,7 @@ def spread(heights: list[float], gap: float) -> list[float]:
 
 
 LINE_HEIGHT = 0.075
-"""Of a name at a line end, as a share of the height of the axes."""
+"""Height of a name at a line end, as a share of the height of the axes."""
 
 
 def label_line_ends(axes: Axes, ends: list[tuple[float, float, str, Look]]) -> None:

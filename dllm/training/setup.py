@@ -129,7 +129,7 @@ def check_budget(config: RunConfig, objective: Objective) -> None:
 
 
 def check_world(accelerator: Accelerator) -> None:
-    """Raise ValueError if this process was launched as one of several and yet stands alone."""
+    """Raise ValueError if this process was launched as one of several, but accelerate sees no other."""
     name = "DLLM_PROCESSES" if "DLLM_PROCESSES" in os.environ else "WORLD_SIZE"  # the launcher knows best
     launched = int(os.environ.get(name, "1"))
     if launched != accelerator.num_processes:

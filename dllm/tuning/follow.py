@@ -78,13 +78,13 @@ class Tuning:
 
     @property
     def config(self) -> RunConfig:
-        """What the training is told."""
+        """The config of the training."""
         return run_configs(self.project)[self.run]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out row: what was asked, what stands in the data, and what the model says."""
+    """A held-out row: the question, the answer in the data, and the model's answer."""
 
     prompt: str
     reference: str
@@ -158,7 +158,7 @@ def examples(tuning: Tuning) -> list[Example]:
     sidecar = model.backbone.sidecar
     context = chat_context(sidecar, model.max_length)
     settings = chat_generation(sidecar, context)
-    asked: list[tuple[Any, str, str]] = []
+    chosen: list[tuple[Any, str, str]] = []
     for source in tuning.sources:
         for number, where in held_out(source, 8 * EXAMPLES):
             try:
@@ -166,10 +166,10 @@ def examples(tuning: Tuning) -> list[Example]:
                 fits = len(model.encode_prompt(prompt)) + settings.max_new_tokens <= context
             except ValueError:
                 continue  # it was dropped in training, too
-            if fits and len(asked) < EXAMPLES:
-                asked.append((prompt, shown, reference))
-    answers = model.generate([prompt for prompt, _, _ in asked], settings) if asked else []
-    return [Example(shown, ref, text.strip()) for (_, shown, ref), text in zip(asked, answers, strict=True)]
+            if fits and len(chosen) < EXAMPLES:
+                chosen.append((prompt, shown, reference))
+    answers = model.generate([prompt for prompt, _, _ in chosen], settings) if chosen else []
+    return [Example(shown, ref, text.strip()) for (_, shown, ref), text in zip(chosen, answers, strict=True)]
 
 
 @contextmanager
@@ -305,7 +305,7 @@ def _is_newer(target: Path, inputs: list[str], workdir: Path) -> bool:
 
 
 def _question(source: Source, number: int, where: str) -> tuple[Any, str, str]:
-    """(prompt for the model, its words as shown, what stands in the data) of a row."""
+    """(prompt for the model, its words as shown, the answer in the data) of a row."""
     row = source.rows[number]
     if source.is_text:
         words = row["text"].split()

@@ -22,7 +22,7 @@ SAMPLED = 2000
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset: its entry and place, the kind of its rows, and what a user is told of them."""
+    """One dataset: its entry and place, the kind of its rows, and the line that tells a user about them."""
 
     part: DataPart
     rows: Any
