@@ -241,10 +241,7 @@ class DiffusionLM:
         Prompt and target are tokenized each on its own, without CLS/SEP. Raises ValueError, one line, for an empty
         target or a pair longer than the model's context.
         """
-        self._check_trained()
-        rows, target_ids = self._pairs(prompts, targets)
-        scorer = self.algorithm.part("scorer")()
-        return scorer.nelbo(self.backbone, rows, target_ids, settings or LikelihoodSettings()) if rows else []
+        return self._scored("nelbo", prompts, targets, settings)
 
     def greedy_match(
         self,
@@ -253,10 +250,14 @@ class DiffusionLM:
         settings: LikelihoodSettings | None = None,
     ) -> list[bool]:
         """Whether greedy decoding of exactly the target's length, one token per pass, gives the target."""
+        return self._scored("greedy_match", prompts, targets, settings)
+
+    def _scored(self, verb: str, prompts, targets, settings: LikelihoodSettings | None) -> list:
+        """What the scorer's `nelbo` or `greedy_match` says of the pairs."""
         self._check_trained()
         rows, target_ids = self._pairs(prompts, targets)
         scorer = self.algorithm.part("scorer")()
-        return scorer.greedy_match(self.backbone, rows, target_ids, settings or LikelihoodSettings()) if rows else []
+        return getattr(scorer, verb)(self.backbone, rows, target_ids, settings or LikelihoodSettings()) if rows else []
 
     def _check_trained(self) -> None:
         """Raise ValueError, one line, if the checkpoint was trained with another algorithm: no score of it is meant."""

@@ -85,13 +85,18 @@ def response_end_of(config: RunConfig, rows: TokenRows, backbone: Backbone) -> R
 
 
 def check_inputs(config: RunConfig, backbone: Backbone, rows: TokenRows, init: Path) -> None:
-    """Raise ValueError, one line, if the rows do not fit the model, or the model at `init` not the algorithm."""
-    _check_blocks(config, init)
-    _check_fit(config, backbone, rows)
+    """Raise ValueError, one line, if the rows do not fit the model, or the model at `init` not the algorithm.
 
-
-def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
-    """Rows and their ends fit the model's positions, and the data was tokenized with its vocabulary."""
+    Rows and their ends must fit the model's positions, and have its vocabulary; a published model that attends
+    block-causally is trained in no other way.
+    """
+    family = family_of(init)
+    if family is not None and family.block_size is not None and config.algorithm != family.algorithm:
+        raise ValueError(
+            f"{config.name}: algorithm = {config.algorithm!r} is not for {config.init}: {family.name} attends "
+            f"block-causally; allowed: {family.algorithm}; set algorithm: {family.algorithm}, or start from another "
+            "model"
+        )
     room = backbone.max_length - algorithm_named(config.algorithm).prefix_positions
     if config.length > room:
         raise ValueError(
@@ -103,17 +108,6 @@ def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
         raise ValueError(
             f"{config.data_path}: holds token id {highest}, the model knows {backbone.vocab_size}; "
             "the data was prepared with another tokenizer: prepare it again"
-        )
-
-
-def _check_blocks(config: RunConfig, init: Path) -> None:
-    """Raise ValueError if a published model that attends block-causally would be trained in another way."""
-    family = family_of(init)
-    if family is not None and family.block_size is not None and config.algorithm != family.algorithm:
-        raise ValueError(
-            f"{config.name}: algorithm = {config.algorithm!r} is not for {config.init}: {family.name} attends "
-            f"block-causally; allowed: {family.algorithm}; set algorithm: {family.algorithm}, or start from another "
-            "model"
         )
 
 

@@ -35,6 +35,9 @@ KEPT = 0.98
 
 MICRO_BATCH_TOKENS = 8192
 
+WISHED = ("length", "global_batch_size", "learning_rate", "epochs", "steps")
+"""Settings of a run that a user may state and that decide others."""
+
 
 @dataclass(frozen=True)
 class Facts:

@@ -121,11 +121,10 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
         say(f"data     {source.name}: {len(source.rows):,} {source.said}")
     facts = facts_of(sources, load_tokenizer(directory, project.models[name]))
     positions = _positions(directory) - (1 if wishes.algorithm == "edit_flows" else 0)
-    chosen = defaults.run_settings(
-        facts, parameters=parameters(directory), positions=positions, wished=_known(wishes.run)
-    )
+    chosen = defaults.run_settings(facts, parameters=parameters(directory), positions=positions, wished=wishes.run)
     overlay["recipes"]["tune"]["block_size"] = wishes.block_size or defaults.block_size(facts, chosen["length"])
-    overlay["runs"][run] = settings | {"launch": _launch()} | chosen | _further(wishes.run)
+    further = {name: value for name, value in wishes.run.items() if name not in defaults.WISHED}
+    overlay["runs"][run] = settings | {"launch": _launch()} | chosen | further
     return Tuning(overlay, load_project(None, overlay), run, sources)
 
 
@@ -234,16 +233,6 @@ def _positions(directory: Path) -> int:
     family = family_of(directory)
     config = stock_config(family, published_config(directory)) if family else AutoConfig.from_pretrained(directory)
     return longest_row(config)
-
-
-def _known(run: dict[str, Any]) -> dict[str, Any]:
-    """The wishes that `defaults.run_settings` knows."""
-    names = ("length", "global_batch_size", "learning_rate", "epochs", "steps")
-    return {name: run[name] for name in names if name in run}
-
-
-def _further(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if name not in _known(run)}
 
 
 def _launch() -> str:
