@@ -36,7 +36,7 @@ from dllm.language_model import load
 from dllm.models.inferred import described, entry_settings, parameters
 from dllm.models.load import longest_row
 from dllm.models.tokenizers import load_tokenizer
-from dllm.provenance import file_lock, read_record
+from dllm.provenance import cores, file_lock, read_record
 from dllm.training.artifact import input_paths
 from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
@@ -264,7 +264,7 @@ def _prepare(config: PrepareConfig, workdir: Path, say: Callable[[str], None], p
     if _is_made(target, digest(config), inputs, workdir) and _is_newer(target, [*inputs, config.model_path], workdir):
         return
     with file_lock(workdir / ".work" / "locks" / f"prepare-{config.name}"):
-        manifest = prepare(config, workdir, progress)
+        manifest = prepare(config, workdir, progress, cores())
     train, test = manifest["splits"]["train"], manifest["splits"]["test"]
     longest = f"the longest has {train['longest_row']} tokens"
     say(f"prepared {train['rows']:,} rows to train on, {longest}; {test['rows']:,} are held out")
