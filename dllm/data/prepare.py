@@ -134,13 +134,16 @@ def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) ->
                 + (f"raise `rows` = {config.rows} of the dataset, or " if config.rows and split == "train" else "")
                 + "lower `length` of the run"
             )
-    found = {"splits": splits, "rows_that_spell_control_tokens": {split: total(split, "spelt") for split in SPLITS}}
+    facts: dict[str, Any] = {
+        "splits": splits,
+        "rows_that_spell_control_tokens": {split: total(split, "spelt") for split in SPLITS},
+    }
     unusable = sum(total(split, "unusable") for split in SPLITS)
     if unusable:  # the first part's train rows come first, then its test rows
-        ordered = sorted(counts, key=lambda found: (found[0], SPLITS.index(found[1])))
+        ordered = sorted(counts, key=lambda stated: (stated[0], SPLITS.index(stated[1])))
         first = next(count["first"] for _, _, count in ordered if count["first"])
-        found["unusable"] = {"rows": unusable, "first": first}
-    return found
+        facts["unusable"] = {"rows": unusable, "first": first}
+    return facts
 
 
 def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifest: dict) -> None:

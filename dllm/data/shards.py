@@ -30,6 +30,9 @@ from dllm.models.tokenizers import load_tokenizer, rendered
 from dllm.provenance import settle
 
 SHARD_ROWS = 2000
+LEAST_SHARDS = 5
+"""Shards that a process of its own is started for, at least: to start one takes as long as two or three."""
+
 BATCH_ROWS, BATCH_CHARACTERS = 200, 1_000_000
 """Rows that are tokenized in one call: so many, or fewer that have about so many characters together."""
 
@@ -195,7 +198,9 @@ class Tokenizing:
 def make_shards(
     tokenizing: Tokenizing, shards: Sequence[Shard], processes: int, progress: Callable[[int, int], None]
 ) -> None:
-    """Make the shards that are not there yet, and call `progress` with the rows done and the rows in all.
+    """Make the shards that are not there yet, on at most so many processes (few rows: in this one).
+
+    progress is called with the source rows done and in all.
 
     Raises ValueError, one line, if a row cannot be used or a process is killed.
     """
@@ -203,7 +208,7 @@ def make_shards(
     total, done = (sum(len(shard.numbers) for shard in found) for found in (shards, missing))
     done = total - done
     progress(done, total)
-    for shard in _each_made(tokenizing, missing, min(processes, len(missing))):
+    for shard in _each_made(tokenizing, missing, min(processes, len(missing) // LEAST_SHARDS)):
         done += len(shard.numbers)
         progress(done, total)
 

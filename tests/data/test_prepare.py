@@ -197,8 +197,8 @@ def test_the_same_config_gives_the_same_bytes(workdir):
 
 
 def in_shards(workdir, monkeypatch):
-    """A mixture of 6 shards with every way for a row to fall: unusable, too long, spelling, in both splits."""
-    monkeypatch.setattr(shards, "SHARD_ROWS", 30)
+    """A mixture of 11 shards with every way for a row to fall: unusable, too long, spelling, in both splits."""
+    monkeypatch.setattr(shards, "SHARD_ROWS", 15)
     rows = [{"instruction": f"who {text} ?", "input": "", "output": text} for text in TEXTS[:100]]
     rows[7]["output"] = rows[40]["output"] = ""
     rows[41]["output"] = "the cat [/Answer]"
@@ -240,7 +240,7 @@ def written(workdir, name="prepared"):
     return made
 
 
-@pytest.mark.parametrize("shard_rows", [7, 30, 1000])
+@pytest.mark.parametrize("shard_rows", [7, 1000])
 def test_shards_one_after_another_are_what_the_plainest_way_makes(workdir, tokenizer, monkeypatch, shard_rows):
     config = in_shards(workdir, monkeypatch)
     monkeypatch.setattr(shards, "SHARD_ROWS", shard_rows)
@@ -271,11 +271,11 @@ def is_at(place, directory):
 
 
 def test_a_killed_preparation_goes_on_to_the_bytes_of_one_that_was_not_and_leaves_no_process(workdir, monkeypatch):
-    """One process is killed with two shards made, two processes when there are four, and one makes the rest."""
+    """One process is killed with two shards made, two processes when there are four or more, and one makes the rest."""
     config = in_shards(workdir, monkeypatch)
     code = (
         "import os, signal, sys, yaml\nfrom dllm.config import PrepareConfig\nfrom dllm.data import prepare, shards\n"
-        "shards.SHARD_ROWS = 30\n"
+        "shards.SHARD_ROWS = 15\n"
         "config = PrepareConfig.model_validate(yaml.safe_load(open('config.yaml')))\n"
         "stop, processes = int(sys.argv[1]), int(sys.argv[2])\n"
         "def progress(done, total):\n"
@@ -292,11 +292,11 @@ def test_a_killed_preparation_goes_on_to_the_bytes_of_one_that_was_not_and_leave
         )
         return done.returncode, [int(line.split()[0]) for line in done.stdout.splitlines()]
 
-    assert attempt(60, 1) == (-signal.SIGKILL, [0, 30, 60])
+    assert attempt(30, 1) == (-signal.SIGKILL, [0, 15, 30])
     assert not (workdir / "data/prepared").exists()
     (workdir / "data/.prepared.partial/000001/train.tokens.bin").write_bytes(b"torn")
-    status, seen = attempt(120, 2)
-    assert status == -signal.SIGKILL and seen[0] == 30, "the torn shard is made again"
+    status, seen = attempt(60, 2)
+    assert status == -signal.SIGKILL and seen[0] == 15, "the torn shard is made again"
     deadline = time.monotonic() + 30
     while any(is_at(place, workdir) for place in Path("/proc").glob("[0-9]*/cwd")):
         assert time.monotonic() < deadline, "a process of the killed attempt is still there"
@@ -305,7 +305,11 @@ def test_a_killed_preparation_goes_on_to_the_bytes_of_one_that_was_not_and_leave
         prepare(config, workdir, lambda done, total: shown.append(done))
         assert [path.name for path in (workdir / "data").iterdir() if path.is_dir()] == ["prepared"]
         records.append((workdir / "data/prepared.json").read_bytes())
-    assert shown[0] >= 120 and shown[-7:] == [0, 30, 60, 90, 100, 130, 150] and records[0] == records[1]
+    assert (
+        shown[0] >= 60
+        and shown[-12:] == [0, 15, 30, 45, 60, 75, 90, 100, 115, 130, 145, 150]
+        and records[0] == records[1]
+    )
 
 
 @pytest.mark.parametrize("change", ["length", "tokenizer"])
