@@ -270,6 +270,7 @@ def is_at(place, directory):
         return False
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on_to_the_bytes_of_one_that_was_not_and_leaves_no_process(workdir, monkeypatch):
     """One process is killed with two shards made, two processes when there are four or more, and one makes the rest."""
     config = in_shards(workdir, monkeypatch)
@@ -347,9 +348,10 @@ def test_a_process_that_is_killed_is_one_line(workdir):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the peak memory as Linux states it")
-@pytest.mark.parametrize("name", ["mine.parquet", "mine.jsonl", "mine.csv"])
+@pytest.mark.parametrize("name", ["mine.parquet", "mine.jsonl"])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(workdir, name):
-    """100 MB of texts, in parquet one row group that cannot be packed smaller: a quarter of it is never in memory."""
+    """50 MB of texts, in parquet one row group that cannot be packed smaller: 20 MB more than with 5 MB are too many."""
     code = (
         "import sys, yaml\nfrom pathlib import Path\nfrom dllm.config import PrepareConfig\n"
         "from dllm.data.prepare import prepare\n"
@@ -359,8 +361,8 @@ def test_memory_does_not_grow_with_the_file(workdir, name):
         "    print(peak())"
     )
     random = numpy.random.default_rng(0)
-    letters = [random.integers(97, 123, 100_000, dtype=numpy.uint8).tobytes().decode() for _ in range(1000)]
-    for size, rows in (("small", letters[:40]), ("large", letters)):
+    letters = [random.integers(97, 123, 5000, dtype=numpy.uint8).tobytes().decode() for _ in range(10_000)]
+    for size, rows in (("small", letters[:1000]), ("large", letters)):
         (workdir / "downloads" / size / "files").mkdir(parents=True)
         path = workdir / "downloads" / size / "files" / name
         if name.endswith("parquet"):
@@ -376,7 +378,7 @@ def test_memory_does_not_grow_with_the_file(workdir, name):
     done = subprocess.run(command, cwd=workdir, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT})
     assert done.returncode == 0, done.stderr
     small, large = map(float, done.stdout.split())
-    assert large - small < 25
+    assert large - small < 20
 
 
 def test_a_failure_leaves_the_finished_artifact_alone(workdir, monkeypatch):
