@@ -351,7 +351,7 @@ def test_a_process_that_is_killed_is_one_line(workdir):
 @pytest.mark.parametrize("name", ["mine.parquet", "mine.jsonl"])
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(workdir, name):
-    """50 MB of texts, in parquet one row group that cannot be packed smaller: 20 MB more than with 5 MB are too many."""
+    """50 MB of texts, in parquet one row group that cannot be packed smaller: 20 MB more than with 5 are too many."""
     code = (
         "import sys, yaml\nfrom pathlib import Path\nfrom dllm.config import PrepareConfig\n"
         "from dllm.data.prepare import prepare\n"
