@@ -29,8 +29,10 @@ class ProgressLine:
             self._first, self._tenth = (done, now), min(tenth, self._tenth)
         if tenth > self._tenth or now - self._said > EVERY_SECONDS:
             self._tenth, self._said = tenth, now
-            per_second = (done - self._first[0]) / max(1e-9, now - self._first[1])
-            speed = f", {per_second:,.0f} a second, {duration((total - done) / per_second)} left" if per_second else ""
+            seconds, speed = now - self._first[1], ""
+            if seconds >= 1 and done > self._first[0]:
+                per_second = (done - self._first[0]) / seconds
+                speed = f", {per_second:,.0f} a second, {duration((total - done) / per_second)} left"
             print(f"{self.name}: {done:,} of {total:,} {self.unit}s{speed}", file=self.stream, flush=True)
 
     def _draw(self, done: int, total: int) -> None:

@@ -152,7 +152,7 @@ def read_file(path: Path, *, may_be_empty: bool = False) -> Sequence[Row]:
         rows = open_file(path)
         count = len(rows)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; check the path") from None
+        raise ValueError(f"{path}: no such file; check the path, or run the download again") from None
     except DAMAGED:
         raise ValueError(f"{path}: the compressed file is damaged or was cut off; get it again") from None
     except UnicodeDecodeError:

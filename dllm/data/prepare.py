@@ -52,7 +52,9 @@ def prepare(
     scratch = target.with_name(f".{config.name}.partial")
     _begin(scratch, config, workdir, inputs)
     parts = [part.model_copy(update={"path": str(workdir / part.path)}) for part in config.parts]
-    sources, kinds, shards, described = [], [], list[Shard](), []
+    tokenizing = Tokenizing(config.model_copy(update={"parts": parts}), workdir, scratch, [], [])
+    vocabulary = len(tokenizing.tokenizer)
+    shards, described = list[Shard](), []
     for number, part in enumerate(parts):
         train, test, train_rows, test_rows = split_rows(part)
         kind, said = kind_of_part(part, train_rows)
@@ -61,15 +63,13 @@ def prepare(
         train = train[: config.rows]
         one_source = train_rows is test_rows
         shards += shards_of(number, train, test, one_source=one_source, first=len(shards))
-        sources.append({"train": train_rows, "test": test_rows})
-        kinds.append(kind)
+        tokenizing.sources.append({"train": train_rows, "test": test_rows})
+        tokenizing.kinds.append(kind)
         described.append(
             {"name": part.name, "train_rows": len(train), "test_rows": len(test)}
             | ({"read_as": said} if said else {})
             | {k: v for k, v in part.entry.model_dump().items() if k in ("hub", "revision", "world", "licence") and v}
         )
-    tokenizing = Tokenizing(config.model_copy(update={"parts": parts}), workdir, scratch, tuple(sources), tuple(kinds))
-    vocabulary = len(tokenizing.tokenizer)  # an unusable one is found before there are processes
     make_shards(tokenizing, shards, processes, progress)
     manifest = {"name": config.name, "length": config.length, "sources": described}
     manifest |= _joined(tokenizing, shards, vocabulary)

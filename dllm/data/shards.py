@@ -129,8 +129,8 @@ class Tokenizing:
     config: PrepareConfig
     workdir: Path
     directory: Path
-    sources: tuple[dict[str, FileRows], ...]
-    kinds: tuple[str, ...]
+    sources: list[dict[str, FileRows]]
+    kinds: list[str]
 
     @cached_property
     def tokenizer(self):

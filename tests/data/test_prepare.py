@@ -343,7 +343,7 @@ def test_a_process_that_is_killed_is_one_line(workdir):
     config, numbers = config_of(answers(workdir)), numpy.arange(9)
     two = shards.shards_of(0, numbers, numbers, one_source=False)
     with pytest.raises(ValueError, match="prepared: one of 2 processes was killed, .*run again") as caught:
-        list(shards._each_made(Killed(config, workdir, workdir, (), ()), two, 2))
+        list(shards._each_made(Killed(config, workdir, workdir, [], []), two, 2))
     assert "\n" not in str(caught.value)
 
 
