@@ -15,6 +15,7 @@ import torch
 from dllm.algorithms import ALGORITHMS, Algorithm, algorithm_for
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for, infill_canvas
+from dllm.core.devices import best_device
 from dllm.models.backbone import Backbone
 from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
@@ -63,13 +64,6 @@ def load(
     backbone = load_backbone(path_or_hub_id, revision=revision, device=device or best_device(), dtype=dtype)
     backbone = for_inference(backbone, mixed=mixed)
     return DiffusionLM(backbone, algorithm_for(backbone.sidecar.get("algorithm", "mdlm"), algorithm))
-
-
-def best_device() -> str:
-    """`cuda` or `mps` where there is one, else `cpu`."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

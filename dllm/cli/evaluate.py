@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from dllm.numbers import environment_number
+
 HELP = "score a checkpoint on benchmarks"
 EXAMPLES = """examples:
   dllm evaluate results/laptop/configs/evals/chat-large/mmlu.yaml
@@ -111,17 +113,16 @@ def _share(args: argparse.Namespace) -> tuple[tuple[int, int], bool, bool]:
     """(shard, score, wait) of this process: as the options say, else as the launcher's environment says."""
     if args.shard:
         return args.shard, False, False
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     if args.merge or world_size == 1:
         return (0, 1), rank == 0, False
     return (rank, world_size), rank == 0, rank == 0
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
+    from dllm.core.devices import best_device, known_device
 
-    if torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if name != "auto":
+        return str(known_device(name))
+    device = best_device()
+    return f"cuda:{environment_number('LOCAL_RANK', 0)}" if device.type == "cuda" else str(device)

@@ -172,6 +172,7 @@ def _one_line(error: Exception) -> str:
 
 def _say(name: str, text: str) -> None:
     try:
-        print(f"{name}: {text}", file=sys.stderr, flush=True)
+        shown = text.encode(errors="backslashreplace").decode()  # a path may be bytes that are no text
+        print(f"{name}: {shown}", file=sys.stderr, flush=True)
     except OSError:
         pass  # standard error is closed as well

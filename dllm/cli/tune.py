@@ -74,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune, show some answers, and say how to chat; 130 if it was interrupted and saved."""
+    for name in ("length", "epochs", "batch_size", "learning_rate", "block_size"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
     wishes = _wishes(args)
     from dllm.cli.train import set_up_torch
 

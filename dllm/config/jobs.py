@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -58,6 +58,12 @@ class DownloadConfig(Job):
     tokenizer_path: str | None = option(None, "download that brings the tokenizer of a new model")
     sources: list[str] | None = option(None, "files on this disk that are copied", exclude_if=is_none)
     content: str | None = option(None, "digest of what is in them: changed content is copied again", exclude_if=is_none)
+
+    @model_validator(mode="after")
+    def _check_entry(self) -> Self:
+        if getattr(self, self.what) is None:
+            raise ValueError(f"what = {self.what!r}, and there is no entry of a {self.what}; let the workflow write it")
+        return self
 
 
 class DataPart(Settings):

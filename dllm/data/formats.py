@@ -188,8 +188,8 @@ def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
 def _parsed(path: str | Path, number: int, line: str) -> Row:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
+    except (ValueError, RecursionError) as error:
+        reason = _reason(error)
         raise ValueError(f"{path}:{number}: not JSON ({reason}); mend the line, or download the file again") from None
     if not isinstance(row, dict):
         raise ValueError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
@@ -202,10 +202,10 @@ def _json(path: Path) -> Sequence[Row]:
         text = file.read()
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data"):
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data"):
             return read_jsonl(path)
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); mend the file") from None
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({_reason(error)}); mend the file") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list) and _all_objects(value)]
         named = content.keys() & {"messages", "conversations", "conversation"}
@@ -213,6 +213,11 @@ def _json(path: Path) -> Sequence[Row]:
     if not isinstance(content, list) or not _all_objects(content, empty=True):
         raise ValueError(f"{path}: holds no rows; it needs a list of objects, such as [{{...}}, {{...}}]")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """Why JSON cannot be read: bad syntax, brackets in brackets without end, a number of thousands of digits."""
+    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error).split(";")[0])
 
 
 def _all_objects(values: list, *, empty: bool = False) -> bool:

@@ -158,7 +158,11 @@ def plan_project(
     on, utilisation: hardware and its share of the peak, in place of the project's own. Raises ValueError, one line,
     for unknown hardware.
     """
-    return _Planner(project, Path(workdir), hardware(on or project.hardware, utilisation or project.utilisation)).plan()
+    return _Planner(
+        project,
+        Path(workdir),
+        hardware(on or project.hardware, project.utilisation if utilisation is None else utilisation),
+    ).plan()
 
 
 class _Planner:

@@ -20,6 +20,7 @@ from dllm.models.adapters import attach_adapter
 from dllm.models.backbone import Backbone, TokenNLL
 from dllm.models.load import load_backbone
 from dllm.models.published import family_of
+from dllm.numbers import environment_number
 from dllm.objectives.objective import Objective
 
 
@@ -125,7 +126,7 @@ def check_budget(config: RunConfig, objective: Objective) -> None:
 def check_world(accelerator: Accelerator) -> None:
     """Raise ValueError if this process was launched as one of several, but accelerate sees no other."""
     name = "DLLM_PROCESSES" if "DLLM_PROCESSES" in os.environ else "WORLD_SIZE"  # the launcher knows best
-    launched = int(os.environ.get(name, "1"))
+    launched = environment_number(name, 1)
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{name} = {launched}, but accelerate sees {accelerator.num_processes} process(es): each would train "

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 
 from dllm import provenance
 from dllm.config import RunConfig, digest
+from dllm.core.devices import best_device
 from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import open_rows
 from dllm.training.artifact import UNWRITABLE, Trained, check_free, is_finished, state_key, write_artifact, writing
@@ -113,13 +114,13 @@ def train(
     workdir = Path(workdir)
     if not replace:
         check_free(config, workdir / "runs" / config.name)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = best_device(training=True)
     state = StateDirectory(workdir / ".work" / f"{config.name}-{state_key(config, workdir, device)}")
     accelerator = Accelerator(
         mixed_precision="no",  # `Devices` casts, in the same way wherever weights are
         log_with=tracker,
         project_dir=str(state.path),
-        cpu=not torch.accelerator.is_available(),  # without it, CPU ranks do not find each other
+        cpu=device.type == "cpu",  # without it, CPU ranks do not find each other
         kwargs_handlers=[DATA_PARALLEL],
     )
     check_world(accelerator)

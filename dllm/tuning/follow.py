@@ -236,9 +236,9 @@ def _positions(directory: Path) -> int:
 
 
 def _launch() -> str:
-    import torch
+    from dllm.core.devices import best_device
 
-    return "gpu" if torch.accelerator.is_available() else "cpu"
+    return "cpu" if best_device(training=True).type == "cpu" else "gpu"
 
 
 def _download(config: DownloadConfig, workdir: Path, say: Callable[[str], None]) -> None:

@@ -103,6 +103,8 @@ def test_a_json_file_may_be_json_lines_in_truth(tmp_path):
         ("a.csv", b"prompt,response\n", "has no rows"),
         ("a.json", b"[]", "has no rows"),
         ("a.json", b"", "not JSON"),
+        ("a.json", b"[" * 100_000, "a.json:1: not JSON (nested too deeply"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: not JSON (Exceeds the limit"),
         ("a.json", b"3", "holds no rows; it needs a list of objects"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "a.jsonl:3: not JSON"),
         ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: not JSON"),
