@@ -1,8 +1,8 @@
 """The command line: quick help, one line per mistake, exit statuses that scripts can rely on."""
 
+import resource
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -41,11 +41,11 @@ def test_help_and_every_verbs_help_import_no_torch():
 
 def test_help_is_quick():
     def seconds() -> float:
-        begin = time.perf_counter()
+        begin = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
         run_dllm("--help", check=True)
-        return time.perf_counter() - begin
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - begin
 
-    assert min(seconds() for _ in range(5)) < 0.3  # about 0.05; the best of five on a busy machine
+    assert min(seconds() for _ in range(3)) < 0.3  # of a processor, about 0.05; with torch it is above 1
 
 
 def test_help_lists_every_verb_with_its_line(capsys):
