@@ -180,7 +180,7 @@ def _fetch(config: DownloadConfig, scratch: Path, store: Path | None) -> None:
     if patterns is ARCHIVES:
         unpack(scratch)
     if config.dataset and config.dataset.config:
-        _describe_alone(scratch / "README.md", config.dataset.config)
+        describe_alone(scratch / "README.md", config.dataset.config)
     manifest = named | facts | {"files": files}
     (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -356,7 +356,7 @@ def _files_of_configuration(config: DownloadConfig, scratch: Path) -> list[str] 
     return [path for found in paths for path in (found if isinstance(found, list) else [found])]
 
 
-def _describe_alone(card: Path, name: str) -> None:
+def describe_alone(card: Path, name: str) -> None:
     """Leave one configuration in a card: `datasets` looks for the files of the first one, whichever is asked for."""
     from huggingface_hub import RepoCard
 
