@@ -161,13 +161,14 @@ def final_losses(workdir: Path, entries) -> pd.DataFrame:
         metrics = read_metrics(workdir, entry.run)
         train, evaluation = final_train_loss(metrics), final_eval_loss(metrics)
         first = split_of(metrics, "eval").iloc[0]
+        steps = int(metrics["step"].max())
         rows.append(
             {
                 "label": entry.label,
                 "recipe": entry.recipe,
                 "run": entry.run,
-                "steps": int(metrics["step"].max()),
-                "truncated": entry.truncated or int(metrics["step"].max()) < FEW_STEPS,
+                "steps": steps,
+                "truncated": entry.truncated or steps < FEW_STEPS,
                 "tokens": _number(metrics["tokens"].max()),
                 "train_loss": train.value,
                 "train_standard_error": train.standard_error,
