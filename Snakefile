@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from dllm.config import ConfigError, load_project
 from snakemake.exceptions import WorkflowError
 from cache import Cache, record_of
-from plan import PLACES, check_writable, make_plan
+from plan import PLACES, check_writable, make_plan, one_of
 from remaining import say_remaining
 from warm import start_warm
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PLACES = ("gpu", "nodes", "cpus_per_task", "tasks", "mpi", "gres", "tasks_per_gpu")
 """Resources that say on how many machines and devices a job runs."""
+
+
+def one_of(names: Iterable[str]) -> str:
+    """A wildcard of these names alone: Snakemake then says in one line that nothing makes a target of another name."""
+    return "|".join(map(re.escape, names)) or "(?!)"
 
 
 @dataclass(frozen=True)

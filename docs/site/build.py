@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "docs/**/*.md")
 IMAGES = ("docs/images/*", "results/showcase/film.svg")
 """What is copied, with its place kept: links between pages stay as they are."""
-SHOWN = ("LICENSE", "bench/results", "results/showcase")
+SHOWN = ("LICENSE", "bench/results", "results/showcase", "results/real-weights")
 """What pages link to without being pages: served as it is."""
 PROJECT = ("CONTRIBUTING", "CHANGELOG", "docs/lab-log", "docs/decisions/index", "results/README")
 """Pages about the project. The other pages are the guide, in the order in which README.md links to them."""

@@ -25,6 +25,8 @@ rule download:
         "logs/download/{name}.log",
     benchmark:
         "benchmarks/download/{name}.tsv"
+    wildcard_constraints:
+        name=one_of(PLAN.downloads),
     resources:
         **PLAN.requests("download"),
     params:

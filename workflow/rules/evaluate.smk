@@ -16,6 +16,9 @@ rule evaluate:
         "logs/evaluate/{row}/{benchmark}.log",
     benchmark:
         "benchmarks/evaluate/{row}/{benchmark}.tsv"
+    wildcard_constraints:
+        row=one_of(PROJECT.evaluations),
+        benchmark=one_of(PROJECT.benchmarks),
     threads: 1
     resources:
         **PLAN.requests("evaluate", *PLACES),
@@ -42,6 +45,8 @@ rule sample:
         "logs/sample/{name}.log",
     benchmark:
         "benchmarks/sample/{name}.tsv"
+    wildcard_constraints:
+        name=one_of(PLAN.samples),
     threads: 1
     resources:
         **PLAN.requests("sample", "gpu"),
@@ -63,6 +68,8 @@ rule speed:
         "logs/speed/{name}.log",
     benchmark:
         "benchmarks/speed/{name}.tsv"
+    wildcard_constraints:
+        name=one_of(PLAN.speed),
     threads: 1
     resources:
         **PLAN.requests("speed", "gpu"),

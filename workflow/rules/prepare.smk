@@ -15,6 +15,8 @@ rule prepare:
         "logs/prepare/{name}.log",
     benchmark:
         "benchmarks/prepare/{name}.tsv"
+    wildcard_constraints:
+        name=one_of(PLAN.data),
     threads: lambda wildcards: PLAN.resources("prepare", wildcards.name)["cpus_per_task"]
     resources:
         **PLAN.requests("prepare"),

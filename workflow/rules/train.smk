@@ -16,6 +16,8 @@ rule train:
         "logs/train/{run}.log",
     benchmark:
         "benchmarks/train/{run}.tsv"
+    wildcard_constraints:
+        run=one_of(PLAN.runs),
     threads: 1
     resources:
         **PLAN.requests("train", *PLACES),
