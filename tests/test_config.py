@@ -100,7 +100,7 @@ def test_both_configurations_hold_the_complete_set_of_the_report():
             "= 'gsm8k' is not a dataset. Did you mean 'gsm8k",
         ),
         ({"report": {"systems": ["gpt3"]}}, "report.systems = 'gpt3' is not an evaluation. Did you mean 'gpt2'?"),
-        ({"report": {"starts": ["gpt2"]}}, "evaluations.gpt2.checkpoint = 'gpt2' is not a run."),
+        ({"report": {"starts": ["gpt2"]}}, "report.starts = 'gpt2' scores 'gpt2', no run; name evaluations of runs"),
         (
             {"datasets": {"w": {"world": "all"}}, "models": {"m": {"new": {}, "tokenizer": "w"}}},
             "models.m.new = {} takes the config of 'w', a dataset; state one, model_type first",

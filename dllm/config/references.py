@@ -188,7 +188,10 @@ def _shown(project: Project) -> Iterator[Problem]:
                 yield _unknown(("report", section), name, ("evaluations",), list(project.evaluations))
             elif section == "starts" and project.evaluations[name].checkpoint not in project.runs:
                 given = project.evaluations[name].checkpoint
-                yield _unknown(("evaluations", name, "checkpoint"), given, ("runs",), list(project.runs))
+                yield (
+                    ("report", section),
+                    f"report.starts = {name!r} scores {given!r}, no run; name evaluations of runs",
+                )
     shown = {("report", section): [curve.run for curve in getattr(project.report, section)] for section in CURVES}
     starts = [f"{curve.label}, {project.runs[curve.run].recipe}" for curve in project.report.ablation]
     labels = [row.label for row in project.reported.values()]
