@@ -6,11 +6,13 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from fnmatch import fnmatch
 from pathlib import Path
 
 from dllm.checking.sketch import Rows, split_sizes
 from dllm.config import DataPart, DatasetEntry, EvaluationConfig, ModelEntry, Project
 from dllm.data.convert import kind_of_part, messages_of, place_of, read_rows, text_of
+from dllm.data.download import PICKLED
 from dllm.evaluation.evaluate import check_metrics
 from dllm.evaluation.task_files import build_requests, cards_read_once, declared_metrics, load_tasks
 from dllm.models.load import WEIGHTS, check_entry, longest_row, stock_config_of
@@ -139,8 +141,8 @@ def _documents(tasks: dict, data: Path, rows: Rows) -> int | None:
 
 
 def has_weights(names: list[str]) -> bool:
-    """Whether a repository's files include weights in the one format that is fetched."""
-    return any(name.endswith(".safetensors") for name in names)
+    """Whether a repository's files include weights in a format that is fetched."""
+    return any(name.endswith(".safetensors") or fnmatch(name, PICKLED[0]) for name in names)
 
 
 PLACEHOLDER = WEIGHTS[0]

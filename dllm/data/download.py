@@ -152,7 +152,7 @@ def _fetch(config: DownloadConfig, scratch: Path) -> None:
     if patterns is ARCHIVES:
         unpack(scratch)
     if config.dataset and config.dataset.config:
-        _describe_alone(scratch / "README.md", config.dataset.config)
+        describe_alone(scratch / "README.md", config.dataset.config)
     (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
@@ -323,7 +323,7 @@ def _files_of_configuration(config: DownloadConfig, scratch: Path) -> list[str] 
     return [path for found in paths for path in (found if isinstance(found, list) else [found])]
 
 
-def _describe_alone(card: Path, name: str) -> None:
+def describe_alone(card: Path, name: str) -> None:
     """Leave one configuration in a card: `datasets` looks for the files of the first one, whichever is asked for."""
     from huggingface_hub import RepoCard
 

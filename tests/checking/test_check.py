@@ -34,7 +34,7 @@ def write_hub(root) -> None:
     (root / "models/one/bert.json").unlink()
     (root / "models/one/toy/README.md").write_text("---\nlicense: mit\n---\n")
     shutil.copytree(root / "models/one/toy", root / "models/old/toy")
-    (root / "models/old/toy/model.safetensors").rename(root / "models/old/toy/pytorch_model.bin")
+    (root / "models/old/toy/model.safetensors").rename(root / "models/old/toy/tf_model.h5")
     shutil.copytree(root / "models/one/toy", root / "models/causal/toy")
     (root / "models/causal/toy/config.json").write_text('{"model_type": "gpt2"}')
     write_dataset(root / "datasets/openai/gsm8k", DATASETS["openai/gsm8k"])
@@ -99,7 +99,7 @@ WRONG = {
         "shape of its entry: vocabulary = 999, not ",
     ),
     "family": ({"toy": {"hub": "causal/toy"}}, "model_type = 'gpt2' is none of transformers' encoders;"),
-    "weights": ({"toy": {"hub": "old/toy"}}, "has no weights as safetensors, the only ones that are fetched;"),
+    "weights": ({"toy": {"hub": "old/toy"}}, "has no weights that are fetched (safetensors, or pytorch_model.bin);"),
 }  # fmt: skip
 """What is changed of the entries, and the line that says what is wrong then."""
 
