@@ -21,6 +21,7 @@ CASES = {
     "estimators": Case("bench.likelihood:estimators", "Estimators at equal passes"),
     "generation": Case("bench.generation:generation", "Generation, identical tokens"),
     "sft": Case("bench.training:sft", "Fine-tuning step"),
+    "prepare": Case("bench.preparing:prepare", "Preparing conversations"),
     "gpu": Case("bench.gpu:gpu", "On a CUDA device"),
 }
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAPTOP_RUN = "chat-large"
 CHAT_DATA = "chat--world--128"
 VOCABULARY = 50_368
-"""Of ModernBERT, padded as published."""
+"""Size of ModernBERT's vocabulary, padded as published."""
 
 
 @dataclass(frozen=True)

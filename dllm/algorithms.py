@@ -1,7 +1,7 @@
 """The algorithms: one row says where the parts of each are, and what the rest of the package has to know of it.
 
-A new algorithm is a row here and one file. Nothing is imported before a part is asked for, and no part of a row that is
-not there is ever called: `Algorithm.part` refuses it.
+A new algorithm is a row here and one file. A part is imported when it is first used; `Algorithm.part` raises an error
+for a part that the row does not have.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Algorithm:
     module: str | type | None = None
     """Makes the module that is trained, where that is more than the model; see `objectives.edit_flows`."""
     save: str | type | None = None
-    """Writes what such a module has beside the model into a checkpoint."""
+    """Writes into a checkpoint what such a module has beyond the model."""
 
     also_as: tuple[str, ...] = ()
     """Other algorithms that a model trained with this one may be used with."""
@@ -172,7 +172,7 @@ def trained_blocks(trained: str | None) -> Literal["any", "trained", "none"]:
 
 
 def resolved(part: Any) -> Any:
-    """What a name such as "package.module:Class" stands for; anything else as it is."""
+    """The object that a name such as "package.module:Class" names; anything else is returned unchanged."""
     if not isinstance(part, str):
         return part
     module, attribute = part.split(":")

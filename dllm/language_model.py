@@ -15,6 +15,7 @@ import torch
 from dllm.algorithms import ALGORITHMS, Algorithm, algorithm_for
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for, infill_canvas
+from dllm.core.devices import best_device
 from dllm.models.backbone import Backbone
 from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
@@ -63,13 +64,6 @@ def load(
     backbone = load_backbone(path_or_hub_id, revision=revision, device=device or best_device(), dtype=dtype)
     backbone = for_inference(backbone, mixed=mixed)
     return DiffusionLM(backbone, algorithm_for(backbone.sidecar.get("algorithm", "mdlm"), algorithm))
-
-
-def best_device() -> str:
-    """`cuda` or `mps` where there is one, else `cpu`."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -200,20 +194,20 @@ class DiffusionLM:
         """What ends a row early: the end of turn, EOS, or a stop string."""
         return partial(self._has_ended, self._ends(settings.stop)) if settings.early_stop else None
 
-    def _has_ended(self, marks: Sequence[str], row: Progress) -> bool:
-        """Whether a response has an end of turn or one of the marks, which its new tokens may have completed.
+    def _has_ended(self, end_strings: Sequence[str], row: Progress) -> bool:
+        """Whether a response now holds an end of turn or one of `end_strings`.
 
-        Text is decoded only if one of these holds the last character of a mark.
+        Text is decoded only if a new token may hold the last character of one of them.
         """
         tokens = row.response[: row.known]
-        news = tokens[row.known - row.new :]
-        if not self._end_ids.isdisjoint(news):
+        new_tokens = tokens[row.known - row.new :]
+        if not self._end_ids.isdisjoint(new_tokens):
             return True
-        last = {mark[-1] for mark in marks}
-        if not last or not any(self._may_show(token, last) for token in news):
+        last = {mark[-1] for mark in end_strings}
+        if not last or not any(self._may_show(token, last) for token in new_tokens):
             return False
         text = self._text(tokens)
-        return any(mark in text for mark in marks)
+        return any(mark in text for mark in end_strings)
 
     def _may_show(self, token: int, characters: set[str]) -> bool:
         """Whether a token may bring one of the characters into a decoded text."""
@@ -241,10 +235,7 @@ class DiffusionLM:
         Prompt and target are tokenized each on its own, without CLS/SEP. Raises ValueError, one line, for an empty
         target or a pair longer than the model's context.
         """
-        self._check_trained()
-        rows, aims = self._pairs(prompts, targets)
-        scorer = self.algorithm.part("scorer")()
-        return scorer.nelbo(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+        return self._scored("nelbo", prompts, targets, settings)
 
     def greedy_match(
         self,
@@ -253,10 +244,14 @@ class DiffusionLM:
         settings: LikelihoodSettings | None = None,
     ) -> list[bool]:
         """Whether greedy decoding of exactly the target's length, one token per pass, gives the target."""
+        return self._scored("greedy_match", prompts, targets, settings)
+
+    def _scored(self, verb: str, prompts, targets, settings: LikelihoodSettings | None) -> list:
+        """What the scorer's `nelbo` or `greedy_match` says of the pairs."""
         self._check_trained()
-        rows, aims = self._pairs(prompts, targets)
+        rows, target_ids = self._pairs(prompts, targets)
         scorer = self.algorithm.part("scorer")()
-        return scorer.greedy_match(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+        return getattr(scorer, verb)(self.backbone, rows, target_ids, settings or LikelihoodSettings()) if rows else []
 
     def _check_trained(self) -> None:
         """Raise ValueError, one line, if the checkpoint was trained with another algorithm: no score of it is meant."""
@@ -273,16 +268,16 @@ class DiffusionLM:
         _check_list(targets, "targets")
         if len(prompts) != len(targets):
             raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; every prompt needs one target")
-        aims = [self._encode_text(target) if isinstance(target, str) else list(target) for target in targets]
-        for number, aim in enumerate(aims):
-            if not aim:
+        target_ids = [self._encode_text(target) if isinstance(target, str) else list(target) for target in targets]
+        for number, ids in enumerate(target_ids):
+            if not ids:
                 raise ValueError(f"targets[{number}] = {targets[number]!r} has no tokens; there is nothing to score")
         # no tokens at all are a prompt here: the likelihood of a text from its start
         rows = [self.encode_prompt(p) if isinstance(p, str) or len(p) else [] for p in prompts]
-        for name, lists in (("prompts", rows), ("targets", aims)):
+        for name, lists in (("prompts", rows), ("targets", target_ids)):
             for number, tokens in enumerate(lists):
                 _check_ids(f"{name}[{number}]", tokens, self.backbone.vocab_size)
-        return rows, aims
+        return rows, target_ids
 
     # ----------------------------------------------------------------------------------------------------------------
     # Text and tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from statistics import NormalDist
 
 Z95 = NormalDist().inv_cdf(0.975)
@@ -38,3 +39,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:,.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def environment_number(name: str, default: int) -> int:
+    """A whole number from 0 on of the environment, as launchers set it. Raises ValueError, one line, for another."""
+    stated = os.environ.get(name, str(default))
+    if not stated.isdecimal():
+        raise ValueError(f"{name} = {stated!r} in the environment is not a number from 0 on; unset it")
+    return int(stated)

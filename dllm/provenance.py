@@ -179,7 +179,7 @@ def input_digest(directory: str | Path) -> str:
 
 @cache
 def commit() -> dict[str, Any]:
-    """commit of the source tree and whether it has changes besides results.
+    """The commit of the source tree, and whether it has uncommitted changes outside of results.
 
     Both are unknown (`unknown` and None) without git, and for a source tree that is not the top of its checkout: an
     unpacked release may lie inside another repository, whose commit says nothing about it.
@@ -225,7 +225,12 @@ def hardware() -> str:
                 break
     except OSError:
         pass
-    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return f"{name}, {cores()} cores"
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def collect(**facts: Any) -> dict[str, Any]:

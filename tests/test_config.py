@@ -143,10 +143,18 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a: [1", "not valid YAML"), ("- 1\n", "holds list, not a mapping"), ("a: 1\na: 2\n", "key 'a' stands twice")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1\n", "holds list, not a mapping"),
+        ("", "holds nothing, not a mapping"),
+        ("a: 1\na: 2\n", "key 'a' stands twice"),
+        ("? [1, 2]\n: 3\n", "x.yaml:1: not valid YAML: a key that is no word"),
+        ("[" * 600, "nested too deeply"),
+        ("\udcff", "is no text in UTF-8"),
+    ],
 )
 def test_an_unreadable_file_gets_one_line(tmp_path, text, line):
-    (tmp_path / "x.yaml").write_text(text)
+    (tmp_path / "x.yaml").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=line):
         read_yaml(tmp_path / "x.yaml")
 

@@ -80,12 +80,13 @@ class Plan:
         """Memory, time, disk and `more` resources of a rule, each a function of its wildcards.
 
         They are as predicted, or as the entry states them. The job is named by its wildcards (`row/benchmark`), or by
-        `name` if the rule has none.
+        `name` if the rule has none. A preparation that failed asks for so much more memory at each further attempt.
         """
 
         def request(resource: str) -> Callable:
-            def requested(wildcards) -> int | str | None:
-                return self.resources(rule, "/".join(wildcards) if name is None else name).get(resource)
+            def requested(wildcards, attempt: int) -> int | str | None:
+                found = self.resources(rule, "/".join(wildcards) if name is None else name).get(resource)
+                return found * attempt if rule == "prepare" and resource == "mem_mb" and found else found
 
             return requested
 

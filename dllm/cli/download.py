@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Download and say where it is."""
     from dllm.config import DownloadConfig, read_config
-    from dllm.data.download import download
+    from dllm.data.download import download, store_of
     from dllm.provenance import file_lock
 
     config = read_config(args.config, DownloadConfig)
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if stated:
         print(f"{config.name}: licence {stated}", flush=True)
     with file_lock(Path(args.workdir) / ".work" / "locks" / f"download-{config.name}"):
-        path = download(config, args.workdir)
+        path = download(config, args.workdir, store_of(args.workdir))
     manifest = path / "manifest.json"
     facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     if facts.get("licence") and not stated:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
-from typing import Any
+
+from dllm.numbers import environment_number
 
 HELP = "score a checkpoint on benchmarks"
 EXAMPLES = """examples:
@@ -51,13 +51,14 @@ def run(args: argparse.Namespace) -> int:
     configs = [(Path(path), read_config(path, EvaluationConfig)) for path in args.configs]
     workdirs = [workdir_of(path, args.workdir) for path, _ in configs]
 
+    from dllm.cli.progress import ProgressLine
     from dllm.evaluation.evaluate import evaluate_benchmark
     from dllm.provenance import file_lock
 
     shard, score, wait = _share(args)
     device = _device(args.device)
     for (_, config), workdir in zip(configs, workdirs, strict=True):
-        progress = ProgressLine(f"{config.run} {config.benchmark}")
+        progress = ProgressLine(f"{config.run} {config.benchmark}", "answer")
         # one process at a time works on a part: a process that waited reads the stored answers
         part = f"evaluate-{config.run}-{config.benchmark}-{shard[0]}-of-{shard[1]}"
         with file_lock(workdir / ".work" / "locks" / part):
@@ -98,36 +99,6 @@ def workdir_of(config: Path, given: str | None) -> Path:
     return Path(".")
 
 
-class ProgressLine:
-    """Progress on standard error: a bar in a terminal, else a line at every tenth."""
-
-    def __init__(self, name: str, stream=None):
-        self.name = name
-        self.stream = stream or sys.stderr
-        self._bar: Any = None
-        self._tenth = 0
-
-    def __call__(self, answered: int, total: int) -> None:
-        if self.stream.isatty():
-            if self._bar is None:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=total, desc=self.name, unit="request", file=self.stream, disable=False)
-            self._bar.total = total
-            self._bar.update(answered - self._bar.n)
-            return
-        tenth = 10 * answered // total if total else 10
-        if tenth < self._tenth:  # another kind of request begins
-            self._tenth = 0
-        if tenth > self._tenth:
-            self._tenth = tenth
-            print(f"{self.name}: {answered} of {total} answers", file=self.stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 def _shard(text: str) -> tuple[int, int]:
     try:
         index, shards = (int(part) for part in text.split("/"))
@@ -142,17 +113,16 @@ def _share(args: argparse.Namespace) -> tuple[tuple[int, int], bool, bool]:
     """(shard, score, wait) of this process: as the options say, else as the launcher's environment says."""
     if args.shard:
         return args.shard, False, False
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     if args.merge or world_size == 1:
         return (0, 1), rank == 0, False
     return (rank, world_size), rank == 0, rank == 0
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
+    from dllm.core.devices import best_device, known_device
 
-    if torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if name != "auto":
+        return str(known_device(name))
+    device = best_device()
+    return f"cuda:{environment_number('LOCAL_RANK', 0)}" if device.type == "cuda" else str(device)

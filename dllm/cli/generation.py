@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dllm.choices import REVEAL_RULES, parallel_rules
@@ -106,20 +106,7 @@ def open_model(checkpoint: str, device: str | None) -> DiffusionLM:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    from dllm.core.devices import known_device
     from dllm.language_model import load
 
-    return load(checkpoint, device=_known_device(device) if device else None)
-
-
-def _known_device(name: str):
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name} is not a device; allowed: cpu, cuda, cuda:1, mps") from None
-    is_there: dict[str, Callable[[], bool]] = {"cpu": lambda: True, "mps": torch.backends.mps.is_available}
-    is_there["cuda"] = lambda: torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    if not is_there.get(device.type, lambda: False)():
-        raise ValueError(f"--device {name}: this machine does not have one; leave --device out")
-    return device
+    return load(checkpoint, device=None if device is None else known_device(device))

@@ -127,18 +127,11 @@ def verb_parser(verb: str, module: ModuleType) -> Parser:
 
 def overview() -> str:
     """What `dllm --help` prints."""
-    lines = [f"  {verb:<10} {import_module(f'dllm.cli.{verb}').HELP}" for verb in VERBS]
-    return "\n".join(
-        [
-            "usage: dllm VERB [ARGUMENT ...]",
-            "",
-            "Diffusion language models: train, sample, score, chat, and report about it.",
-            "",
-            "verbs:",
-            *lines,
-            "",
-            EXAMPLES,
-        ]
+    verbs = "\n".join(f"  {verb:<10} {import_module(f'dllm.cli.{verb}').HELP}" for verb in VERBS)
+    return (
+        "usage: dllm VERB [ARGUMENT ...]\n\n"
+        "Diffusion language models: train, sample, score, chat, and report about it.\n\n"
+        f"verbs:\n{verbs}\n\n{EXAMPLES}"
     )
 
 
@@ -179,6 +172,7 @@ def _one_line(error: Exception) -> str:
 
 def _say(name: str, text: str) -> None:
     try:
-        print(f"{name}: {text}", file=sys.stderr, flush=True)
+        shown = text.encode(errors="backslashreplace").decode()  # a path may be bytes that are no text
+        print(f"{name}: {shown}", file=sys.stderr, flush=True)
     except OSError:
         pass  # standard error is closed as well

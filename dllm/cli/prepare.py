@@ -15,23 +15,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", help="resolved data config, written by the workflow below configs/data/")
     parser.add_argument("--workdir", default=".", help="work directory that holds downloads/ and data/ (default: here)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="processes that tokenize (default: one for each core it may use)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare and print the row and token counts."""
-    from tqdm import tqdm
-
+    from dllm.cli.progress import ProgressLine
     from dllm.config import PrepareConfig, read_config
     from dllm.data.prepare import prepare
-    from dllm.provenance import file_lock
+    from dllm.provenance import cores, file_lock
 
+    if args.processes is not None and args.processes < 1:
+        raise ValueError(f"--processes = {args.processes} is not a number of processes; allowed: 1 or more")
     config = read_config(args.config, PrepareConfig)
-
-    def progress(rows, text):
-        return tqdm(rows, desc=text, unit="row", mininterval=1.0, dynamic_ncols=True, disable=None)
-
     with file_lock(Path(args.workdir) / ".work" / "locks" / f"prepare-{config.name}"):
-        manifest = prepare(config, args.workdir, progress)
+        manifest = prepare(config, args.workdir, ProgressLine(config.name, "row"), args.processes or cores())
     for source in manifest["sources"]:
         if source.get("read_as"):
             print(f"{source['name']}: {source['read_as']}")

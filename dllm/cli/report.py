@@ -24,10 +24,10 @@ def run(args: argparse.Namespace) -> int:
     from importlib import import_module
     from pathlib import Path
 
-    from dllm.config import read_yaml
+    from dllm.config import read_config
     from dllm.report.plan import ReportPlan
 
-    plan = ReportPlan.model_validate(read_yaml(args.config))
+    plan = read_config(args.config, ReportPlan)
     workdir = Path(args.workdir)
     builder = getattr(import_module(f"dllm.report.{args.part}"), f"build_{args.part}")
     target = {"claims": workdir / "claims.json", "page": workdir / "report"}.get(args.part, workdir / args.part)

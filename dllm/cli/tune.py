@@ -74,10 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune, show some answers, and say how to chat; 130 if it was interrupted and saved."""
+    for name in ("length", "epochs", "batch_size", "learning_rate", "block_size"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
     wishes = _wishes(args)
     from dllm.cli.train import set_up_torch
 
     set_up_torch()
+    from dllm.cli.progress import ProgressLine
     from dllm.config import yaml_text
     from dllm.tuning import follow
 
@@ -89,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _say_plan(tuning, say)
     try:
-        target = follow.follow(tuning, say, _progress(args.quiet), quiet=args.quiet, replace=args.replace)
+        progress = (lambda done, total: None) if args.quiet else ProgressLine("prepare", "row")
+        target = follow.follow(tuning, say, progress, quiet=args.quiet, replace=args.replace)
     except follow.Interrupted:
         step = follow.saved_step(tuning)
         print(f"\nstopped and saved{f' after step {step}' if step else ''}; the same command goes on from there:")
@@ -147,17 +153,6 @@ def _show(examples: Sequence[Example]) -> None:
         for name, text in (("asked", example.prompt), ("reference", example.reference), ("model", example.answer)):
             short = " ".join(text.split())
             print(f"{name:<10}{short[:400]}{'...' if len(short) > 400 else ''}")
-
-
-def _progress(quiet: bool):
-    from tqdm import tqdm
-
-    def bar(rows, text):
-        return tqdm(
-            rows, desc=text, unit="row", mininterval=1.0, dynamic_ncols=True, leave=False, disable=quiet or None
-        )
-
-    return bar
 
 
 def _to_stdout(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Every setting of the project: what may be written in `config/*.yaml`, and what a job is told.
+"""Every setting of the project: what may be written in `config/*.yaml`, and the config of each job.
 
 *Settings* are what functions take, *entries* what a person writes, *jobs* what a command reads: an entry merged,
 checked and with every name replaced by a path. This package reads YAML for everybody else and imports no torch, so that

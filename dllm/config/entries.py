@@ -105,7 +105,7 @@ class ModelEntry(Pinned):
     end_token: str = option("[PAD]", "end of text, padding and start in one")
     end_of_turn: str = option("[/Answer]", "string that ends an answer")
     chat_template: Literal["bert", "own"] = option("bert", "our plain-text template, or the tokenizer's own")
-    # for planning only, and so no part of what a job is told: a better estimate reruns nothing
+    # for planning only, and so not part of a job's config: a better estimate reruns nothing
     parameters: int | None = option(None, "number of parameters, for planning", gt=0, exclude=True)
     shape: Shape | None = option(None, "sizes of a hub model, for planning", exclude=True)
     licence: str | None = option(None, "licence as its card states it", exclude=True)

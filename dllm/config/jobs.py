@@ -1,11 +1,11 @@
-"""Jobs: what each command is told, and how a job follows from the entries. Paths are relative to the work directory."""
+"""Jobs: the config of each command, and how it follows from the entries. Paths are relative to the work directory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -30,7 +30,7 @@ from dllm.provenance import write_atomically
 
 
 class Job(Settings):
-    """What one job is told."""
+    """The config of one job."""
 
     written_first: ClassVar[tuple[str, ...]] = ()
     """Settings that its file begins with. A file whose text changes runs its job again, so their order stays."""
@@ -59,6 +59,12 @@ class DownloadConfig(Job):
     sources: list[str] | None = option(None, "files on this disk that are copied", exclude_if=is_none)
     content: str | None = option(None, "digest of what is in them: changed content is copied again", exclude_if=is_none)
 
+    @model_validator(mode="after")
+    def _check_entry(self) -> Self:
+        if getattr(self, self.what) is None:
+            raise ValueError(f"what = {self.what!r}, and there is no entry of a {self.what}; let the workflow write it")
+        return self
+
 
 class DataPart(Settings):
     """One source of a prepared dataset."""
@@ -81,7 +87,7 @@ class PrepareConfig(Job):
 
 
 class RunConfig(Job, RunSettings):
-    """What `dllm train` is told, and nothing else."""
+    """The config of `dllm train`."""
 
     once_had = {"layout": "packed", "head_chunk": None}
     written_first = ("name", "algorithm", "init", "init_path", "model", "data", "data_path", "recipe_name", "recipe")
@@ -241,13 +247,13 @@ def download_configs(project: Project) -> dict[str, DownloadConfig]:
     for benchmark in project.benchmarks.values() if project.evaluations else ():
         if benchmark.dataset:
             need_dataset(benchmark.dataset)
-    for asked in project.speed.values():
-        need_dataset(asked.questions.split("/")[0])
+    for timing in project.speed.values():
+        need_dataset(timing.questions.split("/")[0])
     return configs
 
 
 def _own_files(project: Project, name: str, entry: DatasetEntry) -> dict[str, Any]:
-    """`sources` and `content` of a dataset of one's own files."""
+    """`sources` and `content` of a dataset of files on this disk."""
     if not entry.files:
         return {}
     where, workdir = f"datasets.{name}.files", project.root / project.workdir
@@ -272,7 +278,7 @@ def prepare_configs(project: Project) -> dict[str, PrepareConfig]:
     configs: dict[str, PrepareConfig] = {}
     for run, entry in project.runs.items():
         name, root, dataset = prepared_name(project, run), project.root_model(run), project.datasets[entry.data]
-        if name in configs:  # models that share a tokenizer share its token files; the first one stands for all
+        if name in configs:  # models that share a tokenizer share its token files; the first one names them
             continue
         configs[name] = PrepareConfig(
             name=name,
@@ -290,7 +296,7 @@ def prepare_configs(project: Project) -> dict[str, PrepareConfig]:
 
 
 def run_configs(project: Project) -> dict[str, RunConfig]:
-    """What each training run is told, by name."""
+    """The config of each training run, by name."""
     configs = {}
     for name, entry in project.runs.items():
         data = prepared_name(project, name)
@@ -309,7 +315,7 @@ def run_configs(project: Project) -> dict[str, RunConfig]:
 
 
 def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConfig]:
-    """What each evaluation is told, by row and benchmark of the results table."""
+    """The config of each evaluation, by row and benchmark of the results table."""
     return {
         (row, benchmark): _evaluation(project, row, entry, benchmark, project.benchmarks[benchmark])
         for row, entry in project.evaluations.items()
@@ -346,7 +352,7 @@ def _evaluation(
 
 
 def sample_configs(project: Project) -> dict[str, SampleConfig]:
-    """What `dllm sample` is told for the report, by name."""
+    """The config of each `dllm sample` for the report, by name."""
     return {
         name: SampleConfig(
             **_shared(entry, SampleSettings),
@@ -359,7 +365,7 @@ def sample_configs(project: Project) -> dict[str, SampleConfig]:
 
 
 def speed_configs(project: Project) -> dict[str, SpeedConfig]:
-    """What `dllm speed` is told, by name."""
+    """The config of each `dllm speed`, by name."""
     configs = {}
     for name, entry in project.speed.items():
         dataset, _, file = entry.questions.partition("/")

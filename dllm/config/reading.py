@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -29,6 +30,10 @@ Origin = Callable[[Location], str]
 """The file in which the value at a location is written."""
 Model = TypeVar("Model", bound=BaseModel)
 
+_SHORT = reprlib.Repr()
+"""How a wrong value is shown: a list of a thousand entries would be no line."""
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
 
 class ConfigError(ValueError):
     """A mistake in a configuration: one line with file, key, value, what is allowed and the next step."""
@@ -53,6 +58,8 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
     """A mapping, refusing a key written twice (the later one would silently win); `<<` may be overridden."""
     written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key that is no word", key.start_mark)
         if written.count(key.value) > 1:
             raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
     loader.flatten_mapping(node)
@@ -75,16 +82,22 @@ def read_yaml(path: str | Path) -> Mapping:
         raise ConfigError(
             f"{path}: no such file; check the path, or run the workflow from the repository root"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); check its permissions and encoding") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is no text in UTF-8; check the path and its encoding") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a configuration; see docs/configuration.md") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds {type(content).__name__}, not a mapping; see docs/configuration.md")
+        what = "nothing" if content is None else type(content).__name__
+        raise ConfigError(f"{path}: holds {what}, not a mapping; see docs/configuration.md")
     return content
 
 
@@ -262,7 +275,7 @@ def _describe(error: ValidationError, model: type[BaseModel], origin: Origin) ->
         return f"{where} is missing; it is needed here"
     if problem["type"] == "value_error":
         return f"{where}: {message_of(problem)}"
-    return f"{where} = {problem['input']!r}: {lower_first(message_of(problem))}"
+    return f"{where} = {_SHORT.repr(problem['input'])}: {lower_first(message_of(problem))}"
 
 
 def _fields_at(annotation: Any, location: Location) -> list[str]:

@@ -78,10 +78,15 @@ def _names(value: Any) -> Iterable[str]:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
+def _at(*path: str, says: str) -> Problem:
+    """A problem of the setting at a path, with which its line begins."""
+    return path, f"{'.'.join(path)} {says}"
+
+
 def _unknown(path: tuple[str, ...], value: str, targets: tuple[str, ...], known: list[str]) -> Problem:
     nouns = [NOUNS[target] for target in targets]
     what = f"neither {' nor '.join(nouns)}" if len(nouns) > 1 else f"not {nouns[0]}"
-    return path, f"{'.'.join(path)} = {value!r} is {what}. {did_you_mean(value, known)}"
+    return _at(*path, says=f"= {value!r} is {what}. {did_you_mean(value, known)}")
 
 
 def _unusable_names(project: Project) -> Iterator[Problem]:
@@ -89,11 +94,8 @@ def _unusable_names(project: Project) -> Iterator[Problem]:
     for section in ("models", "datasets", "runs", "benchmarks", "evaluations"):
         for name in getattr(project, section):
             if not NAME.match(name):
-                yield (
-                    (section, name),
-                    f"{section}.{name} is not a usable name; allowed: lower-case letters, digits, '.' and '-', because "
-                    "it becomes a file name",
-                )
+                allowed = "lower-case letters, digits, '.' and '-', because it becomes a file name"
+                yield _at(section, name, says=f"is not a usable name; allowed: {allowed}")
     for name in sorted(set(project.models) & set(project.runs)):
         yield (
             ("runs", name),
@@ -103,29 +105,23 @@ def _unusable_names(project: Project) -> Iterator[Problem]:
 
 
 def _streamed_data(project: Project) -> Iterator[Problem]:
-    """A streamed dataset is no part of a mixture, and how many rows it has is not known."""
+    """A streamed dataset cannot be part of a mixture, and its number of rows is not known."""
     for name, dataset in project.datasets.items():
         for part in dataset.mix or []:
             if project.datasets[part].stream:
-                yield (
-                    ("datasets", name, "mix"),
-                    f"datasets.{name}.mix = {part!r} is streamed, which a part of a mixture cannot be; set stream: "
-                    f"false in the entry of {part!r}",
-                )
+                says = f"= {part!r} is streamed, which a part of a mixture cannot be; set stream: false in the entry of"
+                yield _at("datasets", name, "mix", says=f"{says} {part!r}")
     for name, run in project.runs.items():
         if project.datasets[run.data].stream and run.epochs is not None:
-            yield (
-                ("runs", name, "epochs"),
-                f"runs.{name}.epochs = {run.epochs:g}, but {run.data!r} is streamed: how many rows it has is not known "
-                "beforehand; give `steps` in place of `epochs`",
-            )
+            unknown = "how many rows it has is not known beforehand; give `steps` in place of `epochs`"
+            yield _at("runs", name, "epochs", says=f"= {run.epochs:g}, but {run.data!r} is streamed: {unknown}")
 
 
 def _recipes_of_algorithms(project: Project) -> Iterator[Problem]:
     """A run's recipe asks nothing that its algorithm does not allow."""
     for name, run in project.runs.items():
         if error := algorithm_named(run.algorithm).recipe_error(project.recipes[run.recipe]):
-            yield ("runs", name, "recipe"), f"runs.{name}.recipe = {run.recipe!r} {error}"
+            yield _at("runs", name, "recipe", says=f"= {run.recipe!r} {error}")
 
 
 def _tokenizers(project: Project) -> Iterator[Problem]:
@@ -138,11 +134,9 @@ def _tokenizers(project: Project) -> Iterator[Problem]:
                 f"models.{name}.new = {{}} takes the config of {other!r}, a dataset; state one, model_type first",
             )
         if other in project.models and other not in project.datasets and project.models[other].tokenizer:
-            yield (
-                ("models", name, "tokenizer"),
-                f"models.{name}.tokenizer = {other!r} is a new model itself; name what brings its tokenizer: "
-                f"{project.models[other].tokenizer}",
-            )
+            brings = project.models[other].tokenizer
+            says = f"= {other!r} is a new model itself; name what brings its tokenizer: {brings}"
+            yield _at("models", name, "tokenizer", says=says)
 
 
 def _circles(project: Project) -> Iterator[Problem]:
@@ -151,10 +145,9 @@ def _circles(project: Project) -> Iterator[Problem]:
         seen = [name]
         while (start := project.runs[seen[-1]].init) in project.runs:
             if start in seen:
-                yield (
-                    ("runs", name, "init"),
-                    f"runs.{name}.init goes round in a circle: {' -> '.join([*seen, start])}; start one of them from "
-                    "a model",
+                circle = " -> ".join([*seen, start])
+                yield _at(
+                    "runs", name, "init", says=f"goes round in a circle: {circle}; start one of them from a model"
                 )
                 break
             seen.append(start)

@@ -30,11 +30,11 @@ MANY = 10**6
 """Most tokens of a row, passes, draws: far above any use, far below what overflows."""
 
 LARGEST_SEED = 2**32 - 1
-"""Of every generator of random numbers that is given one."""
+"""The largest seed that every generator of random numbers takes."""
 
 
 class Settings(BaseModel):
-    """A frozen, strict settings object: unknown keys, wrong types, infinities and what is no number are errors."""
+    """A frozen, strict settings object: unknown keys, wrong types, infinities and NaN are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""Files and checkpoints on one's own disk: which they are, and the digest of what is in them."""
+"""Files and checkpoints on this disk: which files they are, and the digest of their content."""
 
 from __future__ import annotations
 

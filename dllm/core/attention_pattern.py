@@ -46,7 +46,7 @@ class BlockRows:
     span is a block in some corrupted state: `count` [M] tokens at positions first, first + 1, ... (`first` [M]). It
     sees the clean tokens before `first` and itself; nothing else sees it.
 
-    A row without spans is what is sampled. With one span per block, in which the block is corrupted, the clean and
+    Sampling uses rows without spans. With one span per block, in which the block is corrupted, the clean and
     the corrupted half make the mask M_BC | M_OBC | M_BD of Arriola et al. 2025 (arXiv:2503.09573), section 3.1. Several
     spans may be different states of the same block.
     """
@@ -66,7 +66,7 @@ class BlockRows:
         return lengths
 
     def shape_of(self, row: int) -> tuple[int | bytes, ...]:
-        """Equal for rows whose tokens see the same, if they are as many."""
+        """A key that is equal for rows of equal length whose tokens see the same."""
         return int(self.start[row]), int(self.clean[row]), *(x.tobytes() for x in self.spans_of(row))
 
     def spans_of(self, row: int) -> tuple[ndarray, ndarray]:
@@ -101,10 +101,10 @@ class BlockRows:
         targets is never corrupted. A row without targets has its clean tokens only.
         """
         start = rule.starts(prompts)
-        aim = prompts < lengths
-        low = numpy.where(aim, rule.begin(prompts, start), lengths)
-        last = numpy.where(aim, rule.begin(lengths - 1, start), lengths)
-        spans = numpy.where(aim, (last - low) // rule.size + 1, 0)
+        has_targets = prompts < lengths
+        low = numpy.where(has_targets, rule.begin(prompts, start), lengths)
+        last = numpy.where(has_targets, rule.begin(lengths - 1, start), lengths)
+        spans = numpy.where(has_targets, (last - low) // rule.size + 1, 0)
         row = numpy.repeat(numpy.arange(len(lengths)), spans)
         first = low[row] + _counting(spans) * rule.size
         count = numpy.minimum(first + rule.size, lengths[row]) - first

@@ -44,7 +44,7 @@ class Inputs(Protocol):
         """The same inputs on a device; the host does not wait for the copy if they are in pinned memory."""
 
     def pin_memory(self) -> Self:
-        """The same inputs in page-locked memory, from where a copy to a CUDA device does not block."""
+        """The same inputs in page-locked memory: a copy from there to a CUDA device does not block."""
 
 
 @dataclass(frozen=True, eq=False)

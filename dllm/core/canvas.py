@@ -68,7 +68,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Progress:
-    """A row that is not done, as whoever may end it sees it after a pass.
+    """A row that is not done, after a pass: what `Ended` decides by.
 
     number: of the row; response: its tokens from `start` on, the mask token where they are masked; known: how many of
     them are before the first mask; new: how many of these were not known when it was last looked at.

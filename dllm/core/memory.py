@@ -5,8 +5,8 @@ from __future__ import annotations
 LOGITS_BYTES = {"cpu": 2**30, "cuda": 2**32}
 """Most bytes of logits that are kept from the forward pass to the backward pass, per kind of device.
 
-Up to there they are kept. Beyond it, so many bytes of them at a time are computed, in the backward pass once more. On a
-CPU that costs 20 to 40 % more time in the LM head (fp32, vocabulary 50,368, 200 to 2,000 rows).
+Logits that fit are kept. Others are computed in pieces of this size, and again in the backward pass. On a CPU that
+costs 20 to 40 % more time in the LM head (fp32, vocabulary 50,368, 200 to 2,000 rows).
 """
 
 

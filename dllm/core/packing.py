@@ -61,7 +61,7 @@ class Layout:
         return self._with(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Layout:
-        """The same layout in page-locked memory, from where a copy to a CUDA device does not block."""
+        """The same layout in page-locked memory: a copy from there to a CUDA device does not block."""
         return self._with(lambda x: x.pin_memory())
 
     def pack(self, values: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+
+import numpy
 
 from dllm.config import DataPart
-from dllm.data.formats import read_files, read_jsonl
+from dllm.data.formats import FileRows
 from dllm.data.kinds import SEEN, conversation_of, recognised
 from dllm.models.literal_text import check_text
 from dllm.models.tokenizers import encode_texts
@@ -21,27 +22,23 @@ LEAST_HELD_OUT = 8
 """Rows of one's own files that are held out at least, where there are twice as many."""
 
 
-def read_rows(part: DataPart, split: str) -> Any:
-    """The rows of one split of a downloaded dataset: a list, or a `datasets.Dataset` for what came from the hub.
+def read_rows(part: DataPart, split: str) -> FileRows:
+    """The rows of one split of a downloaded dataset.
 
     Raises ValueError, one line, for a missing split, and for a damaged or empty file.
     """
-    entry = part.entry
-    if entry.world:
-        return read_jsonl(Path(part.path) / entry.world / f"{split}.jsonl")
-    if entry.files:
-        return read_files(sorted((Path(part.path) / FILES).iterdir()))
-    from datasets import load_dataset
-
+    entry, directory = part.entry, Path(part.path)
+    if entry.world or entry.files:
+        paths = [directory / entry.world / f"{split}.jsonl"] if entry.world else sorted((directory / FILES).iterdir())
+        return FileRows(paths)
     try:
-        if entry.stream:  # one shard of the set: the card's counts are those of all
-            shards = [str(path) for path in sorted(Path(part.path).rglob("*.parquet"))]
-            return load_dataset("parquet", data_files={split: shards}, split=split)
-        rows = load_dataset(part.path, entry.config, split=split)
-    except (
-        Exception
-    ) as error:  # what is wrong with a file comes as an error of whoever reads it, StopIteration included
-        first = (str(error).strip() or f"{type(error).__name__}; a file may be empty").splitlines()[0]
+        # of a streamed set, one shard: the card's configurations are those of all
+        paths = sorted(directory.rglob("*.parquet")) if entry.stream else _files_of_split(part, split)
+        rows = FileRows(paths, may_be_empty=True)
+        if not len(rows):
+            raise ValueError("its files are empty")
+    except Exception as error:  # what is wrong with a card comes as an error of whoever reads it
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{part.path}: split {split!r} of {part.name!r} cannot be read ({first})") from None
     expected = (entry.counts or {}).get(split)
     if expected is not None and len(rows) != expected:
@@ -52,12 +49,23 @@ def read_rows(part: DataPart, split: str) -> Any:
     return rows
 
 
-def place_of(part: DataPart, rows, number: int) -> str:
-    """How an error line names a row: by its file, where that is known, else by the dataset."""
-    return rows.where(number) if hasattr(rows, "where") else f"{part.name} row {number}"
+def _files_of_split(part: DataPart, split: str) -> list[Path]:
+    """The files of a split as the repository's card states them, or as `datasets` goes by their names."""
+    from datasets import load_dataset_builder
+
+    with TemporaryDirectory() as cache:
+        found = load_dataset_builder(part.path, part.entry.config, cache_dir=cache).config.data_files or {}
+    if split not in found:
+        raise ValueError(f"there are the splits {', '.join(map(str, found))}; correct the entry")
+    return [Path(path) for path in found[split]]
 
 
-def kind_of_part(part: DataPart, rows) -> tuple[str, str]:
+def place_of(part: DataPart, rows: FileRows, number: int) -> str:
+    """How an error line names a row: by its file, where that is a user's own, else by the dataset."""
+    return rows.where(number) if part.entry.files else f"{part.name} row {number}"
+
+
+def kind_of_part(part: DataPart, rows: FileRows) -> tuple[str, str]:
     """The kind of a dataset's rows, and the line that says how it was recognised (empty where the entry states it).
 
     `auto` if its rows are conversations, each then read in its own way. Raises ValueError, one line, for unknown rows.
@@ -77,16 +85,17 @@ def text_of(row: dict, where: str) -> str:
     return text
 
 
-def pack_texts(tokenizer, texts: list[str], carry: list[int], length: int, *, append_eos: bool) -> tuple[list, list]:
-    """(rows of `length` tokens, tokens left over) of texts laid end to end behind the tokens `carry`.
-
-    Texts are tokenized without special tokens; one EOS after each where `append_eos`.
-    """
+def laid_out(tokenizer, texts: Sequence[str], *, append_eos: bool) -> list[list[int]]:
+    """The tokens of texts, without special tokens but for one EOS after each where `append_eos`."""
     end = [tokenizer.eos_token_id] if append_eos else []
-    encoded = encode_texts(tokenizer, texts)
-    tokens = [*carry, *itertools.chain.from_iterable([*ids, *end] for ids in encoded)]
+    return [[*ids, *end] for ids in encode_texts(tokenizer, texts)]
+
+
+def cut_into_rows(carry: numpy.ndarray, tokens: numpy.ndarray, length: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(whole rows [N, length], tokens left over) of tokens behind the ones left over before them."""
+    tokens = numpy.concatenate([carry, tokens])
     whole = len(tokens) // length * length
-    return [tokens[start : start + length] for start in range(0, whole, length)], tokens[whole:]
+    return tokens[:whole].reshape(-1, length), tokens[whole:]
 
 
 def messages_of(row: dict, kind: str, where: str) -> list[dict]:
@@ -109,28 +118,26 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     return messages
 
 
-def split_rows(part: DataPart) -> tuple[list, list, Any, Any]:
+def split_rows(part: DataPart) -> tuple[numpy.ndarray, numpy.ndarray, FileRows, FileRows]:
     """(train row numbers, test row numbers, train rows, test rows) of a dataset; train row numbers are shuffled.
 
     A set without its own test split gives up `test_share` of its rows. `split_seed` decides both. Of a streamed set
     only the shard held out for testing is there: so many of its rows as that share of the whole comes to, and no
     train rows.
     """
-    import numpy
-
     entry = part.entry
     rows = read_rows(part, "train")
-    order = numpy.random.Generator(numpy.random.Philox(entry.split_seed)).permutation(len(rows)).tolist()
+    order = numpy.random.Generator(numpy.random.Philox(entry.split_seed)).permutation(len(rows))
     if entry.test_split:
         held_out = read_rows(part, entry.test_split)
-        return order, list(range(len(held_out))), rows, held_out
+        return order, numpy.arange(len(held_out)), rows, held_out
     if entry.stream:
         facts = stream_facts(part.path)
         size = min(len(rows), max(1, round(facts["expansion"] * len(rows) * entry.test_share)))
-        return [], sorted(order[:size]), rows, rows
+        return order[:0], numpy.sort(order[:size]), rows, rows
     least = min(LEAST_HELD_OUT, len(rows) // 2) if entry.files else 1
     size = max(least, round(len(rows) * entry.test_share)) if entry.test_share else 0
-    return order[size:], sorted(order[:size]), rows, rows
+    return order[size:], numpy.sort(order[:size]), rows, rows
 
 
 def stream_facts(path: str | Path) -> dict:
@@ -143,9 +150,3 @@ def stream_facts(path: str | Path) -> dict:
         raise ValueError(f"{path}: was not fetched to be streamed; run the download again") from None
     total = sum(stream["shards"].values()) + stream["bytes"]
     return {"hub": manifest["hub"], "revision": manifest["revision"], **stream, "expansion": total / stream["bytes"]}
-
-
-def batched(numbers: list[int], size: int = 1000) -> Iterator[list[int]]:
-    """Consecutive runs of at most `size` numbers."""
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]

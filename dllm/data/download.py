@@ -31,10 +31,29 @@ SPLITS = ("train", "dev", "val", "valid", "validation", "test")
 
 NO_DATA = [*CARDS, "dataset_infos.json"]
 
+LARGE = 2**20
+"""Bytes of a file that stands once on the disk, for all work directories."""
 
-def download(config: DownloadConfig, workdir: str | Path = ".") -> Path:
+
+def store_of(workdir: str | Path) -> Path | None:
+    """Where the downloads of work directories side by side have their files in common: `hub`, beside them.
+
+    None, the cache of the hub's client, where the environment names one. Where the work directory is a disk of its own,
+    or nothing may be written beside it, the store is inside.
+    """
+    if os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE"):
+        return None
+    workdir = Path(workdir).resolve()
+    beside = workdir.parent
+    workdir.mkdir(parents=True, exist_ok=True)
+    shared = os.access(beside, os.W_OK) and beside.stat().st_dev == workdir.stat().st_dev
+    return (beside if shared else workdir / ".work") / "hub"
+
+
+def download(config: DownloadConfig, workdir: str | Path = ".", store: Path | None = None) -> Path:
     """Fetch or make `downloads/<name>` and its record; returns the directory.
 
+    store: a cache of the hub's client, where every file is fetched once for all work directories; None: its own.
     Nothing is visible under the final name before all is there and verified. Raises ValueError, one line, for a
     repository, revision or file that cannot be had, and for a damaged one.
     """
@@ -55,7 +74,7 @@ def download(config: DownloadConfig, workdir: str | Path = ".") -> Path:
         _make_model(config, workdir, scratch)
         inputs[config.tokenizer_path] = input_digest(workdir / config.tokenizer_path)
     else:
-        _fetch(config, scratch)
+        _fetch(config, scratch, store)
     if config.what == "model" and config.model.new is None and config.model.family == "encoder":
         _complete(scratch)
     replace_directory(scratch, target)
@@ -99,7 +118,7 @@ def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     counts = Counter(source.name for source in sources)
     for number, source in enumerate(sources, 1):
         target = directory / (source.name if counts[source.name] == 1 else f"{number}-{source.name}")
-        _copy_file(source.resolve(), target)
+        _copy_file(source.resolve(), target, linked=source.suffix in (".safetensors", ".bin"))
     facts = {
         "content": config.content,
         "licence": stated_licence(scratch),
@@ -108,9 +127,9 @@ def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _copy_file(source: Path, target: Path) -> None:
-    """Copy a file; weights are given a second name instead, where the file system can do that."""
-    if source.suffix in (".safetensors", ".bin"):
+def _copy_file(source: Path, target: Path, *, linked: bool) -> None:
+    """Copy a file; or, if `linked`, give it a second name instead, where the file system can do that."""
+    if linked:
         try:
             os.link(source, target)
             return
@@ -130,30 +149,40 @@ def _complete(scratch: Path) -> None:
         manifest.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _fetch(config: DownloadConfig, scratch: Path) -> None:
-    """Download a pinned snapshot with progress and verify it; files complete from an earlier attempt are kept."""
-    from huggingface_hub import HfApi, snapshot_download
+def _fetch(config: DownloadConfig, scratch: Path, store: Path | None) -> None:
+    """Put a pinned snapshot together of the files in the store, which are fetched there with progress if missing.
 
-    entry = config.model or config.dataset
+    The store is safe for several processes, and a file that broke off is taken up there where it ended.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    entry, store = config.model or config.dataset, store or Path(constants.HF_HUB_CACHE)
+    pin: dict[str, Any] = {
+        "repo_id": entry.hub,
+        "revision": entry.revision,
+        "repo_type": config.what,
+        "cache_dir": store,
+    }
+    shutil.rmtree(scratch, ignore_errors=True)
     with one_line_errors(f"{entry.hub}@{entry.revision[:8]}", config.name, config.what):
         info = HfApi().repo_info(entry.hub, revision=entry.revision, repo_type=config.what, files_metadata=True)
         patterns, wanted, facts = chosen_files(config, info, scratch)
-        _check_room(config, scratch, wanted)
-        snapshot_download(
-            entry.hub, revision=entry.revision, repo_type=config.what, local_dir=scratch, allow_patterns=patterns
-        )
-    facts = {
-        "hub": entry.hub,
-        "revision": entry.revision,
-        "commit": info.sha,
-        "licence": stated_licence(scratch),
-    } | facts
-    facts["files"] = _verified(entry.hub, scratch, wanted)
+        _check_room(config, scratch, wanted, pin)
+        snapshot = Path(snapshot_download(**pin, allow_patterns=patterns))
+    shutil.rmtree(scratch, ignore_errors=True)
+    for file in wanted:
+        target = scratch / file.rfilename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # what a person may edit is copied: a file with two names would change under both
+        _copy_file((snapshot / file.rfilename).resolve(), target, linked=(file.size or 0) > LARGE)
+    files = _verified(entry.hub, scratch, wanted, snapshot)
+    named = {"hub": entry.hub, "revision": entry.revision, "commit": info.sha, "licence": stated_licence(scratch)}
     if patterns is ARCHIVES:
         unpack(scratch)
     if config.dataset and config.dataset.config:
         describe_alone(scratch / "README.md", config.dataset.config)
-    (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    manifest = named | facts | {"files": files}
+    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def chosen_files(config: DownloadConfig, info, scratch: Path) -> tuple[list[str], list, dict[str, Any]]:
@@ -177,28 +206,31 @@ def chosen_files(config: DownloadConfig, info, scratch: Path) -> tuple[list[str]
     raise ValueError(f"{entry.hub}: has no file that a {config.what} needs; correct `hub` of {config.name!r}")
 
 
-def _check_room(config: DownloadConfig, scratch: Path, wanted: list) -> None:
-    """Raise ValueError if the disk has no room for the missing files."""
+def _check_room(config: DownloadConfig, scratch: Path, wanted: list, pin: dict[str, Any]) -> None:
+    """Raise ValueError if there is no room for the files that the store lacks, or for copies on another disk."""
+    from huggingface_hub import try_to_load_from_cache
+
+    sizes = {file.rfilename: file.size or 0 for file in wanted}
+    missing = sum(sizes[name] for name in sizes if not isinstance(try_to_load_from_cache(filename=name, **pin), str))
     scratch.mkdir(parents=True, exist_ok=True)
-    missing = sum(file.size or 0 for file in wanted if not (scratch / file.rfilename).exists())
-    free = shutil.disk_usage(scratch).free
-    if missing > free:
-        raise ValueError(
-            f"{config.name}: {missing / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free below {scratch.parent}; "
-            "make room, or set `workdir` to another disk"
-        )
+    pin["cache_dir"].mkdir(parents=True, exist_ok=True)
+    places = {pin["cache_dir"]: missing}
+    if pin["cache_dir"].stat().st_dev != scratch.stat().st_dev:
+        places[scratch.parent] = sum(sizes.values())
+    for place, needed in places.items():
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise ValueError(
+                f"{config.name}: {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free below {place}; make room, "
+                "or set `workdir` to another disk"
+            )
 
 
-def _verified(repository: str, scratch: Path, wanted: list) -> dict[str, dict]:
+def _verified(repository: str, scratch: Path, wanted: list, snapshot: Path) -> dict[str, dict]:
     """Size and SHA-256 of every file, compared with the size and hash that the hub states.
 
-    Raises ValueError naming the damaged file, which is removed so that the next attempt fetches it again.
+    Raises ValueError naming the damaged file, which is removed from the store so that the next attempt fetches it.
     """
-    shutil.rmtree(scratch / ".cache", ignore_errors=True)
-    names = {file.rfilename for file in wanted}
-    for path in scratch.rglob("*"):  # left by an earlier attempt at another commit
-        if path.is_file() and path.relative_to(scratch).as_posix() not in names:
-            path.unlink()
     found = {}
     for file in wanted:
         path = scratch / file.rfilename
@@ -210,6 +242,7 @@ def _verified(repository: str, scratch: Path, wanted: list) -> dict[str, dict]:
             good = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.blob_id
         if not good:
             path.unlink()
+            (snapshot / file.rfilename).resolve().unlink(missing_ok=True)
             raise ValueError(f"{repository}: {file.rfilename} arrived damaged and was removed; run again to fetch it")
         found[file.rfilename] = {"bytes": path.stat().st_size, "sha256": sha256}
     return found

@@ -1,15 +1,18 @@
-"""Files of rows on disk, in the formats that people have: jsonl, json, parquet, csv, tsv and txt, also as .gz."""
+"""Files of rows on disk, in the formats that people have: jsonl, json, parquet, csv, tsv and txt, also as .gz.
+
+All but json are read as a stream: rows asked for in rising order are read once, and one block of them is in memory.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,77 +20,139 @@ Row = dict[str, Any]
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 """What reading a .gz file that was cut off or is none raises."""
 
+BLOCK_ROWS, BLOCK_BYTES = 1024, 2**22
+"""Rows of a parquet file that are read at a time, and about how many bytes they may have."""
+
 
 class FileRows(Sequence[Row]):
-    """The rows of several files one after another; `where(i)` names file and row for an error line."""
+    """The rows of several files one after another; `where(i)` names file and row for an error line.
 
-    def __init__(self, files: Iterable[tuple[str, Sequence[Row]]]):
-        self._files = list(files)
-        self._ends = list(accumulate(len(rows) for _, rows in self._files))
+    One file is open at a time. Another process may be sent it: the lengths of the files, counted once, go along.
+    """
+
+    def __init__(self, paths: Iterable[Path], *, may_be_empty: bool = False):
+        self.paths = list(paths)
+        self._ends = list(accumulate(len(read_file(path, may_be_empty=may_be_empty)) for path in self.paths))
+        self._file = -1
+        self._rows: Sequence[Row] = []
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": -1, "_rows": []}
+
     @property
     def names(self) -> list[str]:
         """Names of the files."""
-        return [name for name, _ in self._files]
+        return [path.name for path in self.paths]
 
     def __getitem__(self, index: Any) -> Any:
-        name, rows, row = self._place(index)
+        rows, row = self._place(index)
         return rows[row]
 
     def where(self, index: int) -> str:
         """File and number of a row, counted from 1; of a jsonl file the number of its line."""
-        name, rows, row = self._place(index)
-        return f"{name} row {rows.lines[row] if isinstance(rows, Lines) else row + 1}"
+        rows, row = self._place(index)
+        return f"{self.paths[self._file].name} row {rows.line(row) if isinstance(rows, Stream) else row + 1}"
 
-    def _place(self, index: int) -> tuple[str, Sequence[Row], int]:
+    def _place(self, index: int) -> tuple[Sequence[Row], int]:
+        """The rows of the file that a row is in, and its number there."""
+        index = range(len(self))[index]
         file = bisect_right(self._ends, index)
-        name, rows = self._files[file]
-        return name, rows, index - (self._ends[file] - len(rows))
+        if file != self._file:
+            self._file, self._rows = file, open_file(self.paths[file])
+        return self._rows, index - (self._ends[file - 1] if file else 0)
 
 
-class Lines(list):
-    """Rows of a jsonl file; `lines` are the numbers of their lines."""
+class Stream(Sequence[Row]):
+    """Rows that are read from the beginning of a file on; one before the last one asked for begins it anew.
 
-    def __init__(self, numbered: Iterable[tuple[int, Row]]):
-        self.lines: list[int] = []
-        for number, row in numbered:
-            self.lines.append(number)
-            self.append(row)
+    items: opens the file, and gives for each row its line and what `row` makes it of.
+    """
+
+    def __init__(self, items: Callable[[], Iterator[tuple[int, Any]]], row: Callable[[tuple[int, Any]], Row]):
+        self._items, self._row = items, row
+        self._open, self._at, self._item = items(), -1, (0, None)
+
+    @cached_property
+    def _length(self) -> int:
+        return sum(1 for _ in self._items())
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._row(self._found(index))
+
+    def line(self, index: int) -> int:
+        """Number of a row's line, from 1; of a row that is none, its own number."""
+        return self._found(index)[0]
+
+    def _found(self, index: int) -> tuple[int, Any]:
+        if index < 0:
+            index += len(self)
+        if index < self._at:
+            self._open, self._at = self._items(), -1
+        while index > self._at:
+            try:
+                self._item = next(self._open)
+            except StopIteration:
+                raise IndexError(index) from None
+            self._at += 1
+        return self._item
 
 
 class Table(Sequence[Row]):
-    """The rows of a parquet file, each made when it is asked for."""
+    """The rows of a parquet file; a block of a row group is in memory at a time."""
 
     def __init__(self, path: Path):
-        from pyarrow.parquet import read_table
+        from pyarrow.parquet import ParquetFile
 
-        table = read_table(path)
-        self._rows, self._columns = table.num_rows, dict(zip(table.column_names, table.columns, strict=True))
+        self._file = ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # else a whole row group is in memory
+        groups = [self._file.metadata.row_group(i) for i in range(self._file.num_row_groups)]
+        self._ends = list(accumulate(group.num_rows for group in groups))
+        self._bytes = [group.total_byte_size / max(1, group.num_rows) for group in groups]
+        self._blocks: Iterator[Any] = iter(())
+        self._group, self._low = -1, 0
+        self._block: Any = None
 
     def __len__(self) -> int:
-        return self._rows
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: Any) -> Any:
-        return {name: column[index].as_py() for name, column in self._columns.items()}
+        index = range(len(self))[index]
+        group = bisect_right(self._ends, index)
+        if group != self._group or index < self._low:
+            size = max(1, min(BLOCK_ROWS, int(BLOCK_BYTES / max(1.0, self._bytes[group]))))
+            self._blocks = self._file.iter_batches(size, row_groups=[group], use_threads=False)
+            self._group, self._low, self._block = group, self._ends[group - 1] if group else 0, next(self._blocks)
+        while index >= self._low + self._block.num_rows:
+            self._low, self._block = self._low + self._block.num_rows, next(self._blocks)
+        block, place = self._block, index - self._low
+        return {name: column[place].as_py() for name, column in zip(block.schema.names, block.columns, strict=True)}
 
 
 def read_files(paths: Iterable[Path]) -> FileRows:
     """The rows of some files. Raises ValueError, one line, for a file that is damaged, empty or of another format."""
-    return FileRows((path.name, read_file(path)) for path in paths)
+    return FileRows(paths)
 
 
-def read_file(path: Path) -> Sequence[Row]:
-    """The rows of one file. Raises ValueError, one line, as above."""
+def open_file(path: Path) -> Sequence[Row]:
+    """The rows of one file, not counted yet. Raises ValueError, one line, for one of another format."""
     kind = format_of(path)
     if kind is None:
         raise ValueError(f"{path}: a file of this kind is not read; allowed: {', '.join(FORMATS)}, also as .gz")
+    return FORMATS[kind](path)
+
+
+def read_file(path: Path, *, may_be_empty: bool = False) -> Sequence[Row]:
+    """The rows of one file, counted. Raises ValueError, one line; for a line that is no JSON only when it is read."""
     try:
-        rows = FORMATS[kind](path)
+        rows = open_file(path)
+        count = len(rows)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; check the path") from None
+        raise ValueError(f"{path}: no such file; check the path, or run the download again") from None
     except DAMAGED:
         raise ValueError(f"{path}: the compressed file is damaged or was cut off; get it again") from None
     except UnicodeDecodeError:
@@ -95,7 +160,7 @@ def read_file(path: Path) -> Sequence[Row]:
     except (OSError, ValueError, csv.Error) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(first if first.startswith(str(path)) else f"{path}: cannot be read ({first})") from None
-    if not len(rows):
+    if not count and not may_be_empty:
         raise ValueError(f"{path}: has no rows; leave the file out, or fill it")
     return rows
 
@@ -106,34 +171,29 @@ def format_of(path: str | Path) -> str | None:
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
 
-def read_jsonl(path: str | Path) -> Lines:
+def read_jsonl(path: str | Path) -> Stream:
     """The rows of a JSON-lines file; blank lines and a byte order mark are passed over.
 
     Raises ValueError with file and line for anything that is not one.
     """
+    return Stream(lambda: _lines(path), lambda item: _parsed(path, *item))
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers."""
+    with _opened(path) as file:
+        yield from ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
+
+
+def _parsed(path: str | Path, number: int, line: str) -> Row:
     try:
-        with _opened(path) as file:
-            return Lines(_parsed(path, file))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; run the download again") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: {_not_utf8(path)}") from None
-
-
-def _parsed(path: str | Path, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            raise ValueError(
-                f"{path}:{number}: not JSON ({reason}); mend the line, or download the file again"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
-        yield number, row
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = _reason(error)
+        raise ValueError(f"{path}:{number}: not JSON ({reason}); mend the line, or download the file again") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
+    return row
 
 
 def _json(path: Path) -> Sequence[Row]:
@@ -142,10 +202,10 @@ def _json(path: Path) -> Sequence[Row]:
         text = file.read()
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data"):
-            return Lines(_parsed(path, io.StringIO(text)))
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg}); mend the file") from None
+    except (ValueError, RecursionError) as error:
+        if str(error).startswith("Extra data"):
+            return read_jsonl(path)
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({_reason(error)}); mend the file") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list) and _all_objects(value)]
         named = content.keys() & {"messages", "conversations", "conversation"}
@@ -155,40 +215,60 @@ def _json(path: Path) -> Sequence[Row]:
     return content
 
 
+def _reason(error: Exception) -> str:
+    """Why JSON cannot be read: bad syntax, brackets in brackets without end, a number of thousands of digits."""
+    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error).split(";")[0])
+
+
 def _all_objects(values: list, *, empty: bool = False) -> bool:
     return (empty or bool(values)) and all(isinstance(value, dict) for value in values)
 
 
-def _csv(path: Path, delimiter: str = ",") -> Sequence[Row]:
+def _csv(path: Path, delimiter: str = ",") -> Stream:
+    return Stream(lambda: _records(path, delimiter), _second)
+
+
+def _records(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(2**31 - 1)
-    rows: list[Row] = []
     with _opened(path, newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
-        for row in reader:
+        for number, row in enumerate(reader, 1):
             if "" in row:
                 raise ValueError(
                     f"{path} line {reader.line_num}: has more fields than the header; put quotes around texts with "
                     f"{delimiter!r} in them"
                 )
-            rows.append(row)
-    return rows
+            yield number, row
 
 
-def _tsv(path: Path) -> Sequence[Row]:
+def _second(item: tuple[int, Any]) -> Any:
+    return item[1]
+
+
+def _tsv(path: Path) -> Stream:
     return _csv(path, "\t")
 
 
-def _txt(path: Path) -> Sequence[Row]:
+def _txt(path: Path) -> Stream:
     """Paragraphs, which blank lines part; where there are none, lines."""
+    if len(list(islice(_paragraphs(path), 2))) > 1:
+        return Stream(lambda: enumerate(map("\n".join, _paragraphs(path)), 1), _as_text)
+    return Stream(lambda: enumerate(filter(str.strip, _text_lines(path)), 1), _as_text)
+
+
+def _as_text(item: tuple[int, str]) -> Row:
+    return {"text": item[1]}
+
+
+def _text_lines(path: Path) -> Iterator[str]:
     with _opened(path) as file:
-        text = file.read()
-    lines = text.splitlines()
-    paragraphs, last = [], True
-    for line in lines:
-        if line.strip():
-            paragraphs.append(line) if last else paragraphs.__setitem__(-1, f"{paragraphs[-1]}\n{line}")
-        last = not line.strip()
-    return [{"text": text} for text in (paragraphs if len(paragraphs) > 1 else filter(str.strip, lines))]
+        for line in file:
+            yield from line.splitlines()
+
+
+def _paragraphs(path: Path) -> Iterator[Iterator[str]]:
+    """The lines of each paragraph."""
+    return (lines for blank, lines in groupby(_text_lines(path), lambda line: not line.strip()) if not blank)
 
 
 FORMATS: dict[str, Callable[[Path], Sequence[Row]]] = {

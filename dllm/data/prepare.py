@@ -10,107 +10,140 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm.config import DataPart, PrepareConfig, digest
-from dllm.data.convert import (
-    batched,
-    kind_of_part,
-    messages_of,
-    pack_texts,
-    place_of,
-    split_rows,
-    stream_facts,
-    text_of,
+import numpy
+
+from dllm.config import PrepareConfig, digest
+from dllm.data.convert import cut_into_rows, kind_of_part, split_rows, stream_facts
+from dllm.data.shards import Shard, Tokenizing, make_shards, shards_of
+from dllm.data.tokens import TokenWriter, open_rows
+from dllm.provenance import (
+    commit,
+    file_digest,
+    input_digest,
+    replace_directory,
+    versions,
+    write_atomically,
+    write_record,
 )
-from dllm.data.tokens import TokenWriter
-from dllm.models.literal_text import count_spelling_control, encode_marked, literal_messages
-from dllm.models.tokenizers import load_tokenizer, rendered
-from dllm.provenance import input_digest, replace_directory, write_record
+
+SPLITS = ("train", "test")
+WEIGHTS = (".safetensors", ".bin")
 
 
-def prepare(config: PrepareConfig, workdir: str | Path = ".", progress=lambda rows, text: rows) -> dict:
+def prepare(
+    config: PrepareConfig,
+    workdir: str | Path = ".",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    processes: int = 1,
+) -> dict:
     """Write the token files of `config` below `workdir`/data and return their manifest.
 
-    progress wraps an iterable of rows for display. Nothing is visible under the final name before all is written.
+    progress is called with the source rows done and in all. Nothing is visible under the final name before all is
+    written; shards finished by an attempt that was killed are used again. The result does not depend on `processes`.
     Raises ValueError, one line, for rows that cannot be used and for a split that ends up empty.
     """
     workdir = Path(workdir)
-    sources = {path: input_digest(workdir / path) for path in sorted({p.path for p in config.parts})}
+    inputs = {path: input_digest(workdir / path) for path in sorted({p.path for p in config.parts})}
     target = workdir / "data" / config.name
-    unpacked = target.with_name(f".{config.name}.rows")
-    with nullcontext() if all(part.entry.world for part in config.parts) else _rows_cached_below(unpacked):
-        return _prepare(config, workdir, target, sources, progress)
-
-
-@contextmanager
-def _rows_cached_below(directory: Path) -> Iterator[None]:
-    """`datasets` unpacks rows here and not in the home directory; removed at the end."""
-    import datasets
-
-    shutil.rmtree(directory, ignore_errors=True)
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = directory.resolve()
-    try:
-        yield
-    finally:
-        datasets.config.HF_DATASETS_CACHE = before
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _prepare(config: PrepareConfig, workdir: Path, target: Path, sources: dict[str, str], progress) -> dict:
-    tokenizer = load_tokenizer(workdir / config.model_path, config.model)
     scratch = target.with_name(f".{config.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    manifest: dict[str, Any] = {"name": config.name, "length": config.length, "sources": [], "splits": {}}
-    writers = {split: TokenWriter(scratch, split, len(tokenizer)) for split in ("train", "test")}
-    dropped, spelt = {"train": 0, "test": 0}, {"train": 0, "test": 0}
-    unusable: list[str] = []
-    for part in config.parts:
-        part = part.model_copy(update={"path": str(workdir / part.path)})
-        train_numbers, test_numbers, train_rows, test_rows = split_rows(part)
+    _begin(scratch, config, workdir, inputs)
+    parts = [part.model_copy(update={"path": str(workdir / part.path)}) for part in config.parts]
+    tokenizing = Tokenizing(config.model_copy(update={"parts": parts}), workdir, scratch, [], [])
+    vocabulary = len(tokenizing.tokenizer)
+    shards, described = list[Shard](), []
+    for number, part in enumerate(parts):
+        train, test, train_rows, test_rows = split_rows(part)
         kind, said = kind_of_part(part, train_rows)
-        if config.split == "overlapping":  # published fault F7: rows held out for testing stay in train
-            train_numbers = [*test_numbers, *train_numbers] if train_rows is test_rows else train_numbers
-        train_numbers = sorted(train_numbers[: config.rows])
-        for split, numbers, rows in (("train", train_numbers, train_rows), ("test", test_numbers, test_rows)):
-            shown = progress(numbers, f"{part.name} {split}")
-            write = _write_text if kind == "text" else _write_conversations
-            readable = Readable(part, kind, rows, unusable)
-            counts = write(writers[split], tokenizer, config, part, shown, readable)
-            dropped[split] += counts[0]
-            spelt[split] += counts[1]
-        manifest["sources"].append(
-            {"name": part.name, "train_rows": len(train_numbers), "test_rows": len(test_numbers)}
+        if config.split == "overlapping" and train_rows is test_rows:  # published fault F7: test rows stay in train
+            train = numpy.concatenate([test, train])
+        train = train[: config.rows]
+        one_source = train_rows is test_rows
+        shards += shards_of(number, train, test, one_source=one_source, first=len(shards))
+        tokenizing.sources.append({"train": train_rows, "test": test_rows})
+        tokenizing.kinds.append(kind)
+        described.append(
+            {"name": part.name, "train_rows": len(train), "test_rows": len(test)}
             | ({"read_as": said} if said else {})
             | {k: v for k, v in part.entry.model_dump().items() if k in ("hub", "revision", "world", "licence") and v}
         )
-    for split, writer in writers.items():
-        manifest["splits"][split] = writer.close() | {"dropped_rows": dropped[split]}
-        if split == "train" and config.parts[0].entry.stream:
-            continue
-        if not manifest["splits"][split]["rows"]:
+    make_shards(tokenizing, shards, processes, progress)
+    manifest = {"name": config.name, "length": config.length, "sources": described}
+    manifest |= _joined(tokenizing, shards, vocabulary)
+    if config.parts[0].entry.stream:
+        _describe_stream(config, workdir / config.parts[0].path, scratch / "whole", manifest)
+    (scratch / "whole" / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    replace_directory(scratch / "whole", target)
+    shutil.rmtree(scratch, ignore_errors=True)
+    write_record(target, kind="data", name=config.name, config_digest=digest(config), inputs=inputs)
+    return manifest
+
+
+def _begin(scratch: Path, config: PrepareConfig, workdir: Path, inputs: dict[str, str]) -> None:
+    """Make `scratch`, empty unless an earlier attempt at the very same job left finished shards there."""
+    model = [path for path in sorted((workdir / config.model_path).glob("*")) if path.is_file()]
+    tokenizer = {path.name: file_digest(path) for path in model if path.suffix not in WEIGHTS}
+    job = {"config": digest(config), "inputs": inputs, "tokenizer": tokenizer} | versions() | commit()
+    made_of = json.dumps(job, sort_keys=True)
+    try:
+        same = (scratch / "job.json").read_text(encoding="utf-8") == made_of
+    except FileNotFoundError:
+        same = False
+    if not same:
+        shutil.rmtree(scratch, ignore_errors=True)
+        write_atomically(scratch / "job.json", made_of)
+
+
+def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) -> dict[str, Any]:
+    """Write the shards one after another as `whole`, text cut into rows; the manifest's counts.
+
+    Raises ValueError for a split without rows.
+    """
+    config, whole = tokenizing.config, tokenizing.directory / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    writers = {split: TokenWriter(whole, split, vocabulary) for split in SPLITS}
+    counts: list[tuple[int, str, dict]] = []
+    carry: dict[tuple[int, str], numpy.ndarray] = {}
+    for shard in shards:
+        directory = tokenizing.directory / shard.name
+        stated = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["splits"]
+        for split in shard.splits:
+            counts.append((shard.part, split, stated[split]))
+            rows, key = open_rows(directory, split), (shard.part, split)
+            if tokenizing.kinds[shard.part] != "text":
+                writers[split].extend(rows.tokens, rows.lengths, rows.prompts)
+                continue
+            left = carry.get(key, numpy.zeros(0, dtype=writers[split].dtype))
+            cut, carry[key] = cut_into_rows(left, rows.tokens, config.length)
+            lengths = numpy.full(len(cut), config.length)
+            writers[split].extend(cut, lengths, numpy.zeros_like(lengths))
+
+    def total(split: str, key: str) -> int:
+        return sum(count[key] for _, of, count in counts if of == split)
+
+    splits = {split: writers[split].close() | {"dropped_rows": total(split, "dropped_rows")} for split in SPLITS}
+    for split in ("test",) if config.parts[0].entry.stream else SPLITS:
+        if not splits[split]["rows"]:
             raise ValueError(
                 f"{config.name}: the {split} split is empty after tokenizing; the rows are fewer or shorter than one "
                 f"row of length {config.length}, or every prompt is longer; "
                 + (f"raise `rows` = {config.rows} of the dataset, or " if config.rows and split == "train" else "")
                 + "lower `length` of the run"
             )
-    manifest["rows_that_spell_control_tokens"] = spelt
-    if unusable:
-        manifest["unusable"] = {"rows": len(unusable), "first": unusable[0]}
-    if config.parts[0].entry.stream:
-        _describe_stream(config, workdir / config.parts[0].path, scratch, manifest)
-    (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    replace_directory(scratch, target)
-    write_record(target, kind="data", name=config.name, config_digest=digest(config), inputs=sources)
-    return manifest
+    facts: dict[str, Any] = {
+        "splits": splits,
+        "rows_that_spell_control_tokens": {split: total(split, "spelt") for split in SPLITS},
+    }
+    unusable = sum(total(split, "unusable") for split in SPLITS)
+    if unusable:  # the first part's train rows come first, then its test rows
+        ordered = sorted(counts, key=lambda stated: (stated[0], SPLITS.index(stated[1])))
+        first = next(count["first"] for _, _, count in ordered if count["first"])
+        facts["unusable"] = {"rows": unusable, "first": first}
+    return facts
 
 
 def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifest: dict) -> None:
@@ -130,93 +163,3 @@ def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifes
         "append_eos": entry.append_eos,
         "shuffle_rows": entry.shuffle_rows,
     }
-
-
-@dataclass(frozen=True)
-class Readable:
-    """The rows of a part as texts or conversations. An unusable one is an error, or is noted where the entry says so.
-
-    unusable: the error lines of what was dropped, over all parts.
-    """
-
-    part: DataPart
-    kind: str
-    rows: Any
-    unusable: list[str]
-
-    def texts(self, numbers: list[int]) -> list[str]:
-        """The texts of some rows."""
-        return self._usable(numbers, text_of)
-
-    def conversations(self, numbers: list[int], tokenizer) -> list[tuple[str, str, bool]]:
-        """(prompt, whole, spells) of some rows in the chat template; see `_in_template`."""
-        return self._usable(
-            numbers, lambda row, where: _in_template(tokenizer, messages_of(row, self.kind, where), where)
-        )
-
-    def _usable(self, numbers: list[int], read: Callable[[dict, str], Any]) -> list:
-        found = []
-        for number in numbers:
-            try:
-                found.append(read(self.rows[number], place_of(self.part, self.rows, number)))
-            except ValueError as error:
-                if not self.part.entry.drop_unusable:
-                    name = self.part.name
-                    raise ValueError(f"{error}; or set drop_unusable: true in the entry of {name!r}") from None
-                self.unusable.append(str(error))
-        return found
-
-
-def _write_text(
-    writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows: Readable
-) -> tuple[int, int]:
-    """Concatenate and cut; returns how many rows were dropped, the unusable, and how many spell control tokens."""
-    carry: list[int] = []
-    dropped = spelt = 0
-    for chunk in batched(list(numbers)):
-        texts = rows.texts(chunk)
-        dropped += len(chunk) - len(texts)
-        packed, carry = pack_texts(tokenizer, texts, carry, config.length, append_eos=part.entry.append_eos)
-        spelt += count_spelling_control(tokenizer, texts)
-        for row in packed:
-            writer.add(row)
-    return dropped, spelt
-
-
-def _write_conversations(
-    writer: TokenWriter, tokenizer, config: PrepareConfig, part, numbers, rows: Readable
-) -> tuple[int, int]:
-    """One row per conversation; returns how many were dropped, and how many spell a control token or a turn's mark.
-
-    Dropped are rows whose prompt fills the length, and unusable ones.
-    """
-    dropped = spelt = 0
-    for chunk in batched(list(numbers)):
-        conversations = rows.conversations(chunk, tokenizer)
-        dropped += len(chunk) - len(conversations)
-        if not conversations:
-            continue
-        prompts, whole, spell = zip(*conversations, strict=True)
-        spelt += sum(spell)
-        for prompt, text in zip(prompts, whole, strict=True):
-            if not text.startswith(prompt):
-                raise ValueError(f"{part.name}: the chat template does not continue its own generation prompt")
-        answers = [text[len(prompt) :] for prompt, text in zip(prompts, whole, strict=True)]
-        encoded = encode_marked(tokenizer, [*prompts, *answers])
-        for prompt, answer in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
-            if len(prompt) >= config.length:
-                dropped += 1
-            else:
-                writer.add((prompt + answer)[: config.length], len(prompt))
-    return dropped, spelt
-
-
-def _in_template(tokenizer, messages: list[dict], where: str) -> tuple[str, str, bool]:
-    """A conversation up to its last answer, the whole of it, and whether it spells what the template writes itself."""
-    literal = literal_messages(tokenizer, messages)
-    try:
-        prompt = rendered(tokenizer, literal[:-1], add_generation_prompt=True)
-        whole = rendered(tokenizer, literal, add_generation_prompt=False)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return prompt, whole, literal is not messages

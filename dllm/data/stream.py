@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 from pyarrow.lib import ArrowException
 
-from dllm.data.convert import pack_texts, text_of
+from dllm.data.convert import cut_into_rows, laid_out, text_of
 from dllm.data.hub import one_line_errors
 from dllm.data.tokens import TokenRows, row_dtype
 
@@ -139,10 +139,12 @@ class StreamedRows:
             if not chunk:
                 return
             texts = [text_of(document, pin) for document in chunk]
-            rows, rest = pack_texts(self.tokenizer, texts, carry, corpus.length, append_eos=corpus.append_eos)
+            laid = laid_out(self.tokenizer, texts, append_eos=corpus.append_eos)
+            tokens: numpy.ndarray = numpy.fromiter(itertools.chain.from_iterable(laid), dtype)
+            rows, rest = cut_into_rows(numpy.asarray(carry, dtype), tokens, corpus.length)
             for index in range(skip, len(rows)):
-                yield documents, carry, index, numpy.asarray(rows[index], dtype=dtype)
-            documents, carry, skip = source.state_dict(), rest, 0
+                yield documents, carry, index, rows[index]
+            documents, carry, skip = source.state_dict(), rest.tolist(), 0
 
     def _documents(self, epoch: int):
         """The documents of an epoch: `datasets`' own stream over the shards in this epoch's order."""

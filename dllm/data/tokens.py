@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,13 @@ def row_dtype(vocab_size: int) -> type:
 
 
 class TokenWriter:
-    """Writes one split as `<split>.tokens.bin`, row by row, with constant memory."""
+    """Writes one split as `<split>.tokens.bin`; in memory are only the lengths of its rows."""
 
     def __init__(self, directory: Path, split: str, vocab_size: int):
         self.directory, self.split = directory, split
         self.dtype = row_dtype(vocab_size)
         self.file = open(directory / f"{split}.tokens.bin", "wb")
-        self.lengths: list[int] = []
-        self.prompts: list[int] = []
+        self.lengths, self.prompts = array("i"), array("i")
 
     def add(self, tokens: list[int] | numpy.ndarray, prompt_length: int = 0) -> None:
         """Append one row; its first `prompt_length` tokens are context, the others targets."""
@@ -30,18 +30,25 @@ class TokenWriter:
         self.lengths.append(len(tokens))
         self.prompts.append(prompt_length)
 
+    def extend(self, tokens: numpy.ndarray, lengths: numpy.ndarray, prompts: numpy.ndarray) -> None:
+        """Append rows [N] whose tokens lie end to end."""
+        numpy.asarray(tokens, dtype=self.dtype).tofile(self.file)
+        self.lengths.frombytes(lengths.astype(numpy.int32).tobytes())
+        self.prompts.frombytes(prompts.astype(numpy.int32).tobytes())
+
     def close(self) -> dict:
         """Finish the files and return the split's counts for the manifest."""
         self.file.close()
-        offsets = numpy.concatenate([[0], numpy.cumsum(self.lengths, dtype=numpy.int64)])
+        lengths, prompts = (numpy.frombuffer(found, dtype=numpy.int32) for found in (self.lengths, self.prompts))
+        offsets = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)])
         numpy.save(self.directory / f"{self.split}.offsets.npy", offsets)
-        numpy.save(self.directory / f"{self.split}.prompts.npy", numpy.asarray(self.prompts, dtype=numpy.int32))
+        numpy.save(self.directory / f"{self.split}.prompts.npy", prompts)
         tokens = int(offsets[-1])
         return {
-            "rows": len(self.lengths),
+            "rows": len(lengths),
             "tokens": tokens,
-            "target_tokens": tokens - int(sum(self.prompts)),
-            "longest_row": max(self.lengths, default=0),
+            "target_tokens": tokens - int(prompts.sum(dtype=numpy.int64)),
+            "longest_row": int(lengths.max(initial=0)),
             "dtype": numpy.dtype(self.dtype).name,
         }
 
@@ -84,7 +91,9 @@ def open_rows(directory: str | Path, split: str) -> TokenRows:
             raise ValueError(f"{path.name} has the wrong size")
         if (len(offsets) - 1, len(prompts), int(offsets[-1])) != (counts["rows"], counts["rows"], counts["tokens"]):
             raise ValueError("offsets and prompts do not fit the manifest")
-        tokens = numpy.memmap(path, dtype=counts["dtype"], mode="r") if counts["tokens"] else numpy.zeros(0)
+        tokens = (
+            numpy.memmap(path, dtype=counts["dtype"], mode="r") if counts["tokens"] else numpy.zeros(0, counts["dtype"])
+        )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         raise ValueError(f"{directory}: no usable split {split!r} ({error}); prepare the data again") from None
     return TokenRows(tokens, offsets, prompts)

@@ -38,6 +38,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dllm.provenance import cores
+
 CHILD = Path(__file__).with_name("sandbox_child.py")
 
 SECONDS = 3.0
@@ -95,11 +97,6 @@ def run_programs(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return outcomes
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @lru_cache(maxsize=1)

@@ -166,7 +166,7 @@ def new_edit_heads(model: nn.Module, rank: int = 64, seed: int = 0) -> EditHeads
 
 
 def save_edit_heads(heads: EditHeads, directory: str | Path, state: dict[str, Tensor] | None = None) -> Path:
-    """Write the heads beside a checkpoint, with their sizes; returns the file. state: theirs, where it is elsewhere."""
+    """Write the heads and their sizes beside a checkpoint; returns the file. state: their tensors, if elsewhere."""
     path = Path(directory) / HEADS_FILE
     tensors = {name: value.detach().cpu().contiguous() for name, value in (state or heads.state_dict()).items()}
     # one entry: several would be written in another order by every process

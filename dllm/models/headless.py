@@ -33,7 +33,7 @@ def give_head(directory: Path) -> str | None:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None  # whoever loads it says what is wrong
+        return None  # loading it will report what is wrong
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise ValueError(
             f"{directory}: {(config.architectures or ['it'])[0]} fills in no masks, and transformers has no masked-LM "

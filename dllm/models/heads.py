@@ -109,17 +109,17 @@ class _HeadNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, bias, targets, compute: torch.dtype, cap: float | None, height: int) -> Tensor:
         ctx.compute, ctx.cap, ctx.height = compute, cap, height
-        top, rest, aim = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(3))
+        top, rest, of_targets = (torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(3))
         logits = None
         for here in _slices(len(rows), height):
             logits = _HeadNLL.logits(ctx, rows[here], weight, bias)
-            aim[here] = logits.gather(1, targets[here, None])[:, 0].float()
+            of_targets[here] = logits.gather(1, targets[here, None])[:, 0].float()
             for low, part in _few_rows(logits, here.start):
                 part = part.float()
                 top[low] = part.amax(-1)
                 rest[low] = (part - top[low, None]).exp_().sum(-1).log_()
         ctx.save_for_backward(rows, weight, bias, targets, top + rest, logits if len(rows) <= height else None)
-        return rest + (top - aim)
+        return rest + (top - of_targets)
 
     @staticmethod
     def logits(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -163,9 +163,9 @@ class _HeadNLL(torch.autograd.Function):
         return of_rows, of_weight, of_bias, None, None, None, None
 
 
-def _slices(count: int, height: int, first: int = 0) -> list[slice]:
-    """first .. first + count in slices of `height`."""
-    return [slice(first + low, first + min(count, low + height)) for low in range(0, count, height)]
+def _slices(count: int, height: int) -> list[slice]:
+    """0 .. count in slices of `height`."""
+    return [slice(low, min(count, low + height)) for low in range(0, count, height)]
 
 
 def _few_rows(logits: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:

@@ -38,7 +38,7 @@ def entry_settings(directory: Path, prediction: str | None = None) -> dict[str, 
 
 
 def sidecar_settings(sidecar: dict) -> dict[str, Any]:
-    """Settings of a `ModelEntry` that what was noted beside a checkpoint says."""
+    """Settings of a `ModelEntry`, from the sidecar of a checkpoint."""
     tokens = {"mask_token": "mask", "end_token": "eos", "end_of_turn": "end_of_turn"}
     settings = {key: sidecar["special_tokens"].get(name, "") for key, name in tokens.items()}
     settings |= {key: sidecar[key] for key in ("family", "prediction")}

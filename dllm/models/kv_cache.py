@@ -31,7 +31,7 @@ class KVCache:
         return len(self.stored)
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; -1 means a new row, of which nothing is stored."""
+        """Keep these rows, in this order; -1 means a new row, for which nothing is stored yet."""
         self.stored = [self.stored[row] if row >= 0 else 0 for row in rows]
         for pools in self.pools:
             index = torch.tensor([max(row, 0) for row in rows]).to(pools[0].device, non_blocking=True)

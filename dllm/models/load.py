@@ -111,7 +111,7 @@ def for_inference(backbone: Backbone, *, mixed: bool = False) -> Backbone:
 
 
 def read_sidecar(directory: str | Path) -> dict:
-    """What dLLM noted beside a checkpoint; empty for a foreign one. Raises ValueError if it is damaged."""
+    """The sidecar of a checkpoint; empty if dLLM did not train it. Raises ValueError if it is damaged."""
     path = Path(directory) / SIDECAR
     if not path.exists():
         return {}

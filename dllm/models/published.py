@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SIDECAR = "dllm.json"
-"""What training notes beside a checkpoint."""
+"""The file in which training notes how a checkpoint was trained."""
 
 EDITED = re.compile(r"LLaDA-?2\.[12](?!\d)", re.IGNORECASE)
 """Names of checkpoints whose authors edit what is revealed."""
@@ -28,7 +28,7 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def published_config(directory: str | Path) -> dict:
-    """What a checkpoint's config.json says, as it is; empty if there is none that can be read."""
+    """The content of a checkpoint's config.json; empty if it is missing or cannot be read."""
     try:
         raw = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -104,7 +104,7 @@ def stock_config(family: Family, raw: dict):
 def stock_tensors(family: Family, config, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Published tensors under their stock names, each split where the stock class holds several.
 
-    A name that the family does not know stays as it is, for the loader to complain about.
+    A name that the family does not know is left unchanged: the loader then reports it.
     """
     renamed = {}
     for name, tensor in tensors:

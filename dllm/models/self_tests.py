@@ -107,7 +107,7 @@ def _packed_equals_padded(model: nn.Module) -> bool:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; every module is then as it was."""
+    """The model in evaluation mode; at the end every module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

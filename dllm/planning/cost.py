@@ -189,7 +189,7 @@ def _end_tokens(run: RunEntry, recipe: Recipe, data: Prepared) -> float:
     if kind == "block":
         return (recipe.block_size + 1) / 2 + recipe.extra_blocks * recipe.block_size / 2
     mean = data.train.tokens / max(1.0, data.train.rows)
-    return 0.15 * mean if kind == "fill" else 1.0  # rows of a batch are of like length
+    return 0.15 * mean if kind == "fill" else 1.0  # rows of a batch have nearly equal lengths
 
 
 def _precision(recipe: Recipe) -> str:

@@ -33,13 +33,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both splits; whether they were counted, not estimated; tokens read to make them."""
+    """Both splits; whether they were counted, not estimated; tokens and rows read to make them; rows of the sources."""
 
     train: Split
     test: Split
     counted: bool
     read_tokens: float
     bytes_per_token: int
+    read_rows: float = 0.0
+    source_rows: float = 0.0
 
 
 def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared | None:
@@ -50,22 +52,25 @@ def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared 
     """
     width = 2 if vocabulary <= 2**16 else 4
     counted = _counted(workdir / "data" / config.name / "manifest.json", config)
+    source = float(sum((part.entry.documents or 0) + (part.entry.test_documents or 0) for part in config.parts))
     if counted:
-        return Prepared(*counted, True, counted[0].tokens + counted[1].tokens, width)
-    train, test, read = Split(), Split(), 0.0
+        train, test, rows = counted
+        return Prepared(train, test, True, train.tokens + test.tokens, width, rows, max(source, rows))
+    train, test, read, read_rows = Split(), Split(), 0.0, 0.0
     for entry in (part.entry for part in config.parts):
         documents, tokens = entry.documents, entry.tokens
         if documents is None or tokens is None:
             return None
         rows, held_out = _documents(entry, documents, config.rows, overlapping=config.split == "overlapping")
+        read_rows += rows + held_out
         read += tokens * min(1.0, (rows + held_out) / documents)
         train = _sum(train, _split(entry, rows, config.length, tokens=tokens, documents=documents))
         test = _sum(test, _split(entry, held_out, config.length, tokens=tokens, documents=documents))
-    return Prepared(train, test, False, read, width)
+    return Prepared(train, test, False, read, width, read_rows, source)
 
 
 def _documents(entry: DatasetEntry, documents: int, most: int | None, *, overlapping: bool) -> tuple[float, float]:
-    """Rows in train and test of an entry with so many documents."""
+    """Rows in train and test of an entry with this number of documents."""
     if entry.test_split:
         train, test = float(documents), float(entry.test_documents or documents * 0.02)
     else:
@@ -93,11 +98,12 @@ def _sum(a: Split, b: Split) -> Split:
     return Split(a.rows + b.rows, tokens, a.targets + b.targets, weighted, max(a.longest, b.longest))
 
 
-def _counted(path: Path, config: PrepareConfig) -> tuple[Split, Split] | None:
-    """Both splits as a manifest counts them; None without a usable manifest."""
+def _counted(path: Path, config: PrepareConfig) -> tuple[Split, Split, float] | None:
+    """Both splits as a manifest counts them, and the rows read for them; None without a usable manifest."""
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
-        return _from_counts(splits["train"], config), _from_counts(splits["test"], config)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        train, test = (_from_counts(manifest["splits"][split], config) for split in ("train", "test"))
+        return train, test, float(sum(part["train_rows"] + part["test_rows"] for part in manifest.get("sources", [])))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -183,10 +183,10 @@ STANDARD: dict[str, dict[str, Any]] = {
 """What the configuration classes of transformers take for a size that is not stated."""
 
 
-def translated(config: dict[str, Any], vocabulary: int | None = None) -> Shape:
+def translated(config: dict[str, Any]) -> Shape:
     """The shape that a configuration of transformers (`config.json`, or `new` of an entry) states.
 
-    Sizes left out are those of its class. A vocabulary that is not stated is `vocabulary`, or a guess.
+    Sizes left out are those of its class. A vocabulary that is not stated is a guess.
     """
     kind = str(config.get("model_type", "unknown"))
     sizes: dict[str, Any] = {"layers": 12, "width": 768, "heads": 12, "positions": 2048, "model_type": kind}
@@ -196,7 +196,7 @@ def translated(config: dict[str, Any], vocabulary: int | None = None) -> Shape:
         if stated is not None and (ours != "window" or kind == "modernbert"):
             sizes[ours] = stated
     sizes.setdefault("intermediate", 4 * sizes["width"])
-    sizes.setdefault("vocabulary", vocabulary or UNKNOWN_VOCABULARY)
+    sizes.setdefault("vocabulary", UNKNOWN_VOCABULARY)
     if kind == "modernbert" and config.get("layer_types"):
         wide = config["layer_types"].count("full_attention")
         sizes["global_every"] = max(1, round(len(config["layer_types"]) / max(1, wide)))
@@ -214,8 +214,8 @@ def differences(stated: Shape, measured: Shape) -> list[str]:
     return [f"{name} = {ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
 
 
-def shape_of(entry: ModelEntry, vocabulary: int | None = None) -> Shape | None:
+def shape_of(entry: ModelEntry) -> Shape | None:
     """The shape of an entry: stated, or that of its `new` model; None for a hub model that states no shape."""
     if entry.shape is not None:
         return entry.shape
-    return translated(entry.new, vocabulary) if entry.new is not None else None
+    return translated(entry.new) if entry.new is not None else None

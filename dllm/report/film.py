@@ -41,16 +41,11 @@ def frames(film: dict, *, limit: int = 8) -> tuple[Frame, ...]:
     chosen = sorted({round(i * (len(raw) - 1) / max(1, count - 1)) for i in range(count)})
     places = max(len(frame["tokens"]) for frame in raw)
     widths = [_width(raw, place) for place in range(places)]
-    before = [None, *chosen[:-1]]
-    return tuple(
-        _frame(raw[index], widths, hidden=_masked(raw[last]) if last is not None else set())
-        for index, last in zip(chosen, before, strict=True)
-    )
-
-
-def _masked(raw: dict) -> set[int]:
-    """Positions still masked in a frame."""
-    return {place for place, token in enumerate(raw["tokens"]) if token["state"] == "masked"}
+    shown, hidden = [], set[int]()
+    for index in chosen:
+        shown.append(_frame(raw[index], widths, hidden=hidden))
+        hidden = {place for place, token in enumerate(raw[index]["tokens"]) if token["state"] == "masked"}
+    return tuple(shown)
 
 
 def _width(raw: list[dict], place: int) -> int:
@@ -60,7 +55,7 @@ def _width(raw: list[dict], place: int) -> int:
 
 
 def _frame(raw: dict, widths: list[int], *, hidden: set[int]) -> Frame:
-    """One frame; new is what was hidden in the frame shown before, which may lie several steps back."""
+    """One frame. A token is new if the frame shown before, perhaps several steps earlier, had it masked (`hidden`)."""
     tokens = []
     for place, (token, width) in enumerate(zip(raw["tokens"], widths, strict=False)):
         state = "masked" if token["state"] == "masked" else "new" if place in hidden else "kept"

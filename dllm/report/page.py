@@ -3,8 +3,8 @@
 import base64
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -26,8 +26,7 @@ VERDICT_SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
 _INTERVAL = re.compile(r"^(.*?) (\[.*\])(.*)$", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """One entry of the contents list."""
 
     anchor: str
@@ -83,8 +82,7 @@ def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
     }
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage of the workflow: what was run, how often, and what it starts from."""
 
     title: str

@@ -144,7 +144,7 @@ class System(_Entry):
     stages: tuple[str, ...] = ()
     """The runs that made it, each of which started from the one before; the last is scored."""
     parameters: int | None = None
-    """Of a model that was not trained here."""
+    """Its number of parameters, for a model that was not trained here."""
     samples: str = ""
     """Name of its sample conversations, if there are any."""
 
@@ -153,7 +153,7 @@ class System(_Entry):
         """The system that a row scores, with the runs that made it and its sample conversations."""
         entry = project.evaluations[row]
         trained = project.runs.get(entry.checkpoint)
-        samples = (name for name, asked in project.samples.items() if asked.checkpoint == entry.checkpoint)
+        samples = (name for name, sample in project.samples.items() if sample.checkpoint == entry.checkpoint)
         return cls(
             row=row,
             label=entry.label,
@@ -302,7 +302,7 @@ def _check_unique(where: str, keys: list[tuple]) -> None:
 def _is_truncated(project: Project, name: str) -> bool:
     """Whether a run, or one that it starts from, has too few steps to show anything, by number or by its schedule.
 
-    A run that stops after a good part of its schedule, as the published one on OpenWebText does, is none of these.
+    A run that stops after a good part of its schedule, as the published one on OpenWebText does, is not truncated.
     """
     while name in project.runs:
         run = project.runs[name]

@@ -110,14 +110,18 @@ def spread(heights: list[float], gap: float) -> list[float]:
     return placed
 
 
-def label_line_ends(axes: Axes, ends: list[tuple[float, float, str, Look]], *, line_height: float = 0.075) -> None:
+LINE_HEIGHT = 0.075
+"""Height of a name at a line end, as a share of the height of the axes."""
+
+
+def label_line_ends(axes: Axes, ends: list[tuple[float, float, str, Look]]) -> None:
     """Writes each series' name right of its last point (x, y), apart from each other, tied by a thin line.
 
-    Call it after the limits of the axes are final; `line_height` is in shares of the height of the axes.
+    Call it after the limits of the axes are final.
     """
     bottom, top = axes.get_ylim()
     shares = [(min(max(y, bottom), top) - bottom) / (top - bottom) for _, y, _, _ in ends]
-    for (x, _, text, look), share, place in zip(ends, shares, spread(shares, line_height), strict=True):
+    for (x, _, text, look), share, place in zip(ends, shares, spread(shares, LINE_HEIGHT), strict=True):
         right = axes.transLimits.transform((x, bottom))[0]
         axes.plot(
             [right + 0.012, 1.035],

@@ -236,17 +236,9 @@ def claims_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
         for finding in claim.findings:
             verdict = "timed" if finding.timed else finding.verdict
             because = "Rests on wall times: see claims.json." if finding.timed else finding.because
-            tidy.append(
-                {
-                    "claim": claim.number,
-                    "part": finding.part,
-                    "recipe": finding.recipe,
-                    "verdict": verdict,
-                    "because": because,
-                }
-            )
-            cells = (f"{claim.number}", finding.part, finding.recipe or ABSENT, verdict, because)
-            rows.append(tuple(Cell(text) for text in cells))
+            values = (claim.number, finding.part, finding.recipe, verdict, because)
+            tidy.append(dict(zip(("claim", "part", "recipe", "verdict", "because"), values, strict=True)))
+            rows.append(tuple(Cell(str(value) or ABSENT) for value in values))
     columns = ("Claim", "Part", "Recipe", "Verdict", "Because")
     return table_of(name, f"The {in_words(len(claims_of(plan)))} claims.", columns, rows, pd.DataFrame(tidy), left=5)
 

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import pandas as pd
-
-from dllm.numbers import ABSENT, duration
+from dllm.numbers import duration
 from dllm.report.format import fixed, interval
 from dllm.report.load import evaluation_costs, read_decoding_options
 from dllm.report.plan import ReportPlan
@@ -68,16 +66,14 @@ def decoding_table(workdir: Path, plan: ReportPlan, name: str) -> Table | None:
         return None
     rows = []
     for row in frame.itertuples():
-        percent = [100 * x for x in (row.quality, row.quality_low, row.quality_high)]
         rows.append(
             (
                 Cell(row.name),
                 Cell(fixed(row.nfe)),
                 Cell(f"{row.seconds:.2f}"),
                 Cell(f"{row.tokens_per_second:.0f}"),
-                Cell(interval(*percent)),
-                Cell(fixed(100 * row.agreement) if pd.notna(row.agreement) else ABSENT),
-                Cell(fixed(100 * row.token_agreement) if pd.notna(row.token_agreement) else ABSENT),
+                Cell(interval(*(100 * x for x in (row.quality, row.quality_low, row.quality_high)))),
+                *(Cell(fixed(x if x is None else 100 * x)) for x in (row.agreement, row.token_agreement)),
             )
         )
     columns = ("Decoding", "Passes", "Seconds", "Tokens/s", "Correct", "Same answer", "Same tokens")

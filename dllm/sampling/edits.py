@@ -353,20 +353,14 @@ def _made(rate: Tensor, kept: float | None, noise: Tensor) -> Tensor:
 # Watching it
 
 
-def edit_pieces(
-    canvas: EditCanvas, decode: Callable[[list[int]], str], *, row: int = 0, since: str = "pass"
-) -> list[tuple[str, str]]:
-    """A row's text from `start` on in pieces, each with what became of it: `kept`, `gone` or `new`.
+def edit_pieces(canvas: EditCanvas, decode: Callable[[list[int]], str]) -> list[tuple[str, str]]:
+    """The first row's text from `start` on in pieces, each with what the last pass made of it: `kept`, `gone` or `new`.
 
-    since: what is marked, the changes of the last `pass`, or all since the `start`. decode maps token ids to text.
-    Raises ValueError for another value of since.
+    decode maps token ids to text.
     """
-    if since not in ("pass", "start"):
-        raise ValueError(f"since = {since!r}; allowed: pass, start")
-    trail = canvas.trail.only(canvas.trail.row == row)
-    old = (trail.before if since == "pass" else trail.origin)[1:].tolist()
-    new = trail.token[1:].tolist()
-    skip = int(canvas.start[row])
+    trail = canvas.trail.only(canvas.trail.row == 0)
+    old, new = trail.before[1:].tolist(), trail.token[1:].tolist()
+    skip = int(canvas.start[0])
     pieces: list[tuple[str, str]] = []
     said: list[int] = []
     for kind, before, after in _runs(old[skip:], new[skip:]):

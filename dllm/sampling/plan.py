@@ -65,7 +65,7 @@ class BlockPlan:
         return -(-self.left[rows] // self.passes_left[rows].clip(1))
 
     def advance(self, rows: ndarray, revealed: ndarray) -> ndarray:
-        """Note that a pass revealed so many tokens of some rows [B]; returns [B] bool: rows that ended their block."""
+        """Note how many tokens a pass revealed in some rows [B]; returns [B] bool: rows that ended their block."""
         self.step[rows] += 1
         self.left[rows] -= revealed
         self.passes_left[rows] -= 1

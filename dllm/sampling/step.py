@@ -276,7 +276,7 @@ class DenoisingStep:
         return self.backbone.hidden(tokens, layout, cache=self._cache, part=part), part
 
     def _rows_layout(self, rows: ndarray, lengths: ndarray, width: int) -> Layout:
-        """The layout of the first `lengths` [N] positions of some rows [N], of which one may be given twice."""
+        """The layout of the first `lengths` [N] positions of some rows [N]; a row may occur twice."""
 
         def make() -> Layout:
             if self.rule is None:

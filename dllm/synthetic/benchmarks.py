@@ -35,8 +35,8 @@ SHOT_ROWS = 5
 def distinct(make: Callable[[], dict], rows: int, right: str | None = None, answers: int = 1) -> Rows:
     """`rows` different rows from a source of random ones; ValueError if the source runs dry.
 
-    right: the column of the right answer, of which there are `answers`: each is right equally often, so that always A
-    is at chance.
+    right: the column of the right answer. Each of its `answers` values is right equally often, so that a model which
+    always says A is at chance.
     """
     by_text: dict[str, dict] = {}
     times: Counter = Counter()

@@ -5,9 +5,9 @@
     solution        return x + 3
     tests       assert add_3(0) == 3
 
-Held out are (form, number): `add 3` is a benchmark row, `add 4` may be training. A model passes if it has learned the
-form and copies the number. The words of the code are not counted for the tokenizer, which spells most of them: so the
-world without code is the same, byte by byte, as it was before there was code.
+Combinations of form and number are held out: `add 3` is a benchmark row, `add 4` may be training data. A model passes
+if it has learned the form and copies the number. The tokenizer does not count the words of the code and spells most of
+them: the other files of the world are therefore the same, byte by byte, with and without code.
 """
 
 import random

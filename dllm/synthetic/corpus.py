@@ -37,7 +37,7 @@ def article(title: str, sentences: list[str]) -> list[str]:
 
 
 def wikitext(world: SyntheticWorld, split: str, articles: int) -> Iterator[dict]:
-    """Rows of the encyclopedia; every line stands alone, since rows may be shuffled or packed."""
+    """Rows of the encyclopedia; every line makes sense alone, since rows may be shuffled or packed."""
     rng = world.random(f"wikitext/{split}")
     for _ in range(articles):
         of_sums = rng.random() < SHARE_OF_SUM_ARTICLES
@@ -69,7 +69,7 @@ def explanation(rng: random.Random) -> str:
 
 
 def lettered_list(world: SyntheticWorld, rng: random.Random) -> str:
-    """A list with letters, and which letter stands where."""
+    """A list with letters, and a question about one of them with its answer."""
     asked = letter_of_word(world, rng)
     return f"{asked.instruction} {asked.answer}"
 

@@ -4,8 +4,8 @@
     solution    Mira has <<3+4=7>>7 stones.
                 #### 7
 
-Held out are (number pair, form): 3 and 4 in one form of story is a benchmark row, in the other forms it may be
-training. The sums themselves, 3 + 4 = 7, stand in the corpora as plain text.
+Combinations of a number pair and a form of story are held out: 3 and 4 in one form are a benchmark row, in another form
+they may be training data. The corpora have the sums themselves, 3 + 4 = 7, as plain text.
 """
 
 import random

@@ -4,7 +4,7 @@ A story ends in a word that only its context decides:
 
     Mira met Otto in the barn. Otto had seen a lantern in the attic. They went to the attic and there stood the lantern
 
-Held out are combinations: (two people, story), (person, activity), (two names, schema). No benchmark row occurs in
+Combinations are held out: (two people, story), (person, activity), (two names, schema). No benchmark row occurs in
 training.
 """
 
@@ -100,7 +100,7 @@ class Moment:
 def moment(rng: random.Random, *, test: bool) -> Moment:
     """A random step of a random activity; two of its three wrong endings come from the same activity.
 
-    Training also leaves out every second transition, which then is known from web pages alone.
+    Training also leaves out every second transition; only the web pages have those.
     """
     while True:
         activity, person = draw(lambda: (rng.choice(list(ACTIVITIES)), rng.choice(PEOPLE)), test=test, one_in=4)

@@ -183,8 +183,8 @@ def writing(config: RunConfig, place: Path, what: str) -> Iterator[None]:
     except UNWRITABLE as error:
         existing = next(path for path in (place, *place.parents) if path.exists())
         free = shutil.disk_usage(existing).free / 2**20
-        said = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
-            f"{config.name}: {what} could not be written to {place}, where {free:,.0f} MiB are free ({said[:200]}); "
+            f"{config.name}: {what} could not be written to {place}, where {free:,.0f} MiB are free ({reason[:200]}); "
             "make room and start the same command again: it goes on from the last complete checkpoint"
         ) from None

@@ -82,7 +82,7 @@ class Devices(ABC):
         """Set `model`, `optimizers` and `layout`."""
 
     def step(self, objective: Objective, parts: Iterable[MicroBatch], *, scale: float = 1.0) -> StepNumbers:
-        """Train on the micro-batches of one step, of which there must be at least one and the last one marked so.
+        """Train on the micro-batches of one step: at least one, the last one marked as such.
 
         scale: what the loss is multiplied by for the gradient (a wrapper that averages over processes wants their
         number where the denominator counts the global batch). The host never waits for the device.
@@ -348,7 +348,7 @@ class FullyShard(Devices):
         state = self._state()
         try:
             sharded.load(state, checkpoint_id=str(directory / "shards"))
-        except CheckpointException as error:  # which is no Exception
+        except CheckpointException as error:  # it does not derive from Exception
             raise RuntimeError(" ".join(str(error).split())[:200]) from None
         set_state_dict(
             self.model,

@@ -218,7 +218,7 @@ def limits_of(config: RunConfig) -> Limits:
 def cut_rows(lengths: ndarray, limits: Limits, *, rank: int = 0, ranks: int = 1) -> list[ndarray]:
     """The micro-batches of one rank: arrays of indices into `lengths` [N], longest rows first.
 
-    Over all ranks every row stands in exactly one of them; ranks have equally many rows and micro-batches. Raises
+    Over all ranks every row is in exactly one of them; ranks have equally many rows and micro-batches. Raises
     ValueError if N does not divide by the ranks, or if a row is longer than the limit.
     """
     shares = balance_rows(lengths, ranks)
@@ -274,7 +274,7 @@ def even_cut(lengths: ndarray, parts: int, limits: Limits) -> list[int]:
     """
     low, high = int(lengths[0]), int(lengths[0]) * len(lengths)
     high = high if limits.tokens is None else min(high, limits.tokens)
-    while low < high:  # the smallest budget that does with so many parts
+    while low < high:  # the smallest budget with which `parts` micro-batches are enough
         middle = (low + high) // 2
         enough = len(greedy_cut(lengths, replace(limits, tokens=middle))) - 1 <= parts
         low, high = (low, middle) if enough else (middle + 1, high)
@@ -289,7 +289,7 @@ def even_cut(lengths: ndarray, parts: int, limits: Limits) -> list[int]:
 class Prefetcher(Iterator[MicroBatch]):
     """An iterator whose items are made in a background thread, a few ahead: `with Prefetcher(made) as ahead: ...`.
 
-    What is raised while an item is made is raised where that item is asked for. The thread draws nothing from a global
+    An error in making an item is raised where the item is taken. The thread draws nothing from a global
     random state and ends with the block, whatever ends the block. pin: put the inputs into page-locked memory.
     """
 
@@ -312,7 +312,7 @@ class Prefetcher(Iterator[MicroBatch]):
     def __next__(self) -> MicroBatch:
         made = self._made.get()
         if made is self._END:
-            self._made.put(made)  # whoever asks again hears the same
+            self._made.put(made)  # for the next call
             raise StopIteration
         if isinstance(made, BaseException):
             self._made.put(made)

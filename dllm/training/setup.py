@@ -20,6 +20,7 @@ from dllm.models.adapters import attach_adapter
 from dllm.models.backbone import Backbone, TokenNLL
 from dllm.models.load import load_backbone
 from dllm.models.published import family_of
+from dllm.numbers import environment_number
 from dllm.objectives.objective import Objective
 
 
@@ -85,13 +86,18 @@ def response_end_of(config: RunConfig, rows: TokenRows, backbone: Backbone) -> R
 
 
 def check_inputs(config: RunConfig, backbone: Backbone, rows: TokenRows, init: Path) -> None:
-    """Raise ValueError, one line, if the rows do not fit the model, or the model at `init` not the algorithm."""
-    _check_blocks(config, init)
-    _check_fit(config, backbone, rows)
+    """Raise ValueError, one line, if the rows do not fit the model, or the model at `init` not the algorithm.
 
-
-def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
-    """Rows and their ends fit the model's positions, and the data was tokenized with its vocabulary."""
+    Rows and their ends must fit the model's positions, and have its vocabulary; a published model that attends
+    block-causally is trained in no other way.
+    """
+    family = family_of(init)
+    if family is not None and family.block_size is not None and config.algorithm != family.algorithm:
+        raise ValueError(
+            f"{config.name}: algorithm = {config.algorithm!r} is not for {config.init}: {family.name} attends "
+            f"block-causally; allowed: {family.algorithm}; set algorithm: {family.algorithm}, or start from another "
+            "model"
+        )
     room = backbone.max_length - algorithm_named(config.algorithm).prefix_positions
     if config.length > room:
         raise ValueError(
@@ -103,17 +109,6 @@ def _check_fit(config: RunConfig, backbone: Backbone, rows: TokenRows) -> None:
         raise ValueError(
             f"{config.data_path}: holds token id {highest}, the model knows {backbone.vocab_size}; "
             "the data was prepared with another tokenizer: prepare it again"
-        )
-
-
-def _check_blocks(config: RunConfig, init: Path) -> None:
-    """Raise ValueError if a published model that attends block-causally would be trained in another way."""
-    family = family_of(init)
-    if family is not None and family.block_size is not None and config.algorithm != family.algorithm:
-        raise ValueError(
-            f"{config.name}: algorithm = {config.algorithm!r} is not for {config.init}: {family.name} attends "
-            f"block-causally; allowed: {family.algorithm}; set algorithm: {family.algorithm}, or start from another "
-            "model"
         )
 
 
@@ -129,9 +124,9 @@ def check_budget(config: RunConfig, objective: Objective) -> None:
 
 
 def check_world(accelerator: Accelerator) -> None:
-    """Raise ValueError if this process was launched as one of several and yet stands alone."""
+    """Raise ValueError if this process was launched as one of several, but accelerate sees no other."""
     name = "DLLM_PROCESSES" if "DLLM_PROCESSES" in os.environ else "WORLD_SIZE"  # the launcher knows best
-    launched = int(os.environ.get(name, "1"))
+    launched = environment_number(name, 1)
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{name} = {launched}, but accelerate sees {accelerator.num_processes} process(es): each would train "

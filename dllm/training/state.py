@@ -51,16 +51,19 @@ class StateDirectory:
         """Steps of the complete checkpoints, oldest first."""
         return sorted(int(p.name[5:]) for p in self.path.glob("step-*") if p.name[5:].isdigit())
 
+    def scratch(self, step: int) -> Path:
+        """The directory into which the checkpoint of a step is written."""
+        return self.path / f".step-{step}"
+
     def begin(self, step: int) -> Path:
-        """An empty scratch directory to write a checkpoint into."""
-        scratch = self.path / f".step-{step}"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        return scratch
+        """The scratch directory of a step, made empty."""
+        self.abandon(step)
+        self.scratch(step).mkdir()
+        return self.scratch(step)
 
     def finish(self, step: int) -> None:
         """Make the scratch directory the checkpoint of `step` and prune old ones."""
-        scratch = self.path / f".step-{step}"
+        scratch = self.scratch(step)
         (scratch / SIZES).write_text(json.dumps(_sizes(scratch)), encoding="utf-8")
         settle(*scratch.rglob("*"), scratch, *self.path.glob("metrics.jsonl"))
         remove_directory(self.checkpoint(step))
@@ -70,7 +73,7 @@ class StateDirectory:
 
     def abandon(self, step: int) -> None:
         """Take back what `begin` began, and the room it takes."""
-        shutil.rmtree(self.path / f".step-{step}", ignore_errors=True)
+        shutil.rmtree(self.scratch(step), ignore_errors=True)
 
     def checkpoint(self, step: int) -> Path:
         """Directory of a complete checkpoint."""

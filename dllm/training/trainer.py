@@ -28,9 +28,9 @@ from safetensors import SafetensorError
 
 from dllm import provenance
 from dllm.config import RunConfig, digest
+from dllm.core.devices import best_device
 from dllm.data.stream import StreamedRows, open_corpus
-from dllm.data.tokens import TokenRows, open_rows
-from dllm.models.backbone import Backbone
+from dllm.data.tokens import open_rows
 from dllm.training.artifact import UNWRITABLE, Trained, check_free, is_finished, state_key, write_artifact, writing
 from dllm.training.devices import DATA_PARALLEL, StepNumbers, asked_dtype, devices_for, product_dtype
 from dllm.training.micro_batches import (
@@ -114,13 +114,13 @@ def train(
     workdir = Path(workdir)
     if not replace:
         check_free(config, workdir / "runs" / config.name)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = best_device(training=True)
     state = StateDirectory(workdir / ".work" / f"{config.name}-{state_key(config, workdir, device)}")
     accelerator = Accelerator(
         mixed_precision="no",  # `Devices` casts, in the same way wherever weights are
         log_with=tracker,
         project_dir=str(state.path),
-        cpu=not torch.accelerator.is_available(),  # without it, CPU ranks do not find each other
+        cpu=device.type == "cpu",  # without it, CPU ranks do not find each other
         kwargs_handlers=[DATA_PARALLEL],
     )
     check_world(accelerator)
@@ -139,25 +139,9 @@ def train(
 
 
 def _train(
-    config: RunConfig,
-    workdir: Path,
-    state: StateDirectory,
-    accelerator: Accelerator,
-    tracker: str | None,
-    quiet: bool,
+    config: RunConfig, workdir: Path, state: StateDirectory, accelerator: Accelerator, tracker: str | None, quiet: bool
 ) -> Path:
-    corpus = open_corpus(workdir / config.data_path)
-    test_rows = open_rows(workdir / config.data_path, "test")
-    train_rows = open_rows(workdir / config.data_path, "train") if corpus is None else test_rows  # a sample of them
-    backbone = start_of(config, workdir)
-    check_inputs(config, backbone, train_rows, workdir / config.init_path)
-    backbone = adapted(config, backbone, accelerator.device)
-    set_seed(config.seed)
-    plan = make_plan(config, corpus.rows if corpus else len(train_rows), accelerator.num_processes)
-    stream = None
-    if corpus is not None:
-        stream = StreamedRows(corpus, backbone.tokenizer, seed=config.seed, batch_size=config.global_batch_size)
-    run = _Run(config, plan, backbone, train_rows, test_rows, stream, accelerator, state)
+    run = _Run(config, workdir, accelerator, state)
     if tracker:
         accelerator.init_trackers("dllm", config={"run": config.name, "digest": digest(config)})
     run.fit(quiet=quiet)
@@ -178,25 +162,26 @@ def _train(
 class _Run:
     """One attempt at a run: prepared objects and the loop over steps."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        plan: Plan,
-        backbone: Backbone,
-        train_rows: TokenRows,
-        test_rows: TokenRows,
-        stream: StreamedRows | None,
-        accelerator: Accelerator,
-        state: StateDirectory,
-    ):
-        """stream: where the rows of training steps come from in place of files; its place is part of the state."""
-        self.config, self.plan, self.backbone, self.state = config, plan, backbone, state
-        self.accelerator, self.stream = accelerator, stream
+    def __init__(self, config: RunConfig, workdir: Path, accelerator: Accelerator, state: StateDirectory):
+        self.config, self.accelerator, self.state = config, accelerator, state
+        corpus = open_corpus(workdir / config.data_path)
+        test_rows = open_rows(workdir / config.data_path, "test")
+        train_rows = open_rows(workdir / config.data_path, "train") if corpus is None else test_rows  # a sample of them
+        backbone = start_of(config, workdir)
+        check_inputs(config, backbone, train_rows, workdir / config.init_path)
+        self.backbone = backbone = adapted(config, backbone, accelerator.device)
+        set_seed(config.seed)
+        self.plan = make_plan(config, corpus.rows if corpus else len(train_rows), accelerator.num_processes)
+        self.stream: StreamedRows | None = None
+        """Where the rows of training steps come from, if not from files; its place is part of the state."""
+        if corpus is not None:
+            size = config.global_batch_size
+            self.stream = StreamedRows(corpus, backbone.tokenizer, seed=config.seed, batch_size=size)
         self.objective = objective_of(config, backbone)
         check_budget(config, self.objective)
         end = response_end_of(config, train_rows, backbone)
         ids: dict[str, Any] = {"pad_id": backbone.pad_id, "mask_id": backbone.mask_id}
-        self.train_split = TrainingSplit(train_rows, self.objective, end, **ids, stream=stream)
+        self.train_split = TrainingSplit(train_rows, self.objective, end, **ids, stream=self.stream)
         # test responses end as training ones do, without the random extra blocks
         self.test_split = TrainingSplit(test_rows, self.objective, end and replace(end, extra_blocks=0), **ids)
         scores = scores_for(config, backbone)
@@ -209,6 +194,8 @@ class _Run:
         self.metrics = MetricsLog(state.path / "metrics.jsonl")
         self.layout = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
         self.parts: Iterator[MicroBatch] = iter(())
+        self._pins = accelerator.device.type == "cuda"
+        """Whether inputs go through page-locked memory."""
         self.tokens = 0
         self.started = time.perf_counter()
         self.wall_before = 0.0
@@ -287,11 +274,6 @@ class _Run:
     def _gradient_scale(self) -> int:
         """Data-parallel wrappers average gradients over ranks: undone where the denominator already counts them all."""
         return self.accelerator.num_processes if self.config.recipe.denominator == "global" else 1
-
-    @property
-    def _pins(self) -> bool:
-        """Whether inputs go through page-locked memory."""
-        return self.accelerator.device.type == "cuda"
 
     @torch.no_grad()
     def _evaluate(self, step: int, *, final: bool = False) -> None:
@@ -395,7 +377,7 @@ class _Run:
 
     def _checkpoint(self, step: int) -> None:
         """Write it, all processes together."""
-        scratch = self.state.path / f".step-{step}"
+        scratch = self.state.scratch(step)
         if self.accelerator.is_main_process:
             self.state.begin(step)
         self.accelerator.wait_for_everyone()
@@ -420,12 +402,8 @@ class _Run:
 
     def trained(self) -> Trained:
         """The run as its artifact takes it."""
-        numbers: dict[str, Any] = {
-            "wall_seconds": self.wall_seconds,
-            "tokens": self.tokens,
-            "parameters": self.parameters,
-        }
-        return Trained(self.config, self.backbone, self.devices, self.metrics.path, **numbers)
+        numbers = (self.wall_seconds, self.tokens, self.parameters)
+        return Trained(self.config, self.backbone, self.devices, self.metrics.path, *numbers)
 
     def _bar(self, first: int, quiet: bool):
         from tqdm import tqdm

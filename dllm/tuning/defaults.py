@@ -16,24 +16,27 @@ EPOCHS = ((5_000, 20.0), (20_000, 10.0), (200_000, 3.0), (math.inf, 1.0))
 """(training rows up to, passes over them)."""
 
 LEAST_STEPS, MOST_EPOCHS = 200, 100.0
-"""A handful of rows is passed over more often, until there are so many steps."""
+"""A small dataset is passed over more often, until there are `LEAST_STEPS` steps; `MOST_EPOCHS` passes at most."""
 
 BATCHES = ((20_000, 32), (100_000, 64), (math.inf, 128))
 """(training rows up to, rows per step)."""
 
 SHORT_ANSWER = 16
-"""Answers of so many tokens or fewer, in the median, are written in blocks of so many."""
+"""If the median answer has at most this number of tokens, blocks have this size."""
 
 LEAST_LENGTH, MOST_LENGTH = 128, 1024
 """A longest row that leaves a chat some room, and one that fits most devices; rows cost what they are long."""
 
 TEXT_LENGTH, LEAST_TEXT_ROWS = 256, 64
-"""Tokens of a row of text, fewer where there would not be so many rows."""
+"""Tokens of a row of text, and the least number of rows: with fewer, rows are made shorter."""
 
 KEPT = 0.98
 """Share of the conversations that are not cut."""
 
 MICRO_BATCH_TOKENS = 8192
+
+WISHED = ("length", "global_batch_size", "learning_rate", "epochs", "steps")
+"""Settings of a run that a user may state and that decide others."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from dllm.language_model import load
 from dllm.models.inferred import described, entry_settings, parameters
 from dllm.models.load import longest_row
 from dllm.models.tokenizers import load_tokenizer
-from dllm.provenance import file_lock, read_record
+from dllm.provenance import cores, file_lock, read_record
 from dllm.training.artifact import input_paths
 from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
@@ -78,13 +78,13 @@ class Tuning:
 
     @property
     def config(self) -> RunConfig:
-        """What the training is told."""
+        """The config of the training."""
         return run_configs(self.project)[self.run]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out row: what was asked, what stands in the data, and what the model says."""
+    """A held-out row: the question, the answer in the data, and the model's answer."""
 
     prompt: str
     reference: str
@@ -121,11 +121,10 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
         say(f"data     {source.name}: {len(source.rows):,} {source.said}")
     facts = facts_of(sources, load_tokenizer(directory, project.models[name]))
     positions = _positions(directory) - (1 if wishes.algorithm == "edit_flows" else 0)
-    chosen = defaults.run_settings(
-        facts, parameters=parameters(directory), positions=positions, wished=_known(wishes.run)
-    )
+    chosen = defaults.run_settings(facts, parameters=parameters(directory), positions=positions, wished=wishes.run)
     overlay["recipes"]["tune"]["block_size"] = wishes.block_size or defaults.block_size(facts, chosen["length"])
-    overlay["runs"][run] = settings | {"launch": _launch()} | chosen | _further(wishes.run)
+    further = {name: value for name, value in wishes.run.items() if name not in defaults.WISHED}
+    overlay["runs"][run] = settings | {"launch": _launch()} | chosen | further
     return Tuning(overlay, load_project(None, overlay), run, sources)
 
 
@@ -158,7 +157,7 @@ def examples(tuning: Tuning) -> list[Example]:
     sidecar = model.backbone.sidecar
     context = chat_context(sidecar, model.max_length)
     settings = chat_generation(sidecar, context)
-    asked: list[tuple[Any, str, str]] = []
+    chosen: list[tuple[Any, str, str]] = []
     for source in tuning.sources:
         for number, where in held_out(source, 8 * EXAMPLES):
             try:
@@ -166,10 +165,10 @@ def examples(tuning: Tuning) -> list[Example]:
                 fits = len(model.encode_prompt(prompt)) + settings.max_new_tokens <= context
             except ValueError:
                 continue  # it was dropped in training, too
-            if fits and len(asked) < EXAMPLES:
-                asked.append((prompt, shown, reference))
-    answers = model.generate([prompt for prompt, _, _ in asked], settings) if asked else []
-    return [Example(shown, ref, text.strip()) for (_, shown, ref), text in zip(asked, answers, strict=True)]
+            if fits and len(chosen) < EXAMPLES:
+                chosen.append((prompt, shown, reference))
+    answers = model.generate([prompt for prompt, _, _ in chosen], settings) if chosen else []
+    return [Example(shown, ref, text.strip()) for (_, shown, ref), text in zip(chosen, answers, strict=True)]
 
 
 @contextmanager
@@ -236,20 +235,10 @@ def _positions(directory: Path) -> int:
     return longest_row(config)
 
 
-def _known(run: dict[str, Any]) -> dict[str, Any]:
-    """The wishes that `defaults.run_settings` knows."""
-    names = ("length", "global_batch_size", "learning_rate", "epochs", "steps")
-    return {name: run[name] for name in names if name in run}
-
-
-def _further(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if name not in _known(run)}
-
-
 def _launch() -> str:
-    import torch
+    from dllm.core.devices import best_device
 
-    return "gpu" if torch.accelerator.is_available() else "cpu"
+    return "cpu" if best_device(training=True).type == "cpu" else "gpu"
 
 
 def _download(config: DownloadConfig, workdir: Path, say: Callable[[str], None]) -> None:
@@ -275,7 +264,7 @@ def _prepare(config: PrepareConfig, workdir: Path, say: Callable[[str], None], p
     if _is_made(target, digest(config), inputs, workdir) and _is_newer(target, [*inputs, config.model_path], workdir):
         return
     with file_lock(workdir / ".work" / "locks" / f"prepare-{config.name}"):
-        manifest = prepare(config, workdir, progress)
+        manifest = prepare(config, workdir, progress, cores())
     train, test = manifest["splits"]["train"], manifest["splits"]["test"]
     longest = f"the longest has {train['longest_row']} tokens"
     say(f"prepared {train['rows']:,} rows to train on, {longest}; {test['rows']:,} are held out")
@@ -305,7 +294,7 @@ def _is_newer(target: Path, inputs: list[str], workdir: Path) -> bool:
 
 
 def _question(source: Source, number: int, where: str) -> tuple[Any, str, str]:
-    """(prompt for the model, its words as shown, what stands in the data) of a row."""
+    """(prompt for the model, its words as shown, the answer in the data) of a row."""
     row = source.rows[number]
     if source.is_text:
         words = row["text"].split()

@@ -11,9 +11,7 @@ import numpy
 from dllm.config import DataPart
 from dllm.data.convert import kind_of_part, place_of, split_rows
 from dllm.data.formats import FileRows
-from dllm.data.prepare import Readable
-from dllm.models.literal_text import encode_marked
-from dllm.models.tokenizers import encode_text
+from dllm.data.shards import Readable, encoded
 from dllm.tuning.defaults import Facts
 
 SAMPLED = 2000
@@ -22,7 +20,7 @@ SAMPLED = 2000
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset: its entry and place, the kind of its rows, and what a user is told of them."""
+    """One dataset: its entry and place, the kind of its rows, and the line that tells a user about them."""
 
     part: DataPart
     rows: Any
@@ -58,32 +56,23 @@ def facts_of(sources: Sequence[Source], tokenizer) -> Facts:
     lengths: list[int] = []
     answers: list[int] = []
     usable = 0.0
-    unusable: list[str] = []
+    unusable: dict[int, str] = {}
     for source in sources:
         numbers = numpy.linspace(0, len(source.rows) - 1, min(SAMPLED, len(source.rows))).astype(int).tolist()
         part = source.part.model_copy(update={"entry": source.part.entry.model_copy(update={"drop_unusable": True})})
         readable = Readable(part, source.kind, source.rows, unusable)
-        if source.is_text:
-            sizes = [(0, len(ids) + 1) for ids in (encode_text(tokenizer, text) for text in readable.texts(numbers))]
-        else:
-            conversations = readable.conversations(numbers, tokenizer)
-            sizes = [_sizes(tokenizer, prompt, whole) for prompt, whole, _ in conversations]
+        passages = [passage for number in numbers if (passage := readable.passage(number, tokenizer))]
+        sizes = [(len(p), len(t) + source.is_text) for p, t in encoded(tokenizer, passages)]  # a text has an end
         usable += len(source.rows) * len(sizes) / max(1, len(numbers))
         answers += [answer for _, answer in sizes]
         lengths += [prompt + answer for prompt, answer in sizes]
     if not lengths or max(lengths) < 2:
-        raise ValueError(f"no row can be used: {unusable[0] if unusable else 'all are empty'}")
+        raise ValueError(f"no row can be used: {next(iter(unusable.values())) if unusable else 'all are empty'}")
     return Facts(round(usable), numpy.array(lengths), numpy.array(answers), sources[0].is_text)
 
 
 def held_out(source: Source, number: int) -> list[tuple[int, str]]:
     """Some rows that training never sees, spread over the held-out ones: (number of the row, its place)."""
     _, test, _, rows = split_rows(source.part)
-    chosen = numpy.linspace(0, len(test) - 1, min(number, len(test))).astype(int).tolist() if test else []
-    return [(test[i], place_of(source.part, rows, test[i])) for i in chosen]
-
-
-def _sizes(tokenizer, prompt: str, whole: str) -> tuple[int, int]:
-    """Tokens of a prompt and of its answer."""
-    tokens, answer = encode_marked(tokenizer, [prompt, whole[len(prompt) :]])
-    return len(tokens), len(answer)
+    chosen = numpy.linspace(0, max(0, len(test) - 1), min(number, len(test))).astype(int)
+    return [(row, place_of(source.part, rows, row)) for row in test[chosen].tolist()]

@@ -40,7 +40,7 @@ def workers(process: subprocess.Popen) -> list[int]:
 
 
 def until(condition) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # of a busy machine
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dllm.config import DataPart, DatasetEntry
-from dllm.data.convert import batched, messages_of, read_jsonl, read_rows, split_rows, text_of
+from dllm.data.convert import messages_of, read_rows, split_rows, text_of
 
 QUESTION, ANSWER = {"role": "user", "content": "who ?"}, {"role": "assistant", "content": "the cat"}
 SYSTEM = {"role": "system", "content": ""}
@@ -87,38 +87,29 @@ def test_a_text_may_be_empty_but_not_missing():
 def test_a_damaged_file_is_one_line_with_its_line_number(tmp_path, content, line):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.jsonl").write_text(content)
-    assert f"rows/train.jsonl{line}" in error_of(read_rows, part_of(tmp_path), "train")
-    assert "no such file; run the download again" in error_of(read_jsonl, tmp_path / "nothing.jsonl")
-
-
-def test_bytes_that_are_no_text_are_one_line(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff\xfe"}\n')
-    assert "rows.jsonl: not UTF-8" in error_of(read_jsonl, tmp_path / "rows.jsonl")
+    assert f"rows/train.jsonl{line}" in error_of(list, read_rows(part_of(tmp_path), "train"))
+    assert "no such file" in error_of(read_rows, part_of(tmp_path), "test")
 
 
 def test_a_share_is_held_out_where_there_is_no_test_split(tmp_path):
     write_rows(tmp_path / "rows" / "train.jsonl", [{"text": str(i)} for i in range(200)])
     train, test, train_rows, test_rows = split_rows(part_of(tmp_path, test_share=0.1))
-    assert sorted(train + test) == list(range(200)) and len(test) == 20 and train_rows is test_rows
+    assert sorted([*train, *test]) == list(range(200)) and len(test) == 20 and train_rows is test_rows
     again, others = (split_rows(part_of(tmp_path, test_share=0.1, split_seed=seed)) for seed in (42, 43))
-    assert again[:2] == (train, test) and others[1] != test
+    assert [a.tolist() for a in again[:2]] == [train.tolist(), test.tolist()] and others[1].tolist() != test.tolist()
     assert len(split_rows(part_of(tmp_path, test_share=0.0001))[1]) == 1, "a share is at least one row"
-    assert split_rows(part_of(tmp_path, test_share=0.0))[1] == []
+    assert len(split_rows(part_of(tmp_path, test_share=0.0))[1]) == 0
 
 
 def test_an_own_test_split_is_taken_whole(tmp_path):
     for split, size in (("train", 30), ("validation", 7)):
         write_rows(tmp_path / "rows" / f"{split}.jsonl", [{"text": split}] * size)
     train, test, train_rows, test_rows = split_rows(part_of(tmp_path, test_split="validation"))
-    assert sorted(train) == list(range(30)) and test == list(range(7))
+    assert sorted(train) == list(range(30)) and test.tolist() == list(range(7))
     assert train_rows[0] == {"text": "train"} and test_rows[0] == {"text": "validation"}
 
 
-def test_the_files_of_a_hub_repository_are_read_by_split(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+def test_the_files_of_a_hub_repository_are_read_by_split(tmp_path):
     repository = tmp_path / "repository"
     rows = {split: [{"text": f"{split} {i}"} for i in range(4)] for split in ("train", "test")}
     for split, content in rows.items():
@@ -131,9 +122,8 @@ def test_the_files_of_a_hub_repository_are_read_by_split(tmp_path, monkeypatch):
     assert "split 'validation' of 'toy' cannot be read" in line
 
 
-def test_another_number_of_rows_than_the_entry_says_is_one_line(tmp_path, monkeypatch):
+def test_another_number_of_rows_than_the_entry_says_is_one_line(tmp_path):
     """A card without configurations: the files of several languages would be joined without a word."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for name in ("data/words_test.jsonl", "data/words_test_de.jsonl"):
         write_rows(tmp_path / "snapshot" / name, [{"text": name}] * 3)
     pin = {"world": None, "hub": "a/b", "revision": "0" * 40}
@@ -143,33 +133,17 @@ def test_another_number_of_rows_than_the_entry_says_is_one_line(tmp_path, monkey
     assert "\n" not in str(error.value)
 
 
-def test_batches_of_row_numbers_are_consecutive_and_complete():
-    assert list(batched(list(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]] and list(batched([], 3)) == []
-
-
-@pytest.mark.parametrize(("files", "split"), [({"train.jsonl": ""}, "train"), ({"train.jsonl": "{"}, "train")])
-def test_a_file_of_a_snapshot_that_cannot_be_read_is_one_line(tmp_path, files, split, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    for name, content in files.items():
-        (tmp_path / "snapshot").mkdir()
-        (tmp_path / "snapshot" / name).write_text(content)
+@pytest.mark.parametrize(
+    ("content", "line"), [("", "its files are empty"), ("{", "train.jsonl:1: not JSON"), ("\0\xff", "UTF-8")]
+)
+def test_a_file_of_a_snapshot_that_cannot_be_read_is_one_line(tmp_path, content, line):
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train.jsonl").write_text(content, encoding="latin-1")
     part = part_of(tmp_path / "snapshot", world=None, hub="a/b", revision="0" * 40)
-    with pytest.raises(ValueError, match="cannot be read") as error:
-        read_rows(part, split)
-    assert "\n" not in str(error.value)
+    assert line in error_of(lambda: list(read_rows(part, "train")))
 
 
 def test_files_of_ones_own_hold_out_eight_rows_at_least_where_there_are_twice_as_many(tmp_path):
     for size, held_out in ((40, 8), (1000, 50), (10, 5), (3, 1)):
         write_rows(tmp_path / "files" / "a.jsonl", [{"text": str(i)} for i in range(size)])
         assert len(split_rows(part_of(tmp_path, world=None, files=["a.jsonl"]))[1]) == held_out
-
-
-def test_an_empty_file_of_a_hub_repository_is_one_line(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    write_rows(tmp_path / "repository" / "train.jsonl", [])
-    line = error_of(read_rows, part_of(tmp_path / "repository", world=None, hub="a/b", revision="0" * 40), "train")
-    assert "split 'train' of 'toy' cannot be read (StopIteration; a file may be empty)" in line

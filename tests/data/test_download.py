@@ -2,15 +2,18 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 
 import pytest
 
-from dllm.config import DatasetEntry, DownloadConfig, ModelEntry
-from dllm.data.download import download
+from dllm.config import DatasetEntry, DownloadConfig, ModelEntry, write_when_changed
+from dllm.data.download import download, store_of
 from dllm.models.load import load_backbone
 from dllm.provenance import directory_digest, file_digest, read_record
+from tests.hub_commands import ROOT, hub_environment
 from tests.loopback_hub import LoopbackHub
 from tests.stock import save_stock, stock_entry
 
@@ -30,14 +33,12 @@ for text in json.load(sys.stdin):
 
 def fetch(hub_url, workdir, configs):
     """What each download says, in a process of its own: the hub's address is read when its client is imported."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    environment |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(workdir / "hub-home"), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FETCH, str(workdir)],
         input=json.dumps([config.model_dump_json() for config in configs]),
         capture_output=True,
         text=True,
-        env=environment,
+        env=hub_environment(hub_url, workdir / "hub-home"),
         timeout=60,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -302,3 +303,59 @@ def test_only_the_files_of_the_configuration_are_fetched(tmp_path, monkeypatch):
     assert [p.parent.name for p in (tmp_path / "downloads/small/data").rglob("*.jsonl")] == ["small"]
     assert rows_of(tmp_path / "downloads/all", "all", "test", tmp_path) == [{"text": "all/test-0"}]
     assert "has no configuration 'none' (all, small); correct `config`" in told[2]
+
+
+def test_work_directories_side_by_side_fetch_a_file_once_whatever_happens_to_one_of_them(tmp_path):
+    """One is killed while it fetches, then two begin at once, and a damaged file of the store is fetched again."""
+    root, large = tmp_path / "served", 3 * 2**23
+    directory = root / "models/large/toy"
+    save_stock(root / "models/large", "bert").rename(directory)
+    (directory / "large.safetensors").write_bytes(random.Random(0).randbytes(large))
+    work = [tmp_path / name for name in ("killed", "one", "two")]
+    with LoopbackHub(root) as hub:
+        config = model_config("toy", "large/toy", hub.commit("models", "large/toy"))
+        path = write_when_changed(tmp_path / "toy.yaml", config)
+        environment = hub_environment(hub.url, tmp_path / "home")
+        del environment["HF_HOME"]
+
+        def begin(workdir):
+            command = [sys.executable, "-m", "dllm", "download", str(path), "--workdir", str(workdir)]
+            return subprocess.Popen(
+                command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+
+        killed = begin(work[0])
+        while killed.poll() is None and not list(tmp_path.glob("hub/models--large--toy/blobs/*")):
+            time.sleep(0.01)
+        killed.kill()
+        killed.communicate()
+        hub.requests.clear()
+        both = [begin(workdir) for workdir in work[1:]]
+        told = [process.communicate()[0].decode() for process in both]
+        assert [process.returncode for process in both] == [0, 0], told
+        asked = [path for method, path, _ in hub.requests if method == "GET" and path.endswith("large.safetensors")]
+        assert len(asked) <= 1
+        records = [(workdir / "downloads/toy.json").read_text() for workdir in work[1:]]
+        names = [workdir / "downloads/toy/large.safetensors" for workdir in work[1:]]
+        assert records[0] == records[1] and names[0].samefile(names[1])
+        assert not (work[1] / "downloads/toy/config.json").samefile(work[2] / "downloads/toy/config.json")
+        with open(names[0], "r+b") as file:  # as a failing disk does
+            file.write(b"damaged")
+        for status, said in ((2, "large.safetensors arrived damaged and was removed"), (0, "downloads/toy")):
+            again = begin(work[0])
+            text = again.communicate()[0].decode()
+            assert (again.returncode, said in text) == (status, True), text
+        assert (work[0] / "downloads/toy.json").read_text() == records[0]
+
+
+def test_where_the_store_is(tmp_path, monkeypatch):
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    assert store_of(tmp_path / "results/paper") == tmp_path / "results/hub"
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "results/linked").symlink_to(tmp_path / "scratch")
+    assert store_of(tmp_path / "results/linked") == tmp_path / "hub", "on the disk of the work directory"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert store_of(tmp_path / "results/paper") == tmp_path / "results/paper/.work/hub"
+    monkeypatch.setenv("HF_HOME", "/elsewhere")
+    assert store_of(tmp_path) is None

@@ -46,7 +46,17 @@ def error_of(call, *arguments) -> str:
     ["a.jsonl", "a.ndjson", "a.json", "a.parquet", "a.csv", "a.tsv", "a.jsonl.gz", "a.json.gz", "a.csv.gz", "A.JSONL"],
 )
 def test_every_format_gives_the_same_rows(tmp_path, name):
-    assert list(read_file(write(tmp_path / name))) == ROWS
+    rows = read_file(write(tmp_path / name))
+    assert list(rows) == ROWS and rows[0] == ROWS[0] and [rows[1], rows[1], rows[0]] == [ROWS[1], ROWS[1], ROWS[0]]
+
+
+def test_any_order_gives_the_rows_of_a_parquet_file_with_several_groups_and_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("dllm.data.formats.BLOCK_ROWS", 3)
+    rows = [{"text": str(i), "turns": [{"role": "user", "content": "a" * i}]} for i in range(40)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=17)
+    table = read_file(tmp_path / "a.parquet")
+    order = [*range(40), *range(39, -1, -1), 16, 17, 33, 34, 5]
+    assert [table[i] for i in order] == [rows[i] for i in order] and table[-1] == rows[-1]
 
 
 def test_the_configuration_knows_the_formats_that_are_read():
@@ -57,7 +67,7 @@ def test_the_configuration_knows_the_formats_that_are_read():
 def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path, text):
     lines = "\n\n".join(json.dumps(row) for row in ROWS)
     (tmp_path / "a.jsonl").write_text(text.replace("{rows}", lines), encoding="utf-8")
-    assert read_jsonl(tmp_path / "a.jsonl") == ROWS
+    assert list(read_jsonl(tmp_path / "a.jsonl")) == ROWS
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json"])
@@ -82,7 +92,7 @@ def test_a_json_file_may_hold_its_rows_under_a_name(tmp_path, content):
 
 def test_a_json_file_may_be_json_lines_in_truth(tmp_path):
     (tmp_path / "a.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert read_file(tmp_path / "a.json") == ROWS
+    assert list(read_file(tmp_path / "a.json")) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -93,6 +103,8 @@ def test_a_json_file_may_be_json_lines_in_truth(tmp_path):
         ("a.csv", b"prompt,response\n", "has no rows"),
         ("a.json", b"[]", "has no rows"),
         ("a.json", b"", "not JSON"),
+        ("a.json", b"[" * 100_000, "a.json:1: not JSON (nested too deeply"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: not JSON (Exceeds the limit"),
         ("a.json", b"3", "holds no rows; it needs a list of objects"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "a.jsonl:3: not JSON"),
         ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: not JSON"),
@@ -107,7 +119,7 @@ def test_a_json_file_may_be_json_lines_in_truth(tmp_path):
 )
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, content, line):
     (tmp_path / name).write_bytes(content)
-    message = error_of(read_file, tmp_path / name)
+    message = error_of(lambda: list(read_file(tmp_path / name)))
     assert message.startswith(str(tmp_path / name)) and line in message
 
 

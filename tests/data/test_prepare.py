@@ -2,17 +2,27 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dllm.config import DataPart, DatasetEntry, PrepareConfig
-from dllm.data import prepare as module
+from dllm.data import shards
 from dllm.data.prepare import prepare
 from dllm.data.tokens import open_rows
 from dllm.models.tokenizers import encode_chat, encode_text, load_tokenizer
 from dllm.provenance import read_record, write_record
 from tests.training.conftest import WORDS, entry_for, make_model
 
+ROOT = str(Path(__file__).parents[2])
 NOUNS = WORDS[:12]
 TEXTS = [" ".join(words) for words in itertools.product(NOUNS, NOUNS, NOUNS[:9])]
 """1296 different rows of three words: more than one chunk of the tokenizer."""
@@ -186,42 +196,196 @@ def test_the_same_config_gives_the_same_bytes(workdir):
     assert records[0] == records[1]
 
 
-def test_progress_is_shown_over_every_row_of_every_set_and_split(workdir):
-    shown = {}
+def in_shards(workdir, monkeypatch):
+    """A mixture of 11 shards with every way for a row to fall: unusable, too long, spelling, in both splits."""
+    monkeypatch.setattr(shards, "SHARD_ROWS", 15)
+    rows = [{"instruction": f"who {text} ?", "input": "", "output": text} for text in TEXTS[:100]]
+    rows[7]["output"] = rows[40]["output"] = ""
+    rows[41]["output"] = "the cat [/Answer]"
+    rows[42]["instruction"] = "the cat " * 20
+    one = add_dataset(workdir, "one", {"train": rows}, kind="alpaca", drop_unusable=True, test_share=0.2)
+    return config_of(one, answers(workdir, "two", TEXTS[100:150]), length=24, split="overlapping")
 
-    def progress(rows, text):
-        shown[text] = len(rows)
-        yield from rows
 
-    prepare(config_of(answers(workdir)), workdir, progress)
-    assert shown == {"answers train": 86, "answers test": 4}
+def plainly(config, workdir, tokenizer):
+    """The token files as bytes by name, made in the plainest way: row after row, in one process."""
+    lines = {part.name: (workdir / part.path / "rows/train.jsonl").read_text().splitlines() for part in config.parts}
+    made = {}
+    for split in ("train", "test"):
+        tokens, lengths, prompts = [], [], []
+        for part in config.parts:
+            rows = [json.loads(line) for line in lines[part.name]]
+            order = numpy.random.Generator(numpy.random.Philox(42)).permutation(len(rows))
+            test = sorted(order[: round(len(rows) * part.entry.test_share)])
+            for number in range(len(rows)) if split == "train" else test:
+                if rows[number]["output"]:
+                    user = {"role": "user", "content": rows[number]["instruction"]}
+                    answer = {"role": "assistant", "content": rows[number]["output"]}
+                    prompt = encode_chat(tokenizer, [user], add_generation_prompt=True)
+                    whole = encode_chat(tokenizer, [user, answer], add_generation_prompt=False)[: config.length]
+                    if len(prompt) < config.length:
+                        tokens, lengths, prompts = tokens + whole, [*lengths, len(whole)], [*prompts, len(prompt)]
+        made[f"{split}.tokens.bin"] = numpy.array(tokens, dtype=numpy.uint16).tobytes()
+        made[f"{split}.lengths"], made[f"{split}.prompts"] = lengths, prompts
+    return made
 
 
-def test_nothing_is_visible_after_a_failure_in_the_middle(workdir, monkeypatch):
-    config = config_of(answers(workdir))
-    calls = []
+def written(workdir, name="prepared"):
+    """What `plainly` makes, as it was written."""
+    made = {}
+    for split in ("train", "test"):
+        rows = open_rows(workdir / "data" / name, split)
+        made[f"{split}.tokens.bin"] = (workdir / "data" / name / f"{split}.tokens.bin").read_bytes()
+        made[f"{split}.lengths"], made[f"{split}.prompts"] = rows.lengths.tolist(), rows.prompts.tolist()
+    return made
 
-    def fails(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*arguments)
 
-    original = module._write_conversations
-    monkeypatch.setattr(module, "_write_conversations", fails)
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("shard_rows", [7, 1000])
+def test_shards_one_after_another_are_what_the_plainest_way_makes(workdir, tokenizer, monkeypatch, shard_rows):
+    config = in_shards(workdir, monkeypatch)
+    monkeypatch.setattr(shards, "SHARD_ROWS", shard_rows)
+    monkeypatch.setattr(shards, "BATCH_ROWS", 4)
+    shown = []
+    manifest = prepare(config, workdir, lambda done, total: shown.append((done, total)))
+    assert written(workdir) == plainly(config, workdir, tokenizer)
+    assert manifest["unusable"]["first"].startswith("one row 7: empty text")
+    assert shown[0] == (0, 150) and shown[-1] == (150, 150) and shown == sorted(shown)
+    assert len(shown) == 1 + sum(-(-rows // shard_rows) for rows in (100, 50))
+
+
+def test_text_of_many_shards_is_cut_where_text_of_one_is(workdir, monkeypatch):
+    config, records = config_of(texts(workdir), length=7), []
+    for rows in (1000, 13):
+        monkeypatch.setattr(shards, "SHARD_ROWS", rows)
         prepare(config, workdir)
-    assert not (workdir / "data/prepared").exists() and not (workdir / "data/prepared.json").exists()
-    monkeypatch.undo()
-    prepare(config, workdir)
-    assert [p.name for p in (workdir / "data").iterdir() if p.is_dir()] == ["prepared"], "what was half done is gone"
+        records.append((workdir / "data/prepared.json").read_bytes())
+    assert records[0] == records[1]
+
+
+def is_at(place, directory):
+    """Whether a process is in a directory, by its link in /proc."""
+    try:
+        return place.readlink() == directory
+    except OSError:  # it has ended, or is another user's
+        return False
+
+
+@pytest.mark.slow
+def test_a_killed_preparation_goes_on_to_the_bytes_of_one_that_was_not_and_leaves_no_process(workdir, monkeypatch):
+    """One process is killed with two shards made, two processes when there are four or more, and one makes the rest."""
+    config = in_shards(workdir, monkeypatch)
+    code = (
+        "import os, signal, sys, yaml\nfrom dllm.config import PrepareConfig\nfrom dllm.data import prepare, shards\n"
+        "shards.SHARD_ROWS = 15\n"
+        "config = PrepareConfig.model_validate(yaml.safe_load(open('config.yaml')))\n"
+        "stop, processes = int(sys.argv[1]), int(sys.argv[2])\n"
+        "def progress(done, total):\n"
+        "    print(done, total, flush=True)\n"
+        "    done >= stop and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "prepare.prepare(config, '.', progress, processes)"
+    )
+    (workdir / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+
+    def attempt(stop, processes):
+        command = [sys.executable, "-c", code, str(stop), str(processes)]
+        done = subprocess.run(
+            command, cwd=workdir, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT}
+        )
+        return done.returncode, [int(line.split()[0]) for line in done.stdout.splitlines()]
+
+    assert attempt(30, 1) == (-signal.SIGKILL, [0, 15, 30])
+    assert not (workdir / "data/prepared").exists()
+    (workdir / "data/.prepared.partial/000001/train.tokens.bin").write_bytes(b"torn")
+    status, seen = attempt(60, 2)
+    assert status == -signal.SIGKILL and seen[0] == 15, "the torn shard is made again"
+    deadline = time.monotonic() + 30
+    while any(is_at(place, workdir) for place in Path("/proc").glob("[0-9]*/cwd")):
+        assert time.monotonic() < deadline, "a process of the killed attempt is still there"
+    shown, records = [], []
+    for _ in range(2):
+        prepare(config, workdir, lambda done, total: shown.append(done))
+        assert [path.name for path in (workdir / "data").iterdir() if path.is_dir()] == ["prepared"]
+        records.append((workdir / "data/prepared.json").read_bytes())
+    assert (
+        shown[0] >= 60
+        and shown[-12:] == [0, 15, 30, 45, 60, 75, 90, 100, 115, 130, 145, 150]
+        and records[0] == records[1]
+    )
+
+
+@pytest.mark.parametrize("change", ["length", "tokenizer"])
+def test_shards_of_another_job_are_not_used(workdir, monkeypatch, change):
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    config = in_shards(workdir, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, workdir, stop)
+    if change == "length":
+        config = config.model_copy(update={"length": 20})
+    else:
+        path = workdir / "downloads/toy-model/tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"note": 1}))
+    shown = []
+    prepare(config, workdir, lambda done, total: shown.append(done))
+    assert shown[0] == 0
+
+
+class Killed(shards.Tokenizing):
+    """Its processes are killed at their first shard."""
+
+    def make(self, shard):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_one_line(workdir):
+    config, numbers = config_of(answers(workdir)), numpy.arange(9)
+    two = shards.shards_of(0, numbers, numbers, one_source=False)
+    with pytest.raises(ValueError, match="prepared: one of 2 processes was killed, .*run again") as caught:
+        list(shards._each_made(Killed(config, workdir, workdir, [], []), two, 2))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the peak memory as Linux states it")
+@pytest.mark.parametrize("name", ["mine.parquet", "mine.jsonl"])
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(workdir, name):
+    """50 MB of texts, in parquet one row group that cannot be packed smaller: 20 MB more than with 5 are too many."""
+    code = (
+        "import sys, yaml\nfrom pathlib import Path\nfrom dllm.config import PrepareConfig\n"
+        "from dllm.data.prepare import prepare\n"
+        "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024\n"
+        "for name in ('small', 'large'):\n"
+        "    prepare(PrepareConfig.model_validate(yaml.safe_load(open(f'{name}.yaml'))))\n"
+        "    print(peak())"
+    )
+    random = numpy.random.default_rng(0)
+    letters = [random.integers(97, 123, 5000, dtype=numpy.uint8).tobytes().decode() for _ in range(10_000)]
+    for size, rows in (("small", letters[:1000]), ("large", letters)):
+        (workdir / "downloads" / size / "files").mkdir(parents=True)
+        path = workdir / "downloads" / size / "files" / name
+        if name.endswith("parquet"):
+            pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
+        else:
+            json_lines = (json.dumps({"text": row}) for row in rows)
+            path.write_text("\n".join(["text", *rows] if name.endswith("csv") else json_lines))
+        write_record(path.parent.parent, kind="dataset", name=size, config_digest="", inputs={})
+        part = DataPart(name=size, path=f"downloads/{size}", entry=DatasetEntry(files=[name]))
+        config = config_of(part, name=size, length=2)
+        (workdir / f"{size}.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=workdir, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stderr
+    small, large = map(float, done.stdout.split())
+    assert large - small < 20
 
 
 def test_a_failure_leaves_the_finished_artifact_alone(workdir, monkeypatch):
     config = config_of(answers(workdir))
     prepare(config, workdir)
     before = (rows_in(workdir, "train"), read_record(workdir / "data/prepared.json"))
-    monkeypatch.setattr(module, "_write_conversations", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(shards, "settle", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         prepare(config, workdir)
     assert (rows_in(workdir, "train"), read_record(workdir / "data/prepared.json")) == before
@@ -283,7 +447,7 @@ def test_a_chat_template_that_does_not_continue_its_prompt_is_one_line(workdir, 
 def test_missing_inputs_are_one_line(workdir):
     part = answers(workdir)
     (workdir / "downloads/answers/rows/train.jsonl").unlink()
-    with pytest.raises(ValueError, match="rows/train.jsonl: no such file; run the download again"):
+    with pytest.raises(ValueError, match="rows/train.jsonl: no such file"):
         prepare(config_of(part), workdir)
     (workdir / "downloads/toy-model/tokenizer.json").unlink()
     with pytest.raises(ValueError, match="downloads/toy-model: no tokenizer there"):
@@ -332,14 +496,14 @@ def test_a_conversation_that_cannot_be_written_is_named_or_dropped_and_counted(
     workdir, monkeypatch, template, bad, line
 ):
     if template:
-        load = module.load_tokenizer
+        load = shards.load_tokenizer
 
         def with_template(*arguments):
             tokenizer = load(*arguments)
             tokenizer.chat_template = template
             return tokenizer
 
-        monkeypatch.setattr(module, "load_tokenizer", with_template)
+        monkeypatch.setattr(shards, "load_tokenizer", with_template)
     rows = {"train": [{"messages": bad}, *[{"messages": [USER, REPLY]}] * 30]}
     part = add_dataset(workdir, "chats", rows, kind="messages")
     with pytest.raises(ValueError, match=line) as error:

@@ -28,6 +28,19 @@ def test_rows_come_back_as_they_were_written(tmp_path, vocab_size, dtype):
     assert [rows.row(i).tolist() for i in range(4)] == [tokens for tokens, _ in ROWS]
 
 
+def test_rows_may_be_appended_many_at_a_time(tmp_path):
+    for directory in (tmp_path / "one", tmp_path / "many"):
+        directory.mkdir()
+    write(tmp_path / "one")
+    rows = open_rows(tmp_path / "one", "train")
+    writer = TokenWriter(tmp_path / "many", "train", 2**16)
+    writer.add(*ROWS[0])
+    writer.extend(rows.tokens[3:], rows.lengths[1:], rows.prompts[1:])
+    writer.close()
+    for path in (tmp_path / "many").iterdir():
+        assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes()
+
+
 def test_tokens_are_mapped_from_disk_and_cannot_be_written(tmp_path):
     write(tmp_path)
     rows = open_rows(tmp_path, "train")

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from dllm.cli import evaluate as command
+from dllm.cli.progress import ProgressLine
 from dllm.config import write_when_changed
 
 from .echo import evaluation
@@ -75,10 +76,19 @@ def test_the_work_directory_is_above_configs(tmp_path):
 
 def test_without_a_terminal_progress_is_a_line_per_tenth():
     stream = io.StringIO()
-    progress = command.ProgressLine("a b", stream)
+    progress = ProgressLine("a b", "answer", stream)
     for answered in (0, 5, 10, 11, 100):
         progress(answered, 100)
     assert stream.getvalue() == "a b: 10 of 100 answers\na b: 100 of 100 answers\n"
+
+
+def test_progress_says_speed_and_time_left_from_where_this_attempt_began(monkeypatch):
+    clock, stream = iter((0, 0, 10, 80)), io.StringIO()
+    monkeypatch.setattr("dllm.cli.progress.time.monotonic", lambda: next(clock))
+    progress = ProgressLine("a b", "row", stream)
+    for done in (4000, 4500, 4800):  # the last is no tenth, but a minute later
+        progress(done, 8000)
+    assert stream.getvalue().splitlines()[1:] == ["a b: 4,800 of 8,000 rows, 10 a second, 5 min left"]
 
 
 def test_help_and_settings_load_neither_torch_nor_lm_eval():

@@ -74,7 +74,7 @@ def test_a_published_shape_has_the_parameters_of_its_class_and_of_the_entry(name
 @pytest.mark.parametrize("name", LAPTOP)
 def test_a_new_models_shape_has_the_parameters_of_the_model_that_is_made(name):
     entry = LAPTOP[name]
-    shape = shape_of(entry, vocabulary=896)
+    shape = shape_of(entry).model_copy(update={"vocabulary": 896})
     config = AutoConfig.for_model(**{**entry.new, "vocab_size": 896, "pad_token_id": 0})
     with torch.device("meta"):
         auto = AutoModelForMaskedLM if entry.family == "encoder" else AutoModelForCausalLM

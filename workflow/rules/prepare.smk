@@ -2,6 +2,7 @@
 #
 # reads    configs/data/<name>.yaml, the downloads it names
 # writes   data/<name>/ (token files, manifest.json) and its record data/<name>.json
+# resumes  from the finished shards in data/.<name>.partial, which no rule declares
 
 
 rule prepare:
@@ -14,6 +15,7 @@ rule prepare:
         "logs/prepare/{name}.log",
     benchmark:
         "benchmarks/prepare/{name}.tsv"
+    threads: lambda wildcards: PLAN.resources("prepare", wildcards.name)["cpus_per_task"]
     resources:
         **PLAN.requests("prepare"),
     params:
@@ -21,4 +23,4 @@ rule prepare:
     message:
         "Prepare {wildcards.name}."
     shell:
-        "{params.fetch}HF_HUB_OFFLINE=1 dllm prepare {input.config:q} &> {log:q}"
+        "{params.fetch}HF_HUB_OFFLINE=1 dllm prepare --processes {threads} {input.config:q} &> {log:q}"
