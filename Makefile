@@ -1,3 +1,4 @@
+# make first    a model that answers, in a minute        make quick  the tests of the inner loop, in less than a minute
 # make report   the laptop report, from nothing          make test   every test
 # make lint     formatters, linters and types            make chat   talk to the laptop's chat model
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
@@ -21,8 +22,13 @@ $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
   $(if $(filter-out $(abspath $(dir $(stamp))),$(shell cat $(stamp) 2>/dev/null)),$(shell rm -f $(stamp))))
 export PATH := $(abspath $(BIN)):$(PATH)
 
+MADE := results/laptop/downloads
+# neither Slurm nor other processes, and no model of more than toy size
+QUICK := $(addprefix tests/,core objectives planning sampling synthetic) \
+  $(patsubst %,tests/test_%.py,algorithms config house schedules)
+
 .DEFAULT_GOAL := report
-.PHONY: report showcase systems test bench lint docs chat plan smoke small one-gpu clean install dvc unlock
+.PHONY: first report showcase systems test quick bench lint docs chat plan smoke small one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -53,6 +59,12 @@ dvc: .venv-dvc/.installed
 	  --requirement envs/dvc.txt
 	@printf %s "$(abspath .venv-dvc)" > $@
 
+first: $(INSTALLED)
+	@echo "Making a small world and an untrained model: some seconds."
+	@$(BIN)/snakemake --cores $(CORES) --quiet all -- downloads/pocket-world.json downloads/modernbert-base-untrained.json
+	@OMP_NUM_THREADS=1 $(BIN)/dllm tune $(MADE)/modernbert-base-untrained $(MADE)/pocket-world/smoltalk/train.jsonl \
+	  --steps 400 --learning-rate 0.003 --output results/first
+
 report: $(INSTALLED)
 	@$(call run,laptop)
 	@echo "The report: $(abspath results/laptop/report/index.html)"
@@ -64,6 +76,9 @@ showcase: $(INSTALLED)
 systems: $(INSTALLED)
 	@$(call run,systems,--configfile config/laptop.yaml config/systems.yaml)
 	@echo "The comparison: $(abspath results/systems/report/index.html)"
+
+quick: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(QUICK)
 
 test: $(INSTALLED) dvc
 	$(BIN)/python -m pytest
@@ -116,4 +131,4 @@ unlock: $(INSTALLED)
 	  $(BIN)/snakemake --unlock --quiet all --configfile config/$$configs; done
 
 clean:
-	rm -rf results/laptop
+	rm -rf results/laptop results/first

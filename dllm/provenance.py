@@ -170,11 +170,20 @@ def input_digest(directory: str | Path) -> str:
     The workflow cannot help here: while the record is there, it believes that the artifact is, too.
     """
     digest = read_record(f"{directory}.json")["digest"]
-    if not Path(directory).is_dir():
-        raise ValueError(
-            f"{directory}: missing, although its record is there; delete {directory}.json and run the workflow again"
-        )
+    if not any(Path(directory).glob("*")):
+        raise ValueError(f"{directory}: missing, {how_to_make(directory)}")
     return digest
+
+
+def how_to_make(path: str | Path, otherwise: str = "run the workflow so that it makes it") -> str:
+    """The next step for a file or directory of a work directory that is gone, whose record may still be there.
+
+    otherwise: what is to be done where there is no record.
+    """
+    for place in (Path(path), *Path(path).parents):
+        if place.parent.name in ("downloads", "data", "runs") and Path(f"{place}.json").is_file():
+            return f"although its record is there; delete {place}.json and run the workflow again"
+    return otherwise
 
 
 @cache

@@ -1,9 +1,11 @@
 """What is checked before a commit and on a push is what `make lint` and .ci/run check."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import yaml
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,4 +28,9 @@ def test_the_workflow_of_github_runs_the_same_script_as_everybody():
     (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     assert job["timeout-minutes"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = job["strategy"]["matrix"]["python"]
+    allowed = SpecifierSet(project["requires-python"])
+    assert versions == [*allowed.filter(f"3.{number}" for number in range(30))]
+    assert "${{ matrix.python }}" in [step.get("with", {}).get("python-version") for step in job["steps"]]
     assert (ROOT / ".ci/run").stat().st_mode & 0o111

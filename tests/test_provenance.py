@@ -15,6 +15,7 @@ from dllm.provenance import (
     collect,
     directory_digest,
     file_digest,
+    how_to_make,
     input_digest,
     read_record,
     replace_directory,
@@ -130,13 +131,17 @@ def test_a_missing_or_damaged_record_is_one_line(tmp_path):
 
 
 def test_an_artifact_that_is_gone_while_its_record_is_there_names_the_record_to_delete(tmp_path):
-    target = fill(tmp_path / "x", FILES)
+    target = fill(tmp_path / "data" / "x", FILES)
     record = write_record(target, kind="data", name="x", config_digest="c", inputs={})
     assert input_digest(target) == record["digest"]
     shutil.rmtree(target)
     with pytest.raises(ValueError, match="x: missing, although its record is there; delete .*x.json and run") as caught:
         input_digest(target)
     assert "\n" not in str(caught.value)
+
+    for inside in (target / "train.tokens.bin", target / "deep" / "er"):
+        assert how_to_make(inside) == f"although its record is there; delete {target}.json and run the workflow again"
+    assert how_to_make(tmp_path / "data" / "y") == "run the workflow so that it makes it"
 
 
 def test_provenance_names_commit_versions_hardware_and_time():

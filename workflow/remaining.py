@@ -29,7 +29,7 @@ class Remaining(logging.Handler):
         if self.seconds and now - self.said >= SAID_EVERY:
             self.said = now
             ended = self.jobs - len(self.seconds)
-            print(f"{ended} of {self.jobs} jobs done, about {duration(self.left(now))} left", file=sys.stderr)
+            print(f"Jobs done: {ended} of {self.jobs}, about {duration(self.left(now))} left", file=sys.stderr)
 
     def left(self, now: float) -> float:
         """Seconds to go: as planned until a tenth is done, then at the speed so far."""
@@ -51,5 +51,5 @@ def say_remaining(workflow, plan) -> None:
             seconds[job.jobid] = plan.costs.jobs[name].cost.seconds
     if seconds:
         found = Remaining(seconds, workflow.cores)
-        print(f"{len(seconds)} jobs, planned to take {duration(found.left(found.started))}", file=sys.stderr)
+        print(f"Jobs: {len(seconds)}, planned to take {duration(found.left(found.started))}", file=sys.stderr)
         logging.getLogger("snakemake.logging").addHandler(found)

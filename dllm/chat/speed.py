@@ -17,6 +17,7 @@ from dllm.chat.session import check_steps
 from dllm.choices import parallel_rules
 from dllm.config import GenerateSettings, SpeedConfig, overlaid
 from dllm.language_model import Answer, DiffusionLM
+from dllm.provenance import how_to_make
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -57,7 +58,7 @@ def read_questions(path: str | Path, pattern: str, limit: int) -> list[Question]
     path, expression = Path(path), _expression(pattern)
     files = sorted(Path(name) for name in glob.glob(str(path))) if "*" in str(path) else [path]
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{path}: no such file of questions; fetch or make its dataset first")
+        raise ValueError(f"{path}: no such file of questions, {how_to_make(path)}")
     questions: list[Question] = []
     rows = ((source, number, line) for source in files for number, line in enumerate(_lines(source), 1))
     for file, number, line in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm.choices import REVEAL_RULES, parallel_rules
@@ -97,6 +98,16 @@ def with_options(settings: GenerateSettings, args: argparse.Namespace, sidecar: 
         check_block(args.block_size, sidecar or {}, f"--block-size {args.block_size}")
     check_steps(settings)
     return settings
+
+
+def open_recorded(workdir: str | Path, checkpoint: str, device: str | None) -> DiffusionLM:
+    """The model of a checkpoint in a work directory. Raises ValueError, one line, if it is gone."""
+    from dllm.provenance import how_to_make
+
+    path = Path(workdir) / checkpoint
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: no checkpoint there, {how_to_make(path)}")
+    return open_model(str(path), device)
 
 
 def open_model(checkpoint: str, device: str | None) -> DiffusionLM:

@@ -7,7 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from dllm.cli.generation import add_device_argument, add_generation_arguments, open_model, with_options
+from dllm.cli.generation import (
+    add_device_argument,
+    add_generation_arguments,
+    open_model,
+    open_recorded,
+    with_options,
+)
 
 HELP = "answer prompts, edit a text, or write the report's conversations and filmstrip"
 EXAMPLES = """examples:
@@ -151,7 +157,7 @@ def _write_configured(args: argparse.Namespace) -> int:
     config = read_config(args.config, SampleConfig)
     config = config.model_copy(update={"generation": with_options(config.generation, args)})
     output = args.output or Path(args.workdir) / "samples" / f"{config.run}.json"
-    return _write(open_model(str(Path(args.workdir) / config.checkpoint), args.device), config, output)
+    return _write(open_recorded(args.workdir, config.checkpoint, args.device), config, output)
 
 
 def _write(model, config, output) -> int:

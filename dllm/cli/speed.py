@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dllm.cli.generation import add_device_argument, open_model
+from dllm.cli.generation import add_device_argument, open_recorded
 
 HELP = "measure denoising steps and decoding options against seconds and quality"
 EXAMPLES = """examples:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     decoding_plans(config)
     questions = read_questions(workdir / config.questions, config.answer, config.limit)
-    model = open_model(str(workdir / config.checkpoint), args.device)
+    model = open_recorded(workdir, config.checkpoint, args.device)
     points, options = [], []
     for measurement in measure(model, config, questions):
         points.append({"steps": int(measurement.name), "metric": METRIC} | measured(measurement))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy
 
+from dllm.provenance import how_to_make
+
 
 def row_dtype(vocab_size: int) -> type:
     """The smallest unsigned type that holds every token id."""
@@ -95,5 +97,5 @@ def open_rows(directory: str | Path, split: str) -> TokenRows:
             numpy.memmap(path, dtype=counts["dtype"], mode="r") if counts["tokens"] else numpy.zeros(0, counts["dtype"])
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        raise ValueError(f"{directory}: no usable split {split!r} ({error}); prepare the data again") from None
+        raise ValueError(f"{directory}: no usable split {split!r} ({error}), {how_to_make(directory)}") from None
     return TokenRows(tokens, offsets, prompts)

@@ -31,7 +31,7 @@ from dllm.evaluation.task_files import (
     task_versions,
 )
 from dllm.models.literal_text import unmarked
-from dllm.provenance import collect, file_digest, versions, write_atomically
+from dllm.provenance import collect, file_digest, how_to_make, versions, write_atomically
 
 if TYPE_CHECKING:
     from dllm.evaluation.stored import Answerer, Progress, StoredLM
@@ -404,6 +404,6 @@ def _check_checkpoint(config: EvaluationConfig, workdir: Path) -> None:
     checkpoint = workdir / config.checkpoint
     if not (checkpoint / "config.json").is_file():
         raise ValueError(
-            f"{config.run}: checkpoint = {config.checkpoint!r} is not in {workdir} (no config.json); "
-            "train or fetch it first"
+            f"{config.run}: checkpoint = {config.checkpoint!r} is not in {workdir} (no config.json), "
+            f"{how_to_make(checkpoint)}"
         )

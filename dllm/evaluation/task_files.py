@@ -22,7 +22,7 @@ from typing import Any
 
 from dllm.config import EvaluationConfig, did_you_mean, digest
 from dllm.evaluation.code_tasks import metric_names, sandboxed_scoring, scored_by_programs
-from dllm.provenance import directory_digest
+from dllm.provenance import directory_digest, how_to_make
 
 OURS = Path(__file__).parent / "tasks"
 STOCK_DIRECTORIES = {
@@ -54,7 +54,7 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
     workdir = Path(workdir)
     data = workdir / config.data if config.data else None
     if data is not None and not data.is_dir():
-        raise ValueError(f"{config.benchmark}: data = {config.data!r} is not a directory in {workdir}; fetch it first")
+        raise ValueError(f"{config.benchmark}: data = {config.data!r} is not in {workdir}, {how_to_make(data)}")
     datasets.disable_progress_bars()
     # our files override lm-eval's on purpose: 70 lines of a log that say nothing
     logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)

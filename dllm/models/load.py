@@ -32,6 +32,7 @@ from dllm.models.published import (
 )
 from dllm.models.self_tests import head_is_whole, is_bidirectional
 from dllm.models.tokenizers import chat_template, read_tokenizer, set_up_tokenizer
+from dllm.provenance import how_to_make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -307,7 +308,8 @@ def stock_config_of(directory: Path, published: Family | None):
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if not (directory / "config.json").exists():
-        raise ValueError(f"{directory}: no config.json; this is not a checkpoint directory")
+        step = how_to_make(directory, "so this is not a checkpoint directory")
+        raise ValueError(f"{directory}: no config.json, {step}")
     if not any((directory / name).exists() for name in WEIGHTS):
         raise ValueError(f"{directory}: no weights ({WEIGHTS[0]}); the checkpoint is incomplete: make it again")
     raw = published_config(directory)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dllm.config import ModelEntry
 from dllm.models.literal_text import all_marked, check_text, encode_marked, literal_messages
 from dllm.models.published import SIDECAR, family_of
+from dllm.provenance import how_to_make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,8 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         # transformers would make one up from config.json, without any words
-        raise ValueError(f"{path}: no tokenizer there ({TOKENIZER_FILES[0]}); fetch or train the checkpoint again")
+        step = how_to_make(path, "fetch or train the checkpoint again")
+        raise ValueError(f"{path}: no tokenizer there ({TOKENIZER_FILES[0]}), {step}")
     family = family_of(path)
     # AutoTokenizer goes by the model's type, and would read the plain tokenizer of a Qwen2 as if it were Qwen2's own
     kind = "PreTrainedTokenizerFast" if _is_plain(Path(path)) else family.tokenizer if family else "AutoTokenizer"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from dllm.numbers import wilson_interval
+from dllm.provenance import how_to_make
 from dllm.report.plan import FEW_STEPS, ReportPlan
 from dllm.report.statistics import Estimate, against_chance
 
@@ -19,7 +20,7 @@ def read_text(workdir: Path, path: str, rule: str) -> str:
     """Text of one file. Raises ValueError with the file and the rule that makes it if the file is missing."""
     file = Path(workdir) / path
     if not file.is_file():
-        raise ValueError(f"{path} is missing in {workdir}; rule {rule!r} makes it; run the workflow up to that file.")
+        raise ValueError(f"{path} is missing in {workdir}; rule {rule!r} makes it: {how_to_make(file)}")
     return file.read_text(encoding="utf-8")
 
 
@@ -160,13 +161,14 @@ def final_losses(workdir: Path, entries) -> pd.DataFrame:
         metrics = read_metrics(workdir, entry.run)
         train, evaluation = final_train_loss(metrics), final_eval_loss(metrics)
         first = split_of(metrics, "eval").iloc[0]
+        steps = int(metrics["step"].max())
         rows.append(
             {
                 "label": entry.label,
                 "recipe": entry.recipe,
                 "run": entry.run,
-                "steps": int(metrics["step"].max()),
-                "truncated": entry.truncated or int(metrics["step"].max()) < FEW_STEPS,
+                "steps": steps,
+                "truncated": entry.truncated or steps < FEW_STEPS,
                 "tokens": _number(metrics["tokens"].max()),
                 "train_loss": train.value,
                 "train_standard_error": train.standard_error,

@@ -188,25 +188,22 @@ def _named(plan: ReportPlan, runs: tuple[str, ...]) -> tuple[str, ...]:
 
 def _run_rows(workdir: Path, plan: ReportPlan) -> list[dict]:
     """The runs of the provenance table, ready to print."""
-    rows = trace(workdir, plan)
-    shown = []
-    for row in rows.itertuples():
-        shown.append(
-            {
-                "kind": row.kind,
-                "run": row.run,
-                "benchmark": row.benchmark,
-                "seed": _plain(row.seed),
-                "commit": _short(row.commit, 8) + (" + changes" if row.dirty is True else ""),
-                "config": _short(row.config_digest),
-                "data": _short(row.data_digest),
-                "hardware": ", ".join(part for part in (_plain(row.hardware), _plain(row.device)) if part != ABSENT),
-                "wall": duration(row.wall_seconds),
-                "tokens": quantity(row.tokens),
-                "parameters": quantity(row.parameters),
-            }
-        )
-    return shown
+    return [
+        {
+            "kind": row.kind,
+            "run": row.run,
+            "benchmark": row.benchmark,
+            "seed": _plain(row.seed),
+            "commit": _short(row.commit, 8) + (" + changes" if row.dirty is True else ""),
+            "config": _short(row.config_digest),
+            "data": _short(row.data_digest),
+            "hardware": ", ".join(part for part in (_plain(row.hardware), _plain(row.device)) if part != ABSENT),
+            "wall": duration(row.wall_seconds),
+            "tokens": quantity(row.tokens),
+            "parameters": quantity(row.parameters),
+        }
+        for row in trace(workdir, plan).itertuples()
+    ]
 
 
 def _plain(value) -> str:

@@ -50,14 +50,7 @@ def answers_frame(workdir: Path, plan: ReportPlan) -> pd.DataFrame:
     for system in plan.systems:
         conversations = read_samples(workdir, system.samples)["conversations"] if system.samples else []
         for question, answer, *_ in conversations:
-            rows.append(
-                {
-                    "row": system.row,
-                    "label": system.label,
-                    "question": question["content"].strip(),
-                    "answer": answer["content"].strip(),
-                }
-            )
+            rows.append((system.row, system.label, question["content"].strip(), answer["content"].strip()))
     return pd.DataFrame(rows, columns=["row", "label", "question", "answer"])
 
 

@@ -114,8 +114,8 @@ def overview_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     for benchmark in plan.benchmarks:
         cells = [by_place.get((row.run, benchmark.name)) for row in plan.results]
         chance = next((cell.chance for cell in cells if cell is not None), None)
-        shown = [_score_cell(cell) if cell is not None else Cell(ABSENT) for cell in cells]
-        rows.append((Cell(benchmark.label), Cell(fixed(chance)), *shown))
+        shown = [_score_cell(cell) if cell is not None else ABSENT for cell in cells]
+        rows.append((benchmark.label, fixed(chance), *shown))
     columns = ("Benchmark", "Chance", *(row.name for row in plan.results))
     keep = "benchmark run label recipe metric shots n truncated value low high chance against_chance".split()
     note = MARKS_NOTE + _truncated_note(frame)
@@ -140,18 +140,8 @@ def results_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     for row in frame.itertuples():
         difference = signed_interval(row.difference, row.difference_low, row.difference_high)
         clear = row.difference_low > 0 or row.difference_high < 0
-        rows.append(
-            (
-                Cell(names[row.run]),
-                Cell(row.benchmark_label),
-                Cell(row.metric),
-                Cell(f"{row.n}"),
-                _score_cell(row),
-                Cell(fixed(row.chance)),
-                Cell(fixed(row.reported)),
-                Cell(difference, strong=bool(clear)),
-            )
-        )
+        score = (_score_cell(row), fixed(row.chance), fixed(row.reported), Cell(difference, strong=bool(clear)))
+        rows.append((names[row.run], row.benchmark_label, row.metric, f"{row.n}", *score))
     columns = ("Model", "Benchmark", "Metric", "Documents", "Ours", "Chance", "Published", "Difference")
     note = (
         f"{MARKS_NOTE} Difference: ours less the published number, which comes without an interval and is taken as "
@@ -174,10 +164,10 @@ def reported_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
             cells.append(Cell(fixed(value), mark="†" if odd else ""))
             if value is not None:
                 tidy.append({"label": row.label, "benchmark": benchmark.name, "value": value, "source": row.source})
-        rows.append((Cell(row.label), *cells, Cell(f"{sources.index(row.source) + 1}")))
+        rows.append((row.label, *cells, f"{sources.index(row.source) + 1}"))
         if row.note:
             notes.append(f"{row.label}: {row.note.rstrip('.')}.")
-    if any(cell.mark for cells in rows for cell in cells):
+    if any(isinstance(cell, Cell) and cell.mark for cells in rows for cell in cells):
         notes.insert(0, "† Below half of the chance level: more likely a fault of the scoring than of the model.")
     notes.append(f"Sources: {'; '.join(f'({number}) {source}' for number, source in enumerate(sources, start=1))}.")
     columns = ("Model", *(benchmark.label for benchmark in plan.benchmarks), "Source")
@@ -193,17 +183,9 @@ def systems_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     rows = []
     for row in frame.to_dict("records"):
         scored = [_against(*(row[f"{b.name}{end}"] for end in ("", "_low", "_high", "_chance"))) for b in benchmarks]
-        rows.append(
-            (
-                Cell(row["label"]),
-                Cell(algorithm_label(row["algorithm"])),
-                Cell(quantity(row["parameters"])),
-                Cell(fixed(row["steps"], 0)),
-                Cell(quantity(row["tokens"])),
-                Cell(interval(row["nats"], row["nats_low"], row["nats_high"], 2)),
-                *scored,
-            )
-        )
+        made_of = (quantity(row["parameters"]), fixed(row["steps"], 0), quantity(row["tokens"]))
+        bound = interval(row["nats"], row["nats_low"], row["nats_high"], 2)
+        rows.append((row["label"], algorithm_label(row["algorithm"]), *made_of, bound, *scored))
     columns = ("System", "Algorithm", "Parameters", "Steps", "Tokens", "Bound, nats", *(b.label for b in benchmarks))
     note = (
         "Steps and tokens of training here, all stages together. Bound: on -log p of a test answer with its end, with "
@@ -220,10 +202,10 @@ def answers_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     answers = {(row.row, row.question): row.answer for row in frame.itertuples()}
     systems = dict(zip(frame["row"], frame["label"], strict=True))
     questions = {question: question for question in frame["question"]}
-    cells = [[Cell(answers.get((key, question)) or ABSENT) for question in questions] for key in systems]
+    cells = [[answers.get((key, question)) or ABSENT for question in questions] for key in systems]
     down, across = (questions, systems) if plan.starts else (systems, questions)
     cells = list(map(list, zip(*cells, strict=True))) if plan.starts else cells
-    rows = [(Cell(label), *row) for label, row in zip(down.values(), cells, strict=True)]
+    rows = [(label, *row) for label, row in zip(down.values(), cells, strict=True)]
     columns = ("Question" if plan.starts else "System", *across.values())
     caption = "The same questions to each system, answers neither chosen nor edited."
     return table_of(name, caption, columns, rows, frame, left=len(columns))
@@ -238,7 +220,7 @@ def claims_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
             because = "Rests on wall times: see claims.json." if finding.timed else finding.because
             values = (claim.number, finding.part, finding.recipe, verdict, because)
             tidy.append(dict(zip(("claim", "part", "recipe", "verdict", "because"), values, strict=True)))
-            rows.append(tuple(Cell(str(value) or ABSENT) for value in values))
+            rows.append(tuple(str(value) or ABSENT for value in values))
     columns = ("Claim", "Part", "Recipe", "Verdict", "Because")
     return table_of(name, f"The {in_words(len(claims_of(plan)))} claims.", columns, rows, pd.DataFrame(tidy), left=5)
 
@@ -283,10 +265,11 @@ def as_latex(table: Table) -> str:
 
 
 def table_of(name: str, caption: str, columns, rows, frame: pd.DataFrame, note: str = "", **more: Any) -> Table:
-    """A table whose first columns, `left` of them (1), are text and whose others are numbers."""
+    """A table of rows of cells or texts, whose first columns, `left` of them (1), are text and the others numbers."""
     left = more.pop("left", 1)
     numeric = tuple(index >= left for index in range(len(columns)))
-    return Table(name, caption, tuple(columns), numeric, tuple(rows), frame, note, **more)
+    cells = tuple(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in row) for row in rows)
+    return Table(name, caption, tuple(columns), numeric, cells, frame, note, **more)
 
 
 LOSS_TABLES = {
@@ -302,18 +285,11 @@ def loss_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """Final losses of the runs of a section of the plan, which is the table's name."""
     subject, caption = LOSS_TABLES[name]
     frame = final_losses(workdir, getattr(plan, name))
-    rows = [
-        (
-            Cell(row.label),
-            Cell(row.recipe),
-            Cell(f"{row.steps}"),
-            Cell(quantity(row.tokens)),
-            Cell(fixed(row.train_loss, 3)),
-            Cell(fixed(row.first_eval_loss, 3)),
-            Cell(interval(row.eval_loss, row.eval_low, row.eval_high, 3)),
-        )
-        for row in frame.itertuples()
-    ]
+    rows = []
+    for row in frame.itertuples():
+        last = interval(row.eval_loss, row.eval_low, row.eval_high, 3)
+        losses = (fixed(row.train_loss, 3), fixed(row.first_eval_loss, 3), last)
+        rows.append((row.label, row.recipe, f"{row.steps}", quantity(row.tokens), *losses))
     columns = (subject, "Recipe", "Steps", "Tokens", "Final training loss", "First evaluation", "Final evaluation")
     note = (
         "Nats per token with 95 % intervals. The final training loss averages the last tenth of the logged steps. "

@@ -7,7 +7,7 @@ from dllm.report.format import fixed, interval
 from dllm.report.load import evaluation_costs, read_decoding_options
 from dllm.report.plan import ReportPlan
 from dllm.report.systems import seconds_frame, systems_frame
-from dllm.report.tables import Cell, Table, table_of
+from dllm.report.tables import Table, table_of
 
 WALL_TIMES = "Seconds are wall times of one machine."
 
@@ -15,17 +15,11 @@ WALL_TIMES = "Seconds are wall times of one machine."
 def estimators_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     """Likelihood estimators side by side on the same checkpoint: score, noise of a choice, passes, seconds."""
     frame = evaluation_costs(workdir, plan)
-    rows = [
-        (
-            Cell(row.benchmark_label),
-            Cell(row.estimator),
-            Cell(interval(row.value, row.low, row.high)),
-            Cell(fixed(row.score_standard_error, 3)),
-            Cell(fixed(row.passes_per_document)),
-            Cell(fixed(row.seconds_per_document, 4)),
-        )
-        for row in frame.itertuples()
-    ]
+    rows = []
+    for row in frame.itertuples():
+        score = (interval(row.value, row.low, row.high), fixed(row.score_standard_error, 3))
+        costs = (fixed(row.passes_per_document), fixed(row.seconds_per_document, 4))
+        rows.append((row.benchmark_label, row.estimator, *score, *costs))
     columns = ("Benchmark", "Estimator", "Score", "Standard error of a choice, nats", "Passes", "Seconds")
     note = (
         "Score in per cent with its 95 % interval. The standard error is that of one choice's log-likelihood, on "
@@ -43,10 +37,10 @@ def seconds_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     passes = systems_frame(workdir, plan).set_index("row")
     rows = [
         (
-            Cell(row["label"]),
-            Cell(duration(row["training_seconds"])),
-            *(Cell(fixed(passes.loc[row["row"], f"{benchmark.name}_passes"])) for benchmark in benchmarks),
-            *(Cell(fixed(1000 * row[benchmark.name], 0)) for benchmark in benchmarks),
+            row["label"],
+            duration(row["training_seconds"]),
+            *(fixed(passes.loc[row["row"], f"{benchmark.name}_passes"]) for benchmark in benchmarks),
+            *(fixed(1000 * row[benchmark.name], 0) for benchmark in benchmarks),
         )
         for row in frame.to_dict("records")
     ]
@@ -66,16 +60,10 @@ def decoding_table(workdir: Path, plan: ReportPlan, name: str) -> Table | None:
         return None
     rows = []
     for row in frame.itertuples():
-        rows.append(
-            (
-                Cell(row.name),
-                Cell(fixed(row.nfe)),
-                Cell(f"{row.seconds:.2f}"),
-                Cell(f"{row.tokens_per_second:.0f}"),
-                Cell(interval(*(100 * x for x in (row.quality, row.quality_low, row.quality_high)))),
-                *(Cell(fixed(x if x is None else 100 * x)) for x in (row.agreement, row.token_agreement)),
-            )
-        )
+        speed = (fixed(row.nfe), f"{row.seconds:.2f}", f"{row.tokens_per_second:.0f}")
+        quality = interval(*(100 * x for x in (row.quality, row.quality_low, row.quality_high)))
+        agreement = (fixed(x if x is None else 100 * x) for x in (row.agreement, row.token_agreement))
+        rows.append((row.name, *speed, quality, *agreement))
     columns = ("Decoding", "Passes", "Seconds", "Tokens/s", "Correct", "Same answer", "Same tokens")
     note = (
         "Passes per answer; seconds for all answers; tokens up to each answer's end. Same answer and same tokens: "

@@ -41,7 +41,8 @@ def write_hub(root) -> None:
     chats = root / "datasets/some/chats"
     (chats / "data").mkdir(parents=True)
     for name, rows in (("train-00000-of-00002", LARGE), ("train-00001-of-00002", LARGE), ("test-00000-of-00001", 6)):
-        table = [{"messages": chat(i), "id": noisy(i)} for i in range(rows)]
+        # no two files are the same: the store has equal ones once, and both would be damaged
+        table = [{"messages": chat(i), "id": f"{name} {noisy(i)}"} for i in range(rows)]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), chats / f"data/{name}.parquet")
     # as the hub's own cards: the rows of the real files, with which `datasets` compares what it reads
     info = {"splits": [{"name": "train", "num_examples": 2 * LARGE, "num_bytes": 1}], "dataset_size": 1}

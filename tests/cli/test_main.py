@@ -130,7 +130,18 @@ WILD = {
 
 @pytest.mark.parametrize(
     "words",
-    ["plan", "download", "prepare", "train", "evaluate", "report tables", "speed", "sample --config", "tune"],
+    [
+        "plan",
+        "check --offline",
+        "download",
+        "prepare",
+        "train",
+        "evaluate",
+        "report tables",
+        "speed",
+        "sample --config",
+        "tune",
+    ],
 )
 def test_a_wild_file_is_one_line_to_every_verb(words, tmp_path, capsys):
     for name, content in WILD.items():

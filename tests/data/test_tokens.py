@@ -88,7 +88,7 @@ def replace_numbers(path):
 def test_a_missing_or_damaged_file_is_one_line(tmp_path, file, damage):
     write(tmp_path)
     damage(tmp_path / file)
-    with pytest.raises(ValueError, match="no usable split 'train' .* prepare the data again") as caught:
+    with pytest.raises(ValueError, match="no usable split 'train' .* run the workflow") as caught:
         open_rows(tmp_path, "train")
     assert "\n" not in str(caught.value)
 

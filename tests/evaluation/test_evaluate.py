@@ -190,7 +190,7 @@ def test_progress_ends_with_all_requests(workdir, echo):
     ("settings", "message"),
     [
         ({"task": "choises"}, r"task = 'choises' is not in tasks. Did you mean 'choices'\?"),
-        ({"checkpoint": "runs/none/model"}, "checkpoint = 'runs/none/model' is not in .*train or fetch it first"),
+        ({"checkpoint": "runs/none/model"}, "checkpoint = 'runs/none/model' is not in .*run the workflow"),
         (
             {"metric": "acc_nrom"},
             r"'acc_nrom,none' .* gives acc,none, acc_norm,none. Did you mean 'acc_norm,none'\?",
@@ -198,7 +198,7 @@ def test_progress_ends_with_all_requests(workdir, echo):
         ({"further_metrics": ["f1"]}, "metric 'f1,none' .* does not come out of task 'choices'"),
         ({"filter": "strict"}, "metric 'acc,strict' "),
         ({"task_directory": "none"}, "task_directory = 'none' holds no task files"),
-        ({"data": "none"}, "data = 'none' is not a directory"),
+        ({"data": "none"}, "data = 'none' is not in"),
         ({"expected_documents": 21}, r"task 'choices' has 20 documents, and the benchmark's size says 21"),
         ({"data": None}, r"reads \{DATA\}, but the evaluation has no `data`"),
         ({"data": "tasks"}, "its data cannot be read"),

@@ -52,6 +52,23 @@ def test_every_job_asks_for_what_it_is_predicted_to_take_and_more(plan):
         assert all(isinstance(value, int) for value in asked.values())
 
 
+def test_a_preparation_asks_for_memory_by_the_rows_of_its_sources_and_for_more_when_it_failed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "workflow"))
+    from plan import make_plan
+
+    few, many = (
+        plan_project(project("paper", {"datasets": {"alpaca": {"documents": rows}}}), tmp_path).job(
+            "prepare", "alpaca--modernbert-large--512"
+        )
+        for rows in (1000, 10_000_000)
+    )
+    assert few.resources["mem_mb"] == 2048 and few.place.cores == 1 and many.place.cores == 8
+    assert many.cost.host_gib > 2 and many.resources["mem_mb"] > 1.4 * 1024 * many.cost.host_gib
+    ask = make_plan(project("paper")).requests("prepare")
+    asked = [ask["mem_mb"](["alpaca--modernbert-large--512"], attempt) for attempt in (1, 2, 3)]
+    assert asked == [2048, 4096, 6144] and ask["runtime"](["alpaca--modernbert-large--512"], 2) == 5
+
+
 def test_a_job_waits_for_planned_jobs_only_and_the_longest_chain_follows_the_edges(plan):
     assert all(key in plan.jobs for job in plan.jobs.values() for key in job.after)
     seconds, chain = plan.longest_chain
