@@ -256,7 +256,7 @@ def real_summary() -> str:
     sizes = sorted({int(row["parameters"]) for row in rows})
     encoders = " and ".join(f"{size / 1e6:.1f}" for size in sizes)
     trained = sum(split["train_rows"] for split in _real("data.json")["sources"])
-    found = [finding["because"] for claim in _real("claims.json")["claims"] for finding in claim["findings"]]
+    found = [claim["findings"][0]["because"] for claim in _real("claims.json")["claims"]]
     picture = "![Loss on held-out answers against steps, by start](results/real-weights/figures/starts.png)"
     return (
         f"A first result on real weights, in the sizes that were at hand: encoders of {encoders} million parameters, "

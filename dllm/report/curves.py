@@ -112,12 +112,15 @@ def draw_chat(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
 
 
 def draw_sizes(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
-    """The bound on an answer against the number of parameters: filled from pretrained weights, hollow from random."""
+    """The bound on an answer against the number of parameters: filled from pretrained weights, hollow from random.
+
+    A line joins runs of as many steps.
+    """
     looks_of = looks(["pretrained", "random"])
     figure = Figure(figsize=(WIDTH, 3.3))
     axes = figure.subplots()
-    for name, rows in frame.sort_values("parameters").groupby("start"):
-        look = looks_of[str(name)]
+    for (name, _), rows in frame.sort_values("parameters").groupby(["start", "steps"]):
+        look = looks_of[name]
         face = look.color if name == "pretrained" else "white"
         axes.vlines(rows["parameters"], rows["nats_low"], rows["nats_high"], color=look.color, linewidth=1.8)
         line = axes.plot(rows["parameters"], rows["nats"], look.marker, color=look.color, markerfacecolor=face)[0]
