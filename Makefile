@@ -24,7 +24,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 MADE := results/laptop/downloads
 # neither Slurm nor other processes, and no model of more than toy size
-QUICK := $(addprefix tests/,core objectives planning sampling synthetic) \
+QUICK := $(addprefix tests/,core objectives planning sampling) \
   $(patsubst %,tests/test_%.py,algorithms config house schedules)
 
 .DEFAULT_GOAL := report

@@ -146,7 +146,8 @@ def test_an_artifact_that_is_gone_while_its_record_is_there_names_the_record_to_
 
 def test_provenance_names_commit_versions_hardware_and_time():
     facts = collect(seed=3)
-    assert {"commit", "dirty", "versions", "hardware", "written", "seed"} == facts.keys() and facts["seed"] == 3
+    keys = {"commit", "dirty", "versions", "hardware", "written", "peak_host_gib", "seed"}
+    assert facts.keys() == keys and facts["seed"] == 3 and facts["peak_host_gib"] > 0.01
     assert {"python", "torch", "transformers"} <= facts["versions"].keys()
     assert facts["hardware"].endswith("cores")
     time.strptime(facts["written"], "%Y-%m-%dT%H:%M:%S%z")

@@ -3,7 +3,8 @@
 The Snakefile starts it where a run has many jobs on one machine without an accelerator, and leaves its name in
 DLLM_WARM. `dllm` then asks it (`dllm.cli.ask`). The copy has the arguments, directory, environment, files and process
 group of who asked; its exit status is passed on, and so are signals. Whoever asked does the work itself where nobody
-answers, or where a variable differs that packages read while loaded. See docs/decisions/0013-a-warm-process.md.
+answers, or where a variable differs that packages read while loaded, or a file of this package has changed since.
+See docs/decisions/0013-a-warm-process.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ READ_LATER = {"PWD", "OLDPWD", "SHLVL", "_", "LINES", "COLUMNS", "TMPDIR", "TMP"
     "DLLM_PROCESSES", "ACCELERATE_USE_CPU", VARIABLE
 }  # fmt: skip
 """Variables that may differ from those of the warm process, because no package reads them while it is loaded."""
+
+PACKAGE = Path(__file__).resolve().parent.parent
 
 LOADED = """
 torch._dynamo torch.nn.utils.parametrize accelerate datasets tokenizers.trainers
@@ -67,7 +70,7 @@ def serve(name: str) -> int:
     """Answer until standard input ends; in each copy, return the exit status of the job."""
     for number in (signal.SIGINT, *FORWARDED):
         signal.signal(number, signal.SIG_IGN)  # it ends with its parent, and not before its workers
-    own = _read_early(os.environ)
+    own = _decides(os.environ)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"\0{name}")
         server.listen(64)
@@ -123,7 +126,7 @@ def _load() -> bool:
     return not torch.accelerator.is_available() and len(threads) == 1 + threads.count("jemalloc_bg_thd")
 
 
-def _received(client: socket.socket, own: dict[str, str]) -> tuple[list, list[int]] | None:
+def _received(client: socket.socket, own: tuple) -> tuple[list, list[int]] | None:
     """([arguments, directory, environment, umask], files) from a client; None if it shall do the work itself."""
     client.settimeout(10)
     files: list[int] = []
@@ -131,10 +134,10 @@ def _received(client: socket.socket, own: dict[str, str]) -> tuple[list, list[in
         head, files, _, _ = socket.recv_fds(client, 8, 3)
         asked = json.loads(read(client, struct.unpack("=q", head)[0]))
         client.settimeout(None)
-    except (OSError, ValueError, struct.error):
-        asked = None
-    if asked and _read_early(asked[2]) == own and peer(client)[1] == os.getuid():
-        return asked, files
+        if _decides(asked[2]) == own and peer(client)[1] == os.getuid():
+            return asked, files
+    except (OSError, ValueError, struct.error):  # nobody is there any more, or files are just being changed
+        pass
     for file in files:
         os.close(file)
     return None
@@ -164,8 +167,11 @@ def _work(job: tuple[list, list[int]], client: int, others: list[socket.socket])
     return main(arguments)
 
 
-def _read_early(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name not in READ_LATER}
+def _decides(environment: Mapping[str, str]) -> tuple:
+    """What must be as it was when this process loaded its packages: variables, and the files of this package."""
+    paths = [path for path in PACKAGE.rglob("*.*") if "__pycache__" not in path.parts]
+    files = sorted((path, path.stat().st_mtime_ns) for path in paths)
+    return {name: value for name, value in environment.items() if name not in READ_LATER}, files
 
 
 def _tell(client: socket.socket, number: int) -> None:

@@ -66,6 +66,7 @@ def test_a_warm_process_runs_jobs_as_they_run_alone(served, workdir):  # noqa: F
     # a mistake: its line and its status
     wrong = dllm("train", "nothing.yaml", cwd=workdir, env=environment)
     assert wrong.communicate()[1].startswith("dllm train: error: nothing.yaml: no such file") and wrong.returncode == 2
+    before = os.stat(warm.__file__)
     # what packages read while they are loaded must be the same
     asked = "import sys; from dllm.cli.ask import ask; sys.stdout.write(str(ask(['--version'])))"
     told = [
@@ -73,6 +74,9 @@ def test_a_warm_process_runs_jobs_as_they_run_alone(served, workdir):  # noqa: F
         for more in ({}, {"COLUMNS": "99"}, {"HF_HUB_OFFLINE": "0"}, {"NEW": "1"}, {VARIABLE: "dllm-nobody"})
     ]
     assert [line.split("\n")[-1] for line in told] == ["0", "0", "None", "None", "None"]
+    os.utime(warm.__file__, ns=(1, 1))  # edited code is loaded anew
+    assert subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True).stdout == b"None"
+    os.utime(warm.__file__, ns=(before.st_atime_ns, before.st_mtime_ns))
     # a preempted run saves its state, a killed one is gone at once
     terminated = long_run(workdir, "terminated", env=environment)
     terminated.send_signal(signal.SIGTERM)
