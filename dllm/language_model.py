@@ -16,6 +16,7 @@ from dllm.algorithms import ALGORITHMS, Algorithm, algorithm_for
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for, infill_canvas
 from dllm.core.devices import best_device
+from dllm.likelihood.racing import Question, Verdict
 from dllm.models.backbone import Backbone
 from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
@@ -236,6 +237,21 @@ class DiffusionLM:
         target or a pair longer than the model's context.
         """
         return self._scored("nelbo", prompts, targets, settings)
+
+    def race(
+        self,
+        prompts: Sequence[Prompt],
+        targets: Sequence[str | Sequence[int]],
+        questions: Sequence[Question],
+        settings: LikelihoodSettings,
+    ) -> tuple[list[Score], list[Verdict]]:
+        """`nelbo` of the choices of questions, only as precise as is needed to know which is best; see `Question`.
+
+        A score depends on the other choices of its question, and on nothing else of the batch.
+        """
+        self._check_trained()
+        rows, target_ids = self._pairs(prompts, targets)
+        return self.algorithm.part("scorer")().race(self.backbone, rows, target_ids, questions, settings)
 
     def greedy_match(
         self,
