@@ -241,6 +241,7 @@ class DiffusionAnswerer:
         place = {i: at for at, i in enumerate(raced)}
         questions = []
         for (task, _), choices in documents.items():
+            choices.sort(key=lambda i: requests[i].idx)  # random numbers follow from the first choice
             divisors = [self.divisors[task](requests[i]) for i in choices]
             by_rule = {rule: [divisor[rule] for divisor in divisors] for rule in divisors[0]}
             questions.append(Question([place[i] for i in choices], by_rule))
@@ -248,7 +249,11 @@ class DiffusionAnswerer:
         scores, verdicts = self._timed("race", *pairs, questions, self.scorer.likelihood)
         found |= dict(zip(raced, map(self._plain, scores), strict=True))
         ends: dict[int, Answer] = {
-            i: {"rounds": verdict.rounds, "doubt": verdict.doubt}
+            i: {
+                "estimator": "lattice" if found[i][1] else "enumerate",
+                "rounds": verdict.rounds,
+                "doubt": verdict.doubt,
+            }
             for choices, verdict in zip(documents.values(), verdicts, strict=True)
             for i in choices
         }

@@ -86,6 +86,23 @@ def test_a_loglikelihood_is_minus_the_bound():
     assert values(adapter(), pairs) == [[0.0, True], [-2.0, False], [-4.0, False]]
 
 
+def test_a_raced_question_is_the_same_in_any_order_of_its_requests():
+    asked = []
+
+    class Racer(EchoModel):
+        def race(self, prompts, targets, questions, settings):
+            asked.append([prompts[question.requests[0]] for question in questions])
+            return super().race(prompts, targets, questions, settings)
+
+    answerer = adapter(Racer(TOKENIZER), likelihood={"rounds": [6]}, divisors={"t": lambda request: {"acc": 1.0}})
+    one = requests(("w1", " A"), ("w2", " w2"))
+    for number, request in enumerate(one):
+        request.doc_id, request.idx = 0, number
+    answers = answerer.answers("loglikelihood", one)
+    assert answerer.answers("loglikelihood", one[::-1])[::-1] == answers
+    assert asked[0] == asked[1] and len({answerer.variant("loglikelihood", request) for request in one}) == 1
+
+
 def test_greedy_is_asked_only_for_tasks_that_read_it():
     lm = adapter(greedy_tasks=frozenset({"reads"}))
     assert lm.answers("loglikelihood", requests(("w1", "w1"), task="reads"))[0] == {
