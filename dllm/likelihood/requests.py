@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 
 import numpy
@@ -22,7 +21,7 @@ from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.core.packing import Layout, block_layout, layout_of
 from dllm.likelihood.designs import Design, likelihood_design
-from dllm.likelihood.policy import estimator_for
+from dllm.likelihood.policy import estimator_for, likelihood_passes
 
 Rows = Sequence[Sequence[int]]
 
@@ -96,86 +95,32 @@ def _blocks(prompt: int, target: int, size: int | None, rule: BlockRule | None) 
     return origin, bounds
 
 
-@dataclass(frozen=True)
-class Group:
-    """G targets with their designs, padded to the longest target L, and the inputs that these need, each once.
+def chunks_of(targets: Targets, settings: LikelihoodSettings) -> Iterator[list[tuple[numpy.ndarray, Design]]]:
+    """All targets in chunks of about `CHUNK_ROWS` passes; a chunk is groups of targets [G] with their designs [G, ...].
 
-    request [G]: of each target; target_ids [G, L]; design with leading dimension G; inputs: U different masked targets
-    [U, L], their lengths `size` [U] and prefixes [U]; row [G, S]: which input each pass is; passes [G]: inputs that no
-    earlier target has.
-    """
-
-    request: numpy.ndarray
-    target_ids: Tensor
-    design: Design
-    inputs: Tensor
-    size: Tensor
-    prefix: Tensor
-    row: Tensor
-    passes: numpy.ndarray
-
-
-def chunks_of(targets: Targets, settings: LikelihoodSettings, mask_id: int) -> Iterator[list[Group]]:
-    """All targets in groups, and these in chunks of about `CHUNK_ROWS` inputs."""
-    chunk, rows = [], 0
-    for group in _groups(targets, settings, mask_id):
-        chunk.append(group)
-        rows += len(group.inputs)
-        if rows >= CHUNK_ROWS:
-            yield chunk
-            chunk, rows = [], 0
-    if chunk:
-        yield chunk
-
-
-def _groups(targets: Targets, settings: LikelihoodSettings, mask_id: int) -> Iterator[Group]:
-    """The targets by length, those with the same prefix together, short prefixes first.
-
-    Designs that are made for many lengths at once share a group.
+    Targets go by length, then prefix, short ones first; those with the same of both are never parted, because they may
+    share inputs. Targets of an estimator that makes designs for many lengths at once share a group.
     """
     size = numpy.array([len(target) for target in targets.target_ids])
     order = numpy.lexsort((targets.prefix, targets.lengths.numpy()[targets.prefix], size))
-    kinds = {length: _kind(settings, length) for length in set(size.tolist())}
-    for (own, _), same in groupby(order.tolist(), key=lambda number: kinds[int(size[number])]):
-        members = numpy.array(list(same))
-        prefix, low = targets.prefix[members], 0
-        most = max(1, CHUNK_ROWS // _passes(int(size[members].max()), own))
-        while low < len(members):
-            high = min(low + most, len(members))
-            while high < len(members) and prefix[high] == prefix[high - 1]:
-                high += 1
-            yield _group(targets, members[low:high], own, mask_id)
-            low = high
+    estimators = {length: estimator_for(length, settings) for length in set(size.tolist())}
+    rows = {length: likelihood_passes(length, settings) for length in estimators}
+    opens = (numpy.diff(size[order], prepend=0) != 0) | (numpy.diff(targets.prefix[order], prepend=-1) != 0)
+    number = numpy.cumsum([rows[length] for length in size[order].tolist()]) // CHUNK_ROWS
+    number = number[numpy.maximum.accumulate(numpy.where(opens, numpy.arange(len(order)), 0))]
 
+    def kind(target: int) -> tuple[str, int]:
+        length = int(size[target])
+        name = estimators[length]
+        return name, 0 if name == "lattice" and length > 1 else length
 
-def _kind(settings: LikelihoodSettings, length: int) -> tuple[LikelihoodSettings, int]:
-    """How a target is estimated, and its length, 0 where any lengths go together: what the targets of a group share."""
-    name = estimator_for(length, settings)
-    return settings.model_copy(update={"estimator": name}), 0 if name == "lattice" and length > 1 else length
-
-
-@lru_cache(maxsize=4096)
-def _passes(length: int, settings: LikelihoodSettings) -> int:
-    return likelihood_design(length, torch.tensor(0), settings).masked.shape[0]
-
-
-def _group(targets: Targets, members: numpy.ndarray, settings: LikelihoodSettings, mask_id: int) -> Group:
-    target_ids = pad_sequence([torch.tensor(targets.target_ids[n]) for n in members.tolist()], batch_first=True)
-    length = torch.tensor([len(targets.target_ids[n]) for n in members.tolist()])
-    design = _designs(length, targets.key[members], settings)
-    member, step = design.masked.any(-1).nonzero(as_tuple=True)  # an arrangement may end in empty passes
-    inputs = torch.where(design.masked, mask_id, target_ids[:, None])[member, step]
-    prefix, size = torch.from_numpy(targets.prefix[members])[member], length[member]
-    # equal inputs by a hash of 64 bits: of 16384 rows, two different ones share it with probability 1e-11
-    inside = torch.arange(inputs.shape[1]) < size[:, None]
-    _, first, number = numpy.unique(
-        keyed_hash(prefix, size, token_hash(inputs, inside)).numpy(), return_index=True, return_inverse=True
-    )
-    row = torch.zeros(design.masked.shape[:2], dtype=torch.long)
-    row[member, step] = torch.from_numpy(number.reshape(-1))
-    passes = numpy.bincount(member[first].numpy(), minlength=len(members))
-    request = targets.request[members]
-    return Group(request, target_ids, design, inputs[first], size[first], prefix[first], row, passes)
+    for part in numpy.split(order, numpy.flatnonzero(numpy.diff(number)) + 1):
+        chunk = []
+        for (name, _), same in groupby(part.tolist(), key=kind):
+            members = numpy.array(list(same))
+            own = settings.model_copy(update={"estimator": name})
+            chunk.append((members, _designs(torch.from_numpy(size[members]), targets.key[members], own)))
+        yield chunk
 
 
 def _designs(length: Tensor, key: Tensor, settings: LikelihoodSettings) -> Design:
@@ -192,6 +137,7 @@ class PackedBatch:
 
     row and position [M]: the places whose logits are read, ascending; place [N], ascending, and token [N]: which of the
     M places, and which token, each nll is of; order [N]: which nll of the chunk it is (see `packed_batches`).
+    owner: the target for which each input of the batch is forwarded first.
     """
 
     tokens: Tensor
@@ -201,70 +147,71 @@ class PackedBatch:
     place: Tensor
     token: Tensor
     order: Tensor
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """R masked targets [R, most] in the order in which they are forwarded, with sizes, prefixes, their lengths [R]."""
-
-    tokens: Tensor
-    size: Tensor
-    prefix: Tensor
-    start: Tensor
-
-    def taken(self, rows: Tensor | slice) -> _Inputs:
-        return _Inputs(self.tokens[rows], self.size[rows], self.prefix[rows], self.start[rows])
+    owner: numpy.ndarray
 
 
 def packed_batches(
-    targets: Targets, groups: list[Group], batch_tokens: int, rule: BlockRule | None, pad_id: int
+    targets: Targets,
+    chunk: list[tuple[numpy.ndarray, Design]],
+    batch_tokens: int,
+    rule: BlockRule | None,
+    mask_id: int,
+    pad_id: int,
 ) -> Iterator[PackedBatch]:
-    """What a chunk's groups need, in as few batches as the token budget allows.
+    """What a chunk needs, each different input once, in as few batches as the token budget allows.
 
     The nll of a chunk are in the order of its groups, and of each group in that of its masked positions.
     """
-    most = max(group.target_ids.shape[1] for group in groups)
-    size, prefix = (torch.cat([getattr(group, name) for group in groups]) for name in ("size", "prefix"))
-    tokens = torch.cat([pad(group.inputs, (0, most - group.inputs.shape[1])) for group in groups])
-    inputs = _Inputs(tokens, size, prefix, targets.lengths[prefix])
-    order, cost = _forward_order(targets, inputs, rule)
-    inputs = inputs.taken(order)
-    rank = torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
+    most = max(design.masked.shape[-1] for _, design in chunk)
+    versions = [design.masked.any(-1) for _, design in chunk]  # a design may have passes without a mask
+    masked = torch.cat(
+        [pad(d.masked[some], (0, most - d.masked.shape[-1])) for (_, d), some in zip(chunk, versions, strict=True)]
+    )
+    of = numpy.concatenate([numpy.repeat(m, some.sum(1)) for (m, _), some in zip(chunk, versions, strict=True)])
+    known = pad_sequence([torch.tensor(targets.target_ids[n]) for n in of.tolist()], batch_first=True)
+    start, prefix = targets.lengths[targets.prefix[of]], torch.from_numpy(targets.prefix[of])
+    size = torch.tensor([len(targets.target_ids[n]) for n in of.tolist()])
+    tokens = torch.where(masked, mask_id, known)
+    # equal inputs by a hash of 64 bits: of 16384 rows, two different ones share it with probability 1e-11
+    content = token_hash(tokens, torch.arange(most) < size[:, None])
+    _, first, number = numpy.unique(keyed_hash(prefix, size, content).numpy(), return_index=True, return_inverse=True)
+    forward, cost = _forward_order(targets, prefix[first], size[first], rule)
+    rank = numpy.empty_like(forward)
+    rank[forward] = numpy.arange(len(forward))
+    first = first[forward]
 
-    width, below, places, scored = targets.prefixes.shape[1] + most, 0, [], []
-    for group in groups:
-        member, step, position = group.design.masked.nonzero(as_tuple=True)
-        row = rank[group.row[member, step] + below]
-        places.append(row * width + inputs.start[row] + position)
-        scored.append(group.target_ids[member, position])
-        below += len(group.inputs)
-    place, of_place = torch.unique(torch.cat(places), return_inverse=True)
-    token, by_place = torch.cat(scored), of_place.argsort(stable=True)
-
+    width = targets.prefixes.shape[1] + most
+    version, position = masked.nonzero(as_tuple=True)
+    row = torch.from_numpy(rank[number.reshape(-1)])[version]
+    place, of_place = torch.unique(row * width + start[version] + position, return_inverse=True)
+    token, by_place = known[version, position], of_place.argsort(stable=True)
     for low, high in token_batches(cost, batch_tokens):
         begin, end = torch.searchsorted(place, torch.tensor([low * width, high * width])).tolist()
-        first, last = torch.searchsorted(of_place[by_place], torch.tensor([begin, end])).tolist()
-        asked, row, position = by_place[first:last], place[begin:end] // width - low, place[begin:end] % width
-        rows = inputs.taken(slice(low, high))
+        one, last = torch.searchsorted(of_place[by_place], torch.tensor([begin, end])).tolist()
+        asked, row, position = by_place[one:last], place[begin:end] // width - low, place[begin:end] % width
+        some = first[low:high]
+        inputs = tokens[some], prefix[some], start[some], size[some]
         if rule is None:
-            tokens, layout = _whole_rows(targets, rows, pad_id)
+            batch, layout = _whole_rows(targets, *inputs, pad_id)
         else:
-            tokens, layout, row, position = _shared_rows(targets, rows, row, position, rule, pad_id)
-        yield PackedBatch(tokens, layout, row, position, of_place[asked] - begin, token[asked], asked)
+            batch, layout, row, position = _shared_rows(targets, *inputs, row, position, rule, pad_id)
+        yield PackedBatch(batch, layout, row, position, of_place[asked] - begin, token[asked], asked, of[some])
 
 
-def _forward_order(targets: Targets, inputs: _Inputs, rule: BlockRule | None) -> tuple[Tensor, numpy.ndarray]:
-    """In which order inputs are forwarded, short rows first, and how many tokens each then adds to a batch."""
-    lengths = inputs.start + inputs.size
+def _forward_order(
+    targets: Targets, prefix: Tensor, size: Tensor, rule: BlockRule | None
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """In which order inputs [R] are forwarded, short rows first, and how many tokens each then adds to a batch."""
+    start, size = targets.lengths[prefix].numpy(), size.numpy()
     if rule is None:
-        order = lengths.argsort(stable=True)
-        return order, lengths[order].numpy()
+        order = (start + size).argsort(kind="stable")
+        return order, (start + size)[order]
     # the clean tokens of a text are forwarded once, with the first of its inputs
-    text = targets.text[inputs.prefix.numpy()]
+    text = targets.text[prefix.numpy()]
     of_text = targets.lengths.numpy()[text]
-    by_text = numpy.lexsort((inputs.start.numpy(), text, of_text))
-    opens = numpy.diff(text[by_text], prepend=-1) != 0
-    return torch.from_numpy(by_text), inputs.size.numpy()[by_text] + opens * of_text[by_text]
+    order = numpy.lexsort((start, text, of_text))
+    opens = numpy.diff(text[order], prepend=-1) != 0
+    return order, size[order] + opens * of_text[order]
 
 
 def token_batches(lengths: numpy.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:
@@ -278,28 +225,38 @@ def token_batches(lengths: numpy.ndarray, batch_tokens: int) -> Iterator[tuple[i
         low = high
 
 
-def _whole_rows(targets: Targets, rows: _Inputs, pad_id: int) -> tuple[Tensor, Layout]:
-    """Each masked target behind its prefix: tokens [R, L] and their layout."""
-    lengths = rows.start + rows.size
+def _whole_rows(
+    targets: Targets, inputs: Tensor, prefix: Tensor, start: Tensor, size: Tensor, pad_id: int
+) -> tuple[Tensor, Layout]:
+    """Each masked target [R, T] behind its prefix: tokens [R, L] and their layout."""
+    lengths = start + size
     tokens = torch.full((len(lengths), int(lengths.max())), pad_id)
     head = min(tokens.shape[1], targets.prefixes.shape[1])
-    before = torch.arange(head) < rows.start[:, None]
-    tokens[:, :head] = torch.where(before, targets.prefixes[rows.prefix, :head], tokens[:, :head])
-    inside = torch.arange(rows.tokens.shape[1]) < rows.size[:, None]
+    before = torch.arange(head) < start[:, None]
+    tokens[:, :head] = torch.where(before, targets.prefixes[prefix, :head], tokens[:, :head])
+    inside = torch.arange(inputs.shape[1]) < size[:, None]
     line, column = inside.nonzero(as_tuple=True)
-    tokens[line, column + rows.start[line]] = rows.tokens[inside]
+    tokens[line, column + start[line]] = inputs[inside]
     return tokens, layout_of(lengths.tolist(), tokens.shape[1])
 
 
 def _shared_rows(
-    targets: Targets, rows: _Inputs, row: Tensor, position: Tensor, rule: BlockRule, pad_id: int
+    targets: Targets,
+    inputs: Tensor,
+    prefix: Tensor,
+    begins: Tensor,
+    sizes: Tensor,
+    row: Tensor,
+    position: Tensor,
+    rule: BlockRule,
+    pad_id: int,
 ) -> tuple[Tensor, Layout, Tensor, Tensor]:
     """All masked blocks of a text behind one copy of its clean tokens: tokens [B, L], their layout.
 
     And where the places went, given as the number of a masked block and a position in the text: row and place in it.
     """
-    size, start = rows.size.numpy(), rows.start.numpy()
-    texts, line, counts = numpy.unique(targets.text[rows.prefix.numpy()], return_inverse=True, return_counts=True)
+    size, start = sizes.numpy(), begins.numpy()
+    texts, line, counts = numpy.unique(targets.text[prefix.numpy()], return_inverse=True, return_counts=True)
     origin = targets.origin[texts]
     first = rule.begin(start, origin[line])  # a block may begin with the end of the prompt
     clean = numpy.zeros_like(counts)
@@ -318,6 +275,6 @@ def _shared_rows(
     for number in range(len(size)):
         at, low = int(line[number]), int(shift[number])
         known = slice(int(first[number]), int(start[number]))
-        tokens[at, low + known.start : low + known.stop] = targets.prefixes[rows.prefix[number], known]
-        tokens[at, low + known.stop : low + known.stop + int(size[number])] = rows.tokens[number, : int(size[number])]
+        tokens[at, low + known.start : low + known.stop] = targets.prefixes[prefix[number], known]
+        tokens[at, low + known.stop : low + known.stop + int(size[number])] = inputs[number, : int(size[number])]
     return tokens, layout, torch.from_numpy(line)[row], torch.from_numpy(shift)[row] + position

@@ -7,7 +7,7 @@ requests, up to float rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy
@@ -17,9 +17,8 @@ from torch import Tensor
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.attention_pattern import BlockRule
 from dllm.core.canvas import Progress, Score, canvas_for
-from dllm.likelihood.designs import estimate
+from dllm.likelihood.designs import Design, estimate
 from dllm.likelihood.requests import (
-    Group,
     PackedBatch,
     Rows,
     Targets,
@@ -68,12 +67,13 @@ class MaskedScorer:
         every = targets_of(prompts, targets, settings, rule)
         nats, variance = numpy.zeros(len(prompts)), numpy.zeros(len(prompts))
         passes = numpy.zeros(len(prompts), dtype=numpy.int64)
-        for groups in chunks_of(every, settings, backbone.mask_id):
-            for group, nll in zip(groups, _forward(backbone, every, groups, settings.batch_tokens, rule), strict=True):
-                value, error = estimate(group.design, nll)
-                numpy.add.at(nats, group.request, value.numpy())
-                numpy.add.at(variance, group.request, (error**2).numpy())
-                numpy.add.at(passes, group.request, group.passes)
+        for chunk in chunks_of(every, settings):
+            own, nll = _forward(backbone, every, chunk, settings.batch_tokens, rule)
+            numpy.add.at(passes, every.request[own], 1)
+            for (members, design), values in zip(chunk, nll, strict=True):
+                value, error = estimate(design, values)
+                numpy.add.at(nats, every.request[members], value.numpy())
+                numpy.add.at(variance, every.request[members], (error**2).numpy())
         scores = zip(nats.tolist(), numpy.sqrt(variance).tolist(), passes.tolist(), strict=True)
         return [Score(*score) for score in scores]
 
@@ -113,16 +113,24 @@ def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows, rule: BlockR
 
 @torch.no_grad()
 def _forward(
-    backbone: Backbone, targets: Targets, groups: list[Group], batch_tokens: int, rule: BlockRule | None
-) -> Iterator[Tensor]:
-    """The nll [G, S, L] float64 of each group, 0 where not masked."""
-    batches = packed_batches(targets, groups, batch_tokens, rule, backbone.pad_id)
-    order, parts = zip(*((batch.order, _nll(backbone, batch)) for batch in batches), strict=True)
-    nll = torch.cat(parts).double().cpu()
+    backbone: Backbone,
+    targets: Targets,
+    chunk: list[tuple[numpy.ndarray, Design]],
+    batch_tokens: int,
+    rule: BlockRule | None,
+) -> tuple[numpy.ndarray, list[Tensor]]:
+    """For which target each input was forwarded; the nll [G, S, L] float64 of each group, 0 where not masked."""
+    found: list[Tensor] = []
+    order, owner = [], []
+    for batch in packed_batches(targets, chunk, batch_tokens, rule, backbone.mask_id, backbone.pad_id):
+        found.append(_nll(backbone, batch))
+        order.append(batch.order)
+        owner.append(batch.owner)
+    nll = torch.cat(found).double().cpu()
     nll = torch.empty_like(nll).index_copy(0, torch.cat(order), nll)
-    counts = [int(group.design.masked.sum()) for group in groups]
-    for group, values in zip(groups, torch.split(nll, counts), strict=True):
-        yield torch.zeros_like(group.design.weight).masked_scatter(group.design.masked, values)
+    parts = torch.split(nll, [int(design.masked.sum()) for _, design in chunk])
+    each = [torch.zeros_like(d.weight).masked_scatter(d.masked, v) for (_, d), v in zip(chunk, parts, strict=True)]
+    return numpy.concatenate(owner), each
 
 
 def _nll(backbone: Backbone, batch: PackedBatch) -> Tensor:
