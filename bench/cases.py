@@ -18,6 +18,7 @@ class Case:
 CASES = {
     "letters": Case("bench.likelihood:letters", "One-letter answers"),
     "endings": Case("bench.likelihood:endings_at_equal_error", "Endings at equal standard error"),
+    "racing": Case("bench.racing:racing", "Multiple choice in rounds"),
     "estimators": Case("bench.likelihood:estimators", "Estimators at equal passes"),
     "generation": Case("bench.generation:generation", "Generation, identical tokens"),
     "continuous": Case("bench.generation:continuous", "Continuous batching"),

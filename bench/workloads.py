@@ -38,11 +38,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Laptop:
-    """The trained laptop model with held-out texts: rows of conversations, and questions of four choices."""
+    """The trained laptop model with held-out texts: rows of conversations, questions of four choices, benchmarks."""
 
     model: DiffusionLM
     rows: TokenRows
     questions: list[list[Request]]
+    benchmarks: Path | None = None
 
 
 def laptop(options: Options) -> Laptop:
@@ -64,9 +65,11 @@ def _trained(workdir: Path | None) -> Laptop:
         command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "host", "--", target]
         subprocess.run(command, cwd=ROOT, check=True)
     model = load(directory / "runs" / LAPTOP_RUN / "model", device="cpu")
-    files = sorted((directory / "downloads" / "pocket-world" / "benchmarks" / "mmlu").glob("*/test.jsonl"))
+    benchmarks = directory / "downloads" / "pocket-world" / "benchmarks"
+    files = sorted((benchmarks / "mmlu").glob("*/test.jsonl"))
     rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    return Laptop(model, open_rows(directory / "data" / CHAT_DATA, "test"), [_question(model, row) for row in rows])
+    questions = [_question(model, row) for row in rows]
+    return Laptop(model, open_rows(directory / "data" / CHAT_DATA, "test"), questions, benchmarks)
 
 
 def _question(model: DiffusionLM, row: dict) -> list[Request]:

@@ -15,6 +15,7 @@ import torch
 from dllm.algorithms import ALGORITHMS, Algorithm, algorithm_for
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for, infill_canvas
+from dllm.likelihood.racing import Question, Verdict
 from dllm.models.backbone import Backbone
 from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
@@ -245,6 +246,21 @@ class DiffusionLM:
         rows, aims = self._pairs(prompts, targets)
         scorer = self.algorithm.part("scorer")()
         return scorer.nelbo(self.backbone, rows, aims, settings or LikelihoodSettings()) if rows else []
+
+    def race(
+        self,
+        prompts: Sequence[Prompt],
+        targets: Sequence[str | Sequence[int]],
+        questions: Sequence[Question],
+        settings: LikelihoodSettings,
+    ) -> tuple[list[Score], list[Verdict]]:
+        """`nelbo` of the choices of questions, only as precise as is needed to know which is best; see `Question`.
+
+        A score depends on the other choices of its question, and on nothing else of the batch.
+        """
+        self._check_trained()
+        rows, aims = self._pairs(prompts, targets)
+        return self.algorithm.part("scorer")().race(self.backbone, rows, aims, questions, settings)
 
     def greedy_match(
         self,

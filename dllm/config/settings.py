@@ -242,6 +242,12 @@ class LikelihoodSettings(Settings):
         "`mc` is the published Monte Carlo estimate, too high by 1 to 2 % for targets of 4 to 8 tokens",
     )
     budget: int = option(64, "most forward passes per target (or block of it) of `auto` and `lattice`", gt=0, le=MANY)
+    rounds: list[int] | None = option(
+        None,
+        "multiple choice: most passes of a choice in each round; after a round only those go on that may still be the "
+        "best one. None: `budget`, once",
+        min_length=1,
+    )
     block_size: int | None = option(
         None,
         "score a target in blocks of so many tokens, each given the clean text before it (the bound of a decoder that "
@@ -262,6 +268,15 @@ class LikelihoodSettings(Settings):
         if isinstance(given, dict) and "effort" in given:
             raise ValueError("effort is not a setting any more; use budget, the passes that every target gets")
         return given
+
+    @model_validator(mode="after")
+    def rounds_draw_anew(self) -> LikelihoodSettings:
+        if self.rounds and (self.estimator not in ("auto", "lattice") or min(self.rounds) < 1):
+            raise ValueError(
+                f"rounds = {self.rounds} with estimator = {self.estimator!r}: rounds are numbers of passes from 1, of "
+                "estimator auto or lattice; change them or leave them out"
+            )
+        return self
 
 
 class EditSettings(Settings):

@@ -6,6 +6,8 @@ The rules, all in one place:
 - `is_greedy` (LAMBADA's accuracy) is true where decoding a canvas as long as the continuation, one token per forward
   pass, the most confident position first, gives the continuation. It costs one pass per token and is computed only for
   tasks that read it; elsewhere it is False.
+- With `likelihood.rounds` the choices of a question are scored in rounds until the best one is known by each
+  metric of its task (`likelihood.racing`). Tasks that read the likelihoods themselves are not raced.
 - `loglikelihood_rolling` is the chain rule over blocks of `likelihood.block_size` tokens (default: half the model's
   length), each given as much of the text before it as fits.
 - `generate_until` samples with the settings of the evaluation, not with the task's (temperature, max_gen_toks), and
@@ -15,6 +17,7 @@ The rules, all in one place:
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import defaultdict
@@ -24,9 +27,11 @@ from typing import Literal, Protocol
 
 from lm_eval.api.instance import Instance
 
-from dllm.config import GenerateSettings, LikelihoodSettings, Scorer
+from dllm.config import GenerateSettings, LikelihoodSettings, Scorer, digest
 from dllm.evaluation.store import Answer
+from dllm.evaluation.task_files import Divisors
 from dllm.likelihood.policy import estimator_for
+from dllm.likelihood.racing import Question
 from dllm.models.literal_text import encode_marked, marked
 
 SpecialTokens = Literal["exact", "reference-v0", "reference-v0.1"]
@@ -40,6 +45,10 @@ class Model(Protocol):
     def answers(self, prompts: list[list[int]], settings: GenerateSettings) -> list: ...
 
     def nelbo(self, prompts: list[list[int]], targets: list[list[int]], settings: LikelihoodSettings) -> list: ...
+
+    def race(
+        self, prompts: list[list[int]], targets: list[list[int]], questions: list, settings: LikelihoodSettings
+    ) -> tuple[list, list]: ...
 
     def greedy_match(
         self, prompts: list[list[int]], targets: list[list[int]], settings: LikelihoodSettings
@@ -116,7 +125,8 @@ class DiffusionAnswerer:
     """Answers of a diffusion language model.
 
     open_model is called at the first request that needs the model; greedy_tasks names the tasks whose metrics read
-    `is_greedy` (None: all); chat_template says whether contexts are conversations in the chat template.
+    `is_greedy` (None: all); divisors: by task whose choices may be raced, `task_files.choice_divisors` of it;
+    chat_template says whether contexts are conversations in the chat template.
     """
 
     def __init__(
@@ -127,12 +137,14 @@ class DiffusionAnswerer:
         generation: GenerateSettings,
         scorer: Scorer,
         greedy_tasks: frozenset[str] | None = None,
+        divisors: dict[str, Divisors] | None = None,
         chat_template: bool = False,
     ):
         self.tokenizer = tokenizer
         self.generation = generation
         self.scorer = scorer
         self.greedy_tasks = greedy_tasks
+        self.divisors = (divisors or {}) if scorer.likelihood.rounds else {}
         self.chat_template = chat_template
         self.model_seconds = 0.0
         """Wall time spent in the model so far, without loading it."""
@@ -143,9 +155,14 @@ class DiffusionAnswerer:
         return self._open_model()
 
     def variant(self, kind: str, request: Instance) -> str:
-        """What an answer depends on besides the request's arguments: the greedy check, where the task reads it."""
-        reads = self.greedy_tasks is None or request.task_name in self.greedy_tasks
-        return "greedy" if kind == "loglikelihood" and reads else ""
+        """What an answer depends on besides the request's arguments: the greedy check, and in a race the question."""
+        if kind != "loglikelihood":
+            return ""
+        greedy = "greedy" if self.greedy_tasks is None or request.task_name in self.greedy_tasks else ""
+        if request.task_name not in self.divisors:
+            return greedy
+        rules = sorted(self.divisors[request.task_name](request))
+        return f"{greedy} race {digest({'document': json.dumps(request.doc, default=str), 'rules': rules})}"
 
     def answers(self, kind: str, requests: list[Instance], repeats: Sequence[int] | None = None) -> list[Answer]:
         """Answers to requests of one kind, in their order. A request's answer does not depend on the others."""
@@ -169,7 +186,7 @@ class DiffusionAnswerer:
             prompts.append(prompt)
             targets.append(target)
             lost.append(n)
-        scores = self._nelbo(prompts, targets)
+        scores, verdicts = self._scores(requests, prompts, targets)
         rows = [i for i, request in enumerate(requests) if self.variant("loglikelihood", request) and targets[i]]
         pairs = [prompts[i] for i in rows], [targets[i] for i in rows]
         matches = self._timed("greedy_match", *pairs, self.scorer.likelihood) if rows else []
@@ -181,6 +198,7 @@ class DiffusionAnswerer:
                 "standard_error": error,
                 "estimator": self._estimator(len(targets[i])),
                 "passes": passes + (len(targets[i]) if i in greedy else 0),
+                **verdicts.get(i, {}),
                 **({"truncated": lost[i]} if lost[i] else {}),
             }
             for i, (nats, error, passes) in enumerate(scores)
@@ -207,19 +225,48 @@ class DiffusionAnswerer:
             )
         return answers
 
+    def _scores(
+        self, requests: list[Instance], prompts: list[list[int]], targets: list[list[int]]
+    ) -> tuple[list[tuple[float, float, int]], dict[int, Answer]]:
+        """(nats, standard error, passes) per pair, and of raced ones how the race of their question ended."""
+        documents: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            if request.task_name in self.divisors and targets[i]:
+                documents[request.task_name, request.doc_id].append(i)
+        raced = sorted(i for choices in documents.values() for i in choices)
+        plain = sorted(set(range(len(requests))) - set(raced))
+        found = dict(zip(plain, self._nelbo([prompts[i] for i in plain], [targets[i] for i in plain]), strict=True))
+        if not raced:
+            return [found[i] for i in plain], {}
+        place = {i: at for at, i in enumerate(raced)}
+        questions = []
+        for (task, _), choices in documents.items():
+            divisors = [self.divisors[task](requests[i]) for i in choices]
+            by_rule = {rule: [divisor[rule] for divisor in divisors] for rule in divisors[0]}
+            questions.append(Question([place[i] for i in choices], by_rule))
+        pairs = [prompts[i] for i in raced], [targets[i] for i in raced]
+        scores, verdicts = self._timed("race", *pairs, questions, self.scorer.likelihood)
+        found |= dict(zip(raced, map(self._plain, scores), strict=True))
+        ends: dict[int, Answer] = {
+            i: {"rounds": verdict.rounds, "doubt": verdict.doubt}
+            for choices, verdict in zip(documents.values(), verdicts, strict=True)
+            for i in choices
+        }
+        return [found[i] for i in range(len(requests))], ends
+
     def _nelbo(self, prompts: list[list[int]], targets: list[list[int]]) -> list[tuple[float, float, int]]:
         """(nats, standard error, passes) per pair; an empty target costs nothing."""
         rows = [i for i, target in enumerate(targets) if target]
-        scores = (
-            self._timed("nelbo", [prompts[i] for i in rows], [targets[i] for i in rows], self.scorer.likelihood)
-            if rows
-            else []
-        )
+        pairs = [prompts[i] for i in rows], [targets[i] for i in rows]
+        scores = self._timed("nelbo", *pairs, self.scorer.likelihood) if rows else []
         found = [(0.0, 0.0, 0)] * len(targets)
         for i, score in zip(rows, scores, strict=True):
-            nats = bf16(score.nats) if self.scorer.bf16_scores else float(score.nats)
-            found[i] = (nats, float(score.standard_error), int(score.passes))
+            found[i] = self._plain(score)
         return found
+
+    def _plain(self, score) -> tuple[float, float, int]:
+        nats = bf16(score.nats) if self.scorer.bf16_scores else float(score.nats)
+        return nats, float(score.standard_error), int(score.passes)
 
     def _encode_pairs(self, requests: list[Instance]) -> list[tuple[list[int], list[int]]]:
         """`encode_pair` of each request; without CLS/SEP, all texts at once and each once."""
@@ -239,7 +286,7 @@ class DiffusionAnswerer:
         settings = self.scorer.likelihood
         return estimator_for(min(length, settings.block_size or length), settings) if length else "none"
 
-    def _timed(self, method: str, *arguments) -> list:
+    def _timed(self, method: str, *arguments):
         call = getattr(self.model, method)  # loads the model
         begun = time.perf_counter()
         found = call(*arguments)

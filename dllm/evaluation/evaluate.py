@@ -22,6 +22,7 @@ from dllm.evaluation.scores import summarise
 from dllm.evaluation.store import AnswerStore
 from dllm.evaluation.task_files import (
     build_requests,
+    choice_divisors,
     content_digest,
     declared_metrics,
     definition_digest,
@@ -137,7 +138,7 @@ def _result(
     programs: dict | None,
 ) -> dict[str, Any]:
     """What the scores of a benchmark are, and what they come from."""
-    metrics = collect_metrics(tasks, samples)
+    metrics = collect_metrics(tasks, samples, lm)
     check_metrics(config, set(metrics))
     return {
         "run": config.run,
@@ -154,7 +155,7 @@ def _result(
         **({"programs": programs} if programs else {}),
         **collect_cost(documents, lm),
         "truncated": sum(1 for document in documents if document.get("truncated")),
-        "subtasks": collect_subtasks(tasks, samples, config),
+        "subtasks": collect_subtasks(tasks, samples, lm, config),
         "inputs": {
             "checkpoint": content_digest(workdir / config.checkpoint),
             "data": content_digest(workdir / config.data) if config.data else config.revision,
@@ -204,6 +205,7 @@ def open_answerer(config: EvaluationConfig, workdir: Path, tasks: dict, device: 
         generation=config.generation,
         scorer=config.scorer,
         greedy_tasks=frozenset(name for name, task in tasks["tasks"].items() if reads_greedy(task)),
+        divisors={name: found for name, task in tasks["tasks"].items() if (found := choice_divisors(task))},
         chat_template=config.chat_template,
     )
 
@@ -290,25 +292,31 @@ def check_metrics(config: EvaluationConfig, known: set[str]) -> None:
             )
 
 
-def collect_metrics(tasks: dict, samples: dict[str, list[dict]]) -> dict[str, dict]:
+def collect_metrics(tasks: dict, samples: dict[str, list[dict]], lm: StoredLM) -> dict[str, dict]:
     """{"metric,filter": {value, standard_error, low, high, n}} over the documents of all tasks, each counting once."""
     values: dict[str, list] = {}
     aggregates: dict[str, Any] = {}
+    doubts: dict[str, list[float]] = {}
     for name, documents in samples.items():
         for document in documents:
+            doubt = _race(lm.found[name, document["doc_id"]]).get("doubt", {})
             for metric in document["metrics"]:
                 key = f"{metric},{document['filter']}"
                 values.setdefault(key, []).append(document[metric])
                 aggregates.setdefault(key, tasks["tasks"][name].aggregation().get(metric, _mean))
-    return {key: summarise(values[key], aggregates[key]) for key in sorted(values)}
+                if metric in doubt:
+                    doubts.setdefault(key, []).append(doubt[metric])
+    return {key: summarise(values[key], aggregates[key], doubts.get(key, ())) for key in sorted(values)}
 
 
-def collect_subtasks(tasks: dict, samples: dict[str, list[dict]], config: EvaluationConfig) -> dict[str, dict]:
+def collect_subtasks(
+    tasks: dict, samples: dict[str, list[dict]], lm: StoredLM, config: EvaluationConfig
+) -> dict[str, dict]:
     """{task: {value, n}} of the headline metric."""
     headline = f"{config.metric},{config.filter}"
     found = {}
     for name in sorted(samples):
-        summary = collect_metrics(tasks, {name: samples[name]}).get(headline)
+        summary = collect_metrics(tasks, {name: samples[name]}, lm).get(headline)
         if summary is not None:
             found[name] = {"value": summary["value"], "n": summary["n"]}
     return found
@@ -330,17 +338,30 @@ def collect_cost(documents: list[dict[str, Any]], lm: StoredLM) -> dict[str, Any
     """What the answers took and how sure they are; without wall times, so that identical runs have identical records.
 
     passes: forward rows in all, a row shared by several answers counted once; passes_per_document; estimators: answers
-    by the likelihood estimator they were scored with; standard_error_of_answers: the mean over those, in nats.
+    by the likelihood estimator they were scored with; standard_error_of_answers: the mean over those, in nats. Of raced
+    questions also race: questions by the rounds that they took, and by metric those that ended undecided.
     """
     answers = [a for row in documents for a in lm.found[row["subtask"], row["doc_id"]]]
     passes = sum(row["passes"] for row in documents)
+    races = [race for row in documents if (race := _race(lm.found[row["subtask"], row["doc_id"]]))]
+    rounds, undecided = Counter(r["rounds"] for r in races), Counter(rule for r in races for rule in r["doubt"])
     errors = [answer["standard_error"] for answer in answers if answer.get("standard_error") is not None]
     return {
         "passes": passes,
         "passes_per_document": round(passes / len(documents), 6),
         "estimators": dict(sorted(Counter(a["estimator"] for a in answers if "estimator" in a).items())),
         "standard_error_of_answers": _mean(errors) if errors else None,
+        **({"race": {"rounds": _by_name(rounds), "undecided": _by_name(undecided)}} if races else {}),
     }
+
+
+def _race(answers: list[dict]) -> dict[str, Any]:
+    """{"rounds", "doubt"} of a raced question, else nothing."""
+    return next(({name: answer[name] for name in ("rounds", "doubt")} for answer in answers if "rounds" in answer), {})
+
+
+def _by_name(counts: Counter) -> dict[str, int]:
+    return {str(name): counts[name] for name in sorted(counts)}
 
 
 def _document(subtask: str, sample: dict, answers: list[dict]) -> dict[str, Any]:
@@ -365,6 +386,7 @@ def _document(subtask: str, sample: dict, answers: list[dict]) -> dict[str, Any]
             row["log_likelihoods"] = [answer["answer"] for answer in answers]
         row["standard_errors"] = [answer.get("standard_error") for answer in answers]
     row["passes"] = sum(answer.get("passes") or 0 for answer in answers)
+    row |= _race(answers)
     truncated = max(answer.get("truncated", 0) for answer in answers)
     if truncated:
         row["truncated"] = truncated

@@ -18,21 +18,30 @@ def normal_interval(values: Sequence[float]) -> tuple[float, float | None, float
     return mean, error, mean - Z95 * error, mean + Z95 * error
 
 
-def summarise(values: Sequence, aggregate: Callable[[Sequence], float]) -> dict[str, float | int | None]:
+def summarise(
+    values: Sequence, aggregate: Callable[[Sequence], float], doubts: Sequence[float] = ()
+) -> dict[str, float | int | None]:
     """{value, standard_error, low, high, n} of one metric over its documents, each document counting once.
 
     aggregate is lm-eval's aggregation of the metric, known by its name: `mean` of 0/1 scores gives a Wilson interval,
     `mean` of other numbers a normal one, `perplexity` the exponential of the negated normal one (standard error by the
     delta method). For anything else (corpus metrics such as F1) only the value is known.
+    doubts: the probabilities that 0/1 scores are wrong, of questions that a race did not decide. As independent errors
+    of variance p (1 - p) each, they are added in quadrature to the standard error and to both sides of the interval.
     """
     n = len(values)
     if n == 0:
         raise ValueError("summarise: no scored document; check the task's split and `limit`")
     if aggregate.__name__ == "mean" and all(value in (0, 1) for value in values):
         successes = sum(int(value) for value in values)
-        share, bounds = successes / n, wilson_interval(successes, n)
+        share, (low, high) = successes / n, wilson_interval(successes, n)
         spread = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
-        return {"value": share, "standard_error": spread, "low": bounds[0], "high": bounds[1], "n": n}
+        if doubts:
+            more = math.sqrt(math.fsum(p * (1 - p) for p in doubts)) / n
+            low = max(0.0, share - math.hypot(share - low, Z95 * more))
+            high = min(1.0, share + math.hypot(high - share, Z95 * more))
+            spread = None if spread is None else math.hypot(spread, more)
+        return {"value": share, "standard_error": spread, "low": low, "high": high, "n": n}
     if aggregate.__name__ == "mean":
         mean, error, low, high = normal_interval([float(value) for value in values])
         return {"value": mean, "standard_error": error, "low": low, "high": high, "n": n}

@@ -35,8 +35,8 @@ class StoredLM(LM):
     """lm-eval's model: answers come from the store; `fill` computes those of one shard that are missing.
 
     Every process is given all requests, so that the examples drawn into the prompts do not depend on how many processes
-    there are; the documents are dealt round robin. Requests with the same prompt stay together, in a shard and in a
-    chunk, because a model may score them together with fewer passes.
+    there are; the documents are dealt round robin. Documents with the same first prompt stay together, in a shard and
+    in a chunk, with all their requests: a model may score them together with fewer passes, or in a race.
     """
 
     def __init__(
@@ -90,14 +90,15 @@ class StoredLM(LM):
         missing: dict[str, tuple[Instance, int]] = {}
         wanted = set()
         for key, request, repeat in self._keyed(kind, requests):
-            if part[(request.task_name, request.doc_id)] == index:
+            if part[_document(request)] == index:
                 wanted.add(key)
                 if key not in self.store:
                     missing.setdefault(key, (request, repeat))
         size = self.generations_per_chunk if kind == "generate_until" else LIKELIHOODS_PER_CHUNK
         answered = len(wanted) - len(missing)
         self.progress(answered, len(wanted))
-        for keys in _chunks({key: request.args[0] for key, (request, _) in missing.items()}, size):
+        prompts = _prompts(requests)
+        for keys in _chunks({key: prompts[_document(request)] for key, (request, _) in missing.items()}, size):
             chunk, repeats = zip(*(missing[key] for key in keys), strict=True)
             before = self.answerer.model_seconds
             answers = self._answers(kind, list(chunk), list(repeats))
@@ -161,15 +162,21 @@ class StoredLM(LM):
         return keyed
 
 
+def _document(request: Instance) -> tuple[str, int]:
+    return request.task_name, request.doc_id
+
+
+def _prompts(requests: list[Instance]) -> dict[tuple[str, int], str]:
+    """The first prompt of each (task, document)."""
+    return {_document(request): request.args[0] for request in reversed(requests)}
+
+
 def _parts(requests: list[Instance], shards: int) -> dict[tuple[str, int], int]:
     """The shard of each (task, document): round robin over the first prompts, equal ones in the same shard."""
-    prompts: dict[str, int] = {}
-    parts: dict[tuple[str, int], int] = {}
-    for request in requests:
-        document = (request.task_name, request.doc_id)
-        if document not in parts:
-            parts[document] = prompts.setdefault(request.args[0], len(prompts)) % shards
-    return parts
+    first = _prompts(requests)
+    numbers: dict[str, int] = {}
+    documents = dict.fromkeys(map(_document, requests))
+    return {document: numbers.setdefault(first[document], len(numbers)) % shards for document in documents}
 
 
 def _chunks(prompts: dict[str, str], size: int) -> Iterator[list[str]]:

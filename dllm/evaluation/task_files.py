@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -140,6 +140,31 @@ def reads_greedy(task) -> bool:
     return (task.OUTPUT_TYPE == "loglikelihood" and "acc" in metrics) or (
         task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in metrics
     )
+
+
+Divisors = Callable[[Any], dict[str, float]]
+"""Of a request, by metric: what its log-likelihood is divided by before choices are compared."""
+
+
+def choice_divisors(task) -> Divisors | None:
+    """How the metrics of a multiple-choice task compare its choices; None if more than the best choice is read."""
+    metrics = set(task.aggregation())
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results) or not metrics <= set(_DIVISORS):
+        return None
+
+    def divisors(request) -> dict[str, float]:
+        choice = task.doc_to_choice(request.doc)[request.idx]
+        return {metric: _DIVISORS[metric](choice) for metric in sorted(metrics)}
+
+    return divisors
+
+
+_DIVISORS: dict[str, Callable[[str], float]] = {
+    "acc": lambda choice: 1.0,
+    "acc_norm": lambda choice: float(len(choice)),
+    "acc_bytes": lambda choice: float(len(choice.encode())),
+}
+"""As in `process_results` of lm-eval's tasks."""
 
 
 def declared_metrics(tasks: dict) -> set[str] | None:

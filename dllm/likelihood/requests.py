@@ -33,53 +33,67 @@ CHUNK_ROWS = 16384
 class Targets:
     """What is scored: N targets, or blocks of them, each behind a prefix (a prompt, and the clean blocks before).
 
-    prefixes [C, P] long, padded on the right, and their lengths [C]; target_ids: the tokens of N targets; request and
-    prefix [N]: the request and the prefix of each; key [N] long: of its random numbers. Where the model attends
-    block-causally: origin [C], from where its blocks are counted, and text [C], a prefix that begins with this one.
+    prefixes [C, P] long, padded on the right, and their lengths [C]; target_ids: the tokens of N targets; request,
+    block and prefix [N]: the request of each, which of its blocks it is, its prefix; key [N] long: of its random
+    numbers. Where the model attends block-causally: origin [C], from where its blocks are counted, and text [C], a
+    prefix that begins with this one.
     """
 
     prefixes: Tensor
     lengths: Tensor
     target_ids: list[Sequence[int]]
     request: numpy.ndarray
+    block: numpy.ndarray
     prefix: numpy.ndarray
     key: Tensor
     origin: numpy.ndarray
     text: numpy.ndarray
 
 
-def targets_of(prompts: Rows, targets: Rows, settings: LikelihoodSettings, rule: BlockRule | None) -> Targets:
+def targets_of(
+    prompts: Rows,
+    targets: Rows,
+    settings: LikelihoodSettings,
+    rule: BlockRule | None,
+    like: Rows | None = None,
+) -> Targets:
     """The targets, or their blocks, of some requests.
 
-    Those with the same prompt and place have the same key, whatever their lengths and the blocks before them.
+    Those with the same prompt and place have the same key, whatever their lengths and the blocks before them. like: the
+    prompt that counts for the key of each request, if not its own.
     """
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     text: dict[int, int] = {}
-    target_ids, request, prefix, prompt_of = [], [], [], []
-    block_of: list[int] = []
+    target_ids, request, prefix = [], [], []
+    block: list[int] = []
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         prompt = tuple(prompt)
         origin, bounds = _blocks(len(prompt), len(target), settings.block_size, rule)
         own = [numbers.setdefault((origin, (*prompt, *target[:low])), len(numbers)) for low, _ in bounds]
         target_ids += [target[low:high] for low, high in bounds]
         request += [number] * len(bounds)
-        prompt_of += [own[0]] * len(bounds)
-        block_of += range(len(bounds))
+        block += range(len(bounds))
         prefix += own
         text |= dict.fromkeys(own, own[-1])
     lengths = torch.tensor([len(tokens) for _, tokens in numbers], dtype=torch.long)
     prefixes = pad_sequence([torch.tensor(tokens, dtype=torch.long) for _, tokens in numbers], batch_first=True)
-    hashes = token_hash(prefixes, torch.arange(prefixes.shape[1]) < lengths[:, None])
+    hashes = {prompt: _prompt_hash(prompt) for prompt in map(tuple, like or prompts)}
+    of_request = torch.tensor([hashes[tuple(prompt)] for prompt in like or prompts])
     return Targets(
         prefixes,
         lengths,
         target_ids,
         request=numpy.array(request),
+        block=numpy.array(block),
         prefix=numpy.array(prefix),
-        key=keyed_hash(settings.seed, hashes[prompt_of], torch.tensor(block_of)),
+        key=keyed_hash(settings.seed, of_request[request], torch.tensor(block)),
         origin=numpy.array([origin for origin, _ in numbers]),
         text=numpy.array([text[number] for number in range(len(numbers))]),
     )
+
+
+def _prompt_hash(prompt: tuple[int, ...]) -> int:
+    return int(token_hash(torch.tensor(prompt, dtype=torch.long)))
 
 
 def _blocks(prompt: int, target: int, size: int | None, rule: BlockRule | None) -> tuple[int, list[tuple[int, int]]]:

@@ -7,8 +7,9 @@ requests, up to float rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 import torch
@@ -18,6 +19,7 @@ from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.attention_pattern import BlockRule
 from dllm.core.canvas import Progress, Score, canvas_for
 from dllm.likelihood.designs import Design, estimate
+from dllm.likelihood.racing import Estimates, Question, Verdict, length_of, race
 from dllm.likelihood.requests import (
     PackedBatch,
     Rows,
@@ -58,24 +60,51 @@ class MaskedScorer:
         Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, or a
         budget too small for the estimator.
         """
+        nats, noise, passes = self._estimates(backbone, prompts, targets, settings, None)
+        return [Score(*score) for score in zip(nats.tolist(), map(length_of, noise), passes.tolist(), strict=True)]
+
+    def race(
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        questions: Sequence[Question],
+        settings: LikelihoodSettings,
+    ) -> tuple[list[Score], list[Verdict]]:
+        """`nelbo` of the choices of questions, in rounds, as precise as is needed to know the best ones (`race`).
+
+        Raises ValueError as `nelbo`.
+        """
+        return race(partial(self._estimates, backbone), prompts, targets, questions, settings)
+
+    def _estimates(
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        settings: LikelihoodSettings,
+        like: Rows | None,
+    ) -> Estimates:
+        """Nats [N], their noise [N, E] and passes [N] of some requests; see `estimate` and `targets_of`."""
         _check(backbone, prompts, targets)
         if not len(prompts):
-            return []
+            return numpy.zeros(0), numpy.zeros((0, 0)), numpy.zeros(0, dtype=numpy.int64)
         if backbone.device.type == "cpu":
             settings = settings.model_copy(update={"batch_tokens": min(settings.batch_tokens, HOST_TOKENS)})
         rule = self.rule and self.rule(backbone, settings.block_size)
-        every = targets_of(prompts, targets, settings, rule)
-        nats, variance = numpy.zeros(len(prompts)), numpy.zeros(len(prompts))
-        passes = numpy.zeros(len(prompts), dtype=numpy.int64)
+        every = targets_of(prompts, targets, settings, rule, like)
+        nats, passes = numpy.zeros(len(prompts)), numpy.zeros(len(prompts), dtype=numpy.int64)
+        noise = numpy.zeros((len(prompts), int(every.block.max()) + 1, 0))
         for chunk in chunks_of(every, settings):
-            own, nll = _forward(backbone, every, chunk, settings.batch_tokens, rule)
-            numpy.add.at(passes, every.request[own], 1)
+            owner, nll = _forward(backbone, every, chunk, settings.batch_tokens, rule)
+            numpy.add.at(passes, every.request[owner], 1)
             for (members, design), values in zip(chunk, nll, strict=True):
                 value, error = estimate(design, values)
                 numpy.add.at(nats, every.request[members], value.numpy())
-                numpy.add.at(variance, every.request[members], (error**2).numpy())
-        scores = zip(nats.tolist(), numpy.sqrt(variance).tolist(), passes.tolist(), strict=True)
-        return [Score(*score) for score in scores]
+                wider = max(0, error.shape[-1] - noise.shape[-1])
+                noise = numpy.pad(noise, ((0, 0), (0, 0), (0, wider)))
+                noise[every.request[members], every.block[members], : error.shape[-1]] = error.numpy()
+        return nats, noise.reshape(len(nats), -1), passes
 
     def greedy_match(
         self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
