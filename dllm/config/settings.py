@@ -239,7 +239,7 @@ class LikelihoodSettings(Settings):
     estimator: EstimatorName = option(
         "auto",
         "`auto` takes all masks (`enumerate`, exact) where they fit the budget, else `lattice`, an unbiased estimate; "
-        "`mc` is the published Monte Carlo estimate, too high by 1 to 2 % for targets of 4 to 8 tokens",
+        "`mc` is the published Monte Carlo estimate, with its bias (docs/algorithms.md)",
     )
     budget: int = option(64, "most forward passes per target (or block of it) of `auto` and `lattice`", gt=0, le=MANY)
     rounds: list[int] | None = option(

@@ -234,10 +234,9 @@ _WINDOWS_PER_CIRCLE = 8
 def mc(length: int, key: Tensor, settings: LikelihoodSettings) -> Design:
     """The published estimator: draws of a uniform mask of size k, weight L / k, k spread over a batch of b draws.
 
-    k_j = round(k_0 + j L / b), wrapped to 1..L, k_0 uniform. As published, halves are rounded to the even number: where
-    L / b has half-integer multiples, even k are drawn more often than odd ones, and the bound comes out too high (1.3
-    to 2.4 % for targets of 4 to 8 tokens with b = 32). The standard error, which does not know of that, comes from the
-    batches, or of a single one from its draws.
+    k_j = round(k_0 + j L / b), wrapped to 1..L, k_0 uniform. As published, halves are rounded to the even number, which
+    is a bias for some L (docs/algorithms.md). The standard error, which does not know of it, comes from the batches, or
+    of a single one from its draws.
     Source: Nie et al. 2025, algorithm 3 and the authors' evaluation code. Raises ValueError unless mc_batch divides
     mc_draws.
     """

@@ -9,8 +9,13 @@ from dllm.likelihood.policy import likelihood_passes
 
 
 def question_passes(choices: int, length: int, one_prompt: bool, settings: LikelihoodSettings) -> float:
-    """Passes for all answers of a question: those of one prompt and length share the input with everything masked."""
-    each = likelihood_passes(length, settings)
+    """Passes for all answers of a question: those of one prompt and length share the input with everything masked.
+
+    Of several answers that are scored in rounds, half are taken to go on after each round.
+    """
+    rounds = settings.rounds if choices > 1 and settings.rounds else [settings.budget]
+    budgets = [settings.model_copy(update={"budget": budget}) for budget in rounds]
+    each = sum(likelihood_passes(length, budget) / 2**number for number, budget in enumerate(budgets))
     return choices * each - (choices - 1 if one_prompt and choices > 1 else 0)
 
 

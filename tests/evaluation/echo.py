@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from dllm.config import EvaluationConfig
+from dllm.likelihood.racing import Verdict
 
 NATS_PER_UNKNOWN_WORD = 2.0
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}" + (
@@ -51,6 +52,12 @@ class EchoModel:
             EchoScore(NATS_PER_UNKNOWN_WORD * sum(t not in p for t in target), 0.5, len(target))
             for p, target in zip(prompts, targets, strict=True)
         ]
+
+    def race(self, prompts, targets, questions, settings):
+        """Questions whose choices are all as good as each other end undecided by `acc`."""
+        scores = self.nelbo(prompts, targets, settings)
+        values = [{scores[choice].nats for choice in question.requests} for question in questions]
+        return scores, [Verdict(1, {}) if len(each) > 1 else Verdict(2, {"acc": 0.5}) for each in values]
 
     def greedy_match(self, prompts, targets, settings):
         return [all(t in p for t in target) for p, target in zip(prompts, targets, strict=True)]

@@ -57,6 +57,24 @@ def test_a_sample_row_says_what_was_asked_and_answered(workdir, echo):
     }
 
 
+def test_raced_questions_say_how_they_ended_and_widen_the_interval(workdir, echo):
+    race = evaluation("both", scorer={"likelihood": {"rounds": [6, 12]}})
+    result = evaluate_benchmark(race, workdir)
+    assert result["race"] == {"rounds": {"1": 25, "2": 5}, "undecided": {"acc": 5}}
+    low, high = wilson_interval(25, 30)
+    more = 1.96 * (5 * 0.25) ** 0.5 / 30
+    accuracy = result["metrics"]["acc"]
+    assert accuracy["low"] == pytest.approx(25 / 30 - ((25 / 30 - low) ** 2 + more**2) ** 0.5, abs=1e-5)
+    assert (result["metrics"]["acc_norm"]["low"], result["metrics"]["acc_norm"]["high"]) == (low, high)
+    whole = written(workdir, "both")
+    assert '"rounds": 2, "doubt": {"acc": 0.5}' in whole[1]
+    forget(workdir)
+    for shard in range(3):
+        evaluate_benchmark(race, workdir, shard=(shard, 3), score=False)
+    evaluate_benchmark(race, workdir, compute=False)
+    assert written(workdir, "both") == whole
+
+
 def test_accuracy_of_a_last_word_is_the_greedy_match(workdir, echo):
     result = evaluate_benchmark(evaluation("last", further_metrics=["perplexity"]), workdir)
     assert result["metrics"]["acc"]["value"] == 8 / 12
