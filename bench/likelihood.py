@@ -94,8 +94,10 @@ def endings_at_equal_error(options: Options) -> Result:
         "ours": lambda: scores(model, requests, settings),
         "mc": lambda: common(model, requests, draws),
         "plain": lambda: [plain_passes(model, request, settings) for request in requests],
+        "mc32": lambda: common(model, requests, 8 if options.quick else 32),
+        "mc128": lambda: common(model, requests, 8 if options.quick else 128),
     }
-    times = interleaved(jobs, options.repeats(5), at_most=45)
+    times = interleaved(jobs, options.repeats(5), at_most=60)
     pairs = zip(ours.by_length(requests)[:3], spread.by_length(requests)[:3], strict=True)
     thirds = ", ".join(f"{a:.2f} against {b:.2f}" for a, b in pairs)
     note = f"{_errors(ours, spread, settings, draws)} By thirds of the target lengths: {thirds}."
@@ -121,6 +123,19 @@ def endings_at_equal_error(options: Options) -> Result:
             correct=same,
         ),
     ]
+    for count in (32, 128):
+        error = spread.error * (draws / count) ** 0.5
+        rows.append(
+            compare(
+                times["ours"],
+                times[f"mc{count}"],
+                name=f"{name}, {settings.budget} passes each",
+                against=f"Monte Carlo {count}, one request at a time",
+                held_equal=f"{SAME}; not the standard error, see the note",
+                correct=correct,
+                note=f"Root mean square standard error {ours.error:.2f} nats, Monte Carlo {error:.2f}.",
+            )
+        )
     for some, kind in zip(answers(trained), ("their own", "other"), strict=True):
         rows.append(_answers(model, some[:2] if options.quick else some, kind, 3 if options.quick else 5, options))
     points = {}

@@ -271,13 +271,15 @@ def cluster_needs() -> str:
 
 
 def benchmark() -> str:
-    """The targets of the benchmark and what its committed results say of them."""
+    """The targets of the benchmark and what its committed results say of them; and Monte Carlo at its fewest draws."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(BENCHMARK.glob("*.json"))]
-    rows = [row for case in found for row in case["rows"] if row["target"] is not None]
+    every = [row for case in found for row in case["rows"]]
+    rows = [row for row in every if row["target"] is not None or row["against"].startswith("Monte Carlo 32,")]
     lines = ["| work | against | ratio | asked for |", "|---|---|---:|---:|"]
     for row in rows:
         unit = "" if row["unit"] == "s" else f", {row['unit']}"
-        asked = f"{row['target']:g} ×" + ("" if row["ratio"] >= row["target"] else ", missed")
+        asked = "" if row["target"] is None else f"{row['target']:g} ×"
+        asked += ", missed" if asked and row["ratio"] < row["target"] else ""
         lines.append(f"| {row['name']}{unit} | {row['against']} | **{row['ratio']:.3g} ×** | {asked} |")
     machines = sorted({f"{row['hardware']}, {row['threads']} threads" for row in rows})
     commits = sorted({row["commit"][:8] for row in rows})
@@ -293,7 +295,7 @@ def recipes() -> str:
         values = [getattr(project.recipes[name], key) for name in names]
         lines.append(f"| recipe `{key}` | {' | '.join(f'`{value}`' for value in values)} |")
     scorers = [project.scorers[name] for name in ("corrected", "published")]
-    for key in ("estimator", "mc_draws", "mc_batch", "budget"):
+    for key in ("estimator", "mc_draws", "mc_batch", "budget", "rounds"):
         values = [getattr(scorer.likelihood, key) for scorer in scorers]
         lines.append(f"| scorer `likelihood.{key}` | {' | '.join(f'`{value}`' for value in values)} | |")
     for key in ("special_tokens", "bf16_scores", "fewshot_as_multiturn"):
