@@ -256,7 +256,7 @@ class DiffusionLM:
     ) -> tuple[list[Score], list[Verdict]]:
         """`nelbo` of the choices of questions, only as precise as is needed to know which is best; see `Question`.
 
-        A score depends on the other choices of its question, and on nothing else of the batch.
+        A score depends on the other choices of its question, and on nothing else of the batch, up to float rounding.
         """
         self._check_trained()
         rows, aims = self._pairs(prompts, targets)

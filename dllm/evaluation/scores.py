@@ -34,14 +34,14 @@ def summarise(
         raise ValueError("summarise: no scored document; check the task's split and `limit`")
     if aggregate.__name__ == "mean" and all(value in (0, 1) for value in values):
         successes = sum(int(value) for value in values)
-        share, (low, high) = successes / n, wilson_interval(successes, n)
+        share, bounds = successes / n, wilson_interval(successes, n)
         spread = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
         if doubts:
             more = math.sqrt(math.fsum(p * (1 - p) for p in doubts)) / n
-            low = max(0.0, share - math.hypot(share - low, Z95 * more))
-            high = min(1.0, share + math.hypot(high - share, Z95 * more))
+            below, above = (math.hypot(bound - share, Z95 * more) for bound in bounds)
+            bounds = max(0.0, share - below), min(1.0, share + above)
             spread = None if spread is None else math.hypot(spread, more)
-        return {"value": share, "standard_error": spread, "low": low, "high": high, "n": n}
+        return {"value": share, "standard_error": spread, "low": bounds[0], "high": bounds[1], "n": n}
     if aggregate.__name__ == "mean":
         mean, error, low, high = normal_interval([float(value) for value in values])
         return {"value": mean, "standard_error": error, "low": low, "high": high, "n": n}

@@ -13,7 +13,7 @@ tests); Moore and Lee 1994, Efficient algorithms for minimizing cross validation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -22,6 +22,7 @@ import numpy
 from dllm.config import LikelihoodSettings
 from dllm.core.canvas import Score
 from dllm.core.noise import keyed_hash
+from dllm.likelihood.requests import Rows
 
 ERROR = 0.05
 """Probability, by one rule, that a question loses its best choice before the last round."""
@@ -35,7 +36,7 @@ class Question:
     """What is to be compared: the numbers of K requests; by rule, what the nats of each are divided by [K]."""
 
     requests: Sequence[int]
-    divisors: dict[str, Sequence[float]]
+    divisors: Mapping[str, Sequence[float]]
 
     def by(self, rule: str) -> dict[int, float]:
         """What the nats of each request are divided by."""
@@ -54,9 +55,9 @@ class Verdict:
 
 
 def race(
-    estimates: Callable[[list, list, LikelihoodSettings, list], Estimates],
-    prompts: Sequence,
-    targets: Sequence,
+    estimates: Callable[[Rows, Rows, LikelihoodSettings, Rows], Estimates],
+    prompts: Rows,
+    targets: Rows,
     questions: Sequence[Question],
     settings: LikelihoodSettings,
 ) -> tuple[list[Score], list[Verdict]]:

@@ -216,16 +216,16 @@ def _forward_order(
     targets: Targets, prefix: Tensor, size: Tensor, rule: BlockRule | None
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """In which order inputs [R] are forwarded, short rows first, and how many tokens each then adds to a batch."""
-    start, size = targets.lengths[prefix].numpy(), size.numpy()
+    start, own = targets.lengths[prefix].numpy(), size.numpy()
     if rule is None:
-        order = (start + size).argsort(kind="stable")
-        return order, (start + size)[order]
+        order = (start + own).argsort(kind="stable")
+        return order, (start + own)[order]
     # the clean tokens of a text are forwarded once, with the first of its inputs
     text = targets.text[prefix.numpy()]
     of_text = targets.lengths.numpy()[text]
     order = numpy.lexsort((start, text, of_text))
     opens = numpy.diff(text[order], prepend=-1) != 0
-    return order, size[order] + opens * of_text[order]
+    return order, own[order] + opens * of_text[order]
 
 
 def token_batches(lengths: numpy.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:

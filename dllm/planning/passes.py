@@ -15,7 +15,7 @@ def question_passes(choices: int, length: int, one_prompt: bool, settings: Likel
     """
     rounds = settings.rounds if choices > 1 and settings.rounds else [settings.budget]
     budgets = [settings.model_copy(update={"budget": budget}) for budget in rounds]
-    each = sum(likelihood_passes(length, budget) / 2**number for number, budget in enumerate(budgets))
+    each = math.fsum(likelihood_passes(length, own) * 0.5**number for number, own in enumerate(budgets))
     return choices * each - (choices - 1 if one_prompt and choices > 1 else 0)
 
 
