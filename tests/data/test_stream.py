@@ -127,11 +127,14 @@ def test_one_shard_is_too_few(monkeypatch):
 def test_a_full_disk_is_noticed_before_anything_is_fetched(tmp_path):
     config = DownloadConfig(name="w", what="dataset", dataset=DatasetEntry(hub="a/b", revision="0" * 40))
     files = [SimpleNamespace(rfilename="here", size=10**18), SimpleNamespace(rfilename="there", size=10**18)]
+    pin = {"repo_id": "a/b", "revision": "0" * 40, "repo_type": "dataset", "cache_dir": tmp_path / "store"}
     with pytest.raises(ValueError, match="w: 2000000000.0 GB to download, .* GB free below .*make room"):
-        download._check_room(config, tmp_path / "scratch", files)
-    (tmp_path / "scratch/here").write_text("complete")
+        download._check_room(config, tmp_path / "scratch", files, pin)
+    snapshot = tmp_path / "store/datasets--a--b/snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "here").write_text("complete")
     with pytest.raises(ValueError, match="w: 1000000000.0 GB to download"):
-        download._check_room(config, tmp_path / "scratch", files)
+        download._check_room(config, tmp_path / "scratch", files, pin)
 
 
 @pytest.mark.parametrize(
