@@ -12,7 +12,15 @@ from typing import Any
 
 from dllm.checking.contents import PLACEHOLDER, dataset_faults, has_weights, model_faults, task_faults
 from dllm.checking.sketch import Rows, forget_sizes, sketch
-from dllm.config import DownloadConfig, EvaluationConfig, Project, digest, download_configs, evaluation_configs
+from dllm.config import (
+    WEIGHT_FILES,
+    DownloadConfig,
+    EvaluationConfig,
+    Project,
+    digest,
+    download_configs,
+    evaluation_configs,
+)
 from dllm.data.download import ARCHIVES, chosen_files, describe_alone, stated_licence, unpack
 from dllm.data.hub import HubUnreachable, NoSuchCommit, one_line_errors
 from dllm.provenance import VOLATILE, directory_digest, file_digest, read_record
@@ -202,7 +210,7 @@ def _fetch(config: DownloadConfig, one: Checked) -> None:
     patterns, wanted, facts = chosen_files(config, info, one.directory)
     one.bytes = sum(file.size or 0 for file in wanted)
     sizes = {file.rfilename: file.size or 0 for file in wanted} | facts.get("stream", {}).get("shards", {})
-    names = [name for name in sizes if not name.endswith((".safetensors", ".bin", "dataset_infos.json"))]
+    names = [name for name in sizes if not name.endswith((*WEIGHT_FILES, "dataset_infos.json"))]
     files = HfFileSystem()
     root = f"{'datasets/' if config.dataset else ''}{entry.hub}@{entry.revision}"
     files.find(root)  # one listing, which spares a question for each file

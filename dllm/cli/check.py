@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dllm.cli.plan import add_project_arguments, config_directory
+
 HELP = "look at every pinned model, dataset and benchmark, and compare it with its entry"
 EXAMPLES = """examples:
   dllm check config/paper.yaml                 all that the full reproduction takes from the hub; about a minute
@@ -20,14 +22,7 @@ it is another experiment, so read on the hub's page what changed before you writ
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument(
-        "configs", metavar="CONFIG", nargs="+", help="overlays on the entries of config/*.yaml, in order"
-    )
-    parser.add_argument(
-        "--config-directory",
-        metavar="DIR",
-        help="the directory of models.yaml and the other entries (default: that of the first CONFIG, or ./config)",
-    )
+    add_project_arguments(parser)
     parser.add_argument("--only", metavar="NAME", action="append", default=[], help="only this entry (may be repeated)")
     parser.add_argument("--offline", action="store_true", help="check what is downloaded in the work directory")
     parser.add_argument("--workdir", metavar="DIR", help="with --offline: another one than that of CONFIG")
@@ -38,7 +33,6 @@ def run(args: argparse.Namespace) -> int:
     import tempfile
 
     from dllm.checking.check import Checked, check, name_of, pins_of, with_their_data
-    from dllm.cli.plan import config_directory
     from dllm.config import did_you_mean, load_project, rehearsed
 
     if args.workdir and not args.offline:

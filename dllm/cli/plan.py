@@ -20,14 +20,7 @@ the prediction; `ratio` is predicted / measured. The workflow asks a cluster for
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument(
-        "configs", metavar="CONFIG", nargs="+", help="overlays on the entries of config/*.yaml, in order"
-    )
-    parser.add_argument(
-        "--config-directory",
-        metavar="DIR",
-        help="the directory of models.yaml and the other entries (default: that of the first CONFIG, or ./config)",
-    )
+    add_project_arguments(parser)
     parser.add_argument(
         "--hardware", metavar="NAME", help="plan GPU jobs for h200, h100, a100-80gb, a100-40gb, rtx-4090, cpu"
     )
@@ -59,6 +52,18 @@ def run(args: argparse.Namespace) -> int:
             full = plan_project(whole, workdir, on=args.hardware, utilisation=args.utilisation)
             print(f"\n{forecast(plan, full)}")
     return 0
+
+
+def add_project_arguments(parser: argparse.ArgumentParser) -> None:
+    """What names a project: its overlays, and the directory of the entries below them."""
+    parser.add_argument(
+        "configs", metavar="CONFIG", nargs="+", help="overlays on the entries of config/*.yaml, in order"
+    )
+    parser.add_argument(
+        "--config-directory",
+        metavar="DIR",
+        help="the directory of models.yaml and the other entries (default: that of the first CONFIG, or ./config)",
+    )
 
 
 def config_directory(stated: str | None, first: str) -> Path:

@@ -67,7 +67,14 @@ from dllm.config.settings import (
     option,
     overlaid,
 )
-from dllm.config.sources import DATA_FILES, checkpoint_directory, checkpoint_files, content_digest, dataset_files
+from dllm.config.sources import (
+    DATA_FILES,
+    WEIGHT_FILES,
+    checkpoint_directory,
+    checkpoint_files,
+    content_digest,
+    dataset_files,
+)
 
 __all__ = [
     "AdapterSettings", "BenchmarkEntry", "BenchmarkSize", "CONFIG_FILES", "ConfigError", "CurveEntry", "DATA_FILES",
@@ -75,7 +82,7 @@ __all__ = [
     "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry",
     "NAME", "OptimizerSettings", "PrepareConfig", "Project", "REVISION", "Recipe", "Rehearsal", "ReportEntry",
     "ReportedEntry", "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer", "Settings",
-    "Shape", "SpeedConfig", "SpeedEntry", "checked_options", "checkpoint_directory", "checkpoint_files",
+    "Shape", "SpeedConfig", "SpeedEntry", "WEIGHT_FILES", "checked_options", "checkpoint_directory", "checkpoint_files",
     "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest", "download_configs",
     "download_name", "download_path", "evaluation_configs", "launch_error", "load_project", "option", "overlaid",
     "prepare_configs", "prepared_name", "read_config", "read_yaml", "rehearsed", "run_configs", "sample_configs",

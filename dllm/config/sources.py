@@ -14,7 +14,10 @@ from dllm.provenance import file_digest
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt")
 """Ends of the names of files with rows; all but parquet also as .gz."""
 
-MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".md")
+WEIGHT_FILES = (".safetensors", ".bin")
+"""Ends of the names of files with weights."""
+
+MODEL_FILES = (".json", *WEIGHT_FILES, ".txt", ".model", ".jinja", ".md")
 """Ends of the names of a checkpoint's files; those of a trainer's own state are among the .bin that are left out."""
 
 NO_MODEL_FILES = ("optimizer.bin", "scheduler.bin", "training_args.bin", "trainer_state.json", "manifest.json")

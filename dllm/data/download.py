@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dllm.config import DownloadConfig, digest
+from dllm.config import WEIGHT_FILES, DownloadConfig, digest
 from dllm.data.convert import FILES
 from dllm.data.hub import one_line_errors
 from dllm.provenance import file_digest, input_digest, replace_directory, write_record
@@ -118,7 +118,7 @@ def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     counts = Counter(source.name for source in sources)
     for number, source in enumerate(sources, 1):
         target = directory / (source.name if counts[source.name] == 1 else f"{number}-{source.name}")
-        _copy_file(source.resolve(), target, linked=source.suffix in (".safetensors", ".bin"))
+        _copy_file(source.resolve(), target, linked=source.suffix in WEIGHT_FILES)
     facts = {
         "content": config.content,
         "licence": stated_licence(scratch),

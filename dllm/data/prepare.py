@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 
-from dllm.config import PrepareConfig, digest
+from dllm.config import WEIGHT_FILES, PrepareConfig, digest
 from dllm.data.convert import cut_into_rows, kind_of_part, split_rows, stream_facts
 from dllm.data.shards import Shard, Tokenizing, make_shards, shards_of
 from dllm.data.tokens import TokenWriter, open_rows
@@ -31,7 +31,6 @@ from dllm.provenance import (
 )
 
 SPLITS = ("train", "test")
-WEIGHTS = (".safetensors", ".bin")
 
 
 def prepare(
@@ -85,7 +84,7 @@ def prepare(
 def _begin(scratch: Path, config: PrepareConfig, workdir: Path, inputs: dict[str, str]) -> None:
     """Make `scratch`, empty unless an earlier attempt at the very same job left finished shards there."""
     model = [path for path in sorted((workdir / config.model_path).glob("*")) if path.is_file()]
-    tokenizer = {path.name: file_digest(path) for path in model if path.suffix not in WEIGHTS}
+    tokenizer = {path.name: file_digest(path) for path in model if path.suffix not in WEIGHT_FILES}
     job = {"config": digest(config), "inputs": inputs, "tokenizer": tokenizer} | versions() | commit()
     made_of = json.dumps(job, sort_keys=True)
     try:
