@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm.checking.contents import PLACEHOLDER, dataset_faults, has_weights, model_faults, task_faults
+from dllm.checking.contents import PLACEHOLDER, dataset_errors, has_weights, model_errors, task_errors
 from dllm.checking.sketch import Rows, forget_sizes, sketch
 from dllm.config import (
     WEIGHT_FILES,
@@ -48,23 +48,23 @@ class Checked:
     counts: Rows = field(default_factory=dict)
     licence: str = ""
     note: str = ""
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
         """Its line of the table: kind, name, repository, commit, size, rows, licence, result."""
         size = "" if self.bytes is None else f"{self.bytes / 1e6:,.1f} MB"
         rows = ", ".join(f"{split} {'?' if n is None else f'{n:,}'}" for split, n in self.counts.items())
-        result = f"wrong: {len(self.faults)}" if self.faults else "works"
+        result = f"wrong: {len(self.errors)}" if self.errors else "works"
         more = f"; {self.note}" if self.note else ""
         return self.kind, self.name, self.repository, self.commit[:8], size, rows, self.licence, result + more
 
-    def add(self, faults: Iterable[str]) -> None:
+    def add(self, errors: Iterable[str]) -> None:
         """Take over what is wrong; an error ends it and is the last line."""
         try:
-            for fault in faults:
-                self.faults.append(fault)
+            for line in errors:
+                self.errors.append(line)
         except ValueError as error:
-            self.faults.append(self.told(error))
+            self.errors.append(self.told(error))
 
     def told(self, error: ValueError) -> str:
         """An error without the name of the repository, which stands before it, and without the scratch directory."""
@@ -133,11 +133,11 @@ def check(project: Project, pins: list[Pin], scratch: Path, workdir: Path | None
         ]
         for done in as_completed(tasks):
             pin, one = done.result()
-            if pin.model and pin.model.hub and not one.faults:
-                one.add(model_faults(project, one.name, pin.model, one.directory))
-            if pin.dataset and pin.dataset.hub and pin.dataset.kind != "benchmark" and not one.faults:
+            if pin.model and pin.model.hub and not one.errors:
+                one.add(model_errors(project, one.name, pin.model, one.directory))
+            if pin.dataset and pin.dataset.hub and pin.dataset.kind != "benchmark" and not one.errors:
                 entry = project.datasets[one.name]
-                one.add(dataset_faults(one.name, entry, one.directory, one.rows, one.counts))
+                one.add(dataset_errors(one.name, entry, one.directory, one.rows, one.counts))
             seen[f"downloads/{one.name}"] = one
             yield one
     for config in pins:
@@ -152,12 +152,12 @@ def _asked(config: EvaluationConfig, scratch: Path, seen: dict[str, Checked]) ->
     if data is None:
         one.note = "lm-eval fetches its data itself: not looked at"
         if config.revision is None:
-            one.faults.append("its data is not pinned, and evaluations run offline; give it a `dataset`")
-    elif data.faults:
+            one.errors.append("its data is not pinned, and evaluations run offline; give it a `dataset`")
+    elif data.errors:
         one.note = f"not asked before {data.name} works"
     else:
         one.directory, one.commit = data.directory, data.commit
-        one.add(task_faults(config, scratch, data.rows, one.counts))
+        one.add(task_errors(config, scratch, data.rows, one.counts))
     return one
 
 
@@ -194,9 +194,9 @@ def _published(config: DownloadConfig, scratch: Path) -> tuple[DownloadConfig, C
         with one_line_errors(entry.hub, config.name, config.what, failed="the hub gave no answer"):
             _fetch(config, one)
     except NoSuchCommit:
-        one.faults.append(f"the repository has no such commit; correct `revision`, its newest is {newest}")
+        one.errors.append(f"the repository has no such commit; correct `revision`, its newest is {newest}")
     except ValueError as error:
-        one.faults.append(one.told(error))
+        one.errors.append(one.told(error))
     if newest not in ("", entry.revision):
         one.note = f"its newest commit is {newest}"
     return config, one
@@ -221,7 +221,7 @@ def _fetch(config: DownloadConfig, one: Checked) -> None:
         if has_weights(list(sizes)):
             (one.directory / PLACEHOLDER).touch()
         else:
-            one.faults.append(
+            one.errors.append(
                 "has no weights that are fetched (safetensors, or pytorch_model.bin); take another commit"
             )
     else:
@@ -230,12 +230,12 @@ def _fetch(config: DownloadConfig, one: Checked) -> None:
             unpack(one.directory)
         if config.dataset and config.dataset.config:
             describe_alone(one.directory / "README.md", config.dataset.config)
-    one.faults += _licence_faults(entry.licence, one.licence)
+    one.errors += _licence_errors(entry.licence, one.licence)
     if getattr(info, "gated", False):
         one.licence += ", gated"
 
 
-def _licence_faults(stated: str | None, found: str) -> list[str]:
+def _licence_errors(stated: str | None, found: str) -> list[str]:
     """The line for a licence of the card that is another one than the entry's; `other` says nothing."""
     ours, *theirs = (re.sub(r"[^a-z0-9.]+", "-", name.lower()) for name in (stated or "", *found.split(", ")))
     same = any(name in ours or ours in name for name in theirs)
@@ -258,14 +258,14 @@ def _downloaded(config: DownloadConfig, scratch: Path, workdir: Path) -> tuple[D
     try:
         record = read_record(f"{directory}.json")
     except ValueError as error:
-        one.faults.append(f"not downloaded ({str(error).removeprefix(f'{directory}')})")
+        one.errors.append(f"not downloaded ({str(error).removeprefix(f'{directory}')})")
         return config, one
     found = directory_digest(directory, VOLATILE)
     one.bytes, one.licence = found["bytes"], stated_licence(directory) or ""
     if found["digest"] != record["digest"]:
-        one.faults.append(f"{_damaged(directory)}; delete {directory}.json, and the workflow fetches it again")
+        one.errors.append(f"{_damaged(directory)}; delete {directory}.json, and the workflow fetches it again")
     elif record["config_digest"] != digest(config):
-        one.faults.append("was downloaded for another entry; the workflow fetches it again")
+        one.errors.append("was downloaded for another entry; the workflow fetches it again")
     elif config.dataset and entry.hub:
         names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
         sizes = {name: (directory / name).stat().st_size for name in names if name != "dataset_infos.json"}

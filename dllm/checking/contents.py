@@ -24,7 +24,7 @@ ABOUT = 0.05
 """How far an estimate of an entry may be from what there is."""
 
 
-def dataset_faults(name: str, entry: DatasetEntry, directory: Path, rows: Rows, found: Rows) -> Iterator[str]:
+def dataset_errors(name: str, entry: DatasetEntry, directory: Path, rows: Rows, found: Rows) -> Iterator[str]:
     """Of the splits that are read for training: missing, unreadable, of another kind, of another size.
 
     directory: the sketch of the repository, or of what was downloaded; found: is given the rows of each split.
@@ -55,8 +55,8 @@ def _unusable(part: DataPart, rows) -> str | None:
                 text_of(rows[number], where)
             else:
                 messages_of(rows[number], kind, where)
-        except ValueError as fault:
-            refused = refused or str(fault)
+        except ValueError as error:
+            refused = refused or str(error)
             if not part.entry.drop_unusable:
                 return refused
         else:
@@ -65,7 +65,7 @@ def _unusable(part: DataPart, rows) -> str | None:
     return refused
 
 
-def model_faults(project: Project, name: str, entry: ModelEntry, directory: Path) -> Iterator[str]:
+def model_errors(project: Project, name: str, entry: ModelEntry, directory: Path) -> Iterator[str]:
     """Of a model whose files but for the weights are in a directory: what keeps it from what the project asks of it."""
     published, raw = family_of(directory), published_config(directory)
     config = stock_config_of(directory, published)
@@ -101,7 +101,7 @@ def _classes(entry: ModelEntry) -> list[str]:
     return [config.__name__ for config in known]
 
 
-def task_faults(config: EvaluationConfig, workdir: Path, rows: Rows, counts: Rows) -> Iterator[str]:
+def task_errors(config: EvaluationConfig, workdir: Path, rows: Rows, counts: Rows) -> Iterator[str]:
     """Of a benchmark whose data is sketched below a work directory: tasks that cannot be asked, metrics, documents.
 
     Every task makes the prompt of its first document, with its examples. counts: is given tasks and documents.

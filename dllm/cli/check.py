@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     order = [name_of(pin) for pin in pins]
     found.sort(key=lambda one: order.index(one.name))
     _print([("kind", "name", "repository", "commit", "size", "rows", "licence", "result"), *(x.cells() for x in found)])
-    wrong = [f"{one.name} ({one.repository}): {fault}" for one in found for fault in one.faults]
+    wrong = [f"{one.name} ({one.repository}): {error}" for one in found for error in one.errors]
     if wrong:
         print("\n".join(["", *wrong]))
-        broken = sum(bool(one.faults) for one in found)
+        broken = sum(bool(one.errors) for one in found)
         raise ValueError(f"{broken} of {len(pins)} do not work; the lines above say why")
     return 0
 
