@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -51,17 +51,19 @@ def load(
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     mixed: bool = False,
     algorithm: str | None = None,
 ) -> DiffusionLM:
     """The model in a checkpoint directory, or at a revision of a hub repository; on an accelerator if there is one.
 
-    mixed: bf16 matrix products in the layers; LM head and scores stay fp32, as do the weights (unless `dtype` says
-    otherwise). Where bf16 is not fast, products are fp32, and so are weights of dtype bf16; one line on stderr says so.
+    dtype: of the weights; fp32 by default. mixed: bf16 matrix products in the layers, whose weights are then bf16, too,
+    and go from disk to the device as they are stored; all else stays fp32. Where bf16 is not fast, products are fp32,
+    and so are weights of dtype bf16; one line on stderr says so.
     algorithm: one that it was not trained with, but can be used with (None: its own). Raises ValueError,
     one line, for a missing, damaged or unsuitable checkpoint, and for an algorithm that cannot use it.
     """
+    dtype = dtype or ("auto" if mixed else torch.float32)
     backbone = load_backbone(path_or_hub_id, revision=revision, device=device or best_device(), dtype=dtype)
     backbone = for_inference(backbone, mixed=mixed)
     return DiffusionLM(backbone, algorithm_for(backbone.sidecar.get("algorithm", "mdlm"), algorithm))

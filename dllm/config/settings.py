@@ -384,8 +384,8 @@ class Scorer(Settings):
     )
     precision: Literal["fp32", "mixed", "bf16"] = option(
         "fp32",
-        "`mixed`: bf16 matrix products in the layers, weights, LM head and scores in fp32 (of an autoregressive model, "
-        "bf16 weights); `bf16`: bf16 weights",
+        "`mixed`: bf16 matrix products in the layers and their weights; LM head and scores in fp32 (of an "
+        "autoregressive model, bf16 weights); `bf16`: bf16 weights",
     )
 
 

@@ -1,4 +1,4 @@
-"""Where bf16 is fast, and how to compute in fp32 with bf16 weights where it is not."""
+"""Where bf16 is fast, which weights it needs there, and how to compute in fp32 with bf16 weights where it is not."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ def has_fast_bf16(device: torch.device) -> bool:
             return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return device.type != "mps"  # the first Apple chips emulate it, and PyTorch does not say which chip it is
+
+
+def hold_products_in_bf16(model: nn.Module, layers: nn.Module) -> None:
+    """Hold in bf16, in place, what only matrix products of `layers` read; every other weight of the model in fp32.
+
+    These are linear layers and stacks of experts [E, D, D']. Autocast rounds the weights of linear layers to bf16 in
+    every pass, so their results are the same bits, in half the memory and without that work. Grouped products of
+    experts it leaves alone: they take the type of their weights.
+    """
+    products = {
+        parameter
+        for module in layers.modules()
+        for parameter in module.parameters(recurse=False)
+        if isinstance(module, nn.Linear) or parameter.dim() == 3
+    }
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if parameter in products else torch.float32)
 
 
 class WidenedWeights(nn.Module):

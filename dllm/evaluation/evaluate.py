@@ -237,7 +237,7 @@ def open_diffusion(checkpoint: str, precision: str, device: str):
 
     import dllm
 
-    weights = torch.bfloat16 if precision == "bf16" else torch.float32
+    weights = torch.bfloat16 if precision == "bf16" else None
     return dllm.load(checkpoint, device=device, dtype=weights, mixed=precision == "mixed")
 
 

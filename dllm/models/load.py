@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from dllm.config import ModelEntry
-from dllm.core.precision import has_fast_bf16
+from dllm.core.precision import has_fast_bf16, hold_products_in_bf16
 from dllm.families import FAMILIES, Family
 from dllm.models.backbone import Backbone
 from dllm.models.edit_heads import load_edit_heads
-from dllm.models.hidden import COUNTS_FROM_PADDING
+from dllm.models.hidden import COUNTS_FROM_PADDING, base_of
 from dllm.models.published import (
     SIDECAR,
     family_of,
@@ -45,12 +45,13 @@ def load_backbone(
     *,
     revision: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     entry: ModelEntry | None = None,
     causal: bool = False,
 ) -> Backbone:
     """The checkpoint at a directory (or pinned on the hub) as a backbone, in evaluation mode.
 
+    dtype of its weights: fp32 by default, "auto" as they are stored; those that need no other are mapped from disk.
     entry gives family and special tokens of a checkpoint without sidecar that does not belong to a published family;
     causal keeps a decoder as it is (for next-token training). An autoregressive decoder whose tokenizer has no mask
     token is given the entry's, with the mean of all embeddings for its own. A model trained with edit_flows knows its
@@ -98,12 +99,16 @@ def load_backbone(
 def for_inference(backbone: Backbone, *, mixed: bool = False) -> Backbone:
     """The backbone as scoring and sampling use it; mixed: with bf16 matrix products in the layers.
 
+    The weights of these products are then held in bf16, and all others, those of the LM head among them, in fp32.
     On a device without fast bf16 the products are fp32 instead, and weights that are held in bf16 are widened to fp32,
     in place; that is said in one line.
     """
     half = any(p.dtype == torch.bfloat16 for p in backbone.model.parameters())
     if has_fast_bf16(backbone.device):
-        return replace(backbone, compute=torch.bfloat16) if mixed else backbone
+        if not mixed:
+            return backbone
+        hold_products_in_bf16(backbone.model, base_of(backbone.model))
+        return replace(backbone, compute=torch.bfloat16)
     if half:
         backbone.model.float()
     if half or mixed:
@@ -338,7 +343,12 @@ def _family(config) -> Literal["encoder", "decoder"]:
 
 
 def _model(
-    directory: Path, config, family: str, dtype: torch.dtype | None, causal: bool, published: Family | None
+    directory: Path,
+    config,
+    family: str,
+    dtype: torch.dtype | Literal["auto"] | None,
+    causal: bool,
+    published: Family | None,
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM

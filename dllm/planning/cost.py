@@ -330,18 +330,21 @@ def generated_answers(
 def scoring(answers: Answers, shape: Shape, place: Place, *, precision: str = "fp32", causal: bool = False) -> Cost:
     """Forward work: seconds = start-up + max(FLOPs / rate, batches x bytes of the weights / bandwidth) + overheads.
 
-    precision: as of a `Scorer`; `mixed` leaves the LM head of a diffusion model in fp32, and its weights.
+    precision: as of a `Scorer`; `mixed` leaves embedding and LM head of a diffusion model in fp32.
+    Weights in bf16 pass from the file to the device as they are stored.
     """
     element = 2 if precision == "bf16" or (causal and precision == "mixed") else 4
-    n = parameters(shape).total
+    count = parameters(shape)
+    layers = 4 if precision == "fp32" else 2
+    weights = layers * count.layers + element * (count.total - count.layers)
     body = answers.tokens * forward_flops(shape, answers.length, causal=causal)
     head = answers.scored * head_flops(shape)
     flops = body + head
     hardware = place.hardware
     unit = 1e12 * hardware.inference * place.units
-    layers, last = ("fp32" if precision == "fp32" else "bf16"), ("fp32" if element == 4 else "bf16")
-    work = body / (hardware.tflops(layers) * unit) + head / (hardware.tflops(last) * unit)
-    reading = answers.batches * n * element / (hardware.bandwidth_gbs * 1e9)
+    kinds = {2: "bf16", 4: "fp32"}
+    work = body / (hardware.tflops(kinds[layers]) * unit) + head / (hardware.tflops(kinds[element]) * unit)
+    reading = answers.batches * weights / (hardware.bandwidth_gbs * 1e9)
     seconds = hardware.startup_seconds + max(work, reading) + answers.batches * hardware.pass_seconds
     batch_tokens = answers.tokens / max(1.0, answers.batches)
     inner = shape.intermediate * (2 if is_gated(shape) else 1)
@@ -350,9 +353,9 @@ def scoring(answers: Answers, shape: Shape, place: Place, *, precision: str = "f
     if causal:
         logits = batch_tokens * shape.vocabulary * (element + 4)
         activations += CAUSAL_ROWS * answers.length * 2 * shape.layers * head_width(shape) * shape.heads * element
-    tensors = (n * element + activations + logits) / GIB
+    tensors = (weights + activations + logits) / GIB
     if hardware.is_gpu:
-        host, device = GPU_HOST_GIB + 2 * n * 4 / GIB, CUDA_GIB + tensors
+        host, device = GPU_HOST_GIB + 2 * weights / GIB, CUDA_GIB + tensors
     else:
         host, device = SCORING_PROCESS_GIB + CPU_SLACK * tensors, 0.0
     return Cost(

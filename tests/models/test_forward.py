@@ -1,5 +1,6 @@
 """The forward pass: hidden states once, the head only where it is asked for, the same numbers as the stock class."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -235,12 +236,26 @@ def test_scoring_never_makes_the_host_wait(chunk, prediction, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", ["bert", "modernbert", "llama"])
+def test_products_with_weights_held_in_bf16_are_those_that_autocast_makes_of_fp32_weights(case, monkeypatch):
+    monkeypatch.setattr(load, "has_fast_bf16", lambda device: True)
+    tokens, layout = ragged((9, 4))[0], layout_of((9, 4))
+    autocast = replace(door(stock_model(case)), compute=torch.bfloat16)
+    held = for_inference(door(stock_model(case)), mixed=True)
+    assert torch.equal(held.hidden(tokens, layout), autocast.hidden(tokens, layout))
+    kinds = {name: p.dtype for name, p in held.model.named_parameters()}
+    products = {name for name in kinds if ".layer" in name and name.endswith("weight") and "norm" not in name.lower()}
+    assert {kinds[name] for name in products} == {torch.bfloat16}
+    assert {kinds[name] for name in kinds.keys() - products if "bias" not in name} == {torch.float32}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("packable", [True, False])
 @pytest.mark.parametrize("case", ["modernbert", "llama"])
 def test_layers_in_bf16_leave_the_head_and_the_scores_in_fp32(case, packable, monkeypatch):
     monkeypatch.setattr(load, "has_fast_bf16", lambda device: True)
     plain = replace(door(stock_model(case)), packable=packable)
-    mixed = for_inference(plain, mixed=True)
+    mixed = for_inference(replace(plain, model=deepcopy(plain.model)), mixed=True)
     tokens, _ = ragged((9, 4))
     layout = layout_of((9, 4))
     expected, found = (backbone.hidden(tokens, layout) for backbone in (plain, mixed))
