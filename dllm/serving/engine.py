@@ -69,7 +69,7 @@ class Engine:
         on_event: OnEvent,
         snapshots: bool = False,
     ) -> Handle:
-        """A draft edited: `Finished` as answer 0; snapshots: `Edited` after every pass. ValueError if it cannot edit."""
+        """A draft edited: `Finished` as answer 0; snapshots: `Edited` after every pass."""
         raise NotImplementedError
 
     def score(
