@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm.cli.generation import add_device_argument, open_model
+from dllm.cli.keys import add_key_argument, read_key
 
 if TYPE_CHECKING:
     from dllm.serving.models import Served
@@ -25,8 +25,6 @@ docs/serve.md has what it answers, with examples.
 TIME_LIMIT = 600.0
 """Seconds for which a request may wait and run."""
 
-SMALLEST_KEY = 16
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
@@ -38,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port (default: 8000; 0: any free one)")
-    parser.add_argument("--api-key-file", metavar="FILE", help="a file with the key that requests have to send")
+    add_key_argument(parser, "that requests have to send")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most rows together (default: 32)")
     parser.add_argument(
         "--batch-tokens", type=int, default=16384, metavar="N", help="most tokens together (default: 16384)"
@@ -124,23 +122,6 @@ def _name(checkpoint: str) -> str:
         return checkpoint
     path = path.resolve()
     return path.parent.name if path.name == "model" else path.name
-
-
-def read_key(file: str) -> bytes:
-    """The key in a file. Raises ValueError, one line, if it is none; warns if others can read the file."""
-    path = Path(file)
-    try:
-        key = path.read_bytes().strip()
-    except OSError as error:
-        raise ValueError(f"--api-key-file {file}: {error.strerror}; write a key into it") from None
-    if len(key) < SMALLEST_KEY or len(key.split()) != 1 or not key.isascii():
-        raise ValueError(
-            f"--api-key-file {file}: a key is one word of at least {SMALLEST_KEY} ASCII characters; make one with: "
-            "openssl rand -hex 32"
-        )
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        _say(f"warning: --api-key-file {file}: others on this machine can read it; run: chmod 600 {file}")
-    return key
 
 
 def _say(text: str) -> None:

@@ -61,13 +61,14 @@ class Served:
     def card(self, created: int) -> ModelCard:
         """What `GET /v1/models` says of it."""
         backbone = self.model.backbone
-        defaults = self.defaults.model_dump(exclude={"batch_size", "batch_tokens"})
+        defaults = self.defaults.model_dump(exclude={"batch_size", "batch_tokens", "early_stop"})
         defaults["max_tokens"] = defaults.pop("max_new_tokens")
         facts = ModelFacts(
             algorithm=self.model.algorithm.name,
             context=self.context,
             parameters=sum(weights.numel() for weights in backbone.model.parameters()),
             mask_token=backbone.tokenizer.mask_token,
+            end_token=backbone.tokenizer.eos_token,
             edits=isinstance(self.model.sampler, EditSampler),
             chat=bool(backbone.tokenizer.chat_template),
             defaults=defaults,

@@ -403,6 +403,7 @@ class ModelFacts(Settings):
     context: int = Field(description="most tokens of prompt and text together")
     parameters: int
     mask_token: str | None
+    end_token: str | None
     edits: bool = Field(description="whether `/v1/edit` takes it")
     chat: bool = Field(description="whether it has a chat template")
     defaults: dict[str, Any]
