@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
         from dllm.serving.guard import LOOPBACK, Limits
         from dllm.serving.run import address, bound, run_server
     except ModuleNotFoundError as error:
-        if error.name in ("starlette", "uvicorn", "prometheus_client", "h11"):
-            raise ValueError(f"the package {error.name!r} is not installed; run: pip install 'dllm[serve]'") from None
+        package = str(error.name).partition(".")[0]
+        if package in ("starlette", "uvicorn", "prometheus_client", "h11"):
+            raise ValueError(f"the package {package!r} is not installed; run: pip install 'dllm[serve]'") from None
         raise
     for name in ("batch_size", "batch_tokens", "queue", "time_limit", "body_limit"):
         if getattr(args, name) <= 0:

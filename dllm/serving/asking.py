@@ -68,7 +68,10 @@ class Asking:
 
     def _heard(self, first: int, number: int, event: Event) -> None:
         """Called in the engine's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, (first + number, event))
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (first + number, event))
+        except RuntimeError:
+            pass  # the loop has ended, and with it whoever waited
 
     async def _watched(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

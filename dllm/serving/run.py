@@ -24,6 +24,8 @@ BACKLOG = 1024
 
 def bound(host: str, port: int) -> socket.socket:
     """A socket bound there, which listens as soon as it is served. Raises ValueError, one line, if it cannot."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port {port}: a port is a number from 0 (any free one) to {2**16 - 1}")
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         made = socket.socket(family)

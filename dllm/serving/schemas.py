@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dllm.config import EditSampling, GenerateSettings, LikelihoodSettings, Settings
-from dllm.config.settings import MANY, EstimatorName, RevealRuleName
+from dllm.config.settings import LARGEST_SEED, MANY, EstimatorName, RevealRuleName
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -154,9 +154,11 @@ class Answering(Sampling):
         return changes
 
     @model_validator(mode="after")
-    def one_length_and_few_stops(self) -> Answering:
+    def one_length_good_seeds_and_few_stops(self) -> Answering:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are two names of one number; give one of them")
+        if self.seed is not None and self.seed + self.n - 1 > LARGEST_SEED:
+            raise ValueError(f"seed + n = {self.seed} + {self.n}: seeds are {LARGEST_SEED} at most; take a smaller one")
         if isinstance(self.stop, list) and len(self.stop) > 16:
             raise ValueError(f"stop has {len(self.stop)} strings; give 16 at most")
         if self.stop is not None and "" in ([self.stop] if isinstance(self.stop, str) else self.stop):

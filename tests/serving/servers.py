@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -107,3 +111,20 @@ def chunks(text: str) -> list[tuple[str, dict]]:
             data = lines["data"]
             found.append((lines.get("event", ""), {} if data == "[DONE]" else json.loads(data)))
     return found
+
+
+@contextmanager
+def process(*words: str, cwd=None, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`dllm serve` as a process, and its address; killed at the end if it is still there."""
+    root = Path(__file__).parent.parent.parent
+    own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "dllm", "serve", *words]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
+    made = subprocess.Popen(command, env=os.environ | own | environment, **options)
+    try:
+        line = made.stdout.readline()
+        assert "http://" in line, made.communicate()
+        yield made, line.split(": ")[-1].strip()
+    finally:
+        made.kill()
+        made.communicate()
