@@ -20,7 +20,7 @@ class RevealRule:
     """(logits [N, V], confidence [N], position noise [N] or None) -> score [N]; the highest are revealed first."""
     sure: str | Callable[..., Any] | None = None
     """For a rule that reveals all that are sure enough: (scores [B, S] from the highest, -inf behind the last; the
-    setting of the rule's name) -> how many are sure [B]; one is revealed even if this is 0."""
+    setting of the rule's name in each row [B, 1]) -> how many are sure [B]; one is revealed even if this is 0."""
     noise: bool = False
     """Whether the score needs position noise."""
 

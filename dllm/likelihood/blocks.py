@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dllm.likelihood.scorer import MaskedScorer
-from dllm.sampling.step import block_rule
+from dllm.sampling.rows import block_rule
 
 
 def block_scorer() -> MaskedScorer:

@@ -22,7 +22,8 @@ from dllm.core.packing import Layout, layout_of
 from dllm.models.backbone import Backbone
 from dllm.models.edit_heads import TimedHidden, edit_loss
 from dllm.sampling.reveal import propose_tokens, token_confidence
-from dllm.sampling.sampler import Sampler, reject_options
+from dllm.sampling.rows import reject_options
+from dllm.sampling.sampler import Sampler
 from dllm.schedules import KAPPAS
 
 _INSERT_STREAM, _EDIT_STREAM, _KIND_STREAM, _ROOM_STREAM, _NEW_STREAM, _OLD_STREAM, _UNDO_STREAM = range(7)
@@ -287,7 +288,8 @@ class _Passes:
             logits = logits.index_fill(1, torch.tensor([self.backbone.mask_id], device=logits.device), -torch.inf)
             stream = torch.where(insert, _NEW_STREAM, _OLD_STREAM)
             noise = keyed_uniform(keys[scored.row[place]], scored.layout.positions[place], step, stream)
-            drawn = propose_tokens(logits, noise, temperature=self.settings.temperature, top_p=self.settings.top_p)
+            temperature, top_p = self.settings.temperature, self.settings.top_p
+            drawn = propose_tokens(logits, noise if temperature else None, temperature=temperature, top_p=top_p)
             tokens[part], confidence[part] = drawn, token_confidence(logits, drawn)
         return tokens, confidence
 

@@ -8,21 +8,21 @@ authors' sampler.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy
 from numpy import ndarray
 
 
-@dataclass
+@dataclass(eq=False)
 class BlockPlan:
-    """The blocks with masks of R rows, K at most, from left to right, and where each row is in them.
+    """The blocks with masks of B rows, K at most, from left to right, and where each row is in them.
 
-    places: the masked positions of all rows, one after another; first [R, K]: where a block's begin in it; masks,
-    passes [R, K]: how many a block has and in how many passes they are revealed; begin, end [R, K]: its positions;
-    blocks [R]: how many a row has. Everything is int64.
+    places [B, M]: the masked positions of each row, from left to right; first [B, K]: which of them a block's first is;
+    masks, passes [B, K]: how many a block has and in how many passes they are revealed; begin, end [B, K]: its
+    positions; blocks [B]: how many a row has. Everything is int64. Behind what a row has, values have no meaning.
 
-    What changes: block [R], the active one; left, passes_left [R]: masks and passes left in it; step [R]: passes made.
+    What changes: block [B], the active one; left, passes_left [B]: masks and passes left in it; step [B]: passes made.
     """
 
     places: ndarray
@@ -32,53 +32,48 @@ class BlockPlan:
     begin: ndarray
     end: ndarray
     blocks: ndarray
-    block: ndarray = field(init=False)
-    left: ndarray = field(init=False)
-    passes_left: ndarray = field(init=False)
-    step: ndarray = field(init=False)
-
-    def __post_init__(self):
-        self.block = numpy.zeros_like(self.blocks)
-        self.step = numpy.zeros_like(self.blocks)
-        self.left, self.passes_left = self.masks[:, 0].copy(), self.passes[:, 0].copy()
+    block: ndarray
+    left: ndarray
+    passes_left: ndarray
+    step: ndarray
 
     @property
     def open(self) -> ndarray:
-        """[R] bool: rows with masks."""
+        """[B] bool: rows with masks."""
         return self.left > 0
 
-    def window(self, rows: ndarray) -> tuple[ndarray, ndarray]:
-        """The originally masked positions of the active block of some rows [B]: [B, S], and how many each has [B].
+    def of_block(self, values: ndarray) -> ndarray:
+        """What `values` [B, K] say of the active blocks: [B]."""
+        return values[numpy.arange(len(values)), self.block]
 
-        Behind a row's own positions, the value has no meaning.
-        """
-        block = self.block[rows]
-        masks = self.masks[rows, block]
-        at = self.first[rows, block][:, None] + numpy.arange(masks.max())
-        return self.places[numpy.minimum(at, len(self.places) - 1)], masks
+    def window(self) -> tuple[ndarray, ndarray]:
+        """The originally masked positions of the active blocks: [B, S], and how many each has [B]."""
+        masks = self.of_block(self.masks)
+        at = self.of_block(self.first)[:, None] + numpy.arange(masks.max())
+        return numpy.take_along_axis(self.places, numpy.minimum(at, self.places.shape[1] - 1), 1), masks
 
-    def counts(self, rows: ndarray) -> ndarray:
+    def counts(self) -> ndarray:
         """How many tokens the next pass reveals at least, ceil(masks left / passes left): [B].
 
         Over K passes of n masks this is n // K each, and one more in the first n % K (the quotas of Nie et al. 2025).
         """
-        return -(-self.left[rows] // self.passes_left[rows].clip(1))
+        return -(-self.left // self.passes_left.clip(1))
 
-    def advance(self, rows: ndarray, revealed: ndarray) -> ndarray:
-        """Note how many tokens a pass revealed in some rows [B]; returns [B] bool: rows that ended their block."""
-        self.step[rows] += 1
-        self.left[rows] -= revealed
-        self.passes_left[rows] -= 1
-        ended = self.left[rows] == 0
-        moving = rows[ended & (self.block[rows] + 1 < self.blocks[rows])]
-        self.block[moving] += 1
-        self.left[moving] = self.masks[moving, self.block[moving]]
-        self.passes_left[moving] = self.passes[moving, self.block[moving]]
+    def advance(self, revealed: ndarray) -> ndarray:
+        """Note how many tokens a pass revealed [B]; returns [B] bool: rows that ended their block."""
+        self.step += 1
+        self.left -= revealed
+        self.passes_left -= 1
+        ended: ndarray = self.left == 0
+        moving = ended & (self.block + 1 < self.blocks)
+        self.block += moving
+        self.left[moving] = self.of_block(self.masks)[moving]
+        self.passes_left[moving] = self.of_block(self.passes)[moving]
         return ended
 
 
 def plan_blocks(masked: ndarray, start: ndarray, block_size: int, steps: int | None) -> BlockPlan:
-    """The plan of rows with these masks [R, L] bool and first response positions [R]; see `block_passes`.
+    """The plan of rows with these masks [B, L] bool and first response positions [B]; see `block_passes`.
 
     Positions before `start` count as the first block.
     """
@@ -90,6 +85,8 @@ def plan_blocks(masked: ndarray, start: ndarray, block_size: int, steps: int | N
     owner = row[first]
     blocks = numpy.bincount(owner, minlength=len(masked))
     ordinal = numpy.arange(len(first)) - (blocks.cumsum() - blocks)[owner]
+    count = numpy.bincount(row, minlength=len(masked))
+    before = count.cumsum() - count
 
     def table(values: ndarray) -> ndarray:
         by_block = numpy.zeros((len(masked), max(1, blocks.max(initial=0))), dtype=numpy.int64)
@@ -97,15 +94,22 @@ def plan_blocks(masked: ndarray, start: ndarray, block_size: int, steps: int | N
         return by_block
 
     masks = table(numpy.diff(numpy.append(first, len(row))))
+    passes = block_passes(masks, steps)
+    places = numpy.zeros((len(masked), max(1, count.max(initial=0))), dtype=numpy.int64)
+    places[row, numpy.arange(len(row)) - before[row]] = place
     left = start[owner] + number[first] * block_size
     return BlockPlan(
-        places=place,
-        first=table(first),
+        places=places,
+        first=table(first - before[owner]),
         masks=masks,
-        passes=block_passes(masks, steps),
+        passes=passes,
         begin=table(numpy.where(number[first] > 0, left, numpy.minimum(left, place[first]))),
         end=table(left + block_size),
         blocks=blocks,
+        block=numpy.zeros_like(blocks),
+        left=masks[:, 0].copy(),
+        passes_left=passes[:, 0].copy(),
+        step=numpy.zeros_like(blocks),
     )
 
 

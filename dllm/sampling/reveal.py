@@ -29,16 +29,19 @@ def position_noise(keys: Tensor, positions: Tensor, step: int | Tensor) -> Tenso
     return keyed_uniform(keys, positions, step, _POSITION_STREAM)
 
 
-def propose_tokens(logits: Tensor, noise: Tensor | None, *, temperature: float = 0.0, top_p: float = 1.0) -> Tensor:
+def propose_tokens(
+    logits: Tensor, noise: Tensor | None, *, temperature: float | Tensor = 1.0, top_p: float | Tensor = 1.0
+) -> Tensor:
     """The token each position would take, [N] long.
 
-    logits [N, V] fp32. At temperature 0 the most probable one; otherwise token v with F(v - 1) <= noise < F(v), F the
+    logits [N, V] fp32. Without noise the most probable one; otherwise token v with F(v - 1) <= noise < F(v), F the
     cumulative distribution of softmax(logits / temperature) within its nucleus of mass `top_p`; noise [N] in [0, 1).
+    temperature, top_p: above 0, one number or one per position, [N, 1].
     """
-    if temperature == 0:
+    if noise is None:
         return logits.argmax(-1)
     p = torch.softmax(logits / temperature, -1)
-    if top_p < 1:
+    if isinstance(top_p, Tensor) or top_p < 1:
         p = nucleus(p, top_p)
     cumulative = p.cumsum(-1)
     total = cumulative[:, -1]
@@ -47,7 +50,7 @@ def propose_tokens(logits: Tensor, noise: Tensor | None, *, temperature: float =
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-def nucleus(p: Tensor, top_p: float) -> Tensor:
+def nucleus(p: Tensor, top_p: float | Tensor) -> Tensor:
     """p [N, V] with everything outside the smallest set of mass `top_p` set to 0 (not renormalised)."""
     descending, order = p.sort(dim=-1, descending=True, stable=True)
     outside = descending.cumsum(-1) - descending >= top_p
@@ -82,12 +85,12 @@ def noise_score(logits: Tensor, confidence: Tensor, noise: Tensor | None) -> Ten
     return noise
 
 
-def above_threshold(ranked: Tensor, threshold: float) -> Tensor:
+def above_threshold(ranked: Tensor, threshold: float | Tensor) -> Tensor:
     """How many scores [B, S] are at least the threshold."""
     return (ranked >= threshold).sum(-1)
 
 
-def within_factor(ranked: Tensor, factor: float) -> Tensor:
+def within_factor(ranked: Tensor, factor: float | Tensor) -> Tensor:
     """The number n of leading scores [B, S] that are above 1 - factor / (n + 1)."""
     rank = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
     sure = ranked > 1 - factor / (rank + 1)
@@ -95,7 +98,7 @@ def within_factor(ranked: Tensor, factor: float) -> Tensor:
     return (sure | (rank == 1)).long().cumprod(-1).sum(-1)
 
 
-def within_entropy_bound(ranked: Tensor, bound: float) -> Tensor:
+def within_entropy_bound(ranked: Tensor, bound: float | Tensor) -> Tensor:
     """How many leading positions have entropies that, without the largest, sum to at most the bound; ranked [B, S]."""
     entropy = -ranked
     return (entropy.cumsum(-1) - entropy.cummax(-1).values <= bound).sum(-1)

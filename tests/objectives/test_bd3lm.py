@@ -22,8 +22,9 @@ from dllm.models.heads import head_logits
 from dllm.models.kv_cache import KVCache
 from dllm.objectives.bd3lm import BD3LM
 from dllm.objectives.mdlm import MDLM
+from dllm.sampling.rows import block_rule, first_rows
 from dllm.sampling.sampler import MaskedSampler, block_sampler
-from dllm.sampling.step import DenoisingStep, block_rule
+from dllm.sampling.step import DenoisingStep, Forward
 from tests.models.families import CASES, VOCAB, ragged, stock_model
 from tests.objectives.test_mdlm import every_noise, raw_bound, repeated
 from tests.oracles import enumerated_nelbo, tabular_backbone
@@ -460,13 +461,13 @@ def test_keys_and_values_of_finished_blocks_are_those_of_the_whole_row():
     """What the cache holds of clean tokens is what a pass over all of them computes."""
     backbone = backbone_of("llama")
     rule, canvas = block_rule(backbone), canvas_of(backbone, [[5, 6, 7]], [12])
-    decoder = DenoisingStep(backbone, canvas, settings(), rule=rule)
-    live = decoder.rows(decoder.plan.open.nonzero()[0], 15)
-    while not decoder.plan.block[0] == 2 or not decoder.plan.left[0] == 1:
-        decoder.run(live)
+    rows = first_rows(backbone, canvas, settings(), rule, 0)
+    decoder = DenoisingStep(backbone, Forward.of(settings(), rule), rows)
+    while not rows.plan.block[0] == 2 or not rows.plan.left[0] == 1:
+        decoder.run()
     whole = KVCache()
-    blocks = BlockRows.plain(rule, decoder.origin, decoder.length)
-    backbone.hidden(live.tokens, block_layout(blocks), cache=whole)
+    blocks = BlockRows.plain(rule, rows.origin, rows.length)
+    backbone.hidden(rows.tokens, block_layout(blocks), cache=whole)
     for ours, plain in zip(decoder._cache.pools, whole.pools, strict=True):
         for a, b in zip(ours, plain, strict=True):
             torch.testing.assert_close(a[:, :11], b[:, :11], atol=ROUNDING, rtol=0)

@@ -13,10 +13,10 @@ def planned(masked, start, block_size, steps=None):
 @pytest.mark.parametrize("n", range(1, 20))
 @pytest.mark.parametrize("steps", range(1, 20))
 def test_revealed_counts_sum_to_the_masks_and_are_the_published_quotas(n, steps):
-    plan, counts, row = planned([[1] * n], [0], n, steps), [], numpy.array([0])
+    plan, counts = planned([[1] * n], [0], n, steps), []
     while plan.open.any():
-        counts.append(int(plan.counts(row)[0]))
-        plan.advance(row, numpy.array(counts[-1:]))
+        counts.append(int(plan.counts()[0]))
+        plan.advance(numpy.array(counts[-1:]))
     quotas = [n // steps + (step < n % steps) for step in range(steps)]
     assert counts == [quota for quota in quotas if quota] and sum(counts) == n
 
@@ -48,15 +48,14 @@ def test_fewer_steps_than_blocks_is_an_error_that_says_so():
 
 
 def test_a_plan_follows_each_row_from_block_to_block():
-    plan = planned([[0, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0] * 6, [1, 1, 1, 1, 1, 1]], [1, 0, 2, 0], 2)
-    rows = numpy.array([3, 0, 1])
-    window, masks = plan.window(rows)
-    assert window[:, :1].tolist() == [[0], [1], [0]] and masks.tolist() == [2, 2, 1]
-    assert plan.open.tolist() == [True, True, False, True] and plan.counts(rows).tolist() == [1, 1, 1]
-    assert plan.advance(rows, numpy.array([2, 1, 1])).tolist() == [True, False, True]
-    assert plan.block.tolist() == [0, 0, 0, 1] and plan.left.tolist() == [1, 0, 0, 2]
-    assert plan.open.tolist() == [True, False, False, True] and plan.step.tolist() == [1, 1, 0, 1]
-    assert plan.window(numpy.array([3]))[0].tolist() == [[2, 3]]
+    plan = planned([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0] * 6], [0, 1, 0, 2], 2)
+    window, masks = plan.window()
+    assert window[:3, :1].tolist() == [[0], [1], [0]] and masks.tolist() == [2, 2, 1, 0]
+    assert plan.open.tolist() == [True, True, True, False] and plan.counts().tolist() == [1, 1, 1, 0]
+    assert plan.advance(numpy.array([2, 1, 1, 0])).tolist() == [True, False, True, True]
+    assert plan.block.tolist() == [1, 0, 0, 0] and plan.left.tolist() == [2, 1, 0, 0]
+    assert plan.open.tolist() == [True, True, False, False] and plan.step.tolist() == [1, 1, 1, 1]
+    assert plan.window()[0][0].tolist() == [2, 3]
 
 
 def test_rows_without_any_mask_have_an_empty_plan():

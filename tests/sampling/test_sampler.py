@@ -10,9 +10,10 @@ import torch
 from dllm.choices import REVEAL_RULES, parallel_rules
 from dllm.config import GenerateSettings
 from dllm.core.canvas import canvas_for, infill_canvas
-from dllm.sampling import sampler as denoising
+from dllm.sampling import loop as denoising
+from dllm.sampling.rows import first_rows
 from dllm.sampling.sampler import MaskedSampler
-from dllm.sampling.step import DenoisingStep
+from dllm.sampling.step import DenoisingStep, Forward
 from tests.oracles import markov_backbone, tabular_backbone
 from tests.plain_sampler import plain_row
 from tests.samplers import in_batches, numbered_rows
@@ -281,9 +282,7 @@ def test_a_row_that_takes_the_place_of_another_equals_the_row_alone(options):
 def test_rows_never_exceed_the_budget_and_places_are_filled_at_once(monkeypatch):
     backbone, seen = tabular_backbone(), []
     step = DenoisingStep.run
-    monkeypatch.setattr(
-        DenoisingStep, "run", lambda self, live: seen.append(self.length[live.numbers]) or step(self, live)
-    )
+    monkeypatch.setattr(DenoisingStep, "run", lambda self: seen.append(self.rows.length) or step(self))
     completed(backbone, PROMPTS, COUNTS, settings(batch_tokens=24))
     lengths = sorted((len(p) + n for p, n in zip(PROMPTS, COUNTS, strict=True)), reverse=True)
     assert max(length.sum() for length in seen) <= 24
@@ -309,22 +308,23 @@ def test_looking_at_the_rows_seldom_and_late_changes_nothing(options, monkeypatc
     seldom = [completed(backbone, [p], [n], options, ended=ended)[0] for p, n in zip(PROMPTS, COUNTS, strict=True)]
 
     class Late(denoising._Reading):
-        def __init__(self, numbers, due, tensors):
-            super().__init__(numbers, due, [tensor.clone() for tensor in tensors])
+        def __init__(self, rows, due, copies):
+            super().__init__(rows, due, copies)
+            self._host = [tensor.clone() for tensor in self._host]
             self.asked = 0
 
         def ready(self):
             self.asked += 1
             return self.asked > 3
 
-    watch = denoising.CompletionTracker.__init__
+    begin = denoising.DenoisingLoop.__init__
 
     def seldom_looking(self, *args, **keywords):
-        watch(self, *args, **keywords)
-        self.every = 4
+        begin(self, *args, **keywords)
+        self.passes_per_reading = 4
 
     monkeypatch.setattr(denoising, "_Reading", Late)
-    monkeypatch.setattr(denoising.CompletionTracker, "__init__", seldom_looking)
+    monkeypatch.setattr(denoising.DenoisingLoop, "__init__", seldom_looking)
     for size in (1, 3, 5):
         late = options.model_copy(update={"batch_size": size})
         assert [row[:2] for row in completed(backbone, PROMPTS, COUNTS, late)] == [row[:2] for row in expected]
@@ -336,28 +336,33 @@ def test_looking_at_the_rows_seldom_and_late_changes_nothing(options, monkeypatc
     assert last.responses() == [tokens for tokens, _, _ in expected]
 
 
+def step_of(backbone, canvas, options):
+    """All rows of a canvas together, on the backbone's device."""
+    rows = first_rows(backbone, canvas, options, None, 0)
+    rows = rows.taken(numpy.arange(len(rows)), backbone.device)
+    return DenoisingStep(backbone, Forward.of(options, None), rows)
+
+
 @pytest.mark.parametrize("options", every_option(), ids=lambda o: f"{o.reveal_rule}-{o.temperature}")
 def test_a_step_never_waits_for_the_device(options):
     if options.reveal_rule in parallel_rules():
         pytest.skip("how many tokens were revealed is read once per pass")
     backbone = tabular_backbone(seed=3)
-    decoder = DenoisingStep(backbone, canvas_of(backbone), options)
-    live = decoder.rows(numpy.arange(len(PROMPTS)), 12)
+    decoder = step_of(backbone, canvas_of(backbone), options)
     for _ in range(3):
         with forbid_synchronisation():
-            decoder.run(live)
-            live = live.kept(decoder.plan.open[live.numbers])
+            decoder.run()
+            decoder.keep(decoder.rows.plan.open)
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "reveal_rule": "random"}, {"reuse": "dual"}], ids=str)
 @pytest.mark.parametrize("kind", ["modernbert", "llama"])
 def test_a_step_of_a_stock_model_never_waits_for_the_device(kind, changes, tmp_path):
     backbone = stock_backbone(tmp_path, kind)
-    decoder = DenoisingStep(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings(**changes))
-    live = decoder.rows(numpy.arange(2), 13)
+    decoder = step_of(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings(**changes))
     for _ in range(5):
         with forbid_synchronisation():
-            decoder.run(live)
+            decoder.run()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -373,12 +378,11 @@ def test_an_accelerator_samples_what_the_cpu_does(options, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_an_accelerator_is_only_asked_for(tmp_path):
     backbone = stock_backbone(tmp_path, "bert", device="cuda")
-    decoder = DenoisingStep(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings())
-    live = decoder.rows(numpy.arange(2), 13)
-    decoder.run(live)
+    decoder = step_of(backbone, canvas_of(backbone, [[7, 8, 9], [10]], [9, 12]), settings())
+    decoder.run()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        decoder.run(live)
+        decoder.run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

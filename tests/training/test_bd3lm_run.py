@@ -17,7 +17,7 @@ from dllm.models.load import save_stand_in
 from dllm.models.tokenizers import load_tokenizer
 from dllm.objectives.bd3lm import BD3LM
 from dllm.provenance import write_record
-from dllm.sampling.step import block_rule
+from dllm.sampling.rows import block_rule
 from dllm.training.micro_batches import TrainingSplit, micro_batches
 from dllm.training.trainer import train
 from tests.plain_forward import plain_hidden
