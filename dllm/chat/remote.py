@@ -172,6 +172,7 @@ def _states(response: http.client.HTTPResponse) -> Iterator[State]:
                 if "error" in data:
                     raise ValueError(plain(str(data["error"]["message"])))
                 if canvas := data.get("canvas"):
+                    canvas = _of_edits(canvas) if "edits" in canvas else canvas
                     state = replace(state, canvas=canvas, revealed=frozenset(canvas["revealed"]))
                     yield state
                 for choice in data.get("choices", []):
@@ -192,6 +193,14 @@ def _data(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
     while line := response.readline(LONGEST):
         if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
             yield json.loads(line[6:])
+
+
+def _of_edits(canvas: dict[str, Any]) -> dict[str, Any]:
+    """A canvas of a model that edits as one of positions: what is gone is not shown."""
+    here = [(kind, text) for kind, text in canvas["edits"] if kind != "gone"]
+    new = [place for place, (kind, _) in enumerate(here) if kind == "new"]
+    texts = [text for _, text in here]
+    return {"step": canvas["step"], "pieces": texts, "confidence": [1.0] * len(texts), "revealed": new}
 
 
 def _covering(shown: Sequence[Piece], text: str) -> int:

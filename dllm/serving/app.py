@@ -144,7 +144,8 @@ class Api:
         tokens: list[int] = []
 
         def submit(on_event: Any) -> Any:
-            tokens.extend(map(len, encode_texts(one.model.backbone.tokenizer, texts)))
+            with one.engine.encoding:
+                tokens.extend(map(len, encode_texts(one.model.backbone.tokenizer, texts)))
             return one.engine.score([given or []] * len(texts), texts, settings, on_event=on_event)
 
         async with Asking(request.receive) as asking:

@@ -48,7 +48,9 @@ class Served:
 
     def check_context(self, turns: Sequence[dict[str, str]], settings: GenerateSettings) -> None:
         """Raise ValueError, one line, if a conversation and its answer take more than the model was trained with."""
-        tokens, room = len(self.model.encode_prompt(turns)), self.context - settings.max_new_tokens
+        with self.engine.encoding:
+            tokens = len(self.model.encode_prompt(turns))
+        room = self.context - settings.max_new_tokens
         if tokens > room:
             raise ApiError(
                 400,

@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from dllm.chat.render import pieces
 from dllm.serving.events import Closed, Edited, Event, Finished, Full, Scored, Snapshot, Stats
@@ -26,13 +25,15 @@ class SerialEngine:
     def __init__(self, model, *, name: str = "toy", most: int = 64, slow: float = 0.0):
         self.model, self.name, self.most, self.slow = model, name, most, slow
         self.waiting: queue.Queue = queue.Queue()
+        self.encoding = threading.Lock()
         self.closed = False
         self.finished = self.cancelled = self.running = self.tokens = 0
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def answer(self, prompt, settings, *, n=1, on_event, snapshots=False):
-        rows = self.model._prompt_rows([prompt], settings)
+        rows = [self.model.encode_prompt(prompt)]
+        self.model.canvas([prompt], settings)
 
         def events() -> Iterator[tuple[int, Event]]:
             for number in range(n):
@@ -70,7 +71,7 @@ class SerialEngine:
         return self._take(events, on_event)
 
     def score(self, prompts, targets, settings, *, on_event):
-        self.model._pairs(prompts, targets)
+        self.model.pairs(prompts, targets)
 
         def events():
             scores = self.model.nelbo(prompts, targets, settings)
@@ -79,7 +80,8 @@ class SerialEngine:
         return self._take(events, on_event)
 
     def stats(self) -> Stats:
-        return Stats(self.waiting.qsize(), self.running, 0, self.tokens, 0, 0, 0, self.finished, 0, self.cancelled, 0)
+        waiting = self.waiting.qsize()
+        return Stats(waiting, self.running, 0, self.tokens, 0, 0, 0, self.finished, 0, self.cancelled, 0)
 
     def close(self, *, finish: bool, timeout: float) -> None:
         self.closed = True
@@ -133,6 +135,3 @@ def scripted(engine: SerialEngine, events: list[tuple[int, Event]]) -> SerialEng
     """The engine, whose answers are these events."""
     engine.answer = lambda prompt, settings, *, on_event, **_: engine._take(lambda: iter(events), on_event)
     return engine
-
-
-__all__ = ["SerialEngine", "replace", "scripted"]

@@ -20,9 +20,9 @@ import uvicorn
 from dllm.chat.settings import chat_context, chat_generation
 from dllm.serving.app import Server, make_server
 from dllm.serving.connection import Connection
+from dllm.serving.engine import Engine
 from dllm.serving.models import Served
 from dllm.serving.run import address, bound
-from tests.serving.serial import SerialEngine
 
 TURNS = [{"role": "user", "content": "Hello!"}]
 
@@ -31,7 +31,7 @@ def served(model, *, id: str = "toy", engine=None) -> Served:
     """A model with an engine, as `dllm serve` has it."""
     context = chat_context(model.backbone.sidecar, model.max_length)
     defaults = chat_generation(model.backbone.sidecar, context).model_copy(update={"max_new_tokens": 16})
-    return Served(id, model, engine or SerialEngine(model), defaults, context)
+    return Served(id, model, engine or Engine(model, name=id), defaults, context)
 
 
 @dataclass

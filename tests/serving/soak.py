@@ -55,8 +55,8 @@ def cases(model) -> list[tuple[str, dict, object]]:
             (CHAT, body | {"model": "toy", "messages": turns, "stream": True, "canvas": number % 2 == 0}, texts)
         )
     texts = [" you", " Rome", " am a toy"]
-    nats = [score.nats for score in model.nelbo([TURNS] * 3, texts, LikelihoodSettings(budget=4))]
-    found.append(("/v1/score", {"model": "toy", "messages": TURNS, "continuations": texts, "budget": 4}, nats))
+    nats = [score.nats for score in model.nelbo([TURNS] * 3, texts, LikelihoodSettings(budget=8))]
+    found.append(("/v1/score", {"model": "toy", "messages": TURNS, "continuations": texts, "budget": 8}, nats))
     found.append(("/v1/infill", {"model": "toy", "text": "Who [MASK] you?"}, model.infill(["Who [MASK] you?"])))
     return found
 

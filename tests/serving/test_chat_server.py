@@ -90,10 +90,10 @@ def test_an_interrupt_frees_the_rows(taught, capsys):
         chat.answer("Hello!")
         assert "stopped" in capsys.readouterr().err and chat.session.conversation == Conversation()
         for _ in range(200):
-            if engine.cancelled:
+            if engine.stats().cancelled:
                 break
             threading.Event().wait(0.05)
-        assert engine.cancelled == 1
+        assert engine.stats().cancelled == 1
 
 
 def test_the_key_comes_from_a_file(taught, tmp_path, capsys):

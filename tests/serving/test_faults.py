@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dllm.serving.engine import Engine
 from dllm.serving.schemas import Failure
-from tests.serving.serial import SerialEngine
 from tests.serving.servers import TURNS, ask, running, served
 
 CHAT = "/v1/chat/completions"
@@ -127,11 +127,11 @@ def becomes(true, seconds: float = 20.0) -> bool:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("reset", [True, False])
 def test_a_client_that_goes_away_frees_its_rows(taught, stream, reset):
-    engine = SerialEngine(taught, slow=0.05)
-    with running([served(taught, engine=engine)]) as server:
-        body = {"model": "toy", "messages": TURNS, "stream": stream, "n": 8}
-        sends(server.url, posted(body), reads=300 if stream else 0, reset=reset)
-        assert becomes(lambda: engine.cancelled == 1 and not engine.running)
+    with running([served(taught)]) as server:
+        body = {"model": "toy", "messages": TURNS, "stream": stream, "n": 60, "temperature": 9.0, "max_tokens": 48}
+        sends(server.url, posted(body | {"block_size": 1}), reads=300 if stream else 0, reset=reset)
+        assert becomes(lambda: server.engine.stats().cancelled == 1)
+        assert becomes(lambda: not server.engine.stats().running and not server.engine.stats().queued)
         assert becomes(lambda: server.server.gate.busy == 0)
         assert ask(server.url, CHAT, SHORT | {"messages": TURNS}).status == 200
         assert 'outcome="cancelled"' in ask(server.url, "/metrics").text
@@ -143,12 +143,12 @@ def test_half_a_request_leaves_nothing_behind(taught):
         for size in range(1, len(whole), 9):
             sends(server.url, whole[:size], reset=size % 2 == 0)
         assert becomes(lambda: server.server.gate.busy == 0)
-        assert server.engine.finished == 0
+        assert server.engine.stats().finished == 0
         assert ask(server.url, CHAT, SHORT | {"messages": TURNS}).status == 200
 
 
 def test_two_hundred_connections_at_once_are_answered_or_told_to_come_back(taught):
-    engine = SerialEngine(taught, most=30)
+    engine = Engine(taught, name="toy", queue=30)
     with running([served(taught, engine=engine)]) as server:
         together = threading.Barrier(200)
 

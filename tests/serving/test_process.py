@@ -48,12 +48,12 @@ def files_below(directory: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_finishes_what_runs_and_refuses_what_is_new(checkpoint, stop):
+@pytest.mark.slow
+def test_asked_to_stop_it_finishes_what_runs_and_refuses_what_is_new(checkpoint):
     with process(str(checkpoint), "--port", "0", "--device", "cpu") as (server, url), ThreadPoolExecutor() as pool:
         running = [pool.submit(ask, url, CHAT, LONG | {"stream": stream}) for stream in (False, True)]
         assert becomes(partial(is_running, url))
-        server.send_signal(stop)
+        server.send_signal(signal.SIGTERM)
         assert becomes(lambda: ask(url, "/ready").status == 503)
         refused = ask(url, CHAT, LONG)
         assert refused.status == 503 and refused.error["code"] == "shutting_down" and "retry-after" in refused.headers
@@ -66,16 +66,18 @@ def test_asked_to_stop_it_finishes_what_runs_and_refuses_what_is_new(checkpoint,
         assert "finishing 2 requests" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_idle_it_stops_at_once_also_with_open_connections(checkpoint):
     with process(str(checkpoint), "--port", "0", "--device", "cpu") as (server, url):
         port = int(url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as half:
             half.sendall(b"POST / HTTP/1.1\r\n")
-            server.send_signal(signal.SIGTERM)
+            server.send_signal(signal.SIGINT)
             server.communicate(timeout=60)
         assert server.returncode == 0
 
 
+@pytest.mark.slow
 def test_asked_twice_it_stops_with_what_runs(checkpoint):
     with process(str(checkpoint), "--port", "0", "--device", "cpu") as (server, url):
         asking = asks(url, LONG | {"stream": True})
@@ -88,6 +90,7 @@ def test_asked_twice_it_stops_with_what_runs(checkpoint):
         assert server.returncode is not None
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_answers_the_same_and_no_file_has_changed(checkpoint, tmp_path):
     before, answers = files_below(checkpoint), []
     for _ in range(2):
@@ -102,6 +105,7 @@ def test_killed_and_started_again_it_answers_the_same_and_no_file_has_changed(ch
     assert files_below(checkpoint) == before and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_models_are_served_side_by_side_and_warned_of_where_all_can_ask(checkpoint, tmp_path):
     other = save_toy(tmp_path / "other", run="other", length=64)
     (tmp_path / "key").write_text("0123456789abcdef")
