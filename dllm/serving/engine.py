@@ -95,8 +95,8 @@ class Engine:
         self.model, self.name = model, name
         self.batch_size, self.batch_tokens, self.queue, self.time_limit = batch_size, batch_tokens, queue, time_limit
         self._turns = turns or Turns()
-        self._encoding = Lock()
-        """Tokenizers are not safe with several threads that encode."""
+        self.encoding = Lock()
+        """Held by whoever encodes texts: tokenizers are not safe with several threads that do."""
         self._piece = piece_of(model)
         self._changed = Condition()
         self._inbox: list[Request] = []
@@ -125,7 +125,7 @@ class Engine:
         request = Request(on_event, snapshots)
         if n < 1:
             raise ValueError(f"n = {n} must be at least 1")
-        with self._encoding:
+        with self.encoding:
             if self._lane is not None:
                 request.rows = answer_rows(self.model, prompt, settings, n)
                 self._check(request.rows[0])
@@ -139,7 +139,7 @@ class Engine:
 
     def infill(self, text: str, settings: GenerateSettings, *, on_event: OnEvent, snapshots: bool = False) -> Handle:
         """A text with its masks filled: `Finished` as answer 0. Snapshots are of the whole text."""
-        with self._encoding:
+        with self.encoding:
             request = Request(on_event, snapshots, rows=[infill_row(self.model, text, settings)])
             self._check(request.rows[0])
         return self._submit(request)
@@ -155,7 +155,7 @@ class Engine:
     ) -> Handle:
         """A draft edited: `Finished` as answer 0; snapshots: `Edited` after every pass."""
         request = Request(on_event, snapshots)
-        with self._encoding:
+        with self.encoding:
             canvases = self.model.edits(draft, prompt, settings)
         given = "" if prompt is None else prompt
         request.job = lambda: edit_events(self.model, canvases, given, settings, request.asked)
@@ -166,7 +166,7 @@ class Engine:
     ) -> Handle:
         """`DiffusionLM.nelbo` of the pairs: `Scored` as answer 0."""
         request = Request(on_event, snapshots=False)
-        with self._encoding:
+        with self.encoding:
             rows, target_ids = self.model.pairs(prompts, targets)
 
         def job() -> Iterator[Event]:
