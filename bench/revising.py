@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="questions of each set")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY")
     args = parser.parse_args()
     sets = {}
     for text in args.questions:
@@ -47,24 +48,24 @@ def main() -> None:
         sets[name] = (read_questions(path, pattern, args.limit), pattern)
     rows: list[dict] = []
     for checkpoint in args.checkpoints:
-        for row in measured(checkpoint, sets, args.new_tokens, args.steps):
+        for row in measured(checkpoint, sets, args.new_tokens, args.steps, args.ways):
             print(json.dumps(row), flush=True)
             rows.append(row)
             write_atomically(args.out, json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
 
 
 def measured(
-    checkpoint: Path, sets: dict[str, tuple[list[Question], str]], new_tokens: int, steps: list[int]
+    checkpoint: Path, sets: dict[str, tuple[list[Question], str]], new_tokens: int, steps: list[int], ways: list[str]
 ) -> Iterator[dict]:
-    """One row per way, number of steps and set of questions. One block, so that all of an answer can be revised."""
+    """One row per way, number of steps and set of questions, in the blocks that the model was trained with."""
     model = dllm.load(checkpoint, device="cpu")
-    plain = GenerateSettings(max_new_tokens=new_tokens, block_size=new_tokens, batch_size=128)
+    plain = GenerateSettings(max_new_tokens=new_tokens, block_size=model.backbone.sidecar["block_size"], batch_size=128)
     hybrid = model.algorithm.name == "hybrid"
     models = {"": dllm.load(checkpoint, device="cpu", algorithm="mdlm") if hybrid else model}
     if hybrid:
         models["reverse process"] = model
     for kind, sampled in models.items():
-        for way, changes in {kind: {}}.items() if kind else WAYS.items():
+        for way, changes in {kind: {}}.items() if kind else ((way, WAYS[way]) for way in ways):
             for count in steps:
                 if count > new_tokens and way in ("nothing revised", "edit above 0.9"):
                     continue
