@@ -34,7 +34,7 @@ class Algorithm:
     instead: str = ""
     """What to do where a part is not there: the end of the error line."""
     takes: tuple[str, ...] = ()
-    """Settings of the run that the objective takes beside the recipe; `max_length` is the model's context."""
+    """Settings of the run that the objective takes beside the recipe; `max_length` and `vocab_size` are the model's."""
     module: str | type | None = None
     """Makes the module that is trained, where that is more than the model; see `objectives.edit_flows`."""
     save: str | type | None = None
@@ -101,6 +101,20 @@ _ROWS = (
         sampler="dllm.sampling.sampler:block_sampler",
         scorer="dllm.likelihood.blocks:block_scorer",
         blocks="trained",
+    ),
+    Algorithm(
+        "hybrid",
+        "masks and random tokens",
+        objective="dllm.objectives.hybrid:Hybrid",
+        sampler="dllm.sampling.hybrid:HybridSampler",
+        scorer="dllm.likelihood.hybrid:HybridScorer",
+        also_as=("mdlm",),
+        takes=("uniform_share", "vocab_size"),
+        module="dllm.objectives.hybrid:trained_module",
+        save="dllm.objectives.hybrid:noted",
+        blocks="none",
+        predicted=1.0,
+        recipe_allows=_ALL_TIMES | {"weight": ("elbo",)},
     ),
     Algorithm(
         "mlm",

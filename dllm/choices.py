@@ -42,6 +42,27 @@ def parallel_rules() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Remasking:
+    """How many revealed tokens a pass masks again, and which; for the amounts see `sampling.revise`."""
+
+    scaled: bool
+    """The amount is a share of the most that leaves the masks on schedule, or else of the revealed tokens."""
+    score: str | Callable[..., Any] = "dllm.sampling.revise:any_of_them"
+    """(confidence when revealed [B, S], noise [B, S] in [0, 1)) -> score [B, S]; the highest are masked again."""
+    held: bool = False
+    """Only while most of a block is revealed and nothing more is, for half of its passes."""
+
+
+REMASKING: dict[str, Remasking] = {
+    "cap": Remasking(scaled=False),
+    "rescale": Remasking(scaled=True),
+    "confidence": Remasking(scaled=True, score="dllm.sampling.revise:unsure_ones"),
+    "loop": Remasking(scaled=False, held=True),
+    "least": Remasking(scaled=True, score="dllm.sampling.revise:least_sure"),
+}
+
+
+@dataclass(frozen=True)
 class Estimator:
     """An estimator of the likelihood of a target."""
 

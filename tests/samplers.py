@@ -12,7 +12,7 @@ from dllm.core.canvas import Completion
 def numbered_rows():
     """Each row is keyed by its number in place of its tokens, so that equal prompts give independent samples."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("rows", "edits"):
+        for module in ("rows", "edits", "hybrid"):
             numbers = lambda tokens, where=None: torch.arange(len(tokens), device=tokens.device)  # noqa: E731
             patch.setattr(f"dllm.sampling.{module}.token_hash", numbers)
         yield

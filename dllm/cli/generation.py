@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllm.choices import REVEAL_RULES, parallel_rules
+from dllm.choices import REMASKING, REVEAL_RULES, parallel_rules
 
 if TYPE_CHECKING:
     from dllm.config import GenerateSettings
@@ -41,6 +41,12 @@ OPTIONS: Options = {
     "threshold": ("threshold", float, "P", "rule threshold: reveal all that are at least so probable (default: 0.9)"),
     "factor": ("factor", float, "F", "rule factor: larger reveals more at once (default: 1)"),
     "entropy_bound": ("entropy_bound", float, "H", "rule entropy_bound: larger reveals more (default: 0.1 nats)"),
+    "remask": (
+        *("remask", str, "WAY"),
+        f"mask some revealed tokens again: {', '.join(REMASKING)}; --steps may then exceed the masks (default: none)",
+    ),
+    "remask_share": ("remask_share", float, "ETA", "how many of them (default: 0.1)"),
+    "edit_threshold": ("edit_threshold", float, "P", "replace a revealed token by another one that is likelier than P"),
     "reuse": (
         "reuse",
         str,

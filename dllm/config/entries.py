@@ -36,6 +36,7 @@ from dllm.config.settings import (
     Settings,
     checked_options,
     is_none,
+    left_at,
     option,
 )
 
@@ -203,6 +204,13 @@ class RunSettings(Settings):
     optimizer: OptimizerSettings = option(OptimizerSettings(), "optimiser and schedule")
     seed: int = option(42, "seed of order and noise", ge=0, le=LARGEST_SEED)
     mlm_share: float = option(0.3, "share of tokens masked by `mlm`", ge=1e-3, lt=1)
+    uniform_share: float = option(
+        0.2,
+        "largest share of tokens that `hybrid` replaces by random ones, halfway; 0: masks only, 1: no masks",
+        ge=0,
+        le=1,
+        exclude_if=left_at(0.2),
+    )
     evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0, le=MANY)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
     eval_draws: int = option(1, "noise draws per test row", gt=0, le=MANY)

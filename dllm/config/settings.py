@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dllm.algorithms import ALGORITHMS, algorithm_named
-from dllm.choices import ESTIMATORS, REVEAL_RULES, ROW_KINDS
+from dllm.choices import ESTIMATORS, REMASKING, REVEAL_RULES, ROW_KINDS
 from dllm.families import FAMILIES
 from dllm.schedules import KAPPAS, SCHEDULES
 
@@ -83,6 +83,7 @@ def names_schema(table: Iterable[str], *more: str) -> WithJsonSchema:
 
 
 RevealRuleName = Annotated[str, AfterValidator(known(REVEAL_RULES)), names_schema(REVEAL_RULES)]
+RemaskingName = Annotated[str, AfterValidator(known(REMASKING, "none")), names_schema(REMASKING, "none")]
 EstimatorName = Annotated[str, AfterValidator(known(ESTIMATORS, "auto")), names_schema(ESTIMATORS, "auto")]
 ScheduleName = Annotated[str, AfterValidator(known(SCHEDULES)), names_schema(SCHEDULES)]
 FamilyName = Annotated[str, AfterValidator(known(FAMILIES)), names_schema(FAMILIES)]
@@ -104,6 +105,11 @@ def is_none(value: object) -> bool:
     """Whether a setting is left out of the files of jobs (`exclude_if`), so that those of older projects stay as they
     are."""
     return value is None
+
+
+def left_at(default: object) -> Callable[[object], bool]:
+    """As `is_none`, of a setting that came later and whose default changes nothing."""
+    return lambda value: value == default
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -165,6 +171,29 @@ class GenerateSettings(Settings):
         ge=0,
         le=MANY,
     )
+    remask: RemaskingName = option(
+        "none",
+        "revealed tokens of the active block that each pass masks again (ReMDM): any (`cap`, `rescale`, `loop`), the "
+        "less sure ones more often (`confidence`), or the least sure ones (`least`); `steps` may then exceed the masks",
+        exclude_if=left_at("none"),
+    )
+    remask_share: float = option(
+        0.1,
+        "how many: of the revealed ones (`cap`, `loop`), or of the most that a pass can (the others)",
+        ge=0,
+        le=1,
+        exclude_if=left_at(0.1),
+    )
+    edit_threshold: float | None = option(
+        None,
+        "replace a revealed token of the active block by another one of more than this probability; none: never",
+        ge=0,
+        le=1,
+        exclude_if=is_none,
+    )
+    edit_passes: int = option(
+        16, "most passes for such edits of a block without masks", ge=0, le=MANY, exclude_if=left_at(16)
+    )
     temperature: float = option(0.0, "0 takes the most probable token; else at least 0.001", ge=0, le=100)
     top_p: float = option(1.0, "draw from the smallest set of tokens with this probability", ge=1e-6, le=1)
     guidance: float = option(0.0, "classifier-free guidance scale; 0 is off", ge=0, le=100)
@@ -204,6 +233,17 @@ class GenerateSettings(Settings):
                 f"reuse = {self.reuse!r} does not go together with guidance = {self.guidance:g}; set one of them to "
                 "its default (none, 0)"
             )
+        if self.remask != "none" and self.edit_threshold is not None:
+            raise ValueError(
+                f"remask = {self.remask!r} does not go together with edit_threshold = {self.edit_threshold:g}; a token "
+                "is masked again or replaced: leave one of them out"
+            )
+        if self.remask == "none" and self.remask_share != 0.1:
+            raise ValueError(
+                f"remask_share = {self.remask_share:g} needs a way to remask; set remask to {', '.join(REMASKING)}"
+            )
+        if self.edit_threshold is None and self.edit_passes != 16:
+            raise ValueError(f"edit_passes = {self.edit_passes} needs edits; set edit_threshold, e.g. to 0.9")
         if self.refresh is not None and self.reuse == "none":
             raise ValueError(f"refresh = {self.refresh} needs something to refresh; set reuse to prefix or dual")
         return self

@@ -97,7 +97,7 @@ class MaskedScorer:
         between: Callable[[], object] | None = None,
     ) -> Estimates:
         """Nats [N], their noise [N, E] and passes [N] of some requests; see `estimate` and `targets_of`."""
-        _check(backbone, prompts, targets)
+        check_requests(backbone, prompts, targets)
         if not len(prompts):
             return numpy.zeros(0), numpy.zeros((0, 0)), numpy.zeros(0, dtype=numpy.int64)
         if backbone.device.type == "cpu":
@@ -124,7 +124,7 @@ class MaskedScorer:
 
         Raises ValueError as `nelbo`.
         """
-        _check(backbone, prompts, targets)
+        check_requests(backbone, prompts, targets)
         rule = self.rule and self.rule(backbone, settings.block_size)
         matches = numpy.zeros(len(prompts), dtype=bool)
         lengths = numpy.array([len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], dtype=numpy.int64)
@@ -195,7 +195,8 @@ def _nll(backbone: Backbone, batch: PackedBatch) -> Tensor:
     return torch.cat(parts)
 
 
-def _check(backbone: Backbone, prompts: Rows, targets: Rows) -> None:
+def check_requests(backbone: Backbone, prompts: Rows, targets: Rows) -> None:
+    """Raise ValueError for a request without a target, beyond the model's context, or with masks for text."""
     if len(prompts) != len(targets):
         raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; a request is one of each")
     for request, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):

@@ -20,7 +20,14 @@ def question_passes(choices: int, length: int, one_prompt: bool, settings: Likel
 
 
 def generation_passes(settings: GenerateSettings) -> int:
-    """Most passes of an answer: one per token, or `steps`; an early end takes fewer, and so do parallel rules."""
+    """Most passes of an answer: one per token, or `steps`; an early end takes fewer, and so do parallel rules.
+
+    Remasking may take more than one per token; edits are taken to need one more pass for each block.
+    """
     blocks = math.ceil(settings.max_new_tokens / settings.block_size)
-    passes = min(settings.max_new_tokens, max(blocks, settings.steps or settings.max_new_tokens))
+    passes = max(blocks, settings.steps or settings.max_new_tokens)
+    if settings.remask == "none":
+        passes = min(settings.max_new_tokens, passes)
+    if settings.edit_threshold is not None:
+        passes += blocks
     return passes * (2 if settings.guidance else 1)

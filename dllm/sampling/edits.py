@@ -21,8 +21,9 @@ from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import Layout, layout_of
 from dllm.models.backbone import Backbone
 from dllm.models.edit_heads import TimedHidden, edit_loss
+from dllm.sampling.in_turn import batch_after_batch
 from dllm.sampling.reveal import propose_tokens, token_confidence
-from dllm.sampling.rows import reject_options
+from dllm.sampling.rows import NO_REVISING, reject_options
 from dllm.sampling.sampler import Sampler
 from dllm.schedules import KAPPAS
 
@@ -124,22 +125,15 @@ class EditSampler(Sampler):
         its batch-mates. Raises ValueError for a model without edit heads, for a row longer than the model's context,
         and for options that concern masks.
         """
-        reject_options("edit_flows", settings, {"reveal_rule": ("confidence",), "reuse": ("none",), "ahead": ("auto",)})
+        allowed = {"reveal_rule": ("confidence",), "reuse": ("none",), "ahead": ("auto",)} | NO_REVISING
+        reject_options("edit_flows", settings, allowed)
         return _Passes(self.trained_with(backbone), backbone, settings).canvases(canvas)
 
     def complete(
         self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
     ) -> Iterator[Completion]:
         """See `Sampler.complete`: one batch of `settings.batch_size` rows follows the other; `ended` is not asked."""
-        for rows in canvas.length.argsort(descending=True, stable=True).split(settings.batch_size):
-            frames = self.denoise(backbone, canvas.taken(rows, backbone.device), settings)
-            last = next(frames)
-            passes, done = torch.zeros_like(last.start), last.done
-            for last in frames:
-                passes, done = torch.where(done, passes, last.nfe), last.done
-            share = last.computed // len(rows)
-            for row, response, nfe in zip(rows.tolist(), last.responses(), passes.tolist(), strict=True):
-                yield Completion(row, response, nfe, share)
+        return batch_after_batch(self, backbone, canvas, settings)
 
     def trained_with(self, backbone: Backbone) -> EditSettings:
         """How a checkpoint was trained: what its sidecar says, or else these settings."""

@@ -21,7 +21,7 @@ from dllm.config import GenerateSettings
 from dllm.core.attention_pattern import BlockRule
 from dllm.core.canvas import Canvas, Completion, Ended, Progress
 from dllm.models.backbone import Backbone
-from dllm.sampling.rows import RunningRows, first_rows, reject_options
+from dllm.sampling.rows import RunningRows, check_context, first_rows, reject_options
 from dllm.sampling.step import DenoisingStep, Forward
 
 _PASSES_PER_READING = 4
@@ -103,7 +103,7 @@ class DenoisingLoop:
         of its blocks). Raises ValueError, one line, for a row longer than the model's context or than `most_tokens`,
         and if `steps` is less than the blocks of a row.
         """
-        _check_context(canvas, self.backbone.max_length)
+        check_context(canvas, self.backbone.max_length)
         if self.rule is not None:
             # keys and values of finished blocks are kept, which is exact: `reuse` could approximate nothing
             reject_options("bd3lm", settings, {"reuse": ("none",), "ahead": ("auto", "hidden")})
@@ -189,9 +189,11 @@ class DenoisingLoop:
 
     def _look(self, step: DenoisingStep, block_ended: ndarray) -> None:
         """Ask for the state of the rows after a pass, if it is time for one of them; block_ended [B] bool."""
-        due = block_ended | (step.rows.plan.step % self.passes_per_reading == 0)
+        rows = step.rows
+        # what a row may yet revise does not say whether it ends
+        due = block_ended | ((rows.plan.step % self.passes_per_reading == 0) & ~rows.revises)
         if due.any():
-            self._readings.append(_Reading(step.rows, due, step.forward.copies))
+            self._readings.append(_Reading(rows, due, step.forward.copies))
 
     def _read(self, reading: _Reading) -> Iterator[Completion]:
         """The rows that are done, or end early, by what has arrived."""
@@ -245,13 +247,3 @@ class _Reading:
         if self._event is not None:
             self._event.synchronize()
         return [tensor.numpy() for tensor in self._host]
-
-
-def _check_context(canvas: Canvas, max_length: int) -> None:
-    """Raises ValueError if a row of a canvas is longer than the model's context."""
-    longest = int(canvas.length.max())
-    if longest > max_length:
-        raise ValueError(
-            f"a prompt and its new tokens take {longest} positions, the model has {max_length}. "
-            "Shorten the prompt or max_new_tokens"
-        )

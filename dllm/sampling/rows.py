@@ -15,6 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from dllm.algorithms import trained_blocks
+from dllm.choices import REMASKING
 from dllm.config import GenerateSettings, Recipe
 from dllm.core.attention_pattern import BlockRule
 from dllm.core.canvas import Canvas
@@ -40,11 +41,12 @@ class RunningRows:
     On the host: number [B]: the rows' names; start, length [B]: where response and padding begin; origin [B]: where
     blocks are counted from; alone [B] bool: whether what is right of the active block is not there yet; refresh [B]:
     passes from one refresh of `reuse` to the next, 0: one per block; kind [B]: each a `Kind`; plan: their blocks;
+    remask [B]: each a name of `REMASKING`, remask_share [B]: of it; edits [B] bool: revealed tokens may be replaced;
     computed [B]: positions computed so far; finished [B]: clean tokens whose keys and values are stored.
 
     On the device: tokens [B, L] long; masked, response (what was masked at first) [B, L] bool; confidence [B, L] fp32;
     keys [B] long: of their noise; passes [B] long: made until the row was done; done, early_stop [B] bool;
-    temperature, top_p, guidance (scale + 1), sure (the number of a reveal rule that has one) [B] fp32.
+    temperature, top_p, guidance (scale + 1), sure (the number of a reveal rule that has one), edit_threshold [B] fp32.
     """
 
     number: ndarray
@@ -54,6 +56,9 @@ class RunningRows:
     alone: ndarray
     refresh: ndarray
     kind: ndarray
+    remask: ndarray
+    remask_share: ndarray
+    edits: ndarray
     plan: BlockPlan
     computed: ndarray
     finished: ndarray
@@ -69,9 +74,15 @@ class RunningRows:
     top_p: Tensor
     guidance: Tensor
     sure: Tensor
+    edit_threshold: Tensor
 
     def __len__(self) -> int:
         return len(self.number)
+
+    @property
+    def revises(self) -> ndarray:
+        """[B] bool: rows of whose active block no token is final."""
+        return self.edits | (self.remask != "none")
 
     def taken(self, rows: ndarray, device: torch.device) -> RunningRows:
         """A copy of some rows [N], by their places, on a device."""
@@ -109,12 +120,12 @@ class RunningRows:
         return join("", self, others)
 
     def end(self, ended: Tensor, eos_id: int) -> None:
-        """Fill the masks of ended rows [B] with EOS; rows without masks are done."""
+        """Fill the masks of ended rows [B] with EOS: they are done."""
         fill = self.masked & ended[:, None]
         self.tokens.masked_fill_(fill, eos_id)
         self.confidence.masked_fill_(fill, 1.0)
         self.masked.logical_and_(~fill)
-        torch.any(self.masked, 1, out=self.done).logical_not_()
+        self.done.logical_or_(ended)
 
     def onto(self, canvas: Canvas) -> Canvas:
         """The canvas whose rows they are, by number, with these as they are now; the canvas itself is not changed."""
@@ -140,8 +151,10 @@ def first_rows(
     """The rows of a canvas at their beginning, named number, number + 1, ..., on the canvas' device.
 
     rule: how they are cut into blocks of a model that attends block-causally; None: it sees all that is there.
-    Raises ValueError if `steps` is less than the blocks of a row.
+    Raises ValueError if `steps` is less than the blocks of a row, and for a model that was trained without masks.
     """
+    if backbone.sidecar.get("uniform_share") == 1:
+        raise ValueError("this model was trained without masks (uniform_share = 1); use algorithm: hybrid")
     masked, start, length = (x.cpu().numpy() for x in (canvas.masked, canvas.start, canvas.length))
     origin, size, count = start, settings.block_size, len(start)
     if rule is not None:
@@ -149,6 +162,9 @@ def first_rows(
         origin, size = rule.starts(numpy.minimum(start, first_mask)), rule.size
     kind = numpy.empty(count, dtype=object)
     kind[:] = [Kind(settings.reveal_rule, settings.temperature > 0, settings.top_p < 1)] * count
+    # a share of 0 takes nothing back: this is the sampler without remasking, token for token
+    remask = settings.remask if settings.remask_share > 0 else "none"
+    edits = settings.edit_threshold is not None
 
     def each(value: float | bool, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full((count,), value, dtype=dtype, device=canvas.tokens.device)
@@ -161,7 +177,17 @@ def first_rows(
         alone=_hides_ahead(backbone, masked, length, settings) | (rule is not None),
         refresh=numpy.full(count, settings.refresh or 0),
         kind=kind,
-        plan=plan_blocks(masked, origin, size, settings.steps),
+        remask=numpy.full(count, remask, dtype=object),
+        remask_share=numpy.full(count, settings.remask_share),
+        edits=numpy.full(count, edits),
+        plan=plan_blocks(
+            masked,
+            origin,
+            size,
+            settings.steps,
+            held=None if remask == "none" else REMASKING[remask].held,
+            edits=settings.edit_passes if edits else 0,
+        ),
         computed=numpy.zeros(count, dtype=numpy.int64),
         finished=numpy.zeros(count, dtype=numpy.int64),
         tokens=canvas.tokens,
@@ -176,6 +202,7 @@ def first_rows(
         top_p=each(settings.top_p),
         guidance=each(settings.guidance + 1),
         sure=each(getattr(settings, settings.reveal_rule, 0.0)),
+        edit_threshold=each(settings.edit_threshold if edits else 2.0),
     )
 
 
@@ -191,6 +218,10 @@ def block_rule(backbone: Backbone, block_size: int | None = None) -> BlockRule:
     return BlockRule(block_size or Recipe().block_size, Recipe().block_anchor)
 
 
+NO_REVISING: dict[str, tuple] = {"remask": ("none",), "edit_threshold": (None,)}
+"""What `reject_options` allows where revealed tokens are not revised pass by pass."""
+
+
 def reject_options(algorithm: str, settings: GenerateSettings, allowed: dict[str, tuple]) -> None:
     """Raise ValueError, one line, for a sampler's option with a value that an algorithm has no use for.
 
@@ -202,6 +233,16 @@ def reject_options(algorithm: str, settings: GenerateSettings, allowed: dict[str
                 f"{name} = {value!r} means nothing to algorithm = {algorithm!r}; allowed: "
                 f"{', '.join(map(str, values))}; leave it out"
             )
+
+
+def check_context(canvas: Canvas, max_length: int) -> None:
+    """Raises ValueError if a row of a canvas is longer than the model's context."""
+    longest = int(canvas.length.max())
+    if longest > max_length:
+        raise ValueError(
+            f"a prompt and its new tokens take {longest} positions, the model has {max_length}. "
+            "Shorten the prompt or max_new_tokens"
+        )
 
 
 def _hides_ahead(backbone: Backbone, masked: ndarray, length: ndarray, settings: GenerateSettings) -> ndarray:

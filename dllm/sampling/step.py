@@ -6,8 +6,7 @@ few and reveals them. The host knows in advance which block of a row is active a
 that reveal a varying number of tokens report it, one small tensor per pass. What a row becomes depends on its own
 settings, pass number, key and tokens, and not on its batch-mates or on when it joined them.
 
-A sampler that does something else in a pass changes it between choosing and `BlockPlan.advance`: `RunningRows` says
-what is masked, and the plan must be told how many masks of the active block a pass took away from each row.
+Rows that revise take tokens back, or replace them, between choosing and `BlockPlan.advance` (`sampling.revise`).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.packing import Layout, block_layout, layout_of, part_of
 from dllm.models.backbone import Backbone
 from dllm.models.kv_cache import KVCache
+from dllm.sampling import revise
 from dllm.sampling.reveal import (
     choose_positions,
     position_noise,
@@ -83,24 +83,26 @@ class DenoisingStep:
         """One pass: reveal tokens of every row that is not done. Returns [B] bool: which ended their block."""
         rows, plan = self.rows, self.rows.plan
         window, masks = plan.window()
-        left, count = plan.left, plan.counts()
+        # of rows that edit, revealed tokens are candidates, too
+        number, count = numpy.where(rows.edits, masks, plan.left), plan.counts()
         kinds = list(dict.fromkeys(rows.kind))
         kind = numpy.array([kinds.index(kind) for kind in rows.kind])
         order = kind.argsort(kind="stable")  # candidates of a kind are neighbours
-        row = numpy.repeat(order, left[order])
-        column = numpy.arange(len(row)) - numpy.repeat(left[order].cumsum() - left[order], left[order])
+        row = numpy.repeat(order, number[order])
+        column = numpy.arange(len(row)) - numpy.repeat(number[order].cumsum() - number[order], number[order])
         ends = numpy.bincount(kind[row], minlength=len(kinds)).cumsum().tolist()
-        parts = to_device((window, masks, count, plan.step, row, column), self.device)
-        window, masks, least, step, row, column = parts
+        parts = to_device((window, masks, count, plan.step, row, column, rows.edits), self.device)
+        block, masks, least, step, row, column, edits = parts
 
         # the positions still masked, from left to right: as many as the host expects, or none in a row that is done
-        size = window.shape[1]
+        size = block.shape[1]
         places = torch.arange(size, device=self.device)
-        still = rows.masked.gather(1, window) & (places < masks[:, None])
+        inside = places < masks[:, None]
+        still = (rows.masked.gather(1, block) | (edits > 0)[:, None]) & inside
         rank = torch.where(still, still.cumsum(1) - 1, size)
         # (of a row that has ended, which the host does not know yet, some position of the block is taken instead)
-        window = window[:, :1].repeat(1, size + 1).scatter_(1, rank, window)[:, :size]
-        candidate = places < still.sum(1)[:, None]
+        window = block[:, :1].repeat(1, size + 1).scatter_(1, rank, block)[:, :size]
+        candidate = rows.masked.gather(1, window) & (places < still.sum(1)[:, None])
         place = row * size + column
         position = window.flatten().index_select(0, place)
 
@@ -108,15 +110,40 @@ class DenoisingStep:
         tokens, confidence, score = self._propose(spans, row, position, step.index_select(0, row))
         table = score.new_full((len(rows), size), -torch.inf)
         table.view(-1).index_copy_(0, place, score)
+        remasks = (rows.remask != "none").any()
+        if remasks:
+            amount, back = revise.taken_back(rows, block, inside, revise.expected_back(rows))
+            least = least + amount
         sure = self._sure()
         chosen = choose_positions(table, candidate, least, sure)
 
         rows.passes.add_(~rows.done)
-        self._reveal(row * rows.tokens.shape[1] + position, chosen.flatten()[place], tokens, confidence)
+        written, edited = chosen.flatten()[place], None
+        if rows.edits.any():
+            replaced = revise.edits_of(rows, row, position, tokens, confidence)
+            written |= replaced
+            edited = torch.zeros(len(rows), device=self.device).index_add(0, row, replaced.float()).cpu().numpy() > 0
+        self._reveal(row * rows.tokens.shape[1] + position, written, tokens, confidence)
+        revealed = chosen.sum(1)
+        if remasks:
+            revise.mask_again(rows, block, back, self.backbone.mask_id)
+            revealed = revealed - amount
+        fewer = count if sure is None else revealed.cpu().numpy()
+        ended = plan.advance(numpy.minimum(fewer, plan.left), edited)
+        self._end(ended)
+        return ended
+
+    def _end(self, ended: ndarray) -> None:
+        """End the rows without masks, or with an EOS and no mask left of it; ended [B]: those that ended their block.
+
+        Of a row that revises, no EOS and no last mask counts before its block has ended.
+        """
+        rows = self.rows
         eos = (rows.tokens == self.backbone.eos_id) & rows.response & ~rows.masked & rows.early_stop[:, None]
-        rows.end((eos & (rows.masked.cumsum(1) == 0)).any(1), self.backbone.eos_id)
-        revealed = count if sure is None else chosen.sum(1).cpu().numpy()
-        return plan.advance(numpy.minimum(revealed, left))
+        over = (eos & (rows.masked.cumsum(1) == 0)).any(1) | ~rows.masked.any(1)
+        if rows.revises.any():
+            over &= to_device(~rows.revises | ended, self.device) > 0
+        rows.end(over, self.backbone.eos_id)
 
     def _sure(self) -> Callable[[Tensor], Tensor] | None:
         """How many candidates of each row are sure enough, by their scores in falling order; None: the plan decides."""

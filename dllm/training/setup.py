@@ -28,7 +28,8 @@ def objective_of(config: RunConfig, backbone: Backbone, *, exact: bool = False) 
     """The run's objective; `exact` swaps in the least noisy unbiased estimate, for evaluation."""
     bound = {"corruption": "exact", "weight": "elbo", "time_low": 0.0, "time_high": 1.0}
     recipe = config.recipe.model_copy(update=bound) if exact else config.recipe
-    algorithm, known = algorithm_named(config.algorithm), {"max_length": backbone.max_length, **vars(config)}
+    algorithm = algorithm_named(config.algorithm)
+    known = {"max_length": backbone.max_length, "vocab_size": backbone.vocab_size, **vars(config)}
     return algorithm.part("objective")(recipe, **{name: known[name] for name in algorithm.takes})
 
 
