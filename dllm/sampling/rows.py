@@ -73,6 +73,11 @@ class RunningRows:
     def __len__(self) -> int:
         return len(self.number)
 
+    @property
+    def final(self) -> ndarray:
+        """[B]: the tokens before this position and before the first mask change no more."""
+        return self.length
+
     def taken(self, rows: ndarray, device: torch.device) -> RunningRows:
         """A copy of some rows [N], by their places, on a device."""
         there = to_device(rows, self.tokens.device)
