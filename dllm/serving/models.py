@@ -31,9 +31,10 @@ class Served:
         settings = overlaid(self.defaults, changes)
         sidecar = self.model.backbone.sidecar
         blocks = trained_blocks(sidecar.get("algorithm"))
-        if "block_size" in changes and blocks == "none":
+        other = settings.block_size != self.defaults.block_size
+        if other and blocks == "none":
             raise ValueError(f"block_size = {settings.block_size}: this model has no blocks; leave it out")
-        if "block_size" in changes and blocks == "trained" and settings.block_size != self.defaults.block_size:
+        if other and blocks == "trained":
             raise ValueError(
                 f"block_size = {settings.block_size}: this model was trained in blocks of {self.defaults.block_size}; "
                 "leave it out"

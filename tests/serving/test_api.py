@@ -299,4 +299,4 @@ def test_the_page_of_the_documentation_asks_nobody_for_anything(url):
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
     assert "<script" not in page.text and "src=" not in page.text
-    assert "https://" not in page.text
+    assert "https://" not in page.text and "`" not in page.text
