@@ -25,7 +25,7 @@ from dllm.serving.events import Scored
 from dllm.serving.guard import Gate, Guard, Limits
 from dllm.serving.metrics import Metrics
 from dllm.serving.models import Served
-from dllm.serving.page import page_response
+from dllm.serving.page import page_routes
 from dllm.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -61,7 +61,7 @@ def make_server(
     """A server of some models. key, hosts: see `Guard`."""
     api = Api(served)
     routes = [
-        Route("/", api.page),
+        *page_routes(),
         Route("/docs", api.docs),
         Route("/health", api.health),
         Route("/metrics", api.numbers),
@@ -217,10 +217,6 @@ class Api:
     async def docs(self, request: Request) -> Response:
         """`GET /docs`."""
         return documentation()
-
-    async def page(self, request: Request) -> Response:
-        """`GET /`."""
-        return page_response()
 
 
 def _keywords(method: Callable[..., Any], *given: Any, **options: Any) -> Any:
