@@ -71,6 +71,7 @@ class Served:
             parameters=sum(weights.numel() for weights in backbone.model.parameters()),
             mask_token=backbone.tokenizer.mask_token,
             end_token=backbone.tokenizer.eos_token,
+            end_of_turn=self.model.end_of_turn,
             edits=isinstance(self.model.sampler, EditSampler),
             chat=bool(backbone.tokenizer.chat_template),
             defaults=defaults,

@@ -406,6 +406,7 @@ class ModelFacts(Settings):
     parameters: int
     mask_token: str | None
     end_token: str | None
+    end_of_turn: str | None = Field(description="what ends an answer before that")
     edits: bool = Field(description="whether `/v1/edit` takes it")
     chat: bool = Field(description="whether it has a chat template")
     defaults: dict[str, Any]

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from dllm.serving.page import page_routes
 
-MASK = "[MASK]"
+MASK, END = "[MASK]", "[SEP]"
 DEFAULTS = {"max_tokens": 64, "steps": None, "block_size": 32, "reveal_rule": "confidence", "temperature": 0.0}
 ENDS = 3
 """Tokens behind the end of an answer."""
@@ -68,7 +68,7 @@ def application(script: Script) -> Starlette:
         return None
 
     async def models(request: Request) -> Response:
-        facts = {"mask_token": MASK, "defaults": DEFAULTS}
+        facts = {"mask_token": MASK, "end_token": END, "defaults": DEFAULTS}
         data = [{"id": name, "object": "model", "dllm": facts} for name in script.models]
         return refused(request) or JSONResponse({"object": "list", "data": data})
 
@@ -78,7 +78,7 @@ def application(script: Script) -> Starlette:
             return no
         script.bodies.append(body)
         text = script.answer(body["messages"][-1]["content"])
-        pieces = re.findall(r"\s*\S+", text) + ["[SEP]"] * ENDS
+        pieces = re.findall(r"\s*\S+", text) + [END] * ENDS
         seen = [None] * len(pieces)
         return StreamingResponse(stream(script, body, pieces, seen, text), media_type="text/event-stream")
 

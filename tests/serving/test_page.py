@@ -181,6 +181,15 @@ def test_the_scrubber_shows_what_each_pass_revealed(page):
     assert page.is_hidden(".scrubber")
 
 
+def test_what_is_behind_the_end_of_an_answer_is_seen_to_be_so_while_it_comes(page, script):
+    script.answer, script.per_pass, script.hold_after = (lambda question: "one"), 3, 1  # all but the last end
+    ask(page, QUESTION, state="running")
+    page.wait_for_selector(".body .end")
+    assert page.locator(".body .end").count() == 2 and page.locator(".body .behind").count() == 1
+    assert "[SEP]" not in page.text_content(".body")
+    page.keyboard.press("Escape")
+
+
 def test_confidences_are_shown_when_they_are_asked_for(page):
     ask(page, QUESTION)
     assert page.locator(".answer .body span").count() == 0

@@ -28,13 +28,16 @@ export class Drawing {
     while (this.place.childNodes.length > pieces.length) this.place.lastChild.remove();
     this.drawn.length = pieces.length;
     pieces.forEach((piece, at) => {
-      const state = piece === null ? "mask" : at >= end ? "end" : level(confidence[at]);
-      const text = state === "end" ? END : (piece ?? (at < end ? later[at] : null) ?? "");
+      const behind = at >= end;
+      const state = piece === null ? (behind ? "mask behind" : "mask") : behind ? "end" : level(confidence[at]);
+      // the last canvas knows the space before a token, also while what is left of it is masked
+      const known = piece === null || later[at]?.trim() === piece.trim() ? later[at] : piece;
+      const text = behind ? (piece === null ? "" : END) : (known ?? piece ?? "");
       const look = `${state}${fresh.has(at) ? " fresh" : ""}`;
       const drawn = `${look}\n${text}\n${confidence[at]}`;
       if (this.drawn[at] === drawn) return;
       this.drawn[at] = drawn;
-      const token = makeToken(text, look, state === "mask" ? "" : percent(confidence[at]));
+      const token = makeToken(text, look, piece === null ? "" : percent(confidence[at]));
       if (this.place.childNodes[at]) this.place.childNodes[at].replaceWith(token);
       else this.place.append(token);
     });
@@ -52,11 +55,13 @@ function makeToken(text, look, title) {
   return token;
 }
 
+const named = (piece) => (piece.trim() ? `“${shown(piece.trim())}”` : piece.includes("\n") ? "a line break" : "a space");
+
 /** What a pass revealed, in words: “lives” 98 %, “in” 76 %. */
 export function revealedWords({ pieces, confidence, revealed }, end = Infinity) {
   return revealed
     .filter((at) => pieces[at] !== null && pieces[at] !== undefined)
-    .map((at) => (at >= end ? "the end" : `“${shown(pieces[at].trim())}” ${percent(confidence[at])}`.trim()))
+    .map((at) => (at >= end ? "the end" : `${named(pieces[at])} ${percent(confidence[at])}`.trim()))
     .filter((word, at, all) => word !== "the end" || all.indexOf(word) === at)
     .join(", ");
 }

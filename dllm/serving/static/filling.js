@@ -76,8 +76,7 @@ export class Filling {
     }
     const { model, settings } = this.facts.lane();
     const { max_tokens: _, ...asked } = settings; // the text says how long it is
-    // `whole`: the text of a fill has no end of a turn in it
-    const record = { text: "", state: "running", trace: new Trace(), fault: null, whole: true };
+    const record = { text: "", state: "running", trace: new Trace(), fault: null };
     const replay = new Replay(record);
     const place = element("section", "answer");
     place.setAttribute("aria-label", "Filled text");

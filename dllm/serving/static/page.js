@@ -59,7 +59,7 @@ const acts = {
     location.hash = "fill";
     show();
     filling.open(answer.text, marked, (record) => {
-      Object.assign(answer, { ...record, whole: true });
+      Object.assign(answer, { ...record, ends: null });
       conversation.save();
       drawAll();
       location.hash = "";
@@ -119,8 +119,8 @@ async function run(turn, answer) {
 
 function restart(answer) {
   const turn = turnOf(answer);
-  const { lane, name, model, settings: asked } = answer;
-  const fresh = newAnswer({ lane, name, model, settings: asked });
+  const { name, model, settings: asked, ends } = answer;
+  const fresh = newAnswer({ name, model, settings: asked, ends: ends ?? settings.endsOf(model) });
   turn.answers[turn.answers.indexOf(answer)] = fresh;
   views.get(turn).showAnswers();
   run(turn, fresh);

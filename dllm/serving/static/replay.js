@@ -2,7 +2,7 @@
 
 import { Drawing, revealedWords } from "./drawing.js";
 import { counted, element, shown, write } from "./text.js";
-import { textPieces } from "./trace.js";
+import { lengthOfText } from "./trace.js";
 
 const PLAY_MILLISECONDS = 350;
 let count = 0;
@@ -15,7 +15,7 @@ export function button(text, act, className = "") {
   return made;
 }
 
-/** made: {text, trace, state}; `body` shows it, `panel` is the scrubber, `tools` are its buttons. */
+/** made: {text, trace, state, ends}; without `ends`, all of it is text. `body` shows it, `panel` is the scrubber, `tools` are its buttons. */
 export class Replay {
   constructor(made) {
     this.made = made;
@@ -39,7 +39,7 @@ export class Replay {
   }
 
   #drawLive() {
-    if (this.made.trace.steps.length) this.#canvas().draw(this.made.trace.last);
+    if (this.made.trace.steps.length) this.#canvas().draw(this.made.trace.last, { end: this.end });
     else this.#plain(this.made.text);
   }
 
@@ -58,12 +58,12 @@ export class Replay {
     else if (this.mode === "sureness") this.#canvas().draw({ ...trace.last, revealed: [] }, { end: this.end });
     else if (state === "done" && !text.trim()) this.#plain("The model ended its answer at once.", "none");
     else if (state === "done" || !trace.steps.length) this.#plain(text);
-    else this.#canvas().draw({ ...trace.last, revealed: [] });
+    else this.#canvas().draw({ ...trace.last, revealed: [] }, { end: this.end });
   }
 
   get end() {
-    const { trace, state, text, whole } = this.made;
-    return state === "done" && !whole ? textPieces(trace.last.pieces, text) : Infinity;
+    const { trace, state, text, ends } = this.made;
+    return ends ? lengthOfText(trace.last.pieces, ends, state === "done" ? text : null) : Infinity;
   }
 
   #plain(text, look = "") {

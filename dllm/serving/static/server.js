@@ -63,10 +63,13 @@ async function request(path, body, signal) {
   throw await refusal(response);
 }
 
-/** The models of the server: [{id, mask, defaults}], the settings that each has unless a request names others. */
+/** The models of the server: [{id, mask, ends, defaults}]: its mask token, the tokens that end an answer, its settings. */
 export async function models() {
   const { data } = await (await request("v1/models")).json();
-  return data.map(({ id, dllm }) => ({ id, mask: dllm?.mask_token ?? "[MASK]", defaults: dllm?.defaults ?? {} }));
+  return data.map(({ id, dllm = {} }) => {
+    const { mask_token: mask = "[MASK]", end_token: end, end_of_turn: turn, defaults = {} } = dllm;
+    return { id, mask, ends: [end, turn].filter(Boolean), defaults };
+  });
 }
 
 /** The data of each event of a stream; an event ends with an empty line, lines with : are only there to keep it open. */

@@ -90,15 +90,22 @@ export class Settings {
     return this.form.elements[`${lane}.${name}`].value;
   }
 
-  /** What is asked for in each lane: [{name, model, settings}]; of the second, what is left empty is as in the first. */
+  /** The tokens that end an answer of a model. */
+  endsOf(id) {
+    return this.models.find((model) => model.id === id)?.ends ?? [];
+  }
+
+  /** What is asked for in each lane: [{name, model, settings, ends}]; of the second, what is left empty is as in the first. */
   lanes() {
     const first = { model: this.value("a", "model"), settings: this.#settings("a") };
-    if (!this.two) return [{ ...first, name: first.model || "model" }];
+    if (!this.two) return [{ ...first, name: first.model || "model", ends: this.endsOf(first.model) }];
     const own = this.#settings("b");
     const second = { model: this.value("b", "model") || first.model, settings: { ...first.settings, ...own } };
     const differs = Object.keys(own).filter((name) => own[name] !== first.settings[name]);
     const name = (lane) => [lane.model, ...differs.map((key) => `${said(key)} ${lane.settings[key] ?? "as served"}`)].join(" · ");
-    return [first, second].map((lane, number) => ({ ...lane, name: `${"AB"[number]} · ${name(lane)}` }));
+    return [first, second].map((lane, number) => {
+      return { ...lane, name: `${"AB"[number]} · ${name(lane)}`, ends: this.endsOf(lane.model) };
+    });
   }
 
   #settings(lane) {

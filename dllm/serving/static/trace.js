@@ -61,8 +61,18 @@ function apply(canvas, { length, changes }) {
   }
 }
 
-/** How many pieces make up the text that was kept of an answer; what is behind them is the end of the turn and padding. */
-export function textPieces(pieces, text) {
+/**
+ * How many pieces of an answer are its text: behind them are the end of the turn and padding. `ends`: tokens that end an
+ * answer; `text`: what was kept of it, once it is finished.
+ */
+export function lengthOfText(pieces, ends, text = null) {
+  const first = pieces.findIndex((piece) => piece !== null && ends.includes(piece.trim()));
+  let end = Math.min(first < 0 ? pieces.length : first, text === null ? Infinity : textPieces(pieces, text));
+  while (end < pieces.length && end > 0 && pieces[end - 1] !== null && !pieces[end - 1].trim()) end -= 1;
+  return end;
+}
+
+function textPieces(pieces, text) {
   const wanted = text.trim().length;
   let length = 0;
   for (const [count, piece] of pieces.entries()) {
