@@ -44,15 +44,17 @@ class Script:
     """Passes after which the connection breaks."""
     hold_after: int | None = None
     """Passes after which nothing comes any more."""
+    most_messages: int = 1000
+    """What fits the model."""
     key: str = ""
     bodies: list[dict] = field(default_factory=list)
     gone: threading.Event = field(default_factory=threading.Event)
     """Set when a client went away before its answer was complete."""
 
 
-def error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def error(status: int, message: str, headers: dict[str, str] | None = None, code: str | None = None) -> JSONResponse:
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return JSONResponse(body, status, headers)
 
 
@@ -76,6 +78,8 @@ def application(script: Script) -> Starlette:
         body = await request.json()
         if no := refused(request):
             return no
+        if len(body["messages"]) > script.most_messages:
+            return error(400, "the conversation is too long", code="context_length_exceeded")
         script.bodies.append(body)
         text = script.answer(body["messages"][-1]["content"])
         pieces = re.findall(r"\s*\S+", text) + [END] * ENDS

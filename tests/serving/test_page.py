@@ -135,7 +135,7 @@ def test_while_an_answer_is_denoised_its_masks_are_seen_and_a_screen_reader_is_t
     page.click(".fault button")
     page.wait_for_selector(".answer[data-state=done]")
     assert page.get_attribute(".answer .body", "aria-hidden") == "false"
-    assert page.text_content("#spoken") == f"Answer: {ANSWERS[QUESTION]}. 5 passes, 0.50 s, seed 0."
+    assert texts(page, "#spoken p") == [f"toy: {ANSWERS[QUESTION]} (5 passes, 0.50 s, seed 0)"]
 
 
 @pytest.mark.parametrize("how", ["button", "key"])
@@ -212,6 +212,19 @@ def test_an_earlier_message_is_edited_and_what_it_replaces_can_be_brought_back(p
     assert texts(page, ".asked") == [QUESTION, NEXT]
 
 
+def test_of_a_conversation_that_does_not_fit_the_oldest_turns_are_left_out_and_that_is_said(page, script):
+    script.most_messages = 3
+    choose(page, system="Be brief.")
+    ask(page, QUESTION)
+    ask(page, NEXT)
+    ask(page, "And then?")
+    assert [message["content"] for message in script.bodies[-1]["messages"]] == ["Be brief.", "And then?"]
+    assert "without the 2 oldest turns, for want of room" in texts(page, ".figures")[-1]
+    script.most_messages = 1
+    ask(page, "And?", state="failed")
+    assert texts(page, ".fault [role=alert]")[0].startswith("The server refused this: the conversation is too long.")
+
+
 def test_what_is_downloaded_is_what_was_said_and_how(page, script):
     choose(page, system="Be brief.", a__seed=3)
     ask(page, QUESTION)
@@ -276,7 +289,7 @@ def test_two_settings_answer_side_by_side_and_each_goes_on_from_its_own_answer(p
     assert (first["model"], first.get("steps"), first["seed"]) == ("toy", None, 7)
     assert (second["model"], second["steps"], second["seed"]) == ("other", 3, 7)
     assert {first["messages"][1]["content"], second["messages"][1]["content"]} == {"1", "2"}
-    assert texts(page, ".turn:last-child .name") == ["A · toy · steps as served", "B · other · steps 3"]
+    assert texts(page, ".turn:last-child .name") == ["A · toy · steps none", "B · other · steps 3"]
     assert all(re.search(r"\d+ passes · [\d.]+ s", text) for text in texts(page, ".figures"))
     left, right = (page.locator(".turn:last-child .answer").nth(n).bounding_box() for n in (0, 1))
     assert left["y"] == right["y"] and left["x"] + left["width"] < right["x"]
@@ -320,7 +333,7 @@ def test_a_text_of_ones_own_is_filled_in_by_keys_alone(page, script):
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#fill-results .scrubber", state="attached")
+    page.get_by_role("button", name="Go on from this").wait_for()
     assert script.bodies[-1]["text"] == "A cat [MASK] here"
     assert script.bodies[-1]["steps"] == 1 and "max_tokens" not in script.bodies[-1]
 
@@ -606,7 +619,7 @@ def test_nothing_is_wider_than_a_window_of_360_pixels(page, script):
     page.click("#to-fill")
     page.fill("#fill-text", f"{LONG_WORD} [MASK]")
     page.press("#fill-text", "Enter")
-    page.wait_for_selector("#fill-results .scrubber", state="attached")
+    page.get_by_role("button", name="Go on from this").wait_for()
     assert width_beyond_the_window(page) == 0
 
 

@@ -11,11 +11,14 @@ export class Conversation {
   /** turns: [{question, system, answers}] */
   turns = [];
 
-  /** The messages that lane number `lane` sends to have turn `index` answered; turns without an answer are left out. */
-  messages(index, lane) {
+  /**
+   * The messages that lane number `lane` sends to have turn `index` answered. Turns without an answer are left out, and
+   * those before turn `from`.
+   */
+  messages(index, lane, from = 0) {
     const { question, system } = this.turns[index];
     const messages = system ? [{ role: "system", content: system }] : [];
-    for (const turn of this.turns.slice(0, index)) {
+    for (const turn of this.turns.slice(from, index)) {
       const text = (turn.answers[lane] ?? turn.answers[0])?.text;
       if (text?.trim()) messages.push({ role: "user", content: turn.question }, { role: "assistant", content: text });
     }

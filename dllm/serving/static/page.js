@@ -12,6 +12,7 @@ import { TurnView } from "./turn.js";
 const found = (id) => document.getElementById(id);
 const DRAFT = "dllm.draft";
 const WAIT_MILLISECONDS = 3000;
+const SPOKEN_AT_ONCE = 4;
 
 const conversation = new Conversation();
 const settings = new Settings(found("settings-form"), showSettings);
@@ -21,8 +22,8 @@ const views = new Map();
 
 /** Tells a sentence to readers of the screen; `seen`: everybody sees it, too, with a button if there is something to do. */
 function say(text, seen = false, act = null) {
-  found("spoken").textContent = "";
-  found("spoken").textContent = text;
+  found("spoken").append(element("p", "", text)); // two that come at once are both told
+  while (found("spoken").childElementCount > SPOKEN_AT_ONCE) found("spoken").firstChild.remove();
   if (!seen) return;
   found("notice").dataset.about = "";
   const close = element("button", "", act ? act.name : "Close");
@@ -102,19 +103,30 @@ function ask(question) {
 async function run(turn, answer) {
   const view = () => views.get(turn)?.views[turn.answers.indexOf(answer)];
   const index = conversation.turns.indexOf(turn);
-  const messages = conversation.messages(index, turn.answers.indexOf(answer));
+  const lane = turn.answers.indexOf(answer);
+  answer.leftOut = conversation.turns[index - 1]?.answers[lane]?.leftOut ?? 0;
   conversation.save();
-  const going = fill(answer, "v1/chat/completions", { model: answer.model, messages, ...answer.settings }, () => {
-    view()?.arrived();
-    follow();
-  });
-  changed();
-  await going;
+  do {
+    const messages = conversation.messages(index, lane, answer.leftOut);
+    const going = fill(answer, "v1/chat/completions", { model: answer.model, messages, ...answer.settings }, () => {
+      view()?.arrived();
+      follow();
+    });
+    changed();
+    await going;
+  } while (isTooLong(answer, index));
   view()?.show();
   conversation.save();
   changed();
   follow();
   if (answer.state === "done") say(announcement(answer));
+}
+
+/** Whether the conversation did not fit the model and can do without its oldest turn, which is left out then. */
+function isTooLong(answer, index) {
+  if (answer.fault?.kind !== "too long" || answer.leftOut >= index) return false;
+  Object.assign(answer, { state: "running", fault: null, leftOut: answer.leftOut + 1 });
+  return true;
 }
 
 function restart(answer) {

@@ -156,14 +156,17 @@ export function legend() {
 }
 
 /** "12 passes · 0.8 s · seed 3", or how far it came. */
-export function figures({ state, passes, seconds, seed, finish, trace }) {
+export function figures({ state, passes, seconds, seed, finish, leftOut, trace }) {
   const said = [counted(passes ?? trace.passes, "pass", "passes")];
   if (seconds !== undefined) said.push(`${seconds.toFixed(seconds < 1 ? 2 : 1)} s`);
   if (seed !== undefined && state === "done") said.push(`seed ${seed}`);
   if (state === "stopped") said.unshift("stopped");
+  if (leftOut) said.push(`without ${leftOut === 1 ? "the oldest turn" : `the ${leftOut} oldest turns`}, for want of room`);
   if (finish === "length") said.push("as long as allowed");
   return said.join(" · ");
 }
 
 /** What a reader of the screen is told of a finished text. */
-export const announcement = (made) => `Answer: ${shown(made.text) || "no text"}. ${figures(made).replaceAll(" · ", ", ")}.`;
+export function announcement(made) {
+  return `${shown(made.name ?? "Filled in")}: ${shown(made.text) || "no text"} (${figures(made).replaceAll(" · ", ", ")})`;
+}

@@ -9,6 +9,7 @@ export const onMissingKey = (ask) => (askForKey = ask);
 
 /** Something that went wrong: one plain sentence with the next step, its kind, and seconds to wait if the server said so. */
 export class Fault extends Error {
+  /** kind: full, stopped, key, broken, too long, refused, unreached or cut */
   constructor(kind, message, wait = 0) {
     super(message);
     Object.assign(this, { kind, wait });
@@ -21,8 +22,9 @@ const CUT = "The connection was lost before the answer was complete. What arrive
 /** The fault that a refusing response tells. */
 async function refusal(response) {
   let said = "";
+  let code = null;
   try {
-    said = (await response.json()).error.message;
+    ({ message: said, code } = (await response.json()).error);
   } catch {
     // not the shape of this API: a proxy answered
   }
@@ -32,7 +34,8 @@ async function refusal(response) {
   if (response.status === 503) return new Fault("stopped", "The server is starting or stopping and takes no requests. Try again in a moment.", wait);
   if (response.status === 401) return new Fault("key", "The server wants an API key that it knows. Try again and enter another one.");
   if (response.status >= 500) return new Fault("broken", `The server failed${said ? `: ${sentence}` : "."} Try again; if it fails again, look at the server's log.`);
-  return new Fault("refused", `The server refused this: ${sentence || `status ${response.status}.`} Change the message or the settings, then try again.`);
+  const kind = code === "context_length_exceeded" ? "too long" : "refused";
+  return new Fault(kind, `The server refused this: ${sentence || `status ${response.status}.`} Change the message or the settings, then try again.`);
 }
 
 /** Asks for another key. Returns whether there is one now. */

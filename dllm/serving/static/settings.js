@@ -102,7 +102,9 @@ export class Settings {
     const own = this.#settings("b");
     const second = { model: this.value("b", "model") || first.model, settings: { ...first.settings, ...own } };
     const differs = Object.keys(own).filter((name) => own[name] !== first.settings[name]);
-    const name = (lane) => [lane.model, ...differs.map((key) => `${said(key)} ${lane.settings[key] ?? "as served"}`)].join(" · ");
+    const defaults = this.served?.defaults ?? {};
+    const value = (lane, key) => lane.settings[key] ?? (key in defaults ? (defaults[key] ?? "none") : "as served");
+    const name = (lane) => [lane.model, ...differs.map((key) => `${said(key)} ${value(lane, key)}`)].join(" · ");
     return [first, second].map((lane, number) => {
       return { ...lane, name: `${"AB"[number]} · ${name(lane)}`, ends: this.endsOf(lane.model) };
     });
