@@ -34,7 +34,7 @@ class Script:
     """What the server does; a test changes it while the server runs, and reads what it was asked."""
 
     answer: Callable[[str], str] = lambda question: f"You said: {question}"
-    fill: str = "filled"
+    fill: str = " filled"
     models: tuple[str, ...] = ("toy",)
     pass_seconds: float = 0.0
     per_pass: int = 2

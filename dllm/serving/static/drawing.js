@@ -8,7 +8,6 @@ const RAMP = [
   [0.6, "doubtful"],
   [0.9, "likely"],
 ];
-const END = "∎";
 
 /** Share as per cent; nothing for text that the model was given. */
 export const percent = (sure) => (sure === null ? "" : `${Math.round(100 * sure)} %`);
@@ -32,12 +31,12 @@ export class Drawing {
       const state = piece === null ? (behind ? "mask behind" : "mask") : behind ? "end" : level(confidence[at]);
       // the last canvas knows the space before a token, also while what is left of it is masked
       const known = piece === null || later[at]?.trim() === piece.trim() ? later[at] : piece;
-      const text = behind ? (piece === null ? "" : END) : (known ?? piece ?? "");
+      const text = behind ? "" : (known ?? piece ?? "");
       const look = `${state}${fresh.has(at) ? " fresh" : ""}`;
       const drawn = `${look}\n${text}\n${confidence[at]}`;
       if (this.drawn[at] === drawn) return;
       this.drawn[at] = drawn;
-      const token = makeToken(text, look, piece === null ? "" : percent(confidence[at]));
+      const token = makeToken(text, look, behind ? "behind the end" : piece === null ? "" : percent(confidence[at]));
       if (this.place.childNodes[at]) this.place.childNodes[at].replaceWith(token);
       else this.place.append(token);
     });

@@ -56,13 +56,14 @@ export class Filling {
     }
   }
 
-  /** Puts masks in place of the marked stretch, or where the cursor is. */
+  /** Puts masks in place of the marked stretch and the space before it, or where the cursor is. */
   mask() {
     const { value, selectionStart, selectionEnd } = this.area;
-    const marked = value.slice(selectionStart, selectionEnd);
-    const [before, after] = [/^\s*/.exec(marked)[0], /\S\s*$/.test(marked) ? /\s*$/.exec(marked)[0] : ""];
-    const masks = Array(Math.max(1, Number(this.masks.value) || 1)).fill(this.facts.mask()).join(" ");
-    this.area.setRangeText(before + masks + after, selectionStart, selectionEnd, "end");
+    // the space before a word is part of its token in many vocabularies, and of no importance in the others
+    const from = value.slice(0, selectionStart).trimEnd().length;
+    const to = Math.max(from, value.slice(0, selectionEnd).trimEnd().length);
+    const masks = this.facts.mask().repeat(Math.max(1, Number(this.masks.value) || 1));
+    this.area.setRangeText(masks, from, to, "end");
     this.area.focus();
     this.#edited();
   }

@@ -55,10 +55,15 @@ export class Replay {
     this.panel.hidden = this.mode !== "scrub";
     if (running) this.#drawLive();
     else if (this.mode === "scrub") this.#drawPass();
-    else if (this.mode === "sureness") this.#canvas().draw({ ...trace.last, revealed: [] }, { end: this.end });
+    else if (this.mode === "sureness") this.#drawSureness();
     else if (state === "done" && !text.trim()) this.#plain("The model ended its answer at once.", "none");
     else if (state === "done" || !trace.steps.length) this.#plain(text);
     else this.#canvas().draw({ ...trace.last, revealed: [] }, { end: this.end });
+  }
+
+  #drawSureness() {
+    const { pieces, confidence } = this.made.trace.last;
+    this.#canvas().draw({ pieces: pieces.slice(0, this.end), confidence, revealed: [] });
   }
 
   get end() {
@@ -156,13 +161,13 @@ export function legend() {
 }
 
 /** "12 passes · 0.8 s · seed 3", or how far it came. */
-export function figures({ state, passes, seconds, seed, finish, leftOut, trace }) {
+export function figures({ state, passes, seconds, seed, finish, leftOut, ends, trace }) {
   const said = [counted(passes ?? trace.passes, "pass", "passes")];
   if (seconds !== undefined) said.push(`${seconds.toFixed(seconds < 1 ? 2 : 1)} s`);
   if (seed !== undefined && state === "done") said.push(`seed ${seed}`);
   if (state === "stopped") said.unshift("stopped");
   if (leftOut) said.push(`without ${leftOut === 1 ? "the oldest turn" : `the ${leftOut} oldest turns`}, for want of room`);
-  if (finish === "length") said.push("as long as allowed");
+  if (finish === "length" && ends) said.push("as long as allowed");
   return said.join(" · ");
 }
 

@@ -9,25 +9,19 @@ export function faultNote({ message, wait, kind }, again) {
   const note = element("div", "fault");
   const sentence = element("p", "", message);
   sentence.setAttribute("role", "alert");
-  const retry = button("Try again", () => {
-    clearInterval(ticking);
-    again();
-  });
+  const retry = button("Try again", again);
   note.append(sentence, retry);
   let left = kind === "full" ? wait : 0;
   const tell = () => {
-    if (left > 0) retry.textContent = `Try again (free in about ${left} s)`;
-    else {
-      retry.textContent = "Try again";
-      retry.classList.add("ready");
-      clearInterval(ticking);
-    }
-    if (!note.isConnected && ticking !== undefined && left < wait) clearInterval(ticking);
-    left -= 1;
+    retry.textContent = left > 0 ? `Try again (free in about ${left} s)` : "Try again";
+    retry.classList.toggle("ready", left <= 0);
   };
-  let ticking;
   tell();
-  if (left >= 0) ticking = setInterval(tell, 1000);
+  const ticking = setInterval(() => {
+    left -= 1;
+    tell();
+    if (left <= 0 || !note.isConnected) clearInterval(ticking);
+  }, 1000);
   return note;
 }
 
