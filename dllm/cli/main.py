@@ -19,18 +19,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 VERBS = (
-    "tune",
-    "plan",
-    "check",
-    "download",
-    "prepare",
-    "train",
-    "evaluate",
-    "sample",
-    "speed",
-    "chat",
-    "serve",
-    "report",
+    *("tune", "plan", "check", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "serve"),
+    *("report", "export", "push"),
 )
 """Each is a module of this package, imported only when it is used."""
 
