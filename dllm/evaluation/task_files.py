@@ -32,6 +32,7 @@ STOCK_DIRECTORIES = {
     "bbh": ["bbh/cot_fewshot"],
     "minerva_math": ["minerva_math", "benchmarks"],
     "mmlu": ["mmlu/default"],
+    "mmlu_generative": ["mmlu/generative"],
     "winogrande": ["winogrande"],
     "hellaswag": ["hellaswag"],
     "cmmlu": ["cmmlu"],
@@ -265,12 +266,18 @@ def leaf_tasks(index: dict, name: str) -> Iterator[str]:
     if entry.kind.name == "TAG":
         yield from sorted(entry.tags)
     elif entry.kind.name == "GROUP":
-        for member in entry.cfg.get("task") or []:
-            child = member if isinstance(member, str) else member.get("group") or member.get("task")
-            if child in index:
-                yield from leaf_tasks(index, child)
+        yield from _leaves(index, entry.cfg.get("task") or [])
     else:
         yield name
+
+
+def _leaves(index: dict, members: list) -> Iterator[str]:
+    for member in members:
+        stated = {"task": member} if isinstance(member, str) else member
+        if (child := stated.get("group") or stated.get("task")) in index:
+            yield from leaf_tasks(index, child)
+        elif isinstance(stated.get("task"), list):  # a group that has no file of its own
+            yield from _leaves(index, stated["task"])
 
 
 def write_files(files: dict[str, str], root: Path) -> Path:
