@@ -150,9 +150,9 @@ def open_file(path: Path) -> Sequence[Row]:
     return FORMATS[kind](path)
 
 
-def told(path: Path) -> str:
+def told(path: str | Path) -> str:
     """How an error line names a file; a copy of a user's own by its name alone, for the original is what to mend."""
-    return path.name if path.parent.name == FILES else str(path)
+    return Path(path).name if Path(path).parent.name == FILES else str(path)
 
 
 def read_file(path: Path, *, may_be_empty: bool = False) -> Sequence[Row]:

@@ -273,11 +273,12 @@ def leaf_tasks(index: dict, name: str) -> Iterator[str]:
 
 def _leaves(index: dict, members: list) -> Iterator[str]:
     for member in members:
-        stated = {"task": member} if isinstance(member, str) else member
-        if (child := stated.get("group") or stated.get("task")) in index:
+        stated: dict[str, Any] = {"task": member} if isinstance(member, str) else member
+        child, own = stated.get("group") or stated.get("task"), stated.get("task")
+        if isinstance(child, str) and child in index:
             yield from leaf_tasks(index, child)
-        elif isinstance(stated.get("task"), list):  # a group that has no file of its own
-            yield from _leaves(index, stated["task"])
+        elif isinstance(own, list):  # a group that has no file of its own
+            yield from _leaves(index, own)
 
 
 def write_files(files: dict[str, str], root: Path) -> Path:
