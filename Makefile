@@ -9,7 +9,7 @@
 # make systems  every kind of diffusion model, at toy size   make dvc   DVC, in an environment of its own
 # make docs     the pages and an API reference as a site, in build/docs/html
 # make showcase   after make report: its page, tables and figures into results/showcase, its scores into README.md
-# make unlock   after a run that was cut off: let the next one begin
+# make unlock   after a run that was cut off: let the next one begin, whatever configuration it had
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -31,13 +31,15 @@ QUICK := $(addprefix tests/,core objectives planning sampling) \
 .DEFAULT_GOAL := report
 .PHONY: first report showcase systems test quick bench lint docs chat chat-web plan smoke small one-gpu clean install dvc unlock
 
+# after a snakemake that failed: which work directory below results is locked, if it was that
+LOCKED = { status=$$?; for lock in results/$(1)/.snakemake/locks/*.lock; do [ ! -e "$$lock" ] || \
+  { echo "make: $${lock%%/.snakemake*} is locked by a run that was cut off, unless one is at work: make unlock" >&2; \
+  break; }; done; exit $$status; }
+
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
 if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
-  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show $(2) || { status=$$?; \
-  [ -z "$$(ls results/$(1)/.snakemake/locks 2>/dev/null)" ] || \
-    echo "make: results/$(1) is locked by a run that was cut off, unless one is at work: make unlock" >&2; \
-  exit $$status; }
+  $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show $(2) || $(call LOCKED,$(1))
 endef
 
 install: $(INSTALLED)
@@ -111,7 +113,7 @@ plan: $(INSTALLED)
 smoke: $(INSTALLED)
 	@$(BIN)/dllm plan $(CONFIG) config/smoke.yaml
 	@$(BIN)/snakemake --cores $(CORES) --keep-going --rerun-incomplete --quiet host reason \
-	  --configfile $(CONFIG) config/smoke.yaml
+	  --configfile $(CONFIG) config/smoke.yaml || $(call LOCKED,*-rehearsal)
 
 small: $(INSTALLED)
 	@$(BIN)/dllm plan config/small.yaml
@@ -126,13 +128,14 @@ one-gpu: $(INSTALLED)
 	@if [ "$(YES)" != 1 ]; then \
 	  [ -t 0 ] || { echo "make one-gpu: nobody to ask; make one-gpu YES=1 starts it" >&2; exit 2; }; \
 	  read -r -p "Start this? [y/N] " answer; [ "$$answer" = y ] || exit 2; fi
-	@$(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete --configfile config/one-gpu.yaml
+	@$(BIN)/snakemake --cores all --resources gpu=1 --rerun-incomplete --configfile config/one-gpu.yaml || \
+	  $(call LOCKED,one-gpu)
 	@echo "The report: $(abspath results/one-gpu/report/index.html)"
 
-unlock: $(INSTALLED)
-	@for configs in laptop.yaml "laptop.yaml config/systems.yaml" one-gpu.yaml "paper.yaml config/smoke.yaml" small.yaml \
-	    "small.yaml config/scaling.yaml" "small.yaml config/smoke.yaml"; do \
-	  $(BIN)/snakemake --unlock --quiet all --configfile config/$$configs; done
+# what `snakemake --unlock` does, for every work directory below results; of one elsewhere CONFIG names the configuration
+unlock:
+	@rm -rf results/*/.snakemake/locks
+	@$(if $(filter command,$(firstword $(origin CONFIG))),$(BIN)/snakemake --unlock --quiet all --configfile $(CONFIG))
 
 clean:
 	rm -rf results/laptop results/first

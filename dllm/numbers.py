@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from statistics import NormalDist
+from typing import Any
 
 Z95 = NormalDist().inv_cdf(0.975)
 """Normal quantile of a two-sided 95 % interval."""
+
+WIDE = 72
+"""Columns of a terminal from which on a bar has a name."""
 
 ABSENT = "–"
 """What a missing number looks like."""
@@ -39,6 +44,17 @@ def duration(seconds: float | None) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:,.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def bar_options(columns: int | None = None, rate: str = ", {rate_fmt}") -> dict[str, Any]:
+    """How tqdm draws a bar that is never cut where it matters: a narrow terminal sees no name and the time left first.
+
+    rate: what stands behind the times; empty where what is appended says the speed.
+    """
+    columns = columns or shutil.get_terminal_size().columns
+    wide = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}" + rate + "{postfix}]"
+    narrow = "{percentage:3.0f}%|{bar:2}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+    return {"bar_format": wide if columns >= WIDE else narrow, "dynamic_ncols": True}
 
 
 def environment_number(name: str, default: int) -> int:

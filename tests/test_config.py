@@ -49,6 +49,16 @@ def test_the_paper_pins_every_download():
         assert entry.hub and len(entry.revision) == 40, config.name
 
 
+def test_commits_that_one_record_alone_names_say_so_beside_the_pin():
+    """Two commits that were corrected once; the second is named by one public record, the first by seven."""
+    lines = [line for line in (CONFIG / "models.yaml").read_text().splitlines() if " revision: " in line]
+    (sure,) = [line for line in lines if "783d3467f108d28ac0a78d3e41af16ab05cabd8d" in line]
+    (doubtful,) = [line for line in lines if "f1b49afd26579c1cd4ef7e00ae88376de63f2878" in line]
+    assert "#" not in sure and "one public record names this commit" in doubtful
+    models = load_project(CONFIG, CONFIG / "paper.yaml").models
+    assert models["llada-moe-7b-instruct"].revision in sure and models["rnd1-base"].revision in doubtful
+
+
 def test_the_laptop_downloads_nothing():
     for config in download_configs(load_project(CONFIG, CONFIG / "laptop.yaml")).values():
         assert (config.model or config.dataset).hub is None, config.name
@@ -244,6 +254,8 @@ def test_the_systems_of_both_sizes_are_planned_whole(overlays):
         assert all(c.dataset is None or c.dataset.hub is None for c in plan.downloads.values())
     else:
         assert {"humaneval-chat", "mbpp"} <= {benchmark for _, benchmark in plan.evaluations}
+        for row in ("llada-8b-instruct", "dream-7b-instruct"):  # likelihoods of models that were tuned to answer
+            assert {(row, "mmlu"), (row, "mmlu-answered")} <= plan.evaluations.keys()
 
 
 def test_what_a_row_changes_of_a_sampler_is_checked():

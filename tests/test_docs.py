@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from dllm import config
+from dllm.algorithms import ALGORITHMS
 from dllm.cli.main import VERBS, verb_parser
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,13 @@ def test_every_line_of_the_map_exists():
         path = (folder if line.startswith(" ") else ROOT) / name
         assert path.exists(), line
         folder = path if path.is_dir() and not line.startswith(" ") else folder
+
+
+@each_page
+def test_no_page_says_that_an_algorithm_of_the_table_is_missing(page):
+    names = "|".join([*ALGORITHMS, "block diffusion", "edit flows"])
+    missing = r"(not here|not there|not implemented|no support|missing)"
+    assert not re.findall(rf"[^.\n]*\b(?:{names})\b[^.\n]*\b{missing}\b[^.\n]*", prose(page), re.I)
 
 
 @each_page

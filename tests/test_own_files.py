@@ -176,10 +176,44 @@ def test_a_new_model_may_take_the_tokenizer_of_another_model_and_then_shares_its
 
 
 def test_a_tokenizer_does_not_come_from_a_model_without_one(home):
-    new = {"new": entry_for().new}
-    models = {"a": new | {"tokenizer": "b"}, "b": new | {"tokenizer": "toy"}}
-    with pytest.raises(ConfigError, match="models.a.tokenizer = 'b' is a new model itself; .* its tokenizer: toy"):
-        project(home, models=models)
+    new, other = {"new": entry_for().new}, {"path": str(home / "toy")}
+    for a, b, line in [
+        (new, new | {"tokenizer": "toy"}, "models.a.tokenizer = 'b' is a new model itself; .* its tokenizer: toy"),
+        (other, other | {"tokenizer": "toy"}, "models.a.tokenizer = 'b' shares that of another model itself; .*: toy"),
+        (other, other | {"tokenizer": "a"}, "models.a.tokenizer = 'b' shares that of another model itself; .*: a"),
+    ]:
+        with pytest.raises(ConfigError, match=line):
+            project(home, models={"a": a | {"tokenizer": "b"}, "b": b})
+    with pytest.raises(ConfigError, match="models.a.tokenizer = 'chats' is a dataset; name a model with the same"):
+        project(home, models={"a": other | {"tokenizer": "chats"}})
+
+
+def test_models_with_one_tokenizer_share_their_token_files_and_other_tokenizers_are_refused(home):
+    larger = entry_for().model_copy(update={"new": entry_for().new | {"hidden_size": 64}})
+    make_model(home / "larger", larger)
+    models = {"big": {"path": str(home / "larger"), "tokenizer": "toy"}}
+    models["fresh"] = {"new": {}, "tokenizer": "big"}
+    runs = {f"chat-{name}": {"like": "chat", "init": name} for name in models}
+    found = project(home, models=models, runs=runs)
+    configs = download_configs(found)
+    assert list(configs) == ["toy", "chats", "big", "fresh"] and list(prepare_configs(found)) == ["chats--toy--48"]
+    for config in configs.values():
+        download(config, home / "work")
+    shared = dict.fromkeys(("toy", "big"), {"end_token": "[SEP]"})
+    one = project(home, models=models | {name: models.get(name, {}) | entry for name, entry in shared.items()})
+    assert one.models["big"].end_token == "[SEP]"
+
+    saved = home / "larger" / "tokenizer.json"
+    written = saved.read_text()
+    saved.write_text(json.dumps(json.loads(written)))  # the same in other words
+    download(download_configs(project(home, models=models, runs=runs))["big"], home / "work")
+    changes = {"vocabulary": ('"cat"', '"lynx"'), "normalizer": ('"normalizer": null', '"normalizer": {"type": "NFC"}')}
+    for named, (old, new) in changes.items():
+        assert old in written
+        saved.write_text(written.replace(old, new))
+        with pytest.raises(ValueError, match=f"^big: its tokenizer is not that of 'toy': .*{named}.*; leave") as error:
+            download(download_configs(project(home, models=models, runs=runs))["big"], home / "work")
+        assert "\n" not in str(error.value)
 
 
 def test_jobs_of_other_entries_do_not_know_of_files_and_paths():

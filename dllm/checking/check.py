@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm.checking.contents import PLACEHOLDER, dataset_errors, has_weights, model_errors, task_errors
+from dllm.checking.contents import (
+    PLACEHOLDER,
+    dataset_errors,
+    has_weights,
+    model_errors,
+    task_errors,
+    tokenizer_errors,
+)
 from dllm.checking.sketch import Rows, forget_sizes, sketch
 from dllm.config import (
     WEIGHT_FILES,
@@ -104,9 +111,9 @@ def name_of(pin: Pin) -> str:
 
 
 def with_their_data(pins: list[Pin], names: list[str]) -> list[Pin]:
-    """The pins of these names, and the datasets that the benchmarks among them read; all without names."""
+    """The pins of these names, with the data of benchmarks and whose tokenizer models have; all without names."""
     chosen = [pin for pin in pins if name_of(pin) in names or not names]
-    data = {pin.data for pin in chosen if isinstance(pin, EvaluationConfig)}
+    data = {pin.data if isinstance(pin, EvaluationConfig) else pin.tokenizer_path for pin in chosen}
     return [p for p in pins if p in chosen or (isinstance(p, DownloadConfig) and f"downloads/{p.name}" in data)]
 
 
@@ -131,10 +138,12 @@ def check(project: Project, pins: list[Pin], scratch: Path, workdir: Path | None
             else pool.submit(_downloaded, pin, scratch, workdir)
             for pin in downloads
         ]
-        for done in as_completed(tasks):
-            pin, one = done.result()
+        for pin, one in _sharing_last(done.result() for done in as_completed(tasks)):
             if pin.model and pin.model.hub and not one.errors:
                 one.add(model_errors(project, one.name, pin.model, one.directory))
+                other = seen.get(pin.tokenizer_path or "")
+                if other and not other.errors and not one.errors:
+                    one.add(tokenizer_errors(pin.model, one.directory, other.directory))
             if pin.dataset and pin.dataset.hub and pin.dataset.kind != "benchmark" and not one.errors:
                 entry = project.datasets[one.name]
                 one.add(dataset_errors(one.name, entry, one.directory, one.rows, one.counts))
@@ -143,6 +152,17 @@ def check(project: Project, pins: list[Pin], scratch: Path, workdir: Path | None
     for config in pins:
         if isinstance(config, EvaluationConfig):
             yield _asked(config, scratch, seen)
+
+
+def _sharing_last(results: Iterable[tuple[DownloadConfig, Checked]]) -> Iterator[tuple[DownloadConfig, Checked]]:
+    """The results as they come, but for models with the tokenizer of another one, which has to be there first."""
+    sharing = []
+    for config, one in results:
+        if config.tokenizer_path:
+            sharing.append((config, one))
+        else:
+            yield config, one
+    yield from sharing
 
 
 def _asked(config: EvaluationConfig, scratch: Path, seen: dict[str, Checked]) -> Checked:

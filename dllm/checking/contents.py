@@ -17,7 +17,7 @@ from dllm.evaluation.evaluate import check_metrics
 from dllm.evaluation.task_files import build_requests, cards_read_once, declared_metrics, load_tasks
 from dllm.models.load import WEIGHTS, check_entry, longest_row, stock_config_of
 from dllm.models.published import family_of, is_encoder, published_config
-from dllm.models.tokenizers import read_tokenizer, set_up_tokenizer
+from dllm.models.tokenizers import check_same_tokenizer, read_tokenizer, set_up_tokenizer
 from dllm.planning.shapes import differences, translated
 
 ABOUT = 0.05
@@ -91,6 +91,14 @@ def model_errors(project: Project, name: str, entry: ModelEntry, directory: Path
     asked = [row for row in rows if row.chat_template and row.checkpoint == name]
     if asked and not tokenizer.chat_template and not is_encoder(directory):
         yield "the tokenizer has no chat template; set chat_template: false in the evaluations of it"
+
+
+def tokenizer_errors(entry: ModelEntry, directory: Path, other: Path) -> Iterator[str]:
+    """Of a model that states the tokenizer of another one, whose files are in `other`: that it has another one."""
+    try:
+        check_same_tokenizer(directory, other, entry)
+    except ValueError as error:
+        yield str(error)
 
 
 def _classes(entry: ModelEntry) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dllm.cli.plan import add_project_arguments, config_directory
+from dllm.numbers import bar_options
 
 HELP = "look at every pinned model, dataset and benchmark, and compare it with its entry"
 EXAMPLES = """examples:
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def _progress(total: int):
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="check", unit="pin", dynamic_ncols=True, leave=False, disable=None)
+    return tqdm(total=total, desc="check", leave=False, disable=None, **bar_options(rate=""))
 
 
 def _print(rows: list[tuple[str, ...]]) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from dllm.numbers import duration
+from dllm.numbers import bar_options, duration
 
 EVERY_SECONDS = 60
 
@@ -39,7 +39,7 @@ class ProgressLine:
         if self._bar is None:
             from tqdm import tqdm
 
-            options = {"dynamic_ncols": True, "mininterval": 1.0, "disable": False}
+            options = {"mininterval": 1.0, "disable": False} | bar_options()
             self._bar = tqdm(desc=self.name, initial=done, unit=self.unit, file=self.stream, **options)
         self._bar.total = total
         self._bar.update(done - self._bar.n)

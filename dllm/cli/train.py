@@ -47,6 +47,8 @@ def set_up_torch() -> None:
     check_threads(os.environ)
     torch.use_deterministic_algorithms(True, warn_only=True)
     transformers.utils.logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns of the CPU
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of tied weights at every checkpoint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -87,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
     from dllm.tuning import follow
 
     say = _to_stderr if args.show_config else _to_stdout
-    tuning = follow.set_up(wishes, say)
+    try:
+        tuning = follow.set_up(wishes, say)
+    except ValueError as error:
+        raise ValueError(_in_options(str(error))) from None
     if args.show_config:
         print("# on top of config/*.yaml: snakemake -c1 --configfile THIS_FILE")
         print(yaml_text(tuning.overlay), end="")
@@ -133,6 +137,13 @@ def _given(args: argparse.Namespace, options: dict[str, tuple]) -> dict[str, Any
     """The settings that have a value on the command line."""
     values = {setting: getattr(args, name) for name, (setting, *_) in options.items()}
     return {setting: value for setting, value in values.items() if value is not None}
+
+
+def _in_options(line: str) -> str:
+    """An error line of the entries that were made of the options, with the option in place of the setting."""
+    options = {setting: name.replace("_", "-") for name, (setting, *_) in {**RUN_OPTIONS, **DATA_OPTIONS}.items()}
+    found = re.match(r"overlay: (?:runs|datasets)\.[^ ]*\b(\w+) = ", line)
+    return f"--{options[found[1]]} {line[found.end() :]}" if found and found[1] in options else line
 
 
 def _say_plan(tuning: Tuning, say) -> None:

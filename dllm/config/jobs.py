@@ -55,7 +55,7 @@ class DownloadConfig(Job):
     what: Literal["model", "dataset"] = option(..., "which of the two it is")
     model: ModelEntry | None = option(None, "entry of the model")
     dataset: DatasetEntry | None = option(None, "entry of the dataset")
-    tokenizer_path: str | None = option(None, "download that brings the tokenizer of a new model")
+    tokenizer_path: str | None = option(None, "download with the tokenizer of a new model, or with the same one")
     sources: list[str] | None = option(None, "files on this disk that are copied", exclude_if=is_none)
     content: str | None = option(None, "digest of what is in them: changed content is copied again", exclude_if=is_none)
 
@@ -186,11 +186,17 @@ def prepared_name(project: Project, run: str) -> str:
     entry = project.runs[run]
     root = project.root_model(run)
     # a stand-in of a published family has that family's special tokens and template on top
-    tokenizer = root if project.models[root].published else project.models[root].tokenizer or root
+    tokenizer = root if project.models[root].published else _tokenizer_of(project, root)
     if tokenizer in project.models and _special(project, tokenizer) != _special(project, root):
         tokenizer = root
     leaky = "--overlapping" if _overlapping(project, entry) else ""
     return f"{entry.data}--{tokenizer}--{entry.length}{leaky}"
+
+
+def _tokenizer_of(project: Project, model: str) -> str:
+    """Name of the dataset or model that brings a model's tokenizer, or stands for all models that have it."""
+    other = project.models[model].tokenizer
+    return model if other is None else other if other in project.datasets else _tokenizer_of(project, other)
 
 
 def _special(project: Project, model: str) -> tuple[str, ...]:

@@ -211,15 +211,17 @@ def _inherit(merged: Mapping, origin: Origin) -> None:
 
 
 def _take_tokens(merged: Mapping) -> None:
-    """Give a new model with the tokenizer of another model that one's special tokens, where its entry has none."""
+    """Give a model with the tokenizer of another model that one's special tokens, where its entry has none."""
     models, datasets = merged.get("models"), merged.get("datasets") or {}
     if not isinstance(models, dict):
         return
     for entry in models.values():
-        name = entry.get("tokenizer") if isinstance(entry, dict) else None
-        other = models.get(name) if isinstance(name, str) and name not in datasets else None
-        if isinstance(other, dict):
-            entry |= {key: other[key] for key in TOKENS if key in other and key not in entry}
+        other = entry
+        for _ in range(2):  # a new model's tokenizer may be that of a model that shares another one's
+            name = other.get("tokenizer") if isinstance(other, dict) else None
+            other = models.get(name) if isinstance(name, str) and name not in datasets else None
+            if isinstance(other, dict):
+                entry |= {key: other[key] for key in TOKENS if key in other and key not in entry}
 
 
 def _resolved(section: str, entries: Mapping, name: str, origin: Origin, chain: tuple[str, ...] = ()) -> Any:

@@ -125,7 +125,7 @@ def _recipes_of_algorithms(project: Project) -> Iterator[Problem]:
 
 
 def _tokenizers(project: Project) -> Iterator[Problem]:
-    """A tokenizer comes from a model that has one of its own; so does a config that is not stated."""
+    """A tokenizer comes from, or is the same as, that of a model with its own; so does a config that is not stated."""
     for name, model in project.models.items():
         other = model.tokenizer
         if model.new == {} and other in project.datasets:
@@ -133,10 +133,17 @@ def _tokenizers(project: Project) -> Iterator[Problem]:
                 ("models", name, "new"),
                 f"models.{name}.new = {{}} takes the config of {other!r}, a dataset; state one, model_type first",
             )
-        if other in project.models and other not in project.datasets and project.models[other].tokenizer:
-            brings = project.models[other].tokenizer
-            says = f"= {other!r} is a new model itself; name what brings its tokenizer: {brings}"
-            yield _at("models", name, "tokenizer", says=says)
+        if other in project.datasets:
+            if model.new is None:
+                says = f"= {other!r} is a dataset; name a model with the same tokenizer, or leave it out"
+                yield _at("models", name, "tokenizer", says=says)
+        elif other is not None and (brings := project.models[other].tokenizer):
+            if project.models[other].new is not None:
+                says = f"= {other!r} is a new model itself; name what brings its tokenizer: {brings}"
+                yield _at("models", name, "tokenizer", says=says)
+            elif model.new is None:
+                says = f"= {other!r} shares that of another model itself; name that one: {brings}"
+                yield _at("models", name, "tokenizer", says=says)
 
 
 def _circles(project: Project) -> Iterator[Problem]:

@@ -10,13 +10,10 @@ from tempfile import TemporaryDirectory
 import numpy
 
 from dllm.config import DataPart
-from dllm.data.formats import FileRows
+from dllm.data.formats import FILES, FileRows
 from dllm.data.kinds import SEEN, conversation_of, recognised
 from dllm.models.literal_text import check_text
 from dllm.models.tokenizers import encode_texts
-
-FILES = "files"
-"""Directory of a download that holds copies of a dataset's own files."""
 
 LEAST_HELD_OUT = 8
 """Rows of one's own files that are held out at least, where there are twice as many."""

@@ -77,6 +77,9 @@ def download(config: DownloadConfig, workdir: str | Path = ".", store: Path | No
         _fetch(config, scratch, store)
     if config.what == "model" and config.model.new is None and config.model.family == "encoder":
         _complete(scratch)
+    if config.tokenizer_path and config.tokenizer_path not in inputs:
+        inputs[config.tokenizer_path] = input_digest(workdir / config.tokenizer_path)
+        _check_tokenizer(config, workdir, scratch)
     replace_directory(scratch, target)
     write_record(target, kind=config.what, name=config.name, config_digest=digest(config), inputs=inputs)
     return target
@@ -95,6 +98,16 @@ def _make_model(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     tokenizer = load_tokenizer(path, config.model)
     new_model(config.model, tokenizer, like=path).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
+
+
+def _check_tokenizer(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
+    """Raise ValueError, one line, unless the tokenizer is that of the model whose token files this one shares."""
+    from dllm.models.tokenizers import check_same_tokenizer
+
+    try:
+        check_same_tokenizer(scratch, workdir / config.tokenizer_path, config.model)
+    except ValueError as error:
+        raise ValueError(f"{config.name}: {str(error).removeprefix(f'{scratch}: ')}") from None
 
 
 def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+FILES = "files"
+"""Directory of a download that holds copies of a dataset's own files."""
+
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 """What reading a .gz file that was cut off or is none raises."""
 
@@ -142,8 +146,13 @@ def open_file(path: Path) -> Sequence[Row]:
     """The rows of one file, not counted yet. Raises ValueError, one line, for one of another format."""
     kind = format_of(path)
     if kind is None:
-        raise ValueError(f"{path}: a file of this kind is not read; allowed: {', '.join(FORMATS)}, also as .gz")
+        raise ValueError(f"{told(path)}: a file of this kind is not read; allowed: {', '.join(FORMATS)}, also as .gz")
     return FORMATS[kind](path)
+
+
+def told(path: str | Path) -> str:
+    """How an error line names a file; a copy of a user's own by its name alone, for the original is what to mend."""
+    return Path(path).name if Path(path).parent.name == FILES else str(path)
 
 
 def read_file(path: Path, *, may_be_empty: bool = False) -> Sequence[Row]:
@@ -152,16 +161,17 @@ def read_file(path: Path, *, may_be_empty: bool = False) -> Sequence[Row]:
         rows = open_file(path)
         count = len(rows)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; check the path, or run the download again") from None
+        raise ValueError(f"{told(path)}: no such file; check the path, or run the download again") from None
     except DAMAGED:
-        raise ValueError(f"{path}: the compressed file is damaged or was cut off; get it again") from None
+        raise ValueError(f"{told(path)}: the compressed file is damaged or was cut off; get it again") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: {_not_utf8(path)}") from None
+        raise ValueError(f"{told(path)}: {_not_utf8(path)}") from None
     except (OSError, ValueError, csv.Error) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(first if first.startswith(str(path)) else f"{path}: cannot be read ({first})") from None
+        name = told(path)
+        raise ValueError(first if first.startswith(name) else f"{name}: cannot be read ({first})") from None
     if not count and not may_be_empty:
-        raise ValueError(f"{path}: has no rows; leave the file out, or fill it")
+        raise ValueError(f"{told(path)}: has no rows; leave the file out, or fill it")
     return rows
 
 
@@ -190,9 +200,10 @@ def _parsed(path: str | Path, number: int, line: str) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = _reason(error)
-        raise ValueError(f"{path}:{number}: not JSON ({reason}); mend the line, or download the file again") from None
+        where = f"{told(path)}:{number}"
+        raise ValueError(f"{where}: not JSON ({reason}); mend the line, or download the file again") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
+        raise ValueError(f"{told(path)}:{number}: a row must be an object, not {type(row).__name__}")
     return row
 
 
@@ -205,13 +216,14 @@ def _json(path: Path) -> Sequence[Row]:
     except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data"):
             return read_jsonl(path)
-        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({_reason(error)}); mend the file") from None
+        where = f"{told(path)}:{getattr(error, 'lineno', 1)}"
+        raise ValueError(f"{where}: not JSON ({_reason(error)}); mend the file") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list) and _all_objects(value)]
         named = content.keys() & {"messages", "conversations", "conversation"}
         content = lists[0] if len(lists) == 1 and not named else [content]
     if not isinstance(content, list) or not _all_objects(content, empty=True):
-        raise ValueError(f"{path}: holds no rows; it needs a list of objects, such as [{{...}}, {{...}}]")
+        raise ValueError(f"{told(path)}: holds no rows; it needs a list of objects, such as [{{...}}, {{...}}]")
     return content
 
 
@@ -235,8 +247,8 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
         for number, row in enumerate(reader, 1):
             if "" in row:
                 raise ValueError(
-                    f"{path} line {reader.line_num}: has more fields than the header; put quotes around texts with "
-                    f"{delimiter!r} in them"
+                    f"{told(path)} line {reader.line_num}: has more fields than the header; put quotes around texts "
+                    f"with {delimiter!r} in them"
                 )
             yield number, row
 

@@ -127,10 +127,13 @@ def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) ->
     splits = {split: writers[split].close() | {"dropped_rows": total(split, "dropped_rows")} for split in SPLITS}
     for split in ("test",) if config.parts[0].entry.stream else SPLITS:
         if not splits[split]["rows"]:
+            entry = config.parts[0].entry
+            more = f"`rows` = {config.rows}" if config.rows and split == "train" else ""
+            more = f"`test_share` = {entry.test_share:g}" if split == "test" and not entry.test_split else more
             raise ValueError(
                 f"{config.name}: the {split} split is empty after tokenizing; the rows are fewer or shorter than one "
                 f"row of length {config.length}, or every prompt is longer; "
-                + (f"raise `rows` = {config.rows} of the dataset, or " if config.rows and split == "train" else "")
+                + (f"raise {more} of the dataset, or " if more else "")
                 + "lower `length` of the run"
             )
     facts: dict[str, Any] = {

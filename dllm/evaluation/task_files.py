@@ -32,6 +32,7 @@ STOCK_DIRECTORIES = {
     "bbh": ["bbh/cot_fewshot"],
     "minerva_math": ["minerva_math", "benchmarks"],
     "mmlu": ["mmlu/default"],
+    "mmlu_generative": ["mmlu/generative"],
     "winogrande": ["winogrande"],
     "hellaswag": ["hellaswag"],
     "cmmlu": ["cmmlu"],
@@ -265,12 +266,19 @@ def leaf_tasks(index: dict, name: str) -> Iterator[str]:
     if entry.kind.name == "TAG":
         yield from sorted(entry.tags)
     elif entry.kind.name == "GROUP":
-        for member in entry.cfg.get("task") or []:
-            child = member if isinstance(member, str) else member.get("group") or member.get("task")
-            if child in index:
-                yield from leaf_tasks(index, child)
+        yield from _leaves(index, entry.cfg.get("task") or [])
     else:
         yield name
+
+
+def _leaves(index: dict, members: list) -> Iterator[str]:
+    for member in members:
+        stated: dict[str, Any] = {"task": member} if isinstance(member, str) else member
+        child, own = stated.get("group") or stated.get("task"), stated.get("task")
+        if isinstance(child, str) and child in index:
+            yield from leaf_tasks(index, child)
+        elif isinstance(own, list):  # a group that has no file of its own
+            yield from _leaves(index, own)
 
 
 def write_files(files: dict[str, str], root: Path) -> Path:

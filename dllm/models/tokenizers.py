@@ -99,6 +99,28 @@ def set_up_tokenizer(
         tokenizer.chat_template = chat_template("bert")
 
 
+def check_same_tokenizer(path: str | Path, other: str | Path, model: ModelEntry) -> None:
+    """Raise ValueError, one line, unless the tokenizers in two directories make the same tokens of every text.
+
+    Compared is what they do once set up as `model` says, not their files, which may hold the same in other words.
+    """
+    facts = [_facts(load_tokenizer(directory, model)) for directory in (path, other)]
+    if different := sorted(key for key in {*facts[0], *facts[1]} if facts[0].get(key) != facts[1].get(key)):
+        raise ValueError(
+            f"its tokenizer is not that of {Path(other).name!r}: they differ in {', '.join(different)}; leave "
+            "`tokenizer` out of its entry (in an overlay: null)"
+        )
+
+
+def _facts(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What decides the tokens that a tokenizer makes of a text, or of a conversation in its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    facts = json.loads(backend.to_str()) if backend else {"class": type(tokenizer).__name__}
+    set_by_each_call = {"truncation", "padding"}
+    facts = {key: value for key, value in facts.items() if key not in set_by_each_call}
+    return facts | {"chat_template": tokenizer.chat_template, "vocabulary": tokenizer.get_vocab()}
+
+
 def chat_template(name: str) -> str:
     """The jinja source of one of our chat templates."""
     return resources.files("dllm.models").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")

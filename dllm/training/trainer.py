@@ -31,6 +31,7 @@ from dllm.config import RunConfig, digest
 from dllm.core.devices import best_device
 from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import open_rows
+from dllm.numbers import bar_options
 from dllm.training.artifact import UNWRITABLE, Trained, check_free, is_finished, state_key, write_artifact, writing
 from dllm.training.devices import DATA_PARALLEL, StepNumbers, asked_dtype, devices_for, product_dtype
 from dllm.training.micro_batches import (
@@ -416,7 +417,7 @@ class _Run:
             unit="step",
             disable=hidden,
             mininterval=1.0,
-            dynamic_ncols=True,
+            **bar_options(rate=""),
         )
 
     def _on_signal(self, number, frame) -> None:

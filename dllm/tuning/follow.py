@@ -121,6 +121,10 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
         say(f"data     {source.name}: {len(source.rows):,} {source.said}")
     facts = facts_of(sources, load_tokenizer(directory, project.models[name]))
     positions = _positions(directory) - (1 if wishes.algorithm == "edit_flows" else 0)
+    if (length := wishes.run.get("length", 0)) > positions:
+        raise ValueError(
+            f"length = {length} is longer than the model allows ({positions}); lower it or take another model"
+        )
     chosen = defaults.run_settings(facts, parameters=parameters(directory), positions=positions, wished=wishes.run)
     overlay["recipes"]["tune"]["block_size"] = wishes.block_size or defaults.block_size(facts, chosen["length"])
     further = {name: value for name, value in wishes.run.items() if name not in defaults.WISHED}

@@ -37,6 +37,9 @@ def write_hub(root) -> None:
     (root / "models/old/toy/model.safetensors").rename(root / "models/old/toy/tf_model.h5")
     shutil.copytree(root / "models/one/toy", root / "models/causal/toy")
     (root / "models/causal/toy/config.json").write_text('{"model_type": "gpt2"}')
+    shutil.copytree(root / "models/one/toy", root / "models/other/toy")
+    written = root / "models/other/toy/tokenizer.json"
+    written.write_text(written.read_text().replace('"cat"', '"lynx"'))
     write_dataset(root / "datasets/openai/gsm8k", DATASETS["openai/gsm8k"])
     chats = root / "datasets/some/chats"
     (chats / "data").mkdir(parents=True)
@@ -60,7 +63,7 @@ def overlay(hub: LoopbackHub, workdir, **changes) -> dict:
     """Two runs and an evaluation over the hub, with changes of the entries."""
     chats = {"hub": "some/chats", "kind": "messages", "test_split": "test", "drop_unusable": True}
     entries = {
-        "models": {"toy": {"hub": "one/toy", "licence": "MIT"}},
+        "models": {"toy": {"hub": "one/toy", "licence": "MIT"}, "twin": {"hub": "other/toy"}},
         "datasets": {
             "chats": chats | {"counts": {"train": 2 * LARGE}, "test_documents": 6, "licence": "ODC-BY 1.0"},
             "lines": {"hub": "some/lines", "kind": "alpaca"},
@@ -100,6 +103,7 @@ WRONG = {
         "shape of its entry: vocabulary = 999, not ",
     ),
     "family": ({"toy": {"hub": "causal/toy"}}, "model_type = 'gpt2' is none of transformers' encoders;"),
+    "tokenizer": ({"toy": {"tokenizer": "twin"}}, "its tokenizer is not that of 'twin': they differ in model, voc"),
     "weights": ({"toy": {"hub": "old/toy"}}, "has no weights that are fetched (safetensors, or pytorch_model.bin);"),
 }  # fmt: skip
 """What is changed of the entries, and the line that says what is wrong then."""

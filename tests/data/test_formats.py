@@ -128,3 +128,13 @@ def test_a_row_is_named_by_its_file_and_line(tmp_path):
     rows = read_files([tmp_path / "a.jsonl", write(tmp_path / "b.csv"), write(tmp_path / "c.parquet")])
     assert len(rows) == 6 and rows[1] == {"a": 2} and rows[5] == ROWS[1]
     assert [rows.where(i) for i in (0, 1, 2, 5)] == ["a.jsonl row 2", "a.jsonl row 4", "b.csv row 1", "c.parquet row 2"]
+
+
+def test_a_copy_of_a_users_own_file_goes_by_the_name_of_the_original(tmp_path):
+    for directory, name in ((tmp_path, f"{tmp_path}/a.jsonl"), (tmp_path / "downloads/chats/files", "a.jsonl")):
+        directory.mkdir(parents=True, exist_ok=True)
+        for content, said in (("", ": has no rows; "), ("{}\nx\n", ":2: not JSON "), ("[1]\n", ":1: a row must be ")):
+            (directory / "a.jsonl").write_text(content)
+            with pytest.raises(ValueError) as error:
+                list(read_file(directory / "a.jsonl"))
+            assert str(error.value).startswith(name + said)

@@ -437,6 +437,16 @@ def test_a_split_that_ends_up_empty_is_one_line(workdir, source, length, split):
     assert "\n" not in str(caught.value) and not (workdir / "data/prepared").exists()
 
 
+def test_too_few_of_the_rows_are_named_where_most_of_a_sets_rows_are_empty(workdir):
+    """As lines of Wikitext are, most of which are blank or a heading."""
+    part = texts(workdir, rows=["", "= the cat =", "", ""] * 20)
+    with pytest.raises(ValueError, match="the train split is empty.*raise `rows` = 1 of the dataset, or"):
+        prepare(config_of(part, rows=1, length=16), workdir)
+    assert prepare(config_of(part, rows=60, length=4), workdir)["splits"]["train"]["rows"] > 0
+    with pytest.raises(ValueError, match="the test split is empty.*raise `test_share` = 0.05 of the dataset, or lower"):
+        prepare(config_of(part, length=40), workdir)
+
+
 def test_a_chat_template_that_does_not_continue_its_prompt_is_one_line(workdir, monkeypatch):
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
     monkeypatch.setattr("dllm.models.tokenizers.chat_template", lambda name: template)

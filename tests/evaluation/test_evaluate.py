@@ -38,6 +38,14 @@ def test_a_group_counts_every_document_once_and_agrees_with_lm_eval(workdir, ech
     assert set(result["metrics"]) == {"acc", "acc_norm"}
 
 
+def test_the_version_of_each_task_stands_beside_its_score(workdir, echo):
+    """Lm-eval changes its tasks: scores of other versions are not those of the same benchmark."""
+    path = workdir / "tasks" / "few.yaml"
+    path.write_text(path.read_text() + "metadata: {version: 3.1}\n")
+    found = evaluate_benchmark(evaluation("both"), workdir)["inputs"]["task_versions"]
+    assert found["few"] == "3.1" and found["choices"] != "3.1" and len(found) == 2
+
+
 def test_a_sample_row_says_what_was_asked_and_answered(workdir, echo):
     evaluate_benchmark(evaluation("choices"), workdir)
     rows = [json.loads(line) for line in written(workdir, "choices")[1].splitlines()]

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dllm.evaluation.task_files import (
     stock_root,
     write_files,
 )
+from tests.hub_layouts import DATASETS, write_dataset
 
 from .echo import evaluation
 
@@ -31,7 +33,7 @@ def stock_index():
 def test_the_reports_tasks_are_where_lm_eval_keeps_them(task, stock_index):
     index = stock_index(task)
     leaves = list(leaf_tasks(index, task))
-    expected = {"mmlu": 57, "bbh": 27, "minerva_math": 7, "ceval-valid": 52, "cmmlu": 67}
+    expected = {"mmlu": 57, "mmlu_generative": 57, "bbh": 27, "minerva_math": 7, "ceval-valid": 52, "cmmlu": 67}
     assert len(leaves) == expected.get(task, 1)
     assert all(Path(index[name].yaml_path).is_relative_to(stock_root()) for name in leaves)
 
@@ -63,8 +65,6 @@ def test_a_pin_keeps_the_stock_task_and_changes_only_where_the_data_come_from(ta
 
 def test_a_stock_task_reads_its_pinned_snapshot(workdir, echo, monkeypatch):
     """lm-eval's own prompt and metric on a local copy in the hub's layout."""
-    import json
-
     snapshot = workdir / "gsm8k"
     (snapshot / "main").mkdir(parents=True)
     configs = "configs:\n- config_name: main\n  data_files:\n  - {split: train, path: main/train.jsonl}\n"
@@ -86,6 +86,17 @@ def test_a_stock_task_reads_its_pinned_snapshot(workdir, echo, monkeypatch):
     row = json.loads((workdir / "evals/echo/gsm8k.samples.jsonl").read_text().splitlines()[0])
     assert row["prompt"].startswith("Question: what is w") and row["prompt"].endswith("w0 w1\nAnswer:")
     assert row["prompt"].count("####") == 2
+
+
+def test_mmlu_is_asked_for_letters_that_the_model_writes(workdir, echo):
+    """All of lm-eval's generative variants read the snapshot that the likelihoods are asked of."""
+    write_dataset(workdir / "mmlu", DATASETS["cais/mmlu"])
+    shown = {"metric": "exact_match", "filter": "get_response", "shots": 1, "limit": 1}
+    config = evaluation("mmlu_generative", task_directory=None, data="mmlu", **shown)
+    assert evaluate_benchmark(config, workdir)["n"] == 57
+    rows = [json.loads(row) for row in (workdir / "evals/echo/mmlu_generative.samples.jsonl").read_text().splitlines()]
+    assert len({row["subtask"] for row in rows}) == 57 and all(row["prompt"].endswith("\nAnswer:") for row in rows)
+    assert {row["target"] for row in rows} <= set("ABCD")
 
 
 class Silent:

@@ -58,15 +58,15 @@ def test_a_preparation_asks_for_memory_by_the_rows_of_its_sources_and_for_more_w
 
     few, many = (
         plan_project(project("paper", {"datasets": {"alpaca": {"documents": rows}}}), tmp_path).job(
-            "prepare", "alpaca--modernbert-large--512"
+            "prepare", "alpaca--modernbert-base--512"
         )
         for rows in (1000, 10_000_000)
     )
     assert few.resources["mem_mb"] == 2048 and few.place.cores == 1 and many.place.cores == 8
     assert many.cost.host_gib > 2 and many.resources["mem_mb"] > 1.4 * 1024 * many.cost.host_gib
     ask = make_plan(project("paper")).requests("prepare")
-    asked = [ask["mem_mb"](["alpaca--modernbert-large--512"], attempt) for attempt in (1, 2, 3)]
-    assert asked == [2048, 4096, 6144] and ask["runtime"](["alpaca--modernbert-large--512"], 2) == 5
+    asked = [ask["mem_mb"](["alpaca--modernbert-base--512"], attempt) for attempt in (1, 2, 3)]
+    assert asked == [2048, 4096, 6144] and ask["runtime"](["alpaca--modernbert-base--512"], 2) == 5
 
 
 def test_a_job_waits_for_planned_jobs_only_and_the_longest_chain_follows_the_edges(plan):
@@ -108,10 +108,10 @@ def test_faster_hardware_and_a_higher_utilisation_take_less_time(tmp_path):
 
 
 def test_a_model_without_a_shape_leaves_its_jobs_unplanned_and_says_so(tmp_path):
-    plan = plan_project(project("paper", {"models": {"modernbert-base": {"shape": None}}}), tmp_path)
-    assert not plan.job("train", "chat-base").known and plan.job("train", "chat-large").known
-    assert any(line.startswith("models.modernbert-base: no `shape`") for line in plan.warnings)
-    asked = plan.job("train", "chat-base").resources
+    plan = plan_project(project("paper", {"models": {"modernbert-large": {"shape": None}}}), tmp_path)
+    assert not plan.job("train", "chat-large").known and plan.job("train", "chat-base").known
+    assert any(line.startswith("models.modernbert-large: no `shape`") for line in plan.warnings)
+    asked = plan.job("train", "chat-large").resources
     assert asked["mem_mb"] >= 16384 and asked["runtime"] >= 1440 and asked["gpu"] == 8
 
 

@@ -149,6 +149,16 @@ def test_a_metric_that_was_not_measured_is_an_error(workdir, plan):
         scores(workdir, plan)
 
 
+def test_prompts_that_were_cut_are_counted_below_the_table(workdir, plan, tmp_path):
+    other = write_workdir(tmp_path / "other")
+    path = other / "evals/qwen-ar/gsm8k.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncated": 1_300}))
+    said = "Documents whose prompt did not fit and was cut from the left: Qwen1.5-0.5B on GSM8K, 1300 of 1319."
+    for folder, shown in ((other, True), (workdir, False)):
+        table = make_tables(folder, plan)["overview"]
+        assert (said in table.note) == shown and ("cut from the left" in table.note) == shown
+
+
 def test_scores_above_chance_are_marked_with_a_sign_and_not_by_colour_alone(built):
     text = (built / "tables/overview.md").read_text()
     mmlu = next(line for line in text.splitlines() if line.startswith("| MMLU"))

@@ -32,7 +32,7 @@ def test_a_training_on_four_machines_gets_a_task_and_eight_gpus_on_each():
 
 def test_an_evaluation_gets_one_gpu_and_a_preparation_none():
     assert flags("evaluate", "chat-large/mmlu")[0] == {"--nodes=1", "--gpus=1", "--cpus-per-task=8"}
-    assert flags("prepare", "alpaca--modernbert-large--512")[0] == {"--nodes=1", "--ntasks=1", "--cpus-per-task=5"}
+    assert flags("prepare", "alpaca--modernbert-base--512")[0] == {"--nodes=1", "--ntasks=1", "--cpus-per-task=5"}
 
 
 def test_the_profile_resumes_and_asks_squeue():

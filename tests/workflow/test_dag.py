@@ -105,3 +105,16 @@ def test_a_mistake_in_a_config_stops_the_workflow_with_one_line(tmp_path, overla
     done = snakemake("-n", overlays=[ROOT / "config/laptop.yaml", path], check=False)
     assert done.returncode != 0
     assert line in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_work_directory_of_somebody_else_is_named_before_anything_runs(monkeypatch, tmp_path):
+    from workflow.plan import check_writable
+
+    (tmp_path / ".snakemake/locks").mkdir(parents=True)
+    check_writable(tmp_path)
+    for place in ("", ".snakemake", ".snakemake/locks"):
+        closed = tmp_path / place
+        monkeypatch.setattr(os, "access", lambda path, mode, closed=closed: Path(path) != closed)
+        with pytest.raises(PermissionError) as error:
+            check_writable(tmp_path)
+        assert Path(error.value.filename) == closed

@@ -10,7 +10,7 @@ localrules:
 
 
 def download_inputs(wildcards):
-    """Record of the download that brings a new model's tokenizer."""
+    """Record of the download that brings a model's tokenizer, or has the same one."""
     path = PLAN.downloads[wildcards.name].tokenizer_path
     return [f"{path}.json"] if path else []
 
