@@ -13,7 +13,7 @@ import yaml
 
 from dllm import config
 from dllm.algorithms import ALGORITHMS
-from dllm.cli.main import VERBS, verb_parser
+from dllm.cli.main import VERBS, verb_module, verb_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "results" / "README.md"])
@@ -126,8 +126,19 @@ def test_every_verb_and_option_of_dllm_that_a_page_names_exists(page):
             if verb.startswith("-"):
                 continue
             assert verb in VERBS, command
-            known = verb_parser(verb, importlib.import_module(f"dllm.cli.{verb}"))._option_string_actions
+            known = options_of(verb)
             assert {word for word in words if word.startswith("--")} <= {*known}, command
+
+
+@cache
+def options_of(verb: str) -> set[str]:
+    """The options of a verb, and of the program that it passes them on to."""
+    module = verb_module(verb)
+    if not getattr(module, "PASSES_ON", False):
+        return {*verb_parser(verb, module)._option_string_actions}
+    from lm_eval._cli.harness import HarnessCLI
+
+    return {*HarnessCLI()._subparsers.choices["run"]._option_string_actions}
 
 
 @each_page
@@ -197,7 +208,15 @@ def test_the_part_for_the_results_is_marked():
 
 def shipped_projects():
     """Every shipped configuration, merged."""
-    for names in (["laptop"], ["paper"], ["one-gpu"], ["small"], ["laptop", "systems"], ["paper", "systems-paper"]):
+    for names in (
+        ["laptop"],
+        ["paper"],
+        ["one-gpu"],
+        ["small"],
+        ["laptop", "systems"],
+        ["paper", "systems-paper"],
+        ["leaderboard"],
+    ):
         yield config.load_project(ROOT / "config", *(ROOT / "config" / f"{name}.yaml" for name in names))
 
 
