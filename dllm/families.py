@@ -2,8 +2,8 @@
 
 LLaDA is a Llama, Dream a Qwen2 that predicts one ahead, RND1 and LLaDA-MoE are Qwen3-MoEs, LLaDA2 is a GLM4-MoE, SDAR a
 Qwen3, Fast-dLLM v2 a Qwen2 that predicts one ahead, Stable-DiffCoder a Llama; all attend in both directions, at least
-within their block. The code beside such checkpoints is never run. DiffusionGemma is a class of transformers itself, with
-a loader of its own (`OWN_CLASS`). A new family is a `Family` here:
+within their block. The code beside such checkpoints is never run. DiffusionGemma is a class of transformers itself,
+with a loader of its own (`OWN_CLASS`). A new family is a `Family` here:
 
 | family | stock class | prediction | mask token | end | end of turn | attention |
 |---|---|---|---|---|---|---|
@@ -17,8 +17,8 @@ a loader of its own (`OWN_CLASS`). A new family is a `Family` here:
 | Stable-DiffCoder | llama | in place | `<[MASK_TOKEN]>` 5 | `<[end▁of▁sentence]>` 2 | the same | blocks of 4 |
 
 Sources: arXiv:2502.09992 (LLaDA), arXiv:2509.24389 (LLaDA-MoE), the LLaDA2.0 technical report and arXiv:2602.08676
-(LLaDA2), arXiv:2508.15487 (Dream), the RND1 report, arXiv:2510.06303 (SDAR), arXiv:2509.26328 (Fast-dLLM v2), the Stable-DiffCoder
-report, and the config files and generation code beside the weights.
+(LLaDA2), arXiv:2508.15487 (Dream), the RND1 report, arXiv:2510.06303 (SDAR), arXiv:2509.26328 (Fast-dLLM v2), the
+Stable-DiffCoder report, and the config files and generation code beside the weights.
 """
 
 from __future__ import annotations

@@ -12,13 +12,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import PrivateAttr, model_validator
 
-from dllm.config.rules import (
-    adapter_error,
-    budget_error,
-    launch_error,
-    raise_first,
-    tokens_error,
-)
+from dllm.config.policy import PolicySettings
+from dllm.config.rules import adapter_error, budget_error, launch_error, policy_error, raise_first, tokens_error
 from dllm.config.settings import (
     DECODING_OPTIONS,
     LARGEST_SEED,
@@ -34,6 +29,7 @@ from dllm.config.settings import (
     RowKindName,
     Scorer,
     Settings,
+    Shape,
     checked_options,
     is_none,
     left_at,
@@ -175,8 +171,8 @@ class RunSettings(Settings):
 
     algorithm: AlgorithmName = option(
         "mdlm",
-        "masked diffusion, the same block after block, masked LM, next-token prediction, or insertions, deletions and "
-        "substitutions",
+        "masked diffusion, the same block after block, masked LM, next-token prediction, insertions, deletions and "
+        "substitutions, or rewards of what the model answers",
     )
     init: str = option(..., "model or run to start from")
     data: str = option(..., "dataset")
@@ -206,6 +202,7 @@ class RunSettings(Settings):
     compile: bool = option(False, "torch.compile of the backbone")
     edits: EditSettings = option(EditSettings(), "starts and times of `edit_flows`")
     adapter: AdapterSettings | None = option(None, "train LoRA adapters only; none: all weights")
+    policy: PolicySettings | None = option(None, "rewards, answers and likelihoods of `grpo`")
 
     @model_validator(mode="after")
     def fits_together(self) -> RunSettings:
@@ -213,6 +210,7 @@ class RunSettings(Settings):
             budget_error(self.epochs, self.steps),
             tokens_error(self.micro_batch_tokens, self.length),
             adapter_error(self.adapter, self.optimizer),
+            policy_error(self.algorithm, self.policy, self.global_batch_size),
         )
         return self
 
@@ -351,6 +349,7 @@ class ReportEntry(Settings):
     openwebtext: list[CurveEntry] = option([], "pretraining on OpenWebText")
     ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
     chat: list[CurveEntry] = option([], "chat training")
+    policies: list[CurveEntry] = option([], "learning from rewards; runs with one label are seeds of each other")
     systems: list[str] = option([], "evaluations whose models are compared with each other")
     starts: list[str] = option(
         [], "the same where the models differ in the weights they start from: claims on pretraining and size are judged"

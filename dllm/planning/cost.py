@@ -90,7 +90,9 @@ class Cost:
 
 def training_steps(run: RunEntry, rows: float) -> int:
     """Optimiser steps of a run on `rows` rows, as the trainer lays them out."""
-    per_epoch = max(1, int(rows) // run.global_batch_size)
+    policy = run.policy
+    prompts = run.global_batch_size // (policy.num_generations if policy else 1)
+    per_epoch = max(1, int(rows) // prompts) * (policy.num_iterations if policy else 1)
     total = run.steps or max(1, round((run.epochs or 0) * per_epoch))
     return min(total, run.stop_after or total)
 
@@ -124,6 +126,9 @@ def training(
     test_targets = test_mean * test_share + end
     scored = forwarded_tokens(run, recipe, test_mean + end, test_targets)
     scoring = evaluated * (scored * forward + test_targets * share * head)
+    if run.policy:
+        flops = rows * _answer_flops(run, shape, mean + end - targets)
+        scoring += evaluated / run.eval_draws * _drawn_flops(mean + end - targets, run.policy.generation, shape)
     muon = steps * muon_flops(shape) if run.optimizer.name == "muon" else 0.0
     rate = place.hardware.tflops(_precision(recipe)) * 1e12 * place.hardware.training
     micro_tokens = _micro_batch_tokens(run, recipe, place, doubled * (longest + end))
@@ -132,6 +137,7 @@ def training(
     seconds += steps * place.hardware.step_seconds * math.ceil(accumulation)
     weights = _bytes(recipe) * parameters(shape).total / GIB
     device = _training_gib(run, recipe, shape, micro_tokens, share * targets / (mean + end), place.devices)
+    device += weights if run.policy and run.policy.beta else 0.0  # the start
     rows_gib = 40 * (data.train.rows + data.test.rows) / GIB
     if place.hardware.is_gpu:
         host, processes = 0.0, max(1, place.devices // place.nodes)
@@ -140,8 +146,6 @@ def training(
     else:
         host, device = TRAINING_PROCESS_GIB + rows_gib + CPU_SLACK * device, 0.0
         host += CPU_BF16_GIB if recipe.parameters == "bf16" else 0.0
-    trained = _bytes(recipe) * parameters(shape).total if run.adapter is None else 4 * _trained(run, shape)
-    checkpoints = 2 * trained / GIB * (2 if run.optimizer.name == "muon" else 3)
     return Cost(
         tokens=rows * mean,
         flops=flops + scoring + muon * max(1, place.devices),
@@ -150,9 +154,38 @@ def training(
         host_gib=host,
         device_gib=device,
         kept_gib=weights,
-        scratch_gib=checkpoints,
+        scratch_gib=_checkpoints_gib(run, recipe, shape),
         steps=steps,
     )
+
+
+def _checkpoints_gib(run: RunEntry, recipe: Recipe, shape: Shape) -> float:
+    """Disk of the two checkpoints that are kept: weights that train, and the optimiser's states."""
+    trained = _bytes(recipe) * parameters(shape).total if run.adapter is None else 4 * _trained(run, shape)
+    return 2 * trained / GIB * (2 if run.optimizer.name == "muon" else 3)
+
+
+def _drawn_flops(prompt: float, settings: GenerateSettings, shape: Shape) -> float:
+    """FLOPs of one answer that is drawn."""
+    drawn = generated_answers(prompt, 1, settings, causal=False, hides=False)
+    return drawn.tokens * forward_flops(shape, drawn.length, causal=False) + drawn.scored * head_flops(shape)
+
+
+def _answer_flops(run: RunEntry, shape: Shape, prompt: float) -> float:
+    """FLOPs of an answer in one step of `grpo`: its share of being drawn, and the passes of its log-likelihood.
+
+    Those run forward and backward, once more under the old weights in all steps on the same answers but the first, and
+    under the start's where the divergence from it counts.
+    """
+    assert run.policy is not None
+    policy, new = run.policy, run.policy.generation.max_new_tokens
+    row, exact = prompt + new, policy.likelihood == "sampled"
+    passes = generation_passes(policy.generation) if exact else policy.passes
+    read = new if exact else passes * new * (0.5 if policy.likelihood == "bound" else 1.0)
+    times = TRAINING - (run.adapter is not None) + run.activation_checkpointing
+    times += (policy.num_iterations - 1) / policy.num_iterations + (policy.beta > 0)
+    once = passes * row * forward_flops(shape, row, causal=False) + read * head_flops(shape)
+    return once * times + _drawn_flops(prompt, policy.generation, shape) / policy.num_iterations
 
 
 def forwarded_tokens(run: RunEntry, recipe: Recipe, row: float, targets: float) -> float:
