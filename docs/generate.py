@@ -447,7 +447,27 @@ def _nll_table(backbone, length: int):
     return -logits.log_softmax(-1).gather(-1, target.expand(2**length, -1)[..., None])[..., 0]
 
 
+def revising() -> str:
+    """What `python -m bench.revising` has measured, one line for each model, set of questions and way."""
+    measured = json.loads((ROOT / "bench" / "revising.json").read_text(encoding="utf-8"))
+    rows = measured["rows"]
+    steps = sorted({row["steps"] for row in rows})
+    head = "| model | questions | way | " + " | ".join(f"{count} steps" for count in steps) + " |"
+    lines = [head, "|---|---|---|" + "---:|" * len(steps)]
+    for model, questions, way in dict.fromkeys((row["model"], row["questions"], row["way"]) for row in rows):
+        own = {
+            row["steps"]: row for row in rows if (row["model"], row["questions"], row["way"]) == (model, questions, way)
+        }
+        cells = [
+            f"{own[count]['right']} of {own[count]['of']}, {own[count]['passes']:.1f} passes" if count in own else ""
+            for count in steps
+        ]
+        lines.append(f"| {model} | {questions} | {way} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Measured on {measured['hardware']}, at temperature 0."])
+
+
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "revising": ("docs/samplers.md", revising),
     "paper runs": ("docs/reproduce.md", paper_runs),
     "paper downloads": ("docs/reproduce.md", paper_downloads),
     "paper jobs": ("docs/reproduce.md", paper_jobs),
