@@ -62,7 +62,6 @@ from dllm.config.settings import (
     Resources,
     Scorer,
     Settings,
-    Shape,
     checked_options,
     did_you_mean,
     option,

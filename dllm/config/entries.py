@@ -29,7 +29,6 @@ from dllm.config.settings import (
     RowKindName,
     Scorer,
     Settings,
-    Shape,
     checked_options,
     is_none,
     left_at,
