@@ -21,6 +21,7 @@ CASES = {
     "racing": Case("bench.racing:racing", "Multiple choice in rounds"),
     "estimators": Case("bench.likelihood:estimators", "Estimators at equal passes"),
     "generation": Case("bench.generation:generation", "Generation, identical tokens"),
+    "serving": Case("bench.serving:serving", "Requests of several clients"),
     "sft": Case("bench.training:sft", "Fine-tuning step"),
     "prepare": Case("bench.preparing:prepare", "Preparing conversations"),
     "gpu": Case("bench.gpu:gpu", "On a CUDA device"),

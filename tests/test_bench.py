@@ -112,7 +112,7 @@ def test_chat_lengths_have_the_mean_they_were_asked_for():
 
 
 def test_a_smoke_run_writes_results_and_a_page_without_a_trained_model(tmp_path, capsys):
-    assert main(["letters", "generation", "gpu", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert main(["letters", "generation", "serving", "gpu", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "letters.json").read_text())
     assert found["quick"] and found["rows"][0]["ratio"] == 32  # 4 letters x 8 draws for one forward
     assert {"hardware", "commit", "versions", "threads"} <= found["rows"][0].keys()
