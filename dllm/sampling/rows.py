@@ -84,6 +84,11 @@ class RunningRows:
         """[B] bool: rows of whose active block no token is final."""
         return self.edits | (self.remask != "none")
 
+    @property
+    def final(self) -> ndarray:
+        """[B]: the tokens before this position and before the first mask change no more."""
+        return numpy.where(self.revises, self.plan.of_block(self.plan.begin), self.length)
+
     def taken(self, rows: ndarray, device: torch.device) -> RunningRows:
         """A copy of some rows [N], by their places, on a device."""
         there = to_device(rows, self.tokens.device)

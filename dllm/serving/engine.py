@@ -106,6 +106,7 @@ class Engine:
         masked = isinstance(model.sampler, MaskedSampler)
         self._lane = _Lane(self._loop()) if masked else None
         self._stats = Stats(*[0] * len(fields(Stats)))
+        self._running = 0
         self._seconds = 1.0  # of a request, a moving average
         self._closing = self._abandoned = False
         self._thread = Thread(target=self._run, name=f"engine of {name}", daemon=True)
@@ -120,7 +121,7 @@ class Engine:
         """`n` answers, with the seeds settings.seed, settings.seed + 1, ...: a `Finished` of each.
 
         snapshots: also a `Snapshot` after every pass. `batch_size` and `batch_tokens` of the settings do not count.
-        A model that edits sends `Edited` instead, and gives one answer to a request.
+        A model whose sampler does not reveal masks sends `Edited` instead, and gives one answer to a request.
         """
         request = Request(on_event, snapshots)
         if n < 1:
@@ -130,7 +131,10 @@ class Engine:
                 request.rows = answer_rows(self.model, prompt, settings, n)
                 self._check(request.rows[0])
             elif n > 1:
-                raise ValueError(f"n = {n}: a model trained with edit_flows gives one answer to a request; ask again")
+                name = self.model.algorithm.name
+                raise ValueError(
+                    f"n = {n}: a model of {name} gives one answer to a request; ask again with another seed"
+                )
             else:
                 canvas = self.model.canvas([prompt], settings)
                 canvases: Any = self.model.sampler.denoise(self.model.backbone, canvas, settings)
@@ -180,8 +184,7 @@ class Engine:
     def stats(self) -> Stats:
         """What it has done, and what it is doing."""
         with self._changed:
-            running = 0 if self._lane is None else self._lane.loop.running
-            return replace(self._stats, queued=self._queued, running=running, jobs=len(self._jobs))
+            return replace(self._stats, queued=self._queued, running=self._running, jobs=len(self._jobs))
 
     def close(self, *, finish: bool, timeout: float) -> None:
         """Refuse what is new; finish what was taken, for `timeout` seconds at most, or (finish=False) end it.
@@ -267,6 +270,7 @@ class Engine:
         self._waiting_jobs = deque(request for request in self._waiting_jobs if not request.over)
         with self._changed:
             self._requests = [request for request in self._requests if not request.over]
+            self._running = 0 if self._lane is None else self._lane.loop.running
 
     # ----------------------------------------------------------------------------------------------------------------
     # The thread
@@ -277,17 +281,28 @@ class Engine:
                 self._changed.wait_for(lambda: self._inbox or self._requests or self._closing)
                 if self._closing and not self._inbox and not self._requests:
                     return
-            self._take_arrivals()
+            try:
+                self._take_turn()
+            except Exception as error:  # a bug of ours: who asked is told, and the next ones are served
+                for request in [request for request in self._requests if not request.over]:
+                    self._count(failed=1)
+                    request.fail(error)
+                self._lane = self._lane and _Lane(self._loop())
+                self._leave()
+
+    def _take_turn(self) -> None:
+        """One pass of the rows, and the next step of one job."""
+        self._take_arrivals()
+        with self._turns:
+            self._generate()
+        if self._waiting_jobs and len(self._jobs) < self.batch_size:
+            request = self._waiting_jobs.popleft()
+            request.waits = False
+            self._jobs.append((request, request.events()))
+        if self._jobs:
             with self._turns:
-                self._generate()
-            if self._waiting_jobs and len(self._jobs) < self.batch_size:
-                request = self._waiting_jobs.popleft()
-                request.waits = False
-                self._jobs.append((request, request.events()))
-            if self._jobs:
-                with self._turns:
-                    self._advance(*self._jobs.popleft())
-            self._leave()
+                self._advance(*self._jobs.popleft())
+        self._leave()
 
     def _advance(self, request: Request, events: Iterator[Event]) -> None:
         """The next event of a job."""
@@ -350,7 +365,7 @@ class Engine:
         """One pass of a loop, and what is said of it."""
         before = lane.loop.computed
         rows, done = lane.loop.step()
-        waiting = lane.loop.waiting
+        waiting, self._running = lane.loop.waiting, lane.loop.running
         for number, (request, _) in lane.rows.items():
             request.waits = request.waits and number in waiting
         if rows is not None:
@@ -366,11 +381,11 @@ class Engine:
         if not any(wanted):
             return
         states = host_rows((rows.tokens, rows.masked, rows.confidence), rows.length.tolist())
-        for number, state in zip(rows.number.tolist(), states, strict=True):
+        for number, final, state in zip(rows.number.tolist(), rows.final.tolist(), states, strict=True):
             request, row = lane.rows[number]
             if request.snapshots and not request.over:
                 try:
-                    request.tell(row.index, row.snapshot(*state, piece=self._piece))
+                    request.tell(row.index, row.snapshot(*state, final=final, piece=self._piece))
                 except Exception as error:
                     self._count(failed=1)
                     request.fail(error)

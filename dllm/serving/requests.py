@@ -94,14 +94,21 @@ class Row:
             return True
 
     def snapshot(
-        self, tokens: list[int], masked: list[bool], confidence: list[float], *, piece: Callable[[tuple[int, ...]], str]
+        self,
+        tokens: list[int],
+        masked: list[bool],
+        confidence: list[float],
+        *,
+        final: int,
+        piece: Callable[[tuple[int, ...]], str],
     ) -> Snapshot:
-        """The row after a pass, from all its positions."""
+        """The row after a pass, from all its positions; before `final` and the first mask nothing changes any more."""
         before = self.masked or self.canvas.masked[0].tolist()
         self.step, self.masked = self.step + 1, masked
         shown = slice(self.begin, None)
         ids, hidden = tokens[shown], masked[shown]
         known = hidden.index(True) if True in hidden else len(hidden)
+        known = min(known, max(0, final - self.begin))
         if known != self.known:
             # what was said stays: a row that begins anew after an error says it again
             self.known, self.said = known, max(self.said, self.text(ids[:known]), key=len)
@@ -192,13 +199,13 @@ def infill_row(model: DiffusionLM, text: str, settings: GenerateSettings) -> Row
 
 
 def edit_events(
-    model: DiffusionLM, canvases: Iterator[EditCanvas], prompt: Prompt, settings: GenerateSettings, asked: float
+    model: DiffusionLM, canvases: Iterator[Canvas], prompt: Prompt, settings: GenerateSettings, asked: float
 ) -> Iterator[Event]:
     """The events of a draft that is edited, or of an answer that grows so, from its canvases."""
     first = canvas = next(canvases)
     for canvas in canvases:
         text = model.decode(canvas.responses()[0], settings.stop)
-        said = tuple(edit_pieces(canvas, model.decode))
+        said = tuple(edit_pieces(canvas, model.decode)) if isinstance(canvas, EditCanvas) else (("kept", text),)
         yield Edited(canvas.step - first.step, said, text.strip() if is_chat(prompt) else text)
     row = Completion(0, canvas.responses()[0], canvas.nfe - first.nfe, canvas.computed - first.computed)
     answer = model.answer_of(prompt, row, settings)

@@ -14,7 +14,7 @@ from dllm.serving.events import Closed, Edited, Finished, Full, Scored, Snapshot
 from tests.edit_checkpoint import save_edit_toy
 from tests.toys import LEARNT, save_toy, turns
 
-SECONDS = 120
+SECONDS = 600
 """Far more than any of these takes; a test that waits so long has failed."""
 
 
