@@ -35,9 +35,9 @@ SAME = "same trained weights, fp32, threads, requests and settings, in one proce
 def serving(options: Options) -> Result:
     """Closed loops: every client asks, waits for its answer, and asks again, until no request is left."""
     trained = laptop(options)
-    model, new = trained.model, 8 if options.quick else 64
+    model, new = trained.model, 8 if options.quick else 32
     prompts = chat_prompts(trained, 4 if options.quick else 32, LONGEST_PROMPT)
-    loads = {1: 2, 2: 4} if options.quick else {1: 16, 8: 32, 64: 64}
+    loads = {1: 2, 2: 4} if options.quick else {1: 8, 8: 24, 64: 64}
     rows: list[Row] = []
     totals: dict[float, Times] = {}
     late: dict[float, Times] = {}

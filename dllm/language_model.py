@@ -21,7 +21,7 @@ from dllm.likelihood.racing import Question, Verdict
 from dllm.models.backbone import Backbone
 from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
-from dllm.models.tokenizers import chat_text, check_messages, encode_chat, encode_text
+from dllm.models.tokenizers import chat_text, check_ids, check_messages, encode_chat, encode_text
 from dllm.sampling.edits import EditCanvas, EditSampler, edit_canvas
 from dllm.sampling.sampler import Sampler
 
@@ -315,7 +315,7 @@ class DiffusionLM:
         rows = [self.encode_prompt(p) if isinstance(p, str) or len(p) else [] for p in prompts]
         for name, lists in (("prompts", rows), ("targets", target_ids)):
             for number, tokens in enumerate(lists):
-                _check_ids(f"{name}[{number}]", tokens, self.backbone.vocab_size)
+                check_ids(f"{name}[{number}]", tokens, self.backbone.vocab_size)
         return rows, target_ids
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ class DiffusionLM:
         rows = [self.encode_prompt(prompt) for prompt in prompts]
         room = self.max_length - settings.max_new_tokens
         for number, row in enumerate(rows):
-            _check_ids(f"prompts[{number}]", row, self.backbone.vocab_size)
+            check_ids(f"prompts[{number}]", row, self.backbone.vocab_size)
             if len(row) > room:
                 raise ValueError(
                     f"prompts[{number}] has {len(row)} tokens; with max_new_tokens = {settings.max_new_tokens} the "
@@ -436,16 +436,6 @@ def is_chat(prompt: Prompt) -> bool:
 def _common(text: str, mark: str) -> int:
     """How many of the last characters of a text may be the first ones of a mark that is not in it."""
     return max((size for size in range(1, len(mark)) if text.endswith(mark[:size])), default=0)
-
-
-def _check_ids(name: str, tokens: Sequence[int], vocabulary: int) -> None:
-    """Raise ValueError, one line, for a token id that the model does not have."""
-    for position, token in enumerate(tokens):
-        if not 0 <= token < vocabulary:
-            raise ValueError(
-                f"{name} has the token id {token} at position {position}; the model's vocabulary has {vocabulary} "
-                f"tokens: give ids from 0 to {vocabulary - 1}"
-            )
 
 
 def _check_list(values: Sequence[Any], name: str) -> None:

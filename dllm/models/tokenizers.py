@@ -175,3 +175,13 @@ def encode_text(tokenizer, text: str) -> list[int]:
 def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """`encode_text` of each."""
     return encode_marked(tokenizer, all_marked(tokenizer, texts))
+
+
+def check_ids(name: str, tokens: Sequence[int], vocabulary: int) -> None:
+    """Raise ValueError, one line, for a token id that the model does not have."""
+    for position, token in enumerate(tokens):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{name} has the token id {token} at position {position}; the model's vocabulary has {vocabulary} "
+                f"tokens: give ids from 0 to {vocabulary - 1}"
+            )

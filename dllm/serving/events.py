@@ -15,7 +15,8 @@ class Snapshot:
     step: passes of this row so far; pieces: the text that each response token adds to its neighbours, None while it is
     masked; ids: the response tokens, the mask token where they are masked; confidence: the probability that each had
     when it was revealed, 0 while masked; revealed: which of them this pass revealed, counted from the response's start.
-    text: the final text as far as it is known. Later snapshots and the end only add to it; of an infill it is empty.
+    text: the final text as far as it is known; later snapshots and the end only add to it. Of an infill it is empty
+    until no mask is left.
     """
 
     step: int

@@ -1,5 +1,6 @@
 """An engine answers many at once, each as the model alone does."""
 
+import itertools
 import random
 from concurrent.futures import Future
 from threading import Event
@@ -82,6 +83,8 @@ def any_settings(rng):
             {"guidance": 1.0},
             {"reuse": "dual", "refresh": 3},
             {"early_stop": False, "stop": ["am", "Par"]},
+            {"remask": "rescale", "remask_share": 0.5, "temperature": 1.0, "block_size": 4},
+            {"edit_threshold": 0.6, "temperature": 1.0, "block_size": 4},
         ]
     )
     return settings(**changes, seed=rng.randrange(100), max_new_tokens=rng.choice([4, 9, 16, 24]))
@@ -90,14 +93,14 @@ def any_settings(rng):
 PROMPTS = [*(prompt for prompt, _ in LEARNT), "Hello", "I am a toy. You", "one two"]
 
 
-def check_streamed(events, text):
+def check_streamed(events, text, revises=False):
     """Snapshots end with the text, and what they said before was never taken back."""
     said = ""
     for step, event in enumerate(events[:-1], 1):
         assert isinstance(event, Snapshot) and event.step == step
         assert event.text.startswith(said) and text.startswith(event.text)
         assert all((piece is None) == (c == 0) for piece, c in zip(event.pieces, event.confidence, strict=True))
-        assert event.revealed, "every pass reveals something"
+        assert event.revealed or revises, "a pass that takes nothing back reveals something"
         said = event.text
 
 
@@ -132,7 +135,8 @@ def test_many_mixed_requests_at_once_give_what_each_gives_alone(model, engine):
                 assert (found.text, found.passes, found.ids) == (alone.text, alone.passes, alone.ids)
                 assert found.tokens == alone.tokens
                 if len(said.events[index]) > 1:
-                    check_streamed(said.events[index], found.text)
+                    revises = options.remask != "none" or options.edit_threshold is not None
+                    check_streamed(said.events[index], found.text, revises)
     stats = engine.stats()
     assert stats.finished == 32 and stats.queued == stats.running == stats.failed == 0
 
@@ -147,6 +151,25 @@ def test_a_stream_never_shows_a_part_of_an_end(model, engine):
             assert result.text == (answer.split(stop[0])[0].rstrip() if stop else answer)
             check_streamed(said.events[0], result.text)
             assert result.reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"remask": "cap", "remask_share": 0.6, "steps": 40}, {"edit_threshold": 0.3, "edit_passes": 5}]
+)
+def test_a_token_that_may_be_taken_back_is_not_sent(model, engine, changes):
+    taken_back = 0
+    for seed in range(8):
+        options = settings(**changes, block_size=4, temperature=1.5, seed=seed, early_stop=False)
+        said = Answers()
+        engine.answer("Hello", options, on_event=said, snapshots=True)
+        (result,) = said.results()
+        assert result.text == model.generate(["Hello"], options)[0]
+        check_streamed(said.events[0], result.text, revises=True)
+        shown = [event.ids for event in said.events[0][:-1]]
+        mask = model.backbone.mask_id
+        for before, after in itertools.pairwise(shown):
+            taken_back += any(old not in (mask, new) for old, new in zip(before, after, strict=True))
+    assert taken_back > 0
 
 
 def test_a_full_canvas_is_a_length_and_an_end_is_a_stop(engine):
