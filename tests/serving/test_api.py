@@ -127,6 +127,9 @@ def test_holes_are_filled_and_the_rest_stays(url, taught):
     said = ask(url, "/v1/infill", {"model": "toy", "text": "Who [MASK] you?"})
     assert said.json["choices"][0]["text"] == taught.infill(["Who [MASK] you?"])[0]
     assert ask(url, "/v1/infill", {"model": "toy", "text": "Who are you?"}).status == 400
+    # the passes are those of the holes, whatever the length of an answer would be
+    holes = {"model": "toy", "text": "Who [MASK] you?", "steps": 1, "block_size": 4}
+    assert ask(url, "/v1/infill", holes).json["dllm"]["passes"] == 1
 
 
 def test_a_model_that_does_not_edit_says_so(url):
