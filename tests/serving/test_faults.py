@@ -192,11 +192,13 @@ def test_the_metrics_count_what_happened(taught):
         for path, body in GOOD[:3]:
             assert ask(server.url, path, body).status == 200
         ask(server.url, "/v1/no/such/path")
+        ask(server.url, "/v1/models/toy")
         lines = dict(
             line.rsplit(" ", 1) for line in ask(server.url, "/metrics").text.splitlines() if not line.startswith("#")
         )
         assert lines['dllm_http_requests_total{path="/v1/chat/completions",status="200"}'] == "2.0"
         assert lines['dllm_http_requests_total{path="other",status="404"}'] == "1.0"
+        assert lines['dllm_http_requests_total{path="/v1/models/{id}",status="200"}'] == "1.0"
         assert lines['dllm_requests_total{model="toy",outcome="finished"}'] == "4.0"
         assert lines['dllm_queued_requests{model="toy"}'] == "0.0"
         assert float(lines['dllm_text_seconds_count{model="toy"}']) == 4
