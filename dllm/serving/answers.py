@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -127,6 +128,7 @@ class Stream:
             try:
                 async for data in self._events():
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await asyncio.sleep(0)  # many events may wait: others have their turns between them
             except Gone:
                 return
             await send({"type": "http.response.body", "body": b"", "more_body": False})

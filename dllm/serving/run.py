@@ -47,7 +47,8 @@ def run_server(server: Server, made: socket.socket, *, grace: float, ready: Call
 
     grace: most seconds for what was begun; ready: called when requests are answered.
     """
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for name in ("asyncio", "uvicorn.error"):  # which warn of every client that goes away or sends no HTTP
+        logging.getLogger(name).setLevel(logging.ERROR)
     config = uvicorn.Config(
         server.app,
         http=Connection,

@@ -79,7 +79,7 @@ class Clients:
     """What asks, and what came of it."""
 
     def __init__(self, url: str, good: list):
-        self.url, self.good = url, good
+        self.url, self.cases = url, good
         self.counts: Counter[str] = Counter()
         self.seconds: list[float] = []
         self.wrong: list[str] = []
@@ -99,7 +99,7 @@ class Clients:
         except (OSError, AssertionError, ValueError, KeyError, IndexError) as error:
             self.note("broken", f"{kind[number % 10]} {number}: {type(error).__name__}: {error}")
 
-    def good_(self, path: str, body: dict, expected: object) -> None:
+    def _asked(self, path: str, body: dict, expected: object) -> None:
         begin = time.monotonic()
         answer = ask(self.url, path, body)
         with self.lock:
@@ -114,11 +114,11 @@ class Clients:
 
     def good(self, draw: random.Random) -> None:
         """Ask for one of the cases."""
-        self.good_(*draw.choice(self.good))
+        self._asked(*draw.choice(self.cases))
 
     def vanish(self, draw: random.Random) -> None:
         """Go away, before or in the middle of an answer."""
-        body = draw.choice(self.good[:8])[1] | {"n": 8, "stream": draw.random() < 0.7}
+        body = draw.choice(self.cases[:8])[1] | {"n": 8, "stream": draw.random() < 0.7}
         with self._connection() as made:
             made.sendall(_posted(json.dumps(body).encode()))
             if draw.random() < 0.6:
@@ -142,7 +142,7 @@ class Clients:
 
     def half(self, draw: random.Random) -> None:
         """Send half a JSON as if it were whole."""
-        whole = json.dumps(draw.choice(self.good)[1])
+        whole = json.dumps(draw.choice(self.cases)[1])
         self._refused(ask(self.url, CHAT, whole[: draw.randrange(1, len(whole))]))
 
     def mutant(self, draw: random.Random) -> None:
@@ -180,13 +180,15 @@ def soak(requests: int, seconds: float, workers: int) -> dict:
         good = cases(dllm.load(checkpoint, device="cpu"))
         with process(str(checkpoint), "--port", "0", "--device", "cpu") as (server, url):
             clients, sizes = Clients(url, good), []
-            begin = time.monotonic()
+            begin, asked = time.monotonic(), []
             with ThreadPoolExecutor(workers) as pool:
                 for number in range(requests):
                     time.sleep(max(0.0, begin + number * seconds / requests - time.monotonic()))
-                    pool.submit(clients.one, number)
+                    asked.append(pool.submit(clients.one, number))
                     if number % max(1, requests // 30) == 0:
                         sizes.append(round(memory(server.pid), 1))
+            for client in asked:
+                client.result()
             time.sleep(1)
             taken = time.monotonic() - begin
             page = ask(url, "/metrics").text
