@@ -1,7 +1,7 @@
 """Takes the pictures of the page that `dllm serve` shows.
 
-    python docs/page.py                         of the laptop's two chat models; make report trains them
-    python docs/page.py MODEL OTHER             of two other ones
+    python docs/page.py                         chat-large answers, modernbert-large fills in; make report trains both
+    python docs/page.py MODEL OTHER             other models do
     python docs/page.py --address http://...    of a server that runs, with two models
 
 Writes docs/images/page*.webp. Needs Chromium and the packages of the tests. The questions are about the laptop's world.
@@ -30,8 +30,8 @@ LIMIT = 300_000
 """Bytes of all pictures together."""
 WIDE, NARROW = {"width": 1280, "height": 760}, {"width": 360, "height": 720}
 QUESTIONS = ("What do the people of Marwick make?", "And where is it?")
-TEXT = "Marwick lies in the east. Marwick is known for wool."
-STRETCH = ("lies in the east", "wool")
+TEXT = "The tarnix lives in the meadow. The tarnix eats roots."
+STRETCHES = ("lives in", "roots")
 """What is masked in TEXT."""
 
 
@@ -107,11 +107,9 @@ def replay(page: Any, which: int) -> None:
 
 
 def side_by_side(page: Any) -> None:
-    """Two models, the second with a rule that reveals several tokens in a pass."""
+    """Two rules, of which the second reveals several tokens in a pass."""
     page.click("header [data-opens-settings]")
     page.check("#two")
-    other = page.locator("#b-model option").nth(-1).get_attribute("value")
-    page.select_option("#b-model", other)
     page.select_option("#b-reveal_rule", "threshold")
     page.locator("#settings").evaluate("(part) => part.scrollTo(0, 0)")
     for question in QUESTIONS:
@@ -119,10 +117,13 @@ def side_by_side(page: Any) -> None:
 
 
 def fill_in(page: Any) -> None:
-    """Two stretches of a text, written anew."""
+    """Two stretches of a text, written anew by the second model."""
+    page.locator("#a-model").evaluate(
+        "(list) => { list.selectedIndex = 1; list.dispatchEvent(new Event('input', { bubbles: true })); }"
+    )
     page.click("#to-fill")
     page.fill("#fill-text", TEXT)
-    for stretch in STRETCH:
+    for stretch in STRETCHES:
         page.locator("#fill-text").evaluate(
             "(area, text) => area.setSelectionRange(area.value.indexOf(text), area.value.indexOf(text) + text.length)",
             stretch,
@@ -135,7 +136,7 @@ def fill_in(page: Any) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["chat-large", "chat-base"], metavar="MODEL")
+    parser.add_argument("models", nargs="*", default=["chat-large", "modernbert-large"], metavar="MODEL")
     parser.add_argument("--address", help="of a server that runs; default: start one")
     args = parser.parse_args(argv)
     if args.address:
