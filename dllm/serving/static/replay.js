@@ -116,12 +116,10 @@ export class Replay {
   #drawPass() {
     const { trace, state } = this.made;
     const index = Number(this.range.value);
-    const canvas = trace.at(index);
     const { end } = this;
-    const later = trace.last.pieces;
-    // what a finished answer never came to is no part of it
-    const length = state === "done" ? later.findLastIndex((piece) => piece !== null) + 1 : later.length;
-    this.#canvas().draw({ ...canvas, pieces: canvas.pieces.slice(0, length) }, { later, end });
+    const canvas = trace.at(index);
+    if (state === "done") canvas.pieces = canvas.pieces.slice(0, Math.max(end, trace.reach));
+    this.#canvas().draw(canvas, { later: trace.last.pieces, end });
     const words = revealedWords(canvas, end);
     const said = `Pass ${trace.steps[index].step} of ${trace.passes}: ${words ? `revealed ${words}` : "nothing revealed"}`;
     this.said.textContent = said;
