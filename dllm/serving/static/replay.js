@@ -1,6 +1,6 @@
 // A text that is denoised: drawn while it comes, then plain, with its confidences or as a replay. Answers and fills use it.
 
-import { Drawing, revealedWords } from "./drawing.js";
+import { Drawing, passWords } from "./drawing.js";
 import { counted, element, shown, write } from "./text.js";
 import { lengthOfText } from "./trace.js";
 
@@ -120,8 +120,8 @@ export class Replay {
     const canvas = trace.at(index);
     if (state === "done") canvas.pieces = canvas.pieces.slice(0, Math.max(end, trace.reach));
     this.#canvas().draw(canvas, { later: trace.last.pieces, end });
-    const words = revealedWords(canvas, end);
-    const said = `Pass ${trace.steps[index].step} of ${trace.passes}: ${words ? `revealed ${words}` : "nothing revealed"}`;
+    const words = passWords(canvas, trace.at(index - 1).pieces, end);
+    const said = `Pass ${trace.steps[index].step} of ${trace.passes}: ${words}`;
     this.said.textContent = said;
     this.range.setAttribute("aria-valuetext", said);
   }
