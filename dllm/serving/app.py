@@ -75,10 +75,11 @@ def make_server(
         Route("/v1/models/{id:path}", api.one_model),
         Route("/v1/score", api.score, methods=["POST"]),
     ]
-    paths = {route.path for route in routes}
+    paths = {route.path.replace(":path", "") for route in routes}
 
     def observe(scope: Scope, status: int, seconds: float) -> None:
-        path = scope["path"] if scope["path"] in paths else "other"
+        known = "/v1/models/{id}" if scope["path"].startswith("/v1/models/") else scope["path"]
+        path = known if known in paths else "other"
         api.metrics.answered(path, status, seconds)
 
     handlers: dict[Any, Any] = {ApiError: _said, HTTPException: _of_starlette, Exception: _unforeseen}

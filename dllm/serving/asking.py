@@ -103,7 +103,7 @@ def failure(error: Exception) -> Exception:
     if isinstance(error, Closed):
         return ApiError(503, "the server is shutting down; ask again when it is back", retry_after=5)
     if isinstance(error, TooLong):
-        return ApiError(504, f"{error}; ask for fewer tokens or steps".replace("\n", " "))
+        return ApiError(504, str(error))
     if isinstance(error, ValueError):
         return mistake(error)
     return error

@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
@@ -163,11 +164,15 @@ def _page() -> tuple[str, str]:
         {
             "name": f"{one.method.upper()} {one.path}",
             "anchor": one.path.strip("/").replace("/", "-"),
-            "summary": one.summary,
+            "summary": _marked_up(one.summary),
             "example": json.dumps(one.example, indent=2) if one.example else "",
             "path": one.path,
             "tables": [
-                {"title": title, "about": schemas[kind.__name__].get("description", ""), "rows": _rows(kind, schemas)}
+                {
+                    "title": title,
+                    "about": _marked_up(schemas[kind.__name__].get("description", "")),
+                    "rows": _rows(kind, schemas),
+                }
                 for title, kind in (("Takes", one.takes), ("Gives", one.gives), ("Streams chunks", one.streams))
                 if kind is not None
             ],
@@ -185,7 +190,7 @@ def _page() -> tuple[str, str]:
     return page.render(info=document["info"], sections=sections, style=style), policy
 
 
-def _rows(kind: type[BaseModel], schemas: dict[str, Any]) -> list[dict[str, str]]:
+def _rows(kind: type[BaseModel], schemas: dict[str, Any]) -> list[dict[str, Any]]:
     """Name, type, default and help of the fields of a schema."""
     schema = schemas[kind.__name__]
     required = schema.get("required", [])
@@ -193,11 +198,28 @@ def _rows(kind: type[BaseModel], schemas: dict[str, Any]) -> list[dict[str, str]
         {
             "name": name,
             "type": _type(field),
-            "default": "required" if name in required else json.dumps(field.get("default")),
-            "text": field.get("description", ""),
+            "default": "required" if name in required else _default(field.get("default")),
+            "text": _marked_up(field.get("description", "")),
         }
         for name, field in schema["properties"].items()
     ]
+
+
+def _default(value: Any) -> str:
+    """What a parameter is if it is left out; nothing where that is the model's own value, or none."""
+    return "" if value is None else json.dumps(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def _marked_up(text: str) -> Markup:
+    """A text whose words in backticks are code."""
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part)
+        for place, part in enumerate(text.split("`"))
+    )
 
 
 def _type(field: dict[str, Any]) -> str:
@@ -213,7 +235,7 @@ def _type(field: dict[str, Any]) -> str:
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}))}"
     signs = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
-    limits = [f"{word} {field[name]:g}" for name, word in signs.items() if name in field]
+    limits = [f"{word} {_number(field[name])}" for name, word in signs.items() if name in field]
     return " ".join([field.get("type", "anything"), *limits])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,18 +30,13 @@ class Served:
         settings = overlaid(self.defaults, changes)
         sidecar = self.model.backbone.sidecar
         blocks = trained_blocks(sidecar.get("algorithm"))
-        if "block_size" in changes and blocks == "none":
+        other = settings.block_size != self.defaults.block_size
+        if other and blocks == "none":
             raise ValueError(f"block_size = {settings.block_size}: this model has no blocks; leave it out")
-        if "block_size" in changes and blocks == "trained" and settings.block_size != self.defaults.block_size:
+        if other and blocks == "trained":
             raise ValueError(
                 f"block_size = {settings.block_size}: this model was trained in blocks of {self.defaults.block_size}; "
                 "leave it out"
-            )
-        count = math.ceil(settings.max_new_tokens / settings.block_size)
-        if settings.steps is not None and settings.steps < count:
-            raise ValueError(
-                f"steps = {settings.steps}: each of the {count} blocks of {settings.block_size} tokens needs a pass; "
-                f"take {count} steps at least, or larger blocks"
             )
         return settings
 

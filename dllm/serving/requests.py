@@ -102,6 +102,8 @@ class Row:
         shown = slice(self.begin, None)
         ids, hidden = tokens[shown], masked[shown]
         known = hidden.index(True) if True in hidden else len(hidden)
+        if self.settings.remask != "none" or self.settings.edit_threshold is not None:
+            known = min(known, _behind(hidden, self.settings.block_size))
         if known != self.known:
             # what was said stays: a row that begins anew after an error says it again
             self.known, self.said = known, max(self.said, self.text(ids[:known]), key=len)
@@ -114,6 +116,12 @@ class Row:
             revealed=tuple(place for place, new in enumerate(revealed) if new),
             text=self.said,
         )
+
+
+def _behind(hidden: Sequence[bool], block_size: int) -> int:
+    """How many tokens are in blocks behind the one that is denoised, where tokens are taken back or replaced."""
+    last = max((place for place, masked in enumerate(hidden) if not masked), default=0)
+    return last // block_size * block_size
 
 
 def pieces(ids: Sequence[int], masked: Sequence[bool], piece: Callable[[tuple[int, ...]], str]) -> Iterator[str | None]:

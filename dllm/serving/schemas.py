@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dllm.config import EditSampling, GenerateSettings, LikelihoodSettings, Settings
-from dllm.config.settings import LARGEST_SEED, MANY, EstimatorName, RevealRuleName
+from dllm.config.settings import LARGEST_SEED, MANY, EstimatorName, RemaskingName, RevealRuleName
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -119,6 +119,10 @@ class Sampling(Request):
     threshold: float | None = setting("threshold")
     factor: float | None = setting("factor")
     entropy_bound: float | None = setting("entropy_bound")
+    remask: RemaskingName | None = setting("remask")
+    remask_share: float | None = setting("remask_share")
+    edit_threshold: float | None = setting("edit_threshold")
+    edit_passes: int | None = setting("edit_passes")
     guidance: float | None = setting("guidance")
     reuse: Literal["none", "prefix", "dual"] | None = setting("reuse")
     refresh: int | None = setting("refresh")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dllm.config import GenerateSettings
+from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.serving import schemas
 from dllm.serving.documentation import ENDPOINTS
 from dllm.serving.events import Finished, Snapshot, TooLong
@@ -42,6 +42,25 @@ def test_every_setting_of_the_sampler_reaches_it(url, taught):
         said = chat(url, **drawn, **{length: 16})
         assert said.json["choices"][0]["message"]["content"] == taught.generate([TURNS], settings)[0]
         assert said.json["dllm"]["seed"] == 7
+
+
+def test_a_request_can_name_every_setting_of_the_sampler_but_those_of_the_server():
+    own = {"batch_size", "batch_tokens", "early_stop", "max_new_tokens"}
+    assert set(GenerateSettings.model_fields) - set(schemas.ChatRequest.model_fields) == own
+    assert set(LikelihoodSettings.model_fields) - set(schemas.ScoreRequest.model_fields) == {"batch_tokens", "rounds"}
+
+
+@pytest.mark.parametrize("revises", [{"remask": "cap", "remask_share": 0.5, "steps": 60}, {"edit_threshold": 0.1}])
+def test_a_stream_takes_nothing_back_where_tokens_are_revised(url, taught, revises):
+    drawn = {"temperature": 3.0, "block_size": 8, "max_tokens": 40} | revises
+    for seed in range(4):
+        found = [data for _, data in chunks(chat(url, stream=True, seed=seed, **drawn).text)]
+        text = "".join(c["delta"].get("content") or "" for d in found for c in d.get("choices", []))
+        settings = GenerateSettings(
+            max_new_tokens=40, seed=seed, **{name: value for name, value in drawn.items() if name != "max_tokens"}
+        )
+        assert text == taught.generate([TURNS], settings)[0]
+        assert not [d for d in found if "error" in d]
 
 
 def test_several_choices_are_those_of_the_next_seeds(url, taught):
@@ -94,8 +113,6 @@ def test_what_openais_clients_send_by_default_is_taken(url):
 def test_scores_are_those_of_nelbo(url, taught):
     texts = [" you", " Rome", " are you"]
     said = ask(url, "/v1/score", {"model": "toy", "prompt": "Who are", "continuations": texts, "budget": 8})
-    from dllm.config import LikelihoodSettings
-
     alone = taught.nelbo(["Who are"] * 3, texts, LikelihoodSettings(budget=8))
     assert [score["nats"] for score in said.json["data"]] == [score.nats for score in alone]
     assert [score["tokens"] for score in said.json["data"]] == [1, 1, 2]
@@ -110,6 +127,9 @@ def test_holes_are_filled_and_the_rest_stays(url, taught):
     said = ask(url, "/v1/infill", {"model": "toy", "text": "Who [MASK] you?"})
     assert said.json["choices"][0]["text"] == taught.infill(["Who [MASK] you?"])[0]
     assert ask(url, "/v1/infill", {"model": "toy", "text": "Who are you?"}).status == 400
+    # the passes are those of the holes, whatever the length of an answer would be
+    holes = {"model": "toy", "text": "Who [MASK] you?", "steps": 1, "block_size": 4}
+    assert ask(url, "/v1/infill", holes).json["dllm"]["passes"] == 1
 
 
 def test_a_model_that_does_not_edit_says_so(url):
@@ -299,4 +319,4 @@ def test_the_page_of_the_documentation_asks_nobody_for_anything(url):
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
     assert "<script" not in page.text and "src=" not in page.text
-    assert "https://" not in page.text
+    assert "https://" not in page.text and "`" not in page.text

@@ -125,6 +125,17 @@ def becomes(true, seconds: float = 20.0) -> bool:
 
 
 @pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_takes_too_long_is_ended_and_said_to_be(taught, stream):
+    with running([served(taught, engine=Engine(taught, name="toy", time_limit=0.2))]) as server:
+        body = {"model": "toy", "messages": TURNS, "n": 60, "temperature": 9.0, "max_tokens": 48, "block_size": 1}
+        said = ask(server.url, CHAT, body | {"stream": stream})
+        assert said.status == (200 if stream else 504)
+        error = json.loads(said.text.rstrip().split("data: ")[-1])["error"]
+        assert error["code"] == "time_limit" and error["type"] == "server_error"
+        assert becomes(lambda: not server.engine.stats().running)
+
+
+@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("reset", [True, False])
 def test_a_client_that_goes_away_frees_its_rows(taught, stream, reset):
     with running([served(taught)]) as server:
@@ -181,11 +192,13 @@ def test_the_metrics_count_what_happened(taught):
         for path, body in GOOD[:3]:
             assert ask(server.url, path, body).status == 200
         ask(server.url, "/v1/no/such/path")
+        ask(server.url, "/v1/models/toy")
         lines = dict(
             line.rsplit(" ", 1) for line in ask(server.url, "/metrics").text.splitlines() if not line.startswith("#")
         )
         assert lines['dllm_http_requests_total{path="/v1/chat/completions",status="200"}'] == "2.0"
         assert lines['dllm_http_requests_total{path="other",status="404"}'] == "1.0"
+        assert lines['dllm_http_requests_total{path="/v1/models/{id}",status="200"}'] == "1.0"
         assert lines['dllm_requests_total{model="toy",outcome="finished"}'] == "4.0"
         assert lines['dllm_queued_requests{model="toy"}'] == "0.0"
         assert float(lines['dllm_text_seconds_count{model="toy"}']) == 4

@@ -149,7 +149,7 @@ def test_what_cannot_be_served_is_one_line(checkpoint, tmp_path, capsys):
 def test_without_its_packages_it_says_how_to_get_them(checkpoint):
     code = (
         "import sys; sys.modules['starlette'] = None; from dllm.cli.main import main; "
-        f"sys.exit(main(['serve', {str(checkpoint)!r}]))"
+        f"assert main(['serve', '--help']) == 0; sys.exit(main(['serve', {str(checkpoint)!r}]))"
     )
     root = Path(__file__).parent.parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
