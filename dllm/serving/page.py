@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from dllm.choices import REVEAL_RULES
+from dllm.choices import REMASKING, REVEAL_RULES
 from dllm.config import GenerateSettings
 
 STATIC = Path(__file__).parent / "static"
@@ -50,11 +50,14 @@ FIELDS = {
     "threshold": "Threshold",
     "factor": "Factor",
     "entropy_bound": "Entropy bound",
+    "remask": "Mask again",
     "temperature": "Temperature",
     "top_p": "Top p",
     "seed": "Seed",
 }
 """The settings on the page, in its order, with their labels."""
+CHOICES = {"reveal_rule": tuple(REVEAL_RULES), "remask": ("none", *REMASKING)}
+"""Settings that are chosen from a list."""
 API_NAMES = {"max_new_tokens": "max_tokens"}
 """Settings that OpenAI's API calls otherwise."""
 
@@ -108,8 +111,8 @@ def _field(name: str, label: str) -> Field:
     text = (of_setting.description or "").replace("`", "")
     rule = name if name in REVEAL_RULES else ""
     known = (API_NAMES.get(name, name), label, text[:1].upper() + text[1:] + ".", rule)
-    if name == "reveal_rule":
-        return Field(*known, choices=tuple(REVEAL_RULES))
+    if name in CHOICES:
+        return Field(*known, choices=CHOICES[name])
     bounds = {
         name: getattr(part, name) for part in of_setting.metadata for name in ("ge", "gt", "le") if hasattr(part, name)
     }

@@ -181,6 +181,27 @@ def test_the_scrubber_shows_what_each_pass_revealed(page):
     assert page.is_hidden(".scrubber")
 
 
+def test_a_replay_says_what_a_pass_masks_again_or_changes(page):
+    said = page.evaluate(
+        """async () => {
+          const [{ Trace }, { passWords }] = [await import("/static/trace.js"), await import("/static/drawing.js")];
+          const trace = new Trace();
+          trace.add({ step: 1, pieces: ["on", null, " it"], confidence: [0.4, 0, 0.9], revealed: [0, 2] });
+          trace.add({ step: 2, pieces: [null, "sat", " it"], confidence: [0, 0.8, 0.9], revealed: [1] });
+          trace.add({ step: 3, pieces: ["cats", " sit", " it"], confidence: [0.7, 0.8, 0.9], revealed: [0] });
+          const copy = new Trace(JSON.parse(JSON.stringify(trace)));
+          const all = [0, 1, 2, 3];
+          return all.map((at) => passWords(copy.at(at), copy.at(at - 1).pieces, 3));
+        }"""
+    )
+    assert said == [
+        "nothing revealed",
+        "revealed “on” 40 %, “it” 90 %",
+        "revealed “sat” 80 %; masked “on” again",
+        "revealed “cats” 70 %; changed “sat” to “sit”",
+    ]
+
+
 def test_what_is_behind_the_end_of_an_answer_is_seen_to_be_so_while_it_comes(page, script):
     script.answer, script.per_pass, script.hold_after = (lambda question: "one"), 3, 1  # all but the last end
     ask(page, QUESTION, state="running")
@@ -375,9 +396,14 @@ def test_a_model_answers_on_the_page_as_to_programs(chromium, url, taught):
 def test_every_setting_of_the_form_is_one_that_the_server_takes(chromium, url):
     page, wrong = opened(chromium, url)
     for rule in ("threshold", "factor", "entropy_bound"):
-        names = {field.name for field in form_fields() if field.rule in ("", rule)} - {"reveal_rule", rule}
+        names = {field.name for field in form_fields() if field.rule in ("", rule)} - {"reveal_rule", "remask", rule}
         values = {"max_tokens": 16, "steps": 8, "block_size": 8, "seed": 5} | {rule: 0.5}
-        choose(page, a__reveal_rule=rule, **{f"a__{name}": values.get(name, 1) for name in names | {rule}})
+        choose(
+            page,
+            a__reveal_rule=rule,
+            a__remask="none",
+            **{f"a__{name}": values.get(name, 1) for name in names | {rule}},
+        )
         ask(page, "Who are you?")
     assert all("seed 5" in text for text in texts(page, ".figures"))
     page.context.close()

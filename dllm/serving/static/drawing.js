@@ -56,11 +56,23 @@ function makeToken(text, look, title) {
 
 const named = (piece) => (piece.trim() ? `“${shown(piece.trim())}”` : piece.includes("\n") ? "a line break" : "a space");
 
-/** What a pass revealed, in words: “lives” 98 %, “in” 76 %. */
-export function revealedWords({ pieces, confidence, revealed }, end = Infinity) {
-  return revealed
-    .filter((at) => pieces[at] !== null && pieces[at] !== undefined)
-    .map((at) => (at >= end ? "the end" : `${named(pieces[at])} ${percent(confidence[at])}`.trim()))
-    .filter((word, at, all) => word !== "the end" || all.indexOf(word) === at)
-    .join(", ");
+/**
+ * What a pass did, in words: revealed “lives” 98 %, “in” 76 %; masked “on” again; changed “a” to “the”. `before`: the
+ * canvas that it got.
+ */
+export function passWords({ pieces, confidence, revealed }, before, end) {
+  const there = (canvas, at) => typeof canvas[at] === "string";
+  const fresh = revealed.filter((at) => there(pieces, at));
+  const words = fresh.map((at) => (at >= end ? "the end" : `${named(pieces[at])} ${percent(confidence[at])}`.trim()));
+  const known = pieces.map((_, at) => at).filter((at) => at < end && there(before, at) && !revealed.includes(at));
+  const again = known.filter((at) => pieces[at] === null).map((at) => named(before[at]));
+  const changed = known
+    .filter((at) => there(pieces, at) && pieces[at].trim() !== before[at].trim())
+    .map((at) => `${named(before[at])} to ${named(pieces[at])}`);
+  const done = [
+    words.length && `revealed ${[...new Set(words)].join(", ")}`,
+    again.length && `masked ${again.join(", ")} again`,
+    changed.length && `changed ${changed.join(", ")}`,
+  ];
+  return done.filter(Boolean).join("; ") || "nothing revealed";
 }

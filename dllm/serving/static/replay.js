@@ -1,6 +1,6 @@
 // A text that is denoised: drawn while it comes, then plain, with its confidences or as a replay. Answers and fills use it.
 
-import { Drawing, revealedWords } from "./drawing.js";
+import { Drawing, passWords } from "./drawing.js";
 import { counted, element, shown, write } from "./text.js";
 import { lengthOfText } from "./trace.js";
 
@@ -116,14 +116,12 @@ export class Replay {
   #drawPass() {
     const { trace, state } = this.made;
     const index = Number(this.range.value);
-    const canvas = trace.at(index);
     const { end } = this;
-    const later = trace.last.pieces;
-    // what a finished answer never came to is no part of it
-    const length = state === "done" ? later.findLastIndex((piece) => piece !== null) + 1 : later.length;
-    this.#canvas().draw({ ...canvas, pieces: canvas.pieces.slice(0, length) }, { later, end });
-    const words = revealedWords(canvas, end);
-    const said = `Pass ${trace.steps[index].step} of ${trace.passes}: ${words ? `revealed ${words}` : "nothing revealed"}`;
+    const canvas = trace.at(index);
+    if (state === "done") canvas.pieces = canvas.pieces.slice(0, Math.max(end, trace.reach));
+    this.#canvas().draw(canvas, { later: trace.last.pieces, end });
+    const words = passWords(canvas, trace.at(index - 1).pieces, end);
+    const said = `Pass ${trace.steps[index].step} of ${trace.passes}: ${words}`;
     this.said.textContent = said;
     this.range.setAttribute("aria-valuetext", said);
   }

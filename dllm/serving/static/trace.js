@@ -45,6 +45,11 @@ export class Trace {
     return { ...this.seen, revealed: this.steps.at(-1)?.revealed ?? [] };
   }
 
+  /** How far the passes before the last one came; a row that ends is filled up by its last one. */
+  get reach() {
+    return this.at(this.steps.length - 2).pieces.findLastIndex((piece) => piece !== null) + 1;
+  }
+
   /** The canvas after the changes of steps 0 to `index`. */
   at(index) {
     const canvas = { pieces: [], confidence: [] };
