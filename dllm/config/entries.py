@@ -75,9 +75,7 @@ class ModelEntry(Pinned):
         None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
     )
     seed: int = option(0, "seed of a new model's weights", ge=0, le=LARGEST_SEED)
-    tokenizer: str | None = option(
-        None, "dataset or model that brings the tokenizer of a new model; or another model whose tokenizer is the same"
-    )
+    tokenizer: str | None = option(None, "dataset or model that brings a new model's; or a model with the same one")
     family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
     prediction: Literal["in_place", "next"] = option("in_place", "whether position i scores token i or token i + 1")
     mask_token: str = option(

@@ -69,7 +69,7 @@ def kind_of_part(part: DataPart, rows: FileRows) -> tuple[str, str]:
     """
     if part.entry.kind != "auto":
         return part.entry.kind, ""
-    kind, said = recognised((rows[i] for i in range(min(SEEN, len(rows)))), part.name)
+    kind, said = recognised(rows.beginnings(SEEN), part.name)
     return ("text" if kind == "text" else "auto"), said
 
 

@@ -12,7 +12,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ class FileRows(Sequence[Row]):
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def beginnings(self, number: int) -> Iterator[Row]:
+        """The first rows of every file, about so many together: files may be of different kinds."""
+        share = max(1, number // max(1, len(self.paths)))
+        for start, end in pairwise([0, *self._ends]):
+            yield from (self[i] for i in range(start, min(end, start + share)))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_file": -1, "_rows": []}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dllm.config import DataPart, DatasetEntry
-from dllm.data.convert import messages_of, read_rows, split_rows, text_of
+from dllm.data.convert import kind_of_part, messages_of, read_rows, split_rows, text_of
 
 QUESTION, ANSWER = {"role": "user", "content": "who ?"}, {"role": "assistant", "content": "the cat"}
 SYSTEM = {"role": "system", "content": ""}
@@ -147,3 +147,16 @@ def test_files_of_ones_own_hold_out_eight_rows_at_least_where_there_are_twice_as
     for size, held_out in ((40, 8), (1000, 50), (10, 5), (3, 1)):
         write_rows(tmp_path / "files" / "a.jsonl", [{"text": str(i)} for i in range(size)])
         assert len(split_rows(part_of(tmp_path, world=None, files=["a.jsonl"]))[1]) == held_out
+
+
+def test_what_files_hold_is_told_of_each_of_them_however_long_the_first_is(tmp_path):
+    (tmp_path / "files").mkdir()
+    kinds = {"a": {"instruction": "a", "input": "", "output": "b"}, "b": {"question": "a", "answer": "b"}}
+    for name, row in kinds.items():
+        (tmp_path / f"files/{name}.jsonl").write_text((json.dumps(row) + "\n") * 300)
+    part = DataPart(name="mine", path=str(tmp_path), entry=DatasetEntry(files=["x"]))
+    kind, said = kind_of_part(part, read_rows(part, "train"))
+    assert kind == "auto" and "(Alpaca)" in said and "prompts and responses" in said
+    (tmp_path / "files/c.txt").write_text("a text\n")
+    with pytest.raises(ValueError, match="mine: holds both texts and conversations; make two datasets of them"):
+        kind_of_part(part, read_rows(part, "train"))
