@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dllm import config
-from dllm.cli.main import VERBS, verb_parser
+from dllm.cli.main import VERBS, verb_module, verb_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "results" / "README.md"])
@@ -118,8 +118,19 @@ def test_every_verb_and_option_of_dllm_that_a_page_names_exists(page):
             if verb.startswith("-"):
                 continue
             assert verb in VERBS, command
-            known = verb_parser(verb, importlib.import_module(f"dllm.cli.{verb}"))._option_string_actions
+            known = options_of(verb)
             assert {word for word in words if word.startswith("--")} <= {*known}, command
+
+
+@cache
+def options_of(verb: str) -> set[str]:
+    """The options of a verb, and of the program that it passes them on to."""
+    module = verb_module(verb)
+    if not getattr(module, "PASSES_ON", False):
+        return {*verb_parser(verb, module)._option_string_actions}
+    from lm_eval._cli.harness import HarnessCLI
+
+    return {*HarnessCLI()._subparsers.choices["run"]._option_string_actions}
 
 
 @each_page

@@ -26,6 +26,7 @@ VERBS = (
     "prepare",
     "train",
     "evaluate",
+    "lm-eval",
     "sample",
     "speed",
     "chat",
@@ -138,9 +139,14 @@ def verb_parser(verb: str, module: ModuleType) -> Parser:
     return parser
 
 
+def verb_module(verb: str) -> ModuleType:
+    """The module of a verb."""
+    return import_module(f"dllm.cli.{verb.replace('-', '_')}")
+
+
 def overview() -> str:
     """What `dllm --help` prints."""
-    verbs = "\n".join(f"  {verb:<10} {import_module(f'dllm.cli.{verb}').HELP}" for verb in VERBS)
+    verbs = "\n".join(f"  {verb:<10} {verb_module(verb).HELP}" for verb in VERBS)
     return (
         "usage: dllm VERB [ARGUMENT ...]\n\n"
         "Diffusion language models: train, sample, score, chat, and report about it.\n\n"
@@ -164,7 +170,9 @@ def _dispatch(words: list[str]) -> int:
         near = [RENAMED[verb]] if verb in RENAMED else near
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(VERBS)}."
         raise UsageError(f"{verb!r} is not {what} of dllm. {hint}")
-    module = import_module(f"dllm.cli.{verb}")
+    module = verb_module(verb)
+    if getattr(module, "PASSES_ON", False) and rest not in (["-h"], ["--help"]):
+        return module.run(argparse.Namespace(arguments=rest))
     try:
         args = verb_parser(verb, module).parse_args(rest)
     except SystemExit as end:  # argparse leaves this way after --help

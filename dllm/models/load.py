@@ -58,7 +58,7 @@ def load_backbone(
     edit heads. Raises ValueError, one line, for a missing or damaged checkpoint, a tokenizer without a mask token, and
     a model that turns out not to be bidirectional.
     """
-    directory = _local_directory(path_or_hub_id, revision)
+    directory = local_directory(path_or_hub_id, revision)
     sidecar = read_sidecar(directory)
     published = None if sidecar else family_of(directory)
     if published is not None:
@@ -236,7 +236,7 @@ def save_stand_in(entry: ModelEntry, tokenizer, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
