@@ -21,7 +21,6 @@ from dllm.config.entries import (
     ReportEntry,
     RunEntry,
     SampleEntry,
-    Shape,
     SpeedEntry,
 )
 from dllm.config.jobs import (
@@ -67,6 +66,7 @@ from dllm.config.settings import (
     option,
     overlaid,
 )
+from dllm.config.shape import Shape
 from dllm.config.sources import (
     DATA_FILES,
     WEIGHT_FILES,

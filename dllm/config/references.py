@@ -175,7 +175,7 @@ def _shown(project: Project) -> Iterator[Problem]:
         for curve in getattr(project.report, section):
             if curve.run not in project.runs:
                 yield _unknown(("report", section, "run"), curve.run, ("runs",), list(project.runs))
-    for section in ("systems", "starts"):
+    for section in ("systems", "starts", "leaderboard"):
         for name in getattr(project.report, section):
             if name not in project.evaluations:
                 yield _unknown(("report", section), name, ("evaluations",), list(project.evaluations))
@@ -193,6 +193,7 @@ def _shown(project: Project) -> Iterator[Problem]:
         (("report", "ablation"), starts),
         (("report", "systems"), project.report.systems),
         (("report", "starts"), project.report.starts),
+        (("report", "leaderboard"), project.report.leaderboard),
     ]
     for path, names in [*listed, (("reported",), labels)]:
         if twice := next((name for name in names if names.count(name) > 1), None):

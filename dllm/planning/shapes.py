@@ -40,6 +40,11 @@ def parameters(shape: Shape) -> Parameters:
     return COUNTS.get(shape.model_type, _llama)(shape)
 
 
+def active_parameters(shape: Shape) -> Parameters:
+    """Those that a token passes: of the experts, only the chosen ones."""
+    return parameters(shape if shape.experts is None else shape.model_copy(update={"experts": shape.active_experts}))
+
+
 def is_known(shape: Shape) -> bool:
     """Whether the count of this architecture is exact."""
     return shape.model_type in COUNTS
@@ -60,7 +65,7 @@ def forward_flops(shape: Shape, length: float, *, causal: bool = False) -> float
     local = shape.layers - wide
     attention = 4 * head_width(shape) * shape.heads
     positions = wide * seen + local * min(seen, shape.window or seen)
-    return 2 * parameters(shape).layers + attention * positions
+    return 2 * active_parameters(shape).layers + attention * positions
 
 
 def head_flops(shape: Shape) -> float:
@@ -139,6 +144,18 @@ def _llama(shape: Shape) -> Parameters:
     return Parameters(v * d, shape.layers * layer + d, v * d, v * d if shape.tied else 0)
 
 
+def _experts(shape: Shape) -> Parameters:
+    """A Llama whose feed-forward parts, after the dense ones, are experts with a router."""
+    d, sparse = shape.width, shape.layers - shape.dense_layers
+    queries, keys = head_width(shape) * shape.heads, head_width(shape) * (shape.kv_heads or shape.heads)
+    attention = 2 * d * queries + 2 * d * keys + 2 * head_width(shape) + 2 * d
+    chosen = (shape.experts or 0) * (3 * d * shape.expert_intermediate + d)
+    shared = shape.shared_experts * 3 * d * shape.expert_intermediate
+    layers = shape.layers * attention + shape.dense_layers * 3 * d * shape.intermediate + sparse * (chosen + shared) + d
+    head = shape.vocabulary * d
+    return Parameters(head, layers, head, head if shape.tied else 0)
+
+
 COUNTS: dict[str, Callable[[Shape], Parameters]] = {
     "bert": _bert,
     "roberta": _bert,
@@ -148,6 +165,8 @@ COUNTS: dict[str, Callable[[Shape], Parameters]] = {
     "mistral": _llama,
     "qwen2": _llama,
     "qwen3": _llama,
+    "qwen3_moe": _experts,
+    "glm4_moe": _experts,
 }
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dllm.config import ModelEntry, Shape, load_project
 from dllm.planning.shapes import (
+    active_parameters,
     differences,
     forward_flops,
     head_flops,
@@ -46,6 +47,22 @@ def stock_config(shape: Shape):
         sizes["type_vocab_size"] = shape.token_types
     if shape.model_type == "modernbert":
         sizes |= {"local_attention": shape.window, "global_attn_every_n_layers": shape.global_every}
+    if shape.experts:
+        sizes |= {
+            "head_dim": shape.head_width,
+            "num_experts": shape.experts,
+            "num_local_experts": shape.experts,
+            "num_experts_per_tok": shape.active_experts,
+            "moe_intermediate_size": shape.expert_intermediate,
+            "num_key_value_heads": shape.kv_heads or shape.heads,
+        }
+    if shape.model_type == "glm4_moe":
+        sizes |= {
+            "n_routed_experts": shape.experts,
+            "n_shared_experts": shape.shared_experts,
+            "first_k_dense_replace": shape.dense_layers,
+            "use_qk_norm": True,
+        }
     return AutoConfig.for_model(shape.model_type, **common, **sizes)
 
 
@@ -69,6 +86,24 @@ def test_a_published_shape_has_the_parameters_of_its_class_and_of_the_entry(name
     assert is_known(entry.shape)
     assert total == counted(stock_model(entry.shape))
     assert total == pytest.approx(entry.parameters, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in PAPER.items() if entry.shape.experts])
+def test_a_token_passes_the_chosen_experts_alone(name):
+    """A model with as many experts as one token passes, all of them chosen, costs as much."""
+    shape = PAPER[name].shape
+    small = shape.model_copy(update={"experts": shape.active_experts})
+    assert active_parameters(shape) == parameters(small) and forward_flops(shape, 64) == forward_flops(small, 64)
+    assert active_parameters(shape).layers < parameters(shape).layers / 3
+    dense = PAPER["llada-8b-base"].shape
+    assert active_parameters(dense) == parameters(dense)
+
+
+def test_sizes_of_experts_are_stated_together():
+    shape = PAPER["llada2-mini"].shape.model_dump()
+    for wrong in ({"active_experts": 0}, {"expert_intermediate": 0}, {"active_experts": 257}, {"experts": None}):
+        with pytest.raises(ValueError, match="state all three or none"):
+            Shape.model_validate(shape | wrong)
 
 
 @pytest.mark.parametrize("name", LAPTOP)
