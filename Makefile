@@ -131,7 +131,7 @@ one-gpu: $(INSTALLED)
 
 unlock: $(INSTALLED)
 	@for configs in laptop.yaml "laptop.yaml config/systems.yaml" one-gpu.yaml "paper.yaml config/smoke.yaml" small.yaml \
-	    "small.yaml config/scaling.yaml" "small.yaml config/smoke.yaml"; do \
+	    "small.yaml config/scaling.yaml" "small.yaml config/smoke.yaml" leaderboard.yaml; do \
 	  $(BIN)/snakemake --unlock --quiet all --configfile config/$$configs; done
 
 clean:

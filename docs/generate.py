@@ -243,6 +243,30 @@ def scaling_plan() -> str:
     return _plan(_project("small", "scaling"))
 
 
+def leaderboard_plan() -> str:
+    """What config/leaderboard.yaml is predicted to cost where nothing is prepared yet."""
+    return _plan(_project("leaderboard"))
+
+
+def leaderboard_rows() -> str:
+    """The rows of config/leaderboard.yaml: what is scored, at which commit, how, and what that is planned to take."""
+    from dllm.planning.project import plan_project
+
+    project = _project("leaderboard")
+    jobs = plan_project(project, ROOT / "nowhere").jobs
+    head = "| row | model | scored by | GPU hours |\n|---|---|---|---:|\n"
+    lines = []
+    for row, entry in project.evaluations.items():
+        name = project.root_model(entry.checkpoint)
+        model = project.models[name]
+        made = f", trained here ({', '.join(project.stages(entry.checkpoint))})" if entry.checkpoint != name else ""
+        hours = sum(jobs["evaluate", f"{row}/{name}"].device_hours for name in project.benchmarks_of(entry))
+        how = "what it writes" if entry.chat_template else "likelihood"
+        how += ", autoregressive" if entry.kind == "hf" else ""
+        lines.append(f"| `{row}` | `{model.hub}` at `{model.revision[:8]}`{made} | {how} | {hours:.1f} |\n")
+    return head + "".join(lines).rstrip()
+
+
 def _real(name: str) -> Any:
     """A file of the run that is shown as the first one from real weights, as JSON or as text."""
     text = (ROOT / "results/real-weights" / name).read_text(encoding="utf-8")
@@ -433,6 +457,8 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "one-gpu plan": ("docs/reproduce.md", one_gpu_plan),
     "small plan": ("docs/small.md", small_plan),
     "scaling plan": ("docs/small.md", scaling_plan),
+    "leaderboard plan": ("docs/leaderboard.md", leaderboard_plan),
+    "leaderboard rows": ("docs/leaderboard.md", leaderboard_rows),
     "real data": ("docs/small.md", real_data),
     "real claims": ("docs/small.md", real_claims),
     "real answers": ("docs/small.md", real_answers),

@@ -231,7 +231,7 @@ def test_an_overlay_may_state_whole_sections_anew():
         assert "\n" not in str(fault.value)
 
 
-@pytest.mark.parametrize("overlays", [("laptop", "systems"), ("paper", "systems-paper")])
+@pytest.mark.parametrize("overlays", [("laptop", "systems"), ("paper", "systems-paper"), ("leaderboard",)])
 def test_the_systems_of_both_sizes_are_planned_whole(overlays):
     plan = make_plan(load_project(CONFIG, *(CONFIG / f"{name}.yaml" for name in overlays)))
     systems = {system.row: system for system in plan.report.systems}

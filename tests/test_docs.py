@@ -200,7 +200,15 @@ def test_the_part_for_the_results_is_marked():
 
 def shipped_projects():
     """Every shipped configuration, merged."""
-    for names in (["laptop"], ["paper"], ["one-gpu"], ["small"], ["laptop", "systems"], ["paper", "systems-paper"]):
+    for names in (
+        ["laptop"],
+        ["paper"],
+        ["one-gpu"],
+        ["small"],
+        ["laptop", "systems"],
+        ["paper", "systems-paper"],
+        ["leaderboard"],
+    ):
         yield config.load_project(ROOT / "config", *(ROOT / "config" / f"{name}.yaml" for name in names))
 
 

@@ -21,7 +21,15 @@ from dllm.report.rehearsal import rehearsal_page
 from workflow.plan import make_plan
 
 CONFIG = Path(__file__).parent.parent / "config"
-OVERLAYS = [("paper",), ("one-gpu",), ("small",), ("small", "scaling"), ("paper", "systems-paper"), ("laptop",)]
+OVERLAYS = [
+    ("paper",),
+    ("one-gpu",),
+    ("small",),
+    ("small", "scaling"),
+    ("paper", "systems-paper"),
+    ("laptop",),
+    ("leaderboard",),
+]
 OVERLAYS += [("laptop", "systems")]
 
 

@@ -7,6 +7,7 @@ setting reruns exactly what depends on it.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import sys
@@ -76,6 +77,23 @@ class Plan:
         for (row, benchmark), config in self.evaluations.items():
             write_when_changed(root / "evals" / row / f"{benchmark}.yaml", config)
         write_when_changed(root / "report.yaml", self.report)
+        if self.report.leaderboard:
+            planned = json.dumps(self.planned(), indent=1) + "\n"
+            place = root / "planned.json"
+            if not place.is_file() or place.read_text(encoding="utf-8") != planned:
+                write_atomically(place, planned)
+
+    def planned(self) -> dict[str, dict[str, Any]]:
+        """What the leaderboard says of cells that are not measured yet, and of the runs behind its rows."""
+        return {
+            name if rule == "evaluate" else f"{rule}/{name}": {
+                "hours": round(job.device_hours, 4),
+                "device": "GPU" if job.place.hardware.is_gpu else "core",
+                "gib": round(job.cost.device_gib or job.cost.host_gib, 2),
+            }
+            for (rule, name), job in self.costs.jobs.items()
+            if rule in ("evaluate", "train") and job.known
+        }
 
     @cached_property
     def costs(self) -> ProjectPlan:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "build tables, figures, claims or the report page from finished runs"
+HELP = "build tables, figures, claims, page or leaderboard from finished runs"
 EXAMPLES = """examples:
   dllm report tables configs/report.yaml
   dllm report page configs/report.yaml --workdir results/laptop
+  dllm report leaderboard results/leaderboard/configs/report.yaml --workdir results/leaderboard
+      the leaderboard of what is scored so far; empty cells say what they would take
 """
-PARTS = ("tables", "figures", "claims", "page")
+PARTS = ("tables", "figures", "claims", "page", "leaderboard")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +31,11 @@ def run(args: argparse.Namespace) -> int:
 
     plan = read_config(args.config, ReportPlan)
     workdir = Path(args.workdir)
+    report = workdir / "report"
     builder = getattr(import_module(f"dllm.report.{args.part}"), f"build_{args.part}")
-    target = {"claims": workdir / "claims.json", "page": workdir / "report"}.get(args.part, workdir / args.part)
+    target = {"claims": workdir / "claims.json", "page": report, "leaderboard": report}.get(
+        args.part, workdir / args.part
+    )
     for path in builder(workdir, plan, target):
         print(path)
     return 0

@@ -363,6 +363,7 @@ class ReportedEntry(Settings):
     label: str = option(..., "row head")
     source: str = option(..., "where it was published")
     note: str = option("", "what a reader should know of it")
+    by_name: bool = option(False, "shown only where a row compares with it", exclude=True)
     scores: dict[str, float | int] = option(..., "benchmark name to percent")
 
 

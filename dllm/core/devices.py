@@ -109,3 +109,11 @@ def known_device(name: str) -> torch.device:
     if device.type != "cpu" and (device.index or 0) >= count:
         raise ValueError(f"--device {name}: this machine does not have one; leave --device out")
     return device
+
+
+def peak_gib(device: str | torch.device) -> float | None:
+    """Most memory that this process's tensors took on an accelerator, in GiB; None where none of it was used."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)

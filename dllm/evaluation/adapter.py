@@ -321,7 +321,8 @@ class DiffusionAnswerer:
                 lost.append(n)
             for i, found, n in zip(rows, self._timed("answers", prompts, settings), lost, strict=True):
                 text = cut_at_stops(found.text, settings.stop)
-                answers[i] = {"answer": text, "passes": found.passes, **({"truncated": n} if n else {})}
+                cost = {"passes": found.passes, "tokens": found.tokens}
+                answers[i] = {"answer": text, **cost, **({"truncated": n} if n else {})}
         return answers
 
 

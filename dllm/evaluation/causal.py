@@ -67,13 +67,15 @@ class CausalAnswerer:
             ]
         # one pass per token and one for the end
         most = self.generation.max_new_tokens
+        tokens = [len(encode_text(self.tokenizer, text)) for text in found]
         return [
             {
                 "answer": text,
-                "passes": min(most, len(encode_text(self.tokenizer, text)) + 1),
+                "passes": min(most, length + 1),
+                "tokens": length,
                 **({"truncated": n} if n else {}),
             }
-            for text, n in zip(found, lost, strict=True)
+            for text, length, n in zip(found, tokens, lost, strict=True)
         ]
 
     def _lost(self, kind: str, request: Instance) -> int:

@@ -93,7 +93,9 @@ def evaluate_benchmark(
     result = _result(config, workdir, tasks, samples, documents, lm, programs)
     result["wall_seconds"] = round(time.monotonic() - started, 3)
     seconds = round(lm.store.seconds, 3)
-    result["provenance"] = collect(config_digest=digest(config), device=device, model_seconds=seconds)
+    peak = _peak_gib(device)
+    memory = {} if peak is None else {"peak_device_gib": peak}
+    result["provenance"] = collect(config_digest=digest(config), device=device, model_seconds=seconds, **memory)
     target = workdir / "evals" / config.run / config.benchmark
     lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
     write_atomically(target.with_name(f"{target.name}.samples.jsonl"), lines)
@@ -126,6 +128,12 @@ def _open_stored(
         progress=progress,
         may_compute=may_compute,
     )
+
+
+def _peak_gib(device: str) -> float | None:
+    from dllm.core.devices import peak_gib
+
+    return peak_gib(device)
 
 
 def _result(
@@ -337,18 +345,21 @@ def collect_documents(samples: dict[str, list[dict]], lm: StoredLM) -> list[dict
 def collect_cost(documents: list[dict[str, Any]], lm: StoredLM) -> dict[str, Any]:
     """What the answers took and how sure they are; without wall times, so that identical runs have identical records.
 
-    passes: forward rows in all, a row shared by several answers counted once; passes_per_document; estimators: answers
+    passes: forward rows in all, a row shared by several answers counted once; passes_per_document; tokens_written: of
+    answers that are texts; estimators: answers
     by the likelihood estimator they were scored with; standard_error_of_answers: the mean over those, in nats. Of raced
     questions also race: questions by the rounds that they took, and by metric those that ended undecided.
     """
     answers = [a for row in documents for a in lm.found[row["subtask"], row["doc_id"]]]
     passes = sum(row["passes"] for row in documents)
+    written = [answer["tokens"] for answer in answers if "tokens" in answer]
     races = [race for row in documents if (race := _race(lm.found[row["subtask"], row["doc_id"]]))]
     rounds, undecided = Counter(r["rounds"] for r in races), Counter(rule for r in races for rule in r["doubt"])
     errors = [answer["standard_error"] for answer in answers if answer.get("standard_error") is not None]
     return {
         "passes": passes,
         "passes_per_document": round(passes / len(documents), 6),
+        **({"tokens_written": sum(written)} if written else {}),
         "estimators": dict(sorted(Counter(a["estimator"] for a in answers if "estimator" in a).items())),
         "standard_error_of_answers": _mean(errors) if errors else None,
         **({"race": {"rounds": _by_name(rounds), "undecided": _by_name(undecided)}} if races else {}),

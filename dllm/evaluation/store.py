@@ -17,7 +17,7 @@ from dllm.config import digest
 
 Answer = dict[str, Any]
 """{"answer": text, [log-likelihood in nats, is_greedy], or log-likelihood; "standard_error", "estimator" of a
-likelihood; "rounds" and "doubt" of a raced one; "passes"; "truncated"}"""
+likelihood; "rounds" and "doubt" of a raced one; "passes"; "tokens" of a text; "truncated"}"""
 
 SECONDS = "model_seconds"
 """Key, among those of the answers of a chunk, of the wall time that the model took for them."""

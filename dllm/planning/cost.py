@@ -49,9 +49,6 @@ GPU_HOST_GIB = 5.0
 QLORA_BYTES = 0.52
 """Bytes of a weight in four bits, with its share of the doubly quantized scales (arXiv:2305.14314)."""
 
-CAUSAL_ROWS = 32
-"""Rows of a causal model that are scored together."""
-
 HEAD_ROWS = 4096
 """Positions whose logits are held at once while scoring."""
 
@@ -278,14 +275,15 @@ class Answers:
     length: float
 
 
-def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, causal: bool) -> Answers:
-    """Scored answers. A causal model takes one pass per answer, or per question where answers are one token long."""
+def likelihood_answers(size: BenchmarkSize, documents: int, scorer: Scorer, *, causal: bool, rows: int = 32) -> Answers:
+    """Scored answers. A causal model takes one pass per answer, or per question where answers are one token long; rows:
+    how many of it are scored together."""
     prompt, length = size.prompt_tokens, size.answer_tokens
     row = prompt + length
     passes: float
     if causal:
         passes = documents * (1 if length == 1 and size.one_prompt else size.choices)
-        return Answers(passes, passes * row, passes * row, passes / 32, row)
+        return Answers(passes, passes * row, passes * row, passes / rows, row)
     if scorer.special_tokens != "exact":
         length += 1  # SEP joins the answer
     passes = documents * question_passes(size.choices, length, size.one_prompt, scorer.likelihood)
@@ -352,7 +350,8 @@ def scoring(answers: Answers, shape: Shape, place: Place, *, precision: str = "f
     logits = min(HEAD_ROWS, answers.scored / max(1.0, answers.batches)) * shape.vocabulary * 4 * 3
     if causal:
         logits = batch_tokens * shape.vocabulary * (element + 4)
-        activations += CAUSAL_ROWS * answers.length * 2 * shape.layers * head_width(shape) * shape.heads * element
+        rows = answers.passes / answers.batches  # whose keys and values are kept
+        activations += rows * answers.length * 2 * shape.layers * head_width(shape) * shape.heads * element
     tensors = (weights + activations + logits) / GIB
     if hardware.is_gpu:
         host, device = GPU_HOST_GIB + 2 * weights / GIB, CUDA_GIB + tensors

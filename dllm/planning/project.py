@@ -336,7 +336,7 @@ class _Planner:
         size = size.model_copy(update={"prompt_tokens": min(size.prompt_tokens, room)})
         sampler = overlaid(benchmark.generation, entry.generation)
         if size.choices:
-            answers = likelihood_answers(size, documents, scorer, causal=causal)
+            answers = likelihood_answers(size, documents, scorer, causal=causal, rows=sampler.batch_size)
         else:
             hides = self._hides(entry.checkpoint, sampler.ahead)
             answers = generated_answers(size.prompt_tokens, documents, sampler, causal=causal, hides=hides)

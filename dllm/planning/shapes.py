@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.config import ModelEntry, Shape
+from dllm.families import FAMILIES
 
 TRAINING = 3
 """Forward and backward cost this many forwards: each matrix is used once forward and twice backward."""
@@ -184,6 +185,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "token_types": ("type_vocab_size",),
     "window": ("local_attention",),
     "tied": ("tie_word_embeddings", "weight_tying"),
+    "experts": ("num_experts", "n_routed_experts", "num_local_experts"),
+    "active_experts": ("num_experts_per_tok",),
+    "expert_intermediate": ("moe_intermediate_size",),
+    "shared_experts": ("n_shared_experts",),
+    "dense_layers": ("first_k_dense_replace",),
 }
 """Our name of a size: what configurations of transformers, and that of LLaDA, call it."""
 
@@ -198,6 +204,11 @@ STANDARD: dict[str, dict[str, Any]] = {
     "qwen2": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 32, "intermediate": 22016, "tied": False},
     "qwen3": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 32, "head_width": 128, "intermediate": 22016}
     | {"tied": False},
+    "qwen3_moe": {"layers": 24, "width": 2048, "heads": 32, "kv_heads": 4, "intermediate": 6144, "tied": False}
+    | {"experts": 128, "active_experts": 8, "expert_intermediate": 768},
+    "glm4_moe": {"layers": 46, "width": 4096, "heads": 96, "kv_heads": 8, "head_width": 128, "intermediate": 10944}
+    | {"tied": False, "experts": 128, "active_experts": 8, "expert_intermediate": 1408, "shared_experts": 1}
+    | {"dense_layers": 1},
 }
 """What the configuration classes of transformers take for a size that is not stated."""
 
@@ -205,14 +216,16 @@ STANDARD: dict[str, dict[str, Any]] = {
 def translated(config: dict[str, Any]) -> Shape:
     """The shape that a configuration of transformers (`config.json`, or `new` of an entry) states.
 
-    Sizes left out are those of its class. A vocabulary that is not stated is a guess.
+    A published family is read as its stock class. Sizes left out are those of the class. A vocabulary that is not
+    stated is a guess.
     """
+    config = _stock(config)
     kind = str(config.get("model_type", "unknown"))
     sizes: dict[str, Any] = {"layers": 12, "width": 768, "heads": 12, "positions": 2048, "model_type": kind}
     sizes |= STANDARD.get(kind, {})
     for ours, theirs in NAMES.items():
         stated = next((config[name] for name in theirs if config.get(name) is not None), None)
-        if stated is not None and (ours != "window" or kind == "modernbert"):
+        if stated is not None and _has(kind, ours):
             sizes[ours] = stated
     sizes.setdefault("intermediate", 4 * sizes["width"])
     sizes.setdefault("vocabulary", UNKNOWN_VOCABULARY)
@@ -221,14 +234,34 @@ def translated(config: dict[str, Any]) -> Shape:
         sizes["global_every"] = max(1, round(len(config["layer_types"]) / max(1, wide)))
     if kind == "modernbert" and config.get("global_attn_every_n_layers"):
         sizes["global_every"] = config["global_attn_every_n_layers"]
-    if kind not in ("bert", "roberta"):
-        sizes.pop("token_types", None)
+    if sizes.get("experts") and isinstance(sizes["experts"], int):
+        sizes["active_experts"] = min(sizes["active_experts"], sizes["experts"])
     return Shape.model_validate(sizes)
+
+
+def _stock(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the stock class that a published family is read as; any other as it is."""
+    first = next(iter(config.get("architectures") or []), None)
+    family = next((family for family in FAMILIES.values() if first in family.architectures), None)
+    if family is None:
+        return config
+    stated = {stock: config[name] for name, stock in family.settings.items() if config.get(name) is not None}
+    return family.fixed | stated | family.also(config) | {"model_type": family.stock}
+
+
+def _has(kind: str, size: str) -> bool:
+    """Whether a size means something of an architecture."""
+    only = {"window": ("modernbert",), "token_types": ("bert", "roberta")}
+    experts = ("experts", "active_experts", "expert_intermediate", "shared_experts", "dense_layers")
+    return kind in only.get(size, ("qwen3_moe", "glm4_moe") if size in experts else (kind,))
 
 
 def differences(stated: Shape, measured: Shape) -> list[str]:
     """Sizes that count for the plan and differ, as `layers = 12, not 24`."""
-    names = ("model_type", "layers", "width", "heads", "intermediate", "vocabulary", "positions", "window", "tied")
+    names = (
+        *("model_type", "layers", "width", "heads", "intermediate", "vocabulary", "positions", "window", "tied"),
+        *("experts", "active_experts", "expert_intermediate"),
+    )
     pairs = [(name, getattr(stated, name), getattr(measured, name)) for name in names]
     return [f"{name} = {ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from dllm.numbers import ABSENT, duration
@@ -16,10 +15,12 @@ from dllm.report.claims import claims_of
 from dllm.report.faults import FAULTS
 from dllm.report.film import Frame, frames
 from dllm.report.format import in_words, quantity
+from dllm.report.leaderboard import build_leaderboard
 from dllm.report.load import read_json, read_samples, read_text
 from dllm.report.plan import ReportPlan
 from dllm.report.shown import FIGURES
 from dllm.report.tables import Table, as_csv, as_markdown, make_tables, timed_tables
+from dllm.report.templating import environment, style_sheet
 from dllm.report.trace import trace
 
 VERDICT_SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
@@ -34,7 +35,8 @@ class Section(NamedTuple):
 
 
 def build_page(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
-    """Writes index.html, report.md, provenance.csv and the timed tables' csv to `out`. Returns the paths written.
+    """Writes index.html, report.md, provenance.csv, the timed tables' csv and leaderboard.html, if there is one, to
+    `out`. Returns the paths written.
 
     Reads the figures and claims.json of the work directory; raises ValueError for the first that is missing.
     """
@@ -52,7 +54,8 @@ def build_page(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
     }
     for name, text in written.items():
         (out / name).write_text(text, encoding="utf-8")
-    return tuple(out / name for name in written)
+    board = build_leaderboard(workdir, plan, out) if plan.leaderboard else ()
+    return (*(out / name for name in written), *board)
 
 
 def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
@@ -214,18 +217,3 @@ def _plain(value) -> str:
 
 def _short(digest, length: int = 12) -> str:
     return ABSENT if not isinstance(digest, str) else digest.removeprefix("sha256:")[:length]
-
-
-def style_sheet() -> str:
-    """The CSS of the pages."""
-    return (Path(__file__).parent / "templates" / "page.css").read_text(encoding="utf-8")
-
-
-def environment(*, html: bool = True, **filters) -> Environment:
-    """Where the templates of the report are, with some filters of their own; html: texts are escaped for HTML."""
-    made = Environment(
-        loader=PackageLoader("dllm.report"), autoescape=html, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    made.filters.update(filters)
-    return made

@@ -164,6 +164,40 @@ class System(_Entry):
         )
 
 
+class Ranked(_Entry):
+    """One row of the leaderboard."""
+
+    row: str
+    """Its row of `results`."""
+    label: str
+    kind: Literal["diffusion", "autoregressive"] = "diffusion"
+    algorithm: str = ""
+    """What it was trained with here; empty for a model that was fetched."""
+    chat: bool = True
+    """Whether it is asked in its chat template; else it is a base model, scored as it continues a text."""
+    parameters: int | None = None
+    stages: tuple[str, ...] = ()
+    """The runs that made it here; none for a model that was fetched."""
+    published_as: str = ""
+    """Label of the published row to compare with."""
+
+    @classmethod
+    def of(cls, project: Project, row: str) -> Ranked:
+        """The row of an evaluation that `report.leaderboard` names."""
+        entry = project.evaluations[row]
+        trained = project.runs.get(entry.checkpoint)
+        return cls(
+            row=row,
+            label=entry.label,
+            kind="autoregressive" if entry.kind == "hf" else "diffusion",
+            algorithm=trained.algorithm if trained else "",
+            chat=entry.chat_template,
+            parameters=project.models[project.root_model(entry.checkpoint)].parameters,
+            stages=tuple(project.stages(entry.checkpoint)),
+            published_as=project.reported[entry.compare].label if entry.compare else "",
+        )
+
+
 class DecisionRules(_Entry):
     """The margins behind the verdicts; the report states each where it is used."""
 
@@ -202,6 +236,10 @@ class ReportPlan(_Entry):
     """Rows of `results` that score one checkpoint with different likelihood estimators, shown side by side."""
     systems: tuple[System, ...] = ()
     """Systems that are compared with each other."""
+    leaderboard: tuple[Ranked, ...] = ()
+    """Models that are ranked, on a page of its own."""
+    missing: dict[str, str] = {}
+    """Models that the leaderboard names without scores, and why."""
     starts: tuple[Start, ...] = ()
     """The runs of these systems, if what they differ in is the weights they start from."""
     rules: DecisionRules = DecisionRules()
@@ -223,6 +261,8 @@ class ReportPlan(_Entry):
             speed=next(iter(project.speed), ""),
             estimators=estimators,
             systems=tuple(System.of(project, row) for row in compared),
+            leaderboard=tuple(Ranked.of(project, row) for row in shown.leaderboard),
+            missing=dict(shown.missing),
             starts=tuple(Start.of_row(project, row) for row in shown.starts),
         )
 
@@ -320,13 +360,14 @@ def _scored_benchmarks(project: Project) -> list[str]:
 
 
 def _reported(project: Project) -> tuple[ReportedEntry, ...]:
-    """The published rows, with the scores that have a column; without such a score only what a row compares with."""
+    """The published rows, with the scores that have a column; without such a score only what a row compares with, as of
+    those that are shown by name."""
     columns = _scored_benchmarks(project)
     named = {name for row in project.evaluations.values() for name in (row.compare, row.close_to)}
     rows = []
     for name, row in project.reported.items():
         scores = {benchmark: score for benchmark, score in row.scores.items() if benchmark in columns}
-        if scores or name in named:
+        if (scores and not row.by_name) or name in named:
             rows.append(row.model_copy(update={"scores": scores}))
     return tuple(rows)
 

@@ -9,7 +9,7 @@ from dllm.numbers import duration
 
 def rehearsal_page(outcome: Any) -> str:
     """The page as HTML, self-contained. outcome: a `dllm.planning.rehearsal.Outcome`."""
-    from dllm.report.page import environment, style_sheet
+    from dllm.report.templating import environment, style_sheet
 
     template = environment(duration=duration).get_template("rehearsal.html.jinja")
     return template.render(outcome=outcome, style=style_sheet())

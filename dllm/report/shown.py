@@ -47,6 +47,7 @@ TABLES: dict[str, TableRow] = {
     "reported": TableRow("dllm.report.tables:reported_table", lambda plan: plan.reported and plan.benchmarks),
     "systems": TableRow("dllm.report.tables:systems_table", lambda plan: plan.systems),
     "answers": TableRow("dllm.report.tables:answers_table", lambda plan: any(s.samples for s in plan.systems)),
+    "leaderboard": TableRow("dllm.report.leaderboard:leaderboard_table", lambda plan: plan.leaderboard),
     "claims": TableRow("dllm.report.tables:claims_table", lambda plan: plan.judges),
     "estimators": TableRow("dllm.report.timed:estimators_table", lambda plan: len(plan.estimators) > 1, timed=True),
     "systems-seconds": TableRow("dllm.report.timed:seconds_table", lambda plan: plan.systems, timed=True),

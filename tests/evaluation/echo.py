@@ -64,7 +64,9 @@ class EchoModel:
 
     def answers(self, prompts, settings):
         self._count(prompts)
-        return [SimpleNamespace(text=f"{self.tokenizer.decode(p[-2:])} STOP and more", passes=3) for p in prompts]
+        return [
+            SimpleNamespace(text=f"{self.tokenizer.decode(p[-2:])} STOP and more", passes=3, tokens=4) for p in prompts
+        ]
 
 
 def words_tokenizer():

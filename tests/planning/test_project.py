@@ -116,7 +116,7 @@ def test_a_model_without_a_shape_leaves_its_jobs_unplanned_and_says_so(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "new", [{"model_type": "qwen3_moe", "num_experts": 4}, {"model_type": "bert", "hidden_size": "x"}]
+    "new", [{"model_type": "mixtral", "num_local_experts": 4}, {"model_type": "bert", "hidden_size": "x"}]
 )
 def test_a_new_model_that_cannot_be_counted_is_a_warning_and_no_error(new, tmp_path):
     entry = {"runs": {"chat-large": {"init": "odd"}}, "models": {"odd": {"new": new, "tokenizer": "world"}}}

@@ -1,5 +1,6 @@
 """Parameters and FLOPs from sizes, against the classes of transformers and against torch's own counter."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ PAPER = load_project(ROOT / "config", ROOT / "config/paper.yaml").models
 PAPER = {name: entry for name, entry in PAPER.items() if entry.shape}
 LAPTOP = load_project(ROOT / "config", ROOT / "config/laptop.yaml").models
 LAPTOP = {name: entry for name, entry in LAPTOP.items() if entry.new}
+ENTRIES = {
+    **{"llada": "llada-8b-base", "llada_moe": "llada-moe-7b-instruct", "llada2": "llada2-mini"},
+    **{"dream": "dream-7b-base", "rnd1": "rnd1-base"},
+}
 each_published = pytest.mark.parametrize("name", PAPER)
 
 
@@ -97,6 +102,13 @@ def test_a_token_passes_the_chosen_experts_alone(name):
     assert active_parameters(shape).layers < parameters(shape).layers / 3
     dense = PAPER["llada-8b-base"].shape
     assert active_parameters(dense) == parameters(dense)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_config_of_a_published_family_states_the_shape_of_its_entry(name):
+    published = import_module(f"tests.models.published.{name}")
+    sizes, _ = next(iter(published.SIZES.values()))
+    assert differences(PAPER[ENTRIES[name]].shape, translated(published.CONFIG | sizes)) == []
 
 
 def test_sizes_of_experts_are_stated_together():

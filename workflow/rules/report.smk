@@ -90,6 +90,7 @@ rule page:
         "report/index.html",
         "report/report.md",
         "report/provenance.csv",
+        ["report/leaderboard.html"] if PLAN.report.leaderboard else [],
     log:
         "logs/page.log",
     resources:

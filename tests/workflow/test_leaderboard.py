@@ -1,0 +1,50 @@
+"""config/leaderboard.yaml: one cell is one target, every row is pinned and planned, and the page of it is open."""
+
+import json
+
+import pytest
+
+from dllm.cli.main import main
+from dllm.config import load_project
+from tests.workflow.conftest import ROOT, planned
+from workflow.plan import make_plan
+
+LEADERBOARD = ROOT / "config/leaderboard.yaml"
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(load_project(ROOT / "config", LEADERBOARD))
+
+
+def test_one_cell_is_one_target(tmp_path):
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(f"workdir: {tmp_path / 'work'}\n")
+    jobs = planned("evals/llada-8b-instruct/gsm8k.json", overlays=[LEADERBOARD, elsewhere])
+    found = [("download", "gsm8k-data"), ("download", "llada-8b-instruct"), ("evaluate", "llada-8b-instruct/gsm8k")]
+    assert [(rule, name) for rule, name, _ in jobs] == found
+
+
+def test_every_row_is_pinned_planned_and_asked_as_the_protocol_says(plan):
+    assert [row.row for row in plan.report.leaderboard] == list(plan.project.evaluations)
+    assert plan.costs.warnings == [] and all(job.known for job in plan.costs.jobs.values())
+    samplers = {}
+    for (row, name), config in plan.evaluations.items():
+        entry, benchmark = plan.project.evaluations[row], plan.project.benchmarks[name]
+        assert bool(benchmark.size.choices) == (not entry.chat_template), "base models by likelihood, chat by answers"
+        assert config.task_directory is None and config.data and config.seed == 1234, "stock tasks, pinned data"
+        changed = config.generation.model_dump(exclude={"batch_size"})
+        assert samplers.setdefault(name, (changed, config.shots)) == (changed, config.shots)
+    assert all(entry.hub is None or len(entry.revision) == 40 for entry in plan.project.models.values())
+
+
+def test_a_board_of_which_nothing_is_measured_says_what_each_cell_would_take(plan, tmp_path, capsys):
+    plan.write(tmp_path)
+    hours = json.loads((tmp_path / "configs/planned.json").read_text())
+    assert set(hours) == {f"{r}/{b}" for r, b in plan.evaluations} | {f"train/{run}" for run in plan.runs}
+    assert all(cost["hours"] > 0 and cost["device"] == "GPU" for cost in hours.values())
+    assert main(["report", "leaderboard", str(tmp_path / "configs/report.yaml"), "--workdir", str(tmp_path)]) == 0
+    page = (tmp_path / "report/leaderboard.html").read_text()
+    assert f"0 of {len(plan.evaluations)} scores are measured" in page
+    assert page.count('class="cost">planned: ') == len(plan.evaluations) and "published 79.2" in page
+    assert all(label in page for label in plan.report.missing)
