@@ -1,7 +1,8 @@
 """Published diffusion language models as stock classes of transformers: a config translation and a name map each.
 
-LLaDA is a Llama, Dream a Qwen2 that predicts one ahead, RND1 and LLaDA-MoE are Qwen3-MoEs, LLaDA2 is a GLM4-MoE; all
-attend in both directions. The code beside such checkpoints is never run. A new family is a `Family` here:
+LLaDA is a Llama, Dream a Qwen2 that predicts one ahead, RND1 and LLaDA-MoE are Qwen3-MoEs, LLaDA2 is a GLM4-MoE, SDAR a
+Qwen3, Fast-dLLM v2 a Qwen2 that predicts one ahead, Stable-DiffCoder a Llama; all attend in both directions, at least
+within their block. The code beside such checkpoints is never run. A new family is a `Family` here:
 
 | family | stock class | prediction | mask token | end | end of turn | attention |
 |---|---|---|---|---|---|---|
@@ -10,9 +11,13 @@ attend in both directions. The code beside such checkpoints is never run. A new 
 | LLaDA2 | glm4_moe | in place | `<|mask|>` 156895 | `<|endoftext|>` 156892 | `<|role_end|>` | blocks of 32 |
 | Dream | qwen2 | one ahead | `<|mask|>` 151666 | `<|endoftext|>` 151643 | `<|im_end|>` 151645 | full |
 | RND1 | qwen3_moe | one ahead | `<|mask|>` 151669 | `<|endoftext|>` 151643 | `<|im_end|>` 151645 | full |
+| SDAR | qwen3 | in place | `<|MASK|>` 151669 | `<|endoftext|>` 151643 | `<|im_end|>` 151645 | blocks of 4 |
+| Fast-dLLM v2 | qwen2 | one ahead | `|<MASK>|` 151665 | `<|endoftext|>` 151643 | `<|im_end|>` 151645 | blocks of 32 |
+| Stable-DiffCoder | llama | in place | `<[MASK_TOKEN]>` 5 | `<[end▁of▁sentence]>` 2 | the same | blocks of 4 |
 
 Sources: arXiv:2502.09992 (LLaDA), arXiv:2509.24389 (LLaDA-MoE), the LLaDA2.0 technical report and arXiv:2602.08676
-(LLaDA2), arXiv:2508.15487 (Dream), the RND1 report, and the config files beside the weights.
+(LLaDA2), arXiv:2508.15487 (Dream), the RND1 report, arXiv:2510.06303 (SDAR), arXiv:2509.26328 (Fast-dLLM v2), the Stable-DiffCoder
+report, and the config files and generation code beside the weights.
 """
 
 from __future__ import annotations
@@ -227,5 +232,52 @@ RND1 = Family(
     tokenizer="Qwen2Tokenizer",
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, LLADA_MOE, LLADA2, DREAM, RND1)}
+SDAR = Family(
+    name="SDAR",
+    architectures=("SDARForCausalLM",),
+    stock="qwen3",
+    settings=SIZES | {"head_dim": "head_dim"},
+    fixed={"tie_word_embeddings": False},
+    requires=PLAIN | {"block_size": 4},  # variants with larger blocks say so in their names
+    mask_token="<|MASK|>",
+    end_token="<|endoftext|>",
+    end_of_turn="<|im_end|>",
+    tokenizer="Qwen2Tokenizer",
+    algorithm="bd3lm",
+    block_size=4,
+)
+
+FAST_DLLM = Family(
+    name="Fast-dLLM v2",
+    architectures=("Fast_dLLM_QwenForCausalLM",),
+    stock="qwen2",
+    settings=SIZES,
+    fixed={"tie_word_embeddings": False},
+    requires={k: v for k, v in PLAIN.items() if k != "attention_bias"} | {"bd_size": 32},
+    prediction="next",  # the first token of a block, too, from the last of the block before
+    mask_token="|<MASK>|",
+    end_token="<|endoftext|>",
+    end_of_turn="<|im_end|>",
+    tokenizer="Qwen2Tokenizer",
+    algorithm="bd3lm",
+    block_size=32,
+)
+
+DIFFCODER = Family(
+    name="Stable-DiffCoder",
+    architectures=("StableDiffcoderForCausalLM",),
+    stock="llama",
+    settings=SIZES,
+    fixed={"tie_word_embeddings": False},
+    requires=PLAIN | {"mlp_bias": False},
+    mask_token="<[MASK_TOKEN]>",
+    end_token="<[end▁of▁sentence]>",
+    end_of_turn="<[end▁of▁sentence]>",
+    algorithm="bd3lm",
+    block_size=4,
+)
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLADA, LLADA_MOE, LLADA2, DREAM, RND1, SDAR, FAST_DLLM, DIFFCODER)
+}
 """The families by name."""

@@ -21,6 +21,9 @@ NAMES = {
     "LLaDA2": "model.layers.1.attention.query_key_value.weight",
     "Dream": "model.layers.1.self_attn.q_proj.bias",
     "RND1": "model.layers.1.self_attn.q_norm.weight",
+    "SDAR": "model.layers.1.self_attn.k_norm.weight",
+    "Fast-dLLM v2": "model.layers.1.self_attn.v_proj.bias",
+    "Stable-DiffCoder": "model.layers.1.mlp.up_proj.weight",
 }
 
 

@@ -15,17 +15,23 @@ from dllm.models.inferred import entry_settings, sidecar_settings
 from dllm.models.load import load_backbone
 from dllm.models.published import family_of, published_config, read_tensors, save_published, stock_config
 from dllm.models.tokenizers import check_messages, encode_chat, encode_text, load_tokenizer
-from tests.models.published import dream, llada, llada2, llada_moe, rnd1
+from tests.models.published import diffcoder, dream, fast_dllm, llada, llada2, llada_moe, rnd1, sdar
 from tests.models.published.pieces import block_causal, make_weights, save_byte_tokenizer, save_checkpoint
 from tests.plain_forward import hidden_states, logits_at
 
-ARCHITECTURES = {"LLaDA": llada, "LLaDA-MoE": llada_moe, "LLaDA2": llada2, "Dream": dream, "RND1": rnd1}
+ARCHITECTURES = {
+    **{"LLaDA": llada, "LLaDA-MoE": llada_moe, "LLaDA2": llada2, "Dream": dream, "RND1": rnd1},
+    **{"SDAR": sdar, "Fast-dLLM v2": fast_dllm, "Stable-DiffCoder": diffcoder},
+}
 CLASSES = {
     "LLaDA": "LlamaForCausalLM",
     "LLaDA-MoE": "Qwen3MoeForCausalLM",
     "LLaDA2": "Glm4MoeForCausalLM",
     "Dream": "Qwen2ForCausalLM",
     "RND1": "Qwen3MoeForCausalLM",
+    "SDAR": "Qwen3ForCausalLM",
+    "Fast-dLLM v2": "Qwen2ForCausalLM",
+    "Stable-DiffCoder": "LlamaForCausalLM",
 }
 NAMES = tuple(ARCHITECTURES)
 TEMPLATE = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
@@ -38,7 +44,8 @@ def save_tiny(directory, name):
     published = ARCHITECTURES[name]
     weights = make_weights(published.shapes(published.CONFIG))
     save_checkpoint(directory, published.CONFIG, weights)
-    save_byte_tokenizer(directory, published.TOKENS, kind=published.TOKENIZER, template=TEMPLATE)
+    end = FAMILIES[name].end_token
+    save_byte_tokenizer(directory, published.TOKENS, kind=published.TOKENIZER, template=TEMPLATE, end=end)
     return directory
 
 
@@ -95,16 +102,17 @@ def test_a_published_checkpoint_computes_what_its_architecture_says(saved, name)
     torch.testing.assert_close(found, expected, atol=SUM_ORDER, rtol=SUM_ORDER)
 
 
+@pytest.mark.parametrize(("name", "block"), [(n, f.block_size) for n, f in FAMILIES.items() if f.block_size])
 @torch.no_grad()
-def test_llada2_attends_block_by_block_where_it_is_told_to(saved):
-    backbone, weights = load_backbone(saved["LLaDA2"]), dict(read_tensors(saved["LLaDA2"]))
+def test_a_family_of_blocks_attends_block_by_block_where_it_is_told_to(saved, name, block):
+    published, backbone, weights = ARCHITECTURES[name], load_backbone(saved[name]), dict(read_tensors(saved[name]))
     tokens = rows(backbone.vocab_size, 10)
     allowed = block_causal(10, 4)
-    expected = llada2.logits(llada2.CONFIG, weights, tokens, allowed)
+    expected = published.logits(published.CONFIG, weights, tokens, allowed)
     found = backbone.model(tokens, attention_mask=allowed[None, None].expand(2, 1, -1, -1)).logits
     torch.testing.assert_close(found, expected, atol=SUM_ORDER, rtol=SUM_ORDER)
     assert (found - backbone.model(tokens).logits).abs().max() > 0.1
-    assert backbone.sidecar["algorithm"] == "bd3lm" and backbone.sidecar["block_size"] == 32
+    assert backbone.sidecar["algorithm"] == "bd3lm" and backbone.sidecar["block_size"] == block
 
 
 def test_the_bias_of_llada2s_router_chooses_experts_and_does_not_weigh_them():
@@ -184,7 +192,7 @@ def test_the_family_agrees_with_the_tokenizer_and_the_config(saved, name):
     family = family_of(saved[name])
     ids = {token: 256 + i for i, token in enumerate(published.TOKENS)}
     assert backbone.mask_id == published.MASK == ids.get(family.mask_token, 259)
-    assert backbone.eos_id == backbone.pad_id == ids["<|endoftext|>"] and family.end_of_turn in ids
+    assert backbone.eos_id == backbone.pad_id == ids[family.end_token] and family.end_of_turn in ids
     assert backbone.max_length == 96 and backbone.family == "decoder" and backbone.model.config.is_causal is False
 
 
@@ -229,7 +237,7 @@ def test_other_families_keep_their_own_template(saved):
     assert load_tokenizer(saved["Dream"], entry_of(saved["Dream"])).chat_template == TEMPLATE
 
 
-@pytest.mark.parametrize("name", ["LLaDA", "LLaDA-MoE", "Dream", "RND1"])
+@pytest.mark.parametrize("name", ["LLaDA", "LLaDA-MoE", "Dream", "RND1", "SDAR", "Fast-dLLM v2", "Stable-DiffCoder"])
 def test_a_published_checkpoint_samples_and_scores(saved, name):
     from dllm.config import GenerateSettings, LikelihoodSettings
 
@@ -274,6 +282,8 @@ def test_an_unknown_architecture_is_one_line_and_its_code_is_not_run(copy):
             "rope_scaling = {'type': 'yarn'} is not a Dream setting",
         ),
         ("RND1", {"num_experts": None}, "config.json: num_experts is missing; a RND1 needs it"),
+        ("SDAR", {"block_size": 16}, "block_size = 16 is not a SDAR setting that qwen3 can follow; allowed: 4"),
+        ("Fast-dLLM v2", {"bd_size": 8}, "bd_size = 8 is not a Fast-dLLM v2 setting"),
         ("LLaDA", {"d_model": "wide"}, "config.json"),
     ],
 )
@@ -367,7 +377,8 @@ def test_every_entry_of_the_configuration_agrees_with_its_family():
 
 
 @pytest.mark.parametrize("prompt", [3, 40])
-def test_llada2_samples_its_blocks_of_32_with_a_cache_as_its_architecture_says(saved, prompt):
+@pytest.mark.parametrize(("name", "block"), [(n, f.block_size) for n, f in FAMILIES.items() if f.block_size])
+def test_a_family_samples_its_blocks_with_a_cache_as_its_architecture_says(saved, name, block, prompt):
     """Blocks are counted from the row, so the first one holds the end of the prompt; against plain torch."""
     from dllm.config import GenerateSettings, LikelihoodSettings
     from dllm.core.canvas import canvas_for
@@ -375,7 +386,7 @@ def test_llada2_samples_its_blocks_of_32_with_a_cache_as_its_architecture_says(s
     from dllm.sampling.sampler import block_sampler
     from tests.samplers import no_cache
 
-    backbone = load(saved["LLaDA2"], device="cpu").backbone
+    published, backbone = ARCHITECTURES[name], load(saved[name], device="cpu").backbone
     given = torch.randint(256, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
     canvas = canvas_for([given], 40, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
     settings = GenerateSettings(block_size=7, steps=12, early_stop=False)  # a sampler's block size does not count here
@@ -383,11 +394,15 @@ def test_llada2_samples_its_blocks_of_32_with_a_cache_as_its_architecture_says(s
     with no_cache():
         (plain,) = block_sampler().complete(backbone, canvas, settings)
     assert cached.tokens == plain.tokens and cached.computed < 0.7 * plain.computed
-    weights, row = dict(read_tensors(saved["LLaDA2"])), [*given, *cached.tokens]
-    low = (len(row) - 1) // 32 * 32  # the bound of the last block, one token masked, by the published architecture
+    weights, row = dict(read_tensors(saved[name])), [*given, *cached.tokens]
+    row = row[: 32 * (len(row) // 32) + 2]  # its last block has two tokens, whatever the size of blocks
+    low = (
+        (len(row) - 1) // block * block
+    )  # the bound of the last block, one token masked, by the published architecture
     tokens, last = torch.tensor([row]), len(row) - 1
     tokens[0, last] = backbone.mask_id
-    logits = llada2.logits(llada2.CONFIG, weights, tokens, block_causal(len(row), 32))[0, last].double()
+    read = last - 1 if backbone.prediction == "next" else last
+    logits = published.logits(published.CONFIG, weights, tokens, block_causal(len(row), block))[0, read].double()
     logits[backbone.mask_id] = -torch.inf
     expected = -float(logits.log_softmax(-1)[row[last]])
     assert low < last

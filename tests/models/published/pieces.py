@@ -100,14 +100,16 @@ def save_checkpoint(directory: Path, config: dict, weights: Weights, *, shards: 
     return directory
 
 
-def save_byte_tokenizer(directory: Path, special: list[str], *, kind: str, template: str | None = None) -> None:
+def save_byte_tokenizer(
+    directory: Path, special: list[str], *, kind: str, template: str | None = None, end: str = "<|endoftext|>"
+) -> None:
     """A byte-level tokenizer in the published form: `fast` a tokenizer.json, `qwen2` vocab.json and merges.txt."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     settings = {
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "eos_token": end,
+        "pad_token": end,
         "chat_template": template,
         "added_tokens_decoder": {
             str(len(vocabulary) + i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
