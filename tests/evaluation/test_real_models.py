@@ -109,6 +109,7 @@ def test_a_record_says_what_the_answers_took_and_keeps_times_apart(models):
     assert again == result
     chains = evaluate_benchmark(evaluation("write", **settings("diffusion")), models)
     assert chains["estimators"] == {} and chains["standard_error_of_answers"] is None
+    assert 0 < chains["tokens_written"] <= 8 * chains["n"] and "tokens_written" not in result
 
 
 def test_a_rolling_likelihood_takes_the_blocks_of_its_settings(models):
