@@ -16,8 +16,8 @@ within their block. The code beside such checkpoints is never run. A new family 
 | Stable-DiffCoder | llama | in place | `<[MASK_TOKEN]>` 5 | `<[end▁of▁sentence]>` 2 | the same | blocks of 4 |
 
 Sources: arXiv:2502.09992 (LLaDA), arXiv:2509.24389 (LLaDA-MoE), the LLaDA2.0 technical report and arXiv:2602.08676
-(LLaDA2), arXiv:2508.15487 (Dream), the RND1 report, arXiv:2510.06303 (SDAR), arXiv:2509.26328 (Fast-dLLM v2), the Stable-DiffCoder
-report, and the config files and generation code beside the weights.
+(LLaDA2), arXiv:2508.15487 (Dream), the RND1 report, arXiv:2510.06303 (SDAR), arXiv:2509.26328 (Fast-dLLM v2), the
+Stable-DiffCoder report, and the config files and generation code beside the weights.
 """
 
 from __future__ import annotations
