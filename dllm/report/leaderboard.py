@@ -158,7 +158,8 @@ def board_content(workdir: Path, plan: ReportPlan, *, root: str) -> dict[str, An
     """What the page shows: columns, rows with their cells, sources, totals."""
     frame = board_frame(workdir, plan)
     planned = read_planned(workdir)
-    columns = [b for b in plan.benchmarks if b.name in set(frame["benchmark"])]
+    by_name = {benchmark.name: benchmark for benchmark in plan.benchmarks}
+    columns = [by_name[name] for name in dict.fromkeys(frame["benchmark"])]  # rows that are asked alike, side by side
     scales = {b.name: _scale(frame[frame["benchmark"] == b.name]) for b in columns}
     cells = {(line.row, line.benchmark): line for line in frame.itertuples()}
     sources = list(dict.fromkeys(source for source in frame["source"] if source))
@@ -180,6 +181,7 @@ def board_content(workdir: Path, plan: ReportPlan, *, root: str) -> dict[str, An
                 "training": sum(planned.get(f"train/{run}", {}).get("hours", 0) for run in row.stages),
             }
         )
+    compared = [plan.reported_row(name) for name in dict.fromkeys(row.published_as for row in plan.leaderboard)]
     measured = int(frame["value"].notna().sum())
     open_hours = [planned.get(f"{c.row}/{c.benchmark}", {}).get("hours", 0) for c in cells.values() if pd.isna(c.value)]
     return {
@@ -191,7 +193,7 @@ def board_content(workdir: Path, plan: ReportPlan, *, root: str) -> dict[str, An
         "cells": len(frame),
         "open_hours": _hours(sum(open_hours)),
         "unit": next((cost["device"] for cost in planned.values()), "GPU"),
-        "notes": [f"{entry.label}: {entry.note.rstrip('.')}." for entry in plan.reported if entry.note and sources],
+        "notes": [f"{entry.label}: {entry.note.rstrip('.')}." for entry in compared if entry and entry.note],
         "marks": MARKS_NOTE,
         "number": number,
         "hours": _hours,
@@ -249,7 +251,7 @@ def _cell(line: Any, scale: tuple[float, float], planned: dict, sources: list[st
         "marks": {name: at(getattr(line, name)) for name in ("value", "low", "high", "chance", "published")},
         "record": f"{root}/evals/{line.row}/{line.benchmark}.json",
         "samples": f"{root}/evals/{line.row}/{line.benchmark}.samples.jsonl",
-        "cost": f"{_hours(cost['hours'])} of a {cost['device']}" if cost else None,
+        "cost": _hours(cost["hours"]) if cost else None,
         "passes": number(line.passes),
         "seconds": duration(line.seconds),
     }

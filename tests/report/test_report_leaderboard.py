@@ -92,7 +92,7 @@ def test_the_page_is_whole_without_a_script_and_names_no_other_host(html):
     assert not re.findall(r"(?:https?:)?//[a-z]", html) and "default-src 'none'" in html
     body = html.split("<tbody>")[1].split("</tbody>")[0]
     assert body.count("<tr ") == 6 and body.count('class="score"') + 1 == len(board_plan().benchmarks) * 5 + 3
-    assert "planned: 12 h of a GPU" in body and "not scored" in body and 'id="controls" hidden' in html
+    assert "planned: 12 h<" in body and body.count('class="score none"') == 6 and 'id="controls" hidden' in html
     assert "LLaDA9 &lt;script&gt;" in html and "LLaDA9 <script>" not in html
 
 
@@ -216,6 +216,12 @@ def test_filters_go_together(shown):
     page.select_option("#kind", "diffusion")
     page.select_option("#asked", "base")
     assert len(names(page)) == 1
+    page.select_option("#asked", "")
+    page.fill("#find", "monte carlo")
+    heads = page.locator("#board thead th.score:visible .head").all_inner_texts()
+    assert heads == ["MMLU", "Winogrande", "HellaSwag"], "columns in which it is not scored are gone"
+    page.fill("#find", "")
+    assert page.locator("#board thead th.score:visible").count() == 9
     page.fill("#find", "nothing of this name")
     assert names(page) == [] and page.locator("#count").inner_text() == "0 of 6 models"
 

@@ -35,6 +35,12 @@
       row.hidden = !fits;
       shown += fits;
     }
+    // a column in which no shown row is scored is not shown either
+    heads.forEach((head, column) => {
+      if (!head.classList.contains("score")) return;
+      const empty = shown > 0 && rows.every((row) => row.hidden || row.cells[column].classList.contains("none"));
+      for (const row of [head.parentElement, ...rows]) row.cells[column].hidden = empty;
+    });
     by("count").textContent = shown === rows.length ? `${shown} models` : `${shown} of ${rows.length} models`;
   };
   by("controls").hidden = false;
