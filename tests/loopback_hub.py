@@ -1,12 +1,15 @@
 """A model hub on the loopback interface: serves `<root>/{models,datasets}/<owner>/<name>/` at one commit each.
 
 It knows what a pinned snapshot and a stream need: the repository at a revision with hashes, listings of folders,
-and its files, whole or in ranges. Faults are switched on by name of the file: `corrupt` changes its last bytes, `cut`
-closes the connection in the middle, `cut once` does so the first time. Every request is kept in `requests`.
+and its files, whole or in ranges. It also takes uploads from whoever has `token`: a new repository, a commit of small
+files and of large ones (LFS), a branch (served nowhere, its files are below `<root>/branches/<branch>/models/`).
+Faults are switched on by name of the file: `corrupt` changes its last bytes, `cut` closes the connection in the middle,
+`cut once` does so the first time. Every request is kept in `requests`.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -15,8 +18,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
 FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+WRITE = re.compile(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)")
+LFS = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch|[0-9a-f]{64})")
 BY_HASH = (".safetensors", ".parquet")
 """Large files, which a hub knows by SHA-256; the others by their git blob."""
 
@@ -31,6 +38,11 @@ class LoopbackHub:
     def __init__(self, root: Path):
         self.root, self.faults, self.gated, self.refused = Path(root), {}, set(), set()
         self.requests: list[tuple[str, str, str | None]] = []
+        self.token: str | None = None
+        self.commits: list[tuple[str, str, str]] = []
+        """(repository, branch, message) of every upload."""
+        self.private: dict[str, bool] = {}
+        self.large: dict[str, bytes] = {}
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -54,7 +66,7 @@ class LoopbackHub:
         if repository in self.refused:
             raise NotThere("BadToken")
         files = {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if p.is_file()}
-        if revision not in (None, _commit(files)):
+        if revision not in (None, "main", _commit(files)):
             raise NotThere("RevisionNotFound")
         return files
 
@@ -100,7 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         try:
-            if match := API.fullmatch(path):
+            if self._takes(path, body):
+                pass
+            elif match := API.fullmatch(path):
                 self._repository(*match.groups(), parse_qs(url.query), body)
             elif match := FILE.fullmatch(path):
                 self._file(*match.groups())
@@ -112,7 +126,72 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": told} | ({} if code == 401 else {"X-Error-Code": str(fault)})
             self._send(code, json.dumps({"error": told}).encode(), headers)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _takes(self, path: str, body: bytes) -> bool:
+        """Whether a request was part of an upload, which is then answered. Raises NotThere without the token."""
+        write, large = WRITE.fullmatch(path), LFS.fullmatch(path)
+        if not (write or large or path in ("/api/repos/create", "/api/validate-yaml")) or self.command == "GET":
+            return False
+        # storage is another server than the hub, which is asked without the token
+        if self.command != "PUT" and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            raise NotThere("BadToken")
+        if self.command == "PUT":
+            self.hub.large[large[2]] = body if hashlib.sha256(body).hexdigest() == large[2] else b""
+            self._json({})
+        elif large:
+            self._json(
+                {"transfer": "basic", "objects": [self._wanted(large[1], x) for x in json.loads(body)["objects"]]}
+            )
+        elif write:
+            self._write(*write.groups(), body)
+        elif path.endswith("create"):
+            self._create(json.loads(body))
+        else:
+            card = json.loads(body)["content"]
+            good = card.startswith("---\n") and isinstance(yaml.safe_load(card.split("---\n")[1]), dict)
+            self._json({"errors": [] if good else [{"message": "no metadata"}], "warnings": []}, 200 if good else 400)
+        return True
+
+    def _create(self, asked: dict) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        there = (self.hub.root / "models" / name).exists()
+        if not there:
+            (self.hub.root / "models" / name).mkdir(parents=True)
+            self.hub.private[name] = asked.get("visibility") == "private"
+        self._json({"url": f"{self.hub.url}/{name}"}, 409 if there else 200)
+
+    def _wanted(self, repository: str, thing: dict) -> dict:
+        href = f"{self.hub.url}/{repository}.git/info/lfs/objects/{thing['oid']}"
+        return thing | ({} if thing["oid"] in self.hub.large else {"actions": {"upload": {"href": href}}})
+
+    def _write(self, repository: str, verb: str, branch: str, body: bytes) -> None:
+        base = self.hub.root if branch == "main" else self.hub.root / "branches" / branch
+        place = base / "models" / repository
+        if not (self.hub.root / "models" / repository).exists():
+            raise NotThere("RepoNotFound")
+        if verb == "branch":
+            there = place.exists()
+            place.mkdir(parents=True, exist_ok=True)
+            return self._json({}, 409 if there else 200)
+        if not place.exists():
+            raise NotThere("RevisionNotFound")
+        if verb == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": n, "uploadMode": "lfs" if n.endswith(BY_HASH) else "regular"} for n in names]
+            blobs = {n: _blob(place / n) for n in names if (place / n).is_file() and not n.endswith(BY_HASH)}
+            return self._json({"files": [x | {"shouldIgnore": False, "oid": blobs.get(x["path"])} for x in modes]})
+        message = ""
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                message = value["summary"]
+                continue
+            content = self.hub.large[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
+            (place / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (place / value["path"]).write_bytes(content)
+        self.hub.commits.append((repository, branch, message))
+        self._json({"commitUrl": f"{self.hub.url}/{repository}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
     def _repository(self, kind, repository, view, revision, below, query, body) -> None:
         files = self.hub.files(kind, repository, revision)
@@ -130,8 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         }  # fmt: skip
         self._json(facts)
 
-    def _json(self, content) -> None:
-        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    def _json(self, content, code: int = 200) -> None:
+        self._send(code, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _file(self, kind: str | None, repository: str, revision: str, name: str) -> None:
         files = self.hub.files(kind or "models", repository, revision)

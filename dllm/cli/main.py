@@ -31,6 +31,8 @@ VERBS = (
     "chat",
     "serve",
     "report",
+    "export",
+    "push",
 )
 """Each is a module of this package, imported only when it is used."""
 
