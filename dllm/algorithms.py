@@ -153,6 +153,15 @@ _ROWS = (
         # responses find their own length: EOS to a boundary would be edits that mean nothing
         recipe_allows=_BY_TOKEN | _ALL_TIMES | {"response_end": ("one",)},
     ),
+    Algorithm(
+        "renoise",
+        "renoised canvases",
+        objective=None,
+        sampler="dllm.sampling.renoise:RenoisingSampler",
+        scorer=None,
+        instead="it is sampled with only: take benchmarks that generate",
+        blocks="trained",
+    ),
 )
 
 ALGORITHMS: dict[str, Algorithm] = {row.name: row for row in _ROWS}

@@ -1,7 +1,8 @@
 """Published diffusion language models as stock classes of transformers: a config translation and a name map each.
 
 LLaDA is a Llama, Dream a Qwen2 that predicts one ahead, RND1 and LLaDA-MoE are Qwen3-MoEs, LLaDA2 is a GLM4-MoE; all
-attend in both directions. The code beside such checkpoints is never run. A new family is a `Family` here:
+attend in both directions. The code beside such checkpoints is never run. DiffusionGemma is a class of transformers
+itself, with a loader of its own (`OWN_CLASS`). A new family is a `Family` here:
 
 | family | stock class | prediction | mask token | end | end of turn | attention |
 |---|---|---|---|---|---|---|
@@ -53,6 +54,8 @@ class Family:
     """Tokenizer class of transformers that reads its files."""
     template: str | None = None
     """Our chat template, where the published one cannot write a finished conversation; None: its own."""
+    loader: str | None = None
+    """What makes a backbone of a checkpoint whose class transformers has under the family's own name."""
 
     def sidecar(self) -> dict[str, Any]:
         """What training would have noted beside a checkpoint of this family."""
@@ -227,5 +230,22 @@ RND1 = Family(
     tokenizer="Qwen2Tokenizer",
 )
 
+DIFFUSION_GEMMA = Family(
+    name="DiffusionGemma",
+    architectures=("DiffusionGemmaForBlockDiffusion",),
+    stock="diffusion_gemma",
+    settings={},
+    mask_token="<mask>",  # of the tokenizer; the model was not trained with it
+    end_token="<eos>",
+    end_of_turn="<turn|>",
+    algorithm="renoise",
+    block_size=256,
+    tokenizer="GemmaTokenizer",
+    loader="dllm.models.diffusion_gemma:load",
+)
+
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLADA, LLADA_MOE, LLADA2, DREAM, RND1)}
 """The families by name."""
+
+OWN_CLASS: dict[str, Family] = {family.name: family for family in (DIFFUSION_GEMMA,)}
+"""Families whose class is one of transformers under their own name: nothing of a checkpoint is translated."""

@@ -68,9 +68,9 @@ def _unusable(part: DataPart, rows) -> str | None:
 def model_errors(project: Project, name: str, entry: ModelEntry, directory: Path) -> Iterator[str]:
     """Of a model whose files but for the weights are in a directory: what keeps it from what the project asks of it."""
     published, raw = family_of(directory), published_config(directory)
-    config = stock_config_of(directory, published)
+    config = stock_config_of(directory, published).get_text_config()
     known = set(_classes(entry))
-    if type(config).__name__ not in known:
+    if type(config).__name__ not in known and (published is None or published.loader is None):
         yield f"model_type = {config.model_type!r} is none of transformers' {entry.family}s; correct `family`"
     if entry.shape and raw and (different := differences(entry.shape, translated(raw))):
         yield f"shape of its entry: {', '.join(different)} as config.json says; correct `shape`"

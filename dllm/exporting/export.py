@@ -86,6 +86,11 @@ def _checked(checkpoint: Path, lineage: Lineage, kind: str) -> Family | None:
             f"{lineage.name}: no other tool has the further heads of a model trained with {algorithm}; share its "
             f"directory as it is ({checkpoint})"
         )
+    if (family := family_of(checkpoint)) is not None and family.loader is not None:
+        raise ValueError(
+            f"{checkpoint}: {family.name} is a class of transformers as it was published, and SGLang reads it as it "
+            "is; give them this directory"
+        )
     if kind == "transformers":
         return None
     if not lineage.root.is_dir():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from dllm.algorithms import resolved
 from dllm.config import ModelEntry
 from dllm.core.precision import has_fast_bf16, hold_products_in_bf16
 from dllm.families import FAMILIES, Family
@@ -64,6 +65,9 @@ def load_backbone(
     if published is not None:
         refuse_edited(published, str(path_or_hub_id))
     config = stock_config_of(directory, published)
+    if published is not None and published.loader is not None:
+        options: Any = {"device": device, "dtype": dtype, "entry": entry, "causal": causal}
+        return resolved(published.loader)(directory, published, config, **options)
     if published is not None:
         sidecar = published.sidecar()
         check_entry(entry, published, directory)
@@ -318,7 +322,7 @@ def stock_config_of(directory: Path, published: Family | None):
     if not any((directory / name).exists() for name in WEIGHTS):
         raise ValueError(f"{directory}: no weights ({WEIGHTS[0]}); the checkpoint is incomplete: make it again")
     raw = published_config(directory)
-    if published is not None:
+    if published is not None and published.loader is None:
         refuse_edited(published, directory)
         try:
             return stock_config(published, raw)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllm.families import FAMILIES, Family, Names
+from dllm.families import FAMILIES, OWN_CLASS, Family, Names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,8 @@ def family_of(directory: str | Path) -> Family | None:
     """The family that a checkpoint's config.json names as its architecture; None for any other checkpoint."""
     stated = published_config(directory).get("architectures")
     first = stated[0] if isinstance(stated, list) and stated else None
-    return next((family for family in FAMILIES.values() if first in family.architectures), None)
+    known = (*FAMILIES.values(), *OWN_CLASS.values())
+    return next((family for family in known if first in family.architectures), None)
 
 
 def is_encoder(directory: str | Path) -> bool:
