@@ -30,7 +30,8 @@ from dllm.core.canvas import Canvas, Completion, Ended, Progress
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.models.backbone import Backbone
 from dllm.sampling.reveal import propose_tokens, token_confidence, token_noise
-from dllm.sampling.sampler import Sampler, reject_options
+from dllm.sampling.rows import reject_options
+from dllm.sampling.sampler import Sampler
 
 NO_TOKEN = -1
 """What stands in a canvas where nothing is known yet: these models have no mask token."""
