@@ -30,7 +30,7 @@ from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.models.backbone import Backbone
 from dllm.models.diffusion_gemma import Prefix
 from dllm.sampling.reveal import propose_tokens, token_confidence, token_noise
-from dllm.sampling.rows import reject_options
+from dllm.sampling.rows import NO_REVISING, reject_options
 from dllm.sampling.sampler import Sampler
 
 NO_TOKEN = -1
@@ -131,7 +131,7 @@ class RenoisingSampler(Sampler):
             yield Completion(row.number, last.tokens, last.passes, last.computed)
 
     def _rows(self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, ended: Ended | None) -> list[_Row]:
-        allowed: dict[str, tuple] = {"reuse": ("none",), "ahead": ("auto",), "guidance": (0,)}
+        allowed: dict[str, tuple] = {"reuse": ("none",), "ahead": ("auto",), "guidance": (0,)} | NO_REVISING
         allowed["reveal_rule"] = ("confidence", "entropy_bound")  # the first is what is set where nothing is
         reject_options("renoise", settings, allowed)
         starts, lengths = canvas.start.tolist(), canvas.length.tolist()
