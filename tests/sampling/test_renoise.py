@@ -185,7 +185,7 @@ def test_what_it_cannot_do_is_one_line(lm, directory, tmp_path):
 
     for start in (lambda: load_backbone(directory, entry=entry_for("llama")), lambda: entry_settings(directory)):
         assert "is sampled and scored, and not trained" in one_line(start)
-    assert "fills in no masks" in one_line(lambda: lm.infill(["a [MASK]"]))
+    assert "renoise fills no masks" in one_line(lambda: lm.infill(["a [MASK]"]))
     assert "give them this directory" in one_line(lambda: export(directory, output=tmp_path / "out"))
     for options, words in {
         "reveal_rule": "margin", "reuse": "prefix", "guidance": 1.0,
