@@ -171,8 +171,8 @@ _ROWS = (
         "renoised canvases",
         objective=None,
         sampler="dllm.sampling.renoise:RenoisingSampler",
-        scorer=None,
-        instead="it is sampled with only: take benchmarks that generate",
+        scorer="dllm.likelihood.renoise:RenoisingScorer",
+        instead="it is sampled and scored only: start from another model",
         blocks="trained",
     ),
 )

@@ -158,11 +158,8 @@ class DiffusionLM:
 
     def holes(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts with mask tokens that are to be filled. Raises ValueError as `infill`."""
-        if isinstance(self.sampler, EditSampler):
-            raise ValueError("a model trained with edit_flows edits a text; use `edits` instead of `infill`")
-        if self.backbone.mask_id < 0:
-            trained = self.backbone.sidecar["algorithm"]
-            raise ValueError(f"a model of algorithm = {trained!r} fills in no masks; use `generate`")
+        if isinstance(self.sampler, EditSampler) or self.backbone.mask_id < 0:
+            raise ValueError(f"{self.algorithm.name} fills no masks; use `generate`, or `edits` instead of `infill`")
         _check_list(texts, "texts")
         tokenizer, mask = self.backbone.tokenizer, self.backbone.tokenizer.mask_token
         rows = encode_marked(tokenizer, [marked(tokenizer, text, but=(mask,)) for text in texts])

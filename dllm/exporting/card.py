@@ -11,6 +11,7 @@ from dllm.exporting.lineage import Lineage
 from dllm.models.hidden import COUNTS_FROM_PADDING
 from dllm.numbers import ABSENT
 from dllm.report.format import fixed, interval, quantity
+from dllm.sampling.sampler import MaskedSampler
 
 if TYPE_CHECKING:
     from dllm.families import Family
@@ -202,6 +203,9 @@ def _sampling(backbone: Backbone, lineage: Lineage, family: Family | None) -> st
     here = f'{chat}With dllm: `dllm chat DIRECTORY`, or `dllm sample DIRECTORY "Hello!"`.'
     if _in_blocks(backbone):
         return f"{here} Other tools need attention in blocks, as said above."
+    trained = backbone.sidecar.get("algorithm")
+    if trained in ALGORITHMS and ALGORITHMS[trained].part("sampler")() != MaskedSampler():
+        return f"{here} Its sampler is that of algorithm `{trained}`, which other tools do not have."
     if family is not None:
         return (
             f"{here} SGLang, vLLM and the code of {family.name}'s authors read this layout; what they need of it is in "

@@ -47,6 +47,11 @@ def export(checkpoint: str | Path, kind: str = "transformers", output: str | Pat
         raise ValueError(f"{target}: holds something that is not an export; give another directory as --output")
     causal = read_sidecar(checkpoint).get("algorithm") in [row.name for row in ALGORITHMS.values() if row.causal]
     backbone: Any = load_backbone(checkpoint, dtype=_stored_dtype(checkpoint), causal=causal)
+    if backbone.edit_heads is not None:
+        raise ValueError(
+            f"{lineage.name}: no other tool has the further heads of a model trained with edit_flows; share its "
+            f"directory as it is ({checkpoint})"
+        )
     scratch = target.with_name(f".{target.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -80,12 +85,6 @@ def _checked(checkpoint: Path, lineage: Lineage, kind: str) -> Family | None:
     if kind not in FORMATS:
         also = "; SGLang and vLLM read `published`" if kind in ("sglang", "vllm") else ""
         raise ValueError(f"--format {kind}: allowed: {', '.join(FORMATS)}{also}")
-    algorithm = read_sidecar(checkpoint).get("algorithm")
-    if algorithm in ALGORITHMS and ALGORITHMS[algorithm].save is not None:
-        raise ValueError(
-            f"{lineage.name}: no other tool has the further heads of a model trained with {algorithm}; share its "
-            f"directory as it is ({checkpoint})"
-        )
     if (family := family_of(checkpoint)) is not None and family.loader is not None:
         raise ValueError(
             f"{checkpoint}: {family.name} is a class of transformers as it was published, and SGLang reads it as it "

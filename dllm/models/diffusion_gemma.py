@@ -1,13 +1,14 @@
 """DiffusionGemma: the class that transformers has under this name, with a tokenizer, as a backbone that is sampled.
 
-An encoder reads what is there causally, a decoder with the same weights denoises a canvas of random tokens behind it.
-It fills in no masks: `dllm.sampling.renoise` is what knows how to sample with it, and the doors of other backbones
-(`hidden`, `logits`, `nll`) are none of this one. Pictures are not read; the vision tower is loaded all the same.
+An encoder reads what is there causally, a decoder with the same weights predicts a canvas of random tokens behind it.
+It fills in no masks, and the doors of other backbones (`hidden`, `logits`, `nll`) are none of this one: `Prefix`
+is. Pictures are not read; the vision tower is loaded all the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def load(
 
     if entry is not None or causal:
         raise ValueError(
-            f"{directory}: {family.name} is sampled with, and not trained: dllm has no objective for it; start from "
-            "another model"
+            f"{directory}: {family.name} is sampled and scored, and not trained: dllm has no objective for it; start "
+            "from another model"
         )
     stock: Any = DiffusionGemmaForBlockDiffusion
     try:
@@ -82,6 +83,54 @@ def load(
         sidecar=family.sidecar() | {"block_size": model.config.canvas_length},
         packable=False,
     )
+
+
+class Prefix:
+    """What is before a canvas: its tokens as the encoder has read them, their keys and values.
+
+    rows: how many canvases are predicted behind it at once. Without tokens it is the start of a text alone.
+    """
+
+    def __init__(self, backbone: Backbone, rows: int = 1):
+        from transformers import DynamicCache
+
+        self.backbone, self.rows = backbone, rows
+        self.model: Any = backbone.model
+        self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+
+    def __len__(self) -> int:
+        return self.cache.get_seq_length()
+
+    @torch.no_grad()
+    def read(self, tokens: list[int]) -> int:
+        """Add tokens behind those that are there; returns how many went through the model."""
+        tokens = tokens if tokens or len(self) else [self.backbone.tokenizer.bos_token_id]
+        if not tokens:
+            return 0
+        device = self.backbone.device
+        given = torch.tensor([tokens], device=device).expand(self.rows, -1)
+        positions = torch.arange(len(self), len(self) + len(tokens), device=device)[None]
+        with self._precision():
+            self.model.model.encoder(input_ids=given, past_key_values=self.cache, position_ids=positions)
+        return len(tokens)
+
+    @torch.no_grad()
+    def predict(self, canvases: Tensor, before: Tensor | None = None) -> Tensor:
+        """fp32 logits [B, S, V] of canvases [B, S]; before: what was predicted in the pass before, logits [B, S, V]."""
+        positions = torch.arange(len(self), len(self) + canvases.shape[1], device=canvases.device)[None]
+        signal = None if before is None else before.to(self.model.get_input_embeddings().weight.dtype)
+        with self._precision():
+            found = self.model(
+                decoder_input_ids=canvases,
+                self_conditioning_logits=signal,
+                past_key_values=self.cache,
+                decoder_position_ids=positions,
+            )
+        return found.logits.float()
+
+    def _precision(self) -> Any:
+        compute = self.backbone.compute
+        return nullcontext() if compute is None else torch.autocast(self.backbone.device.type, compute)
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -29,8 +28,9 @@ from dllm.config import GenerateSettings
 from dllm.core.canvas import Canvas, Completion, Ended, Progress
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.models.backbone import Backbone
+from dllm.models.diffusion_gemma import Prefix
 from dllm.sampling.reveal import propose_tokens, token_confidence, token_noise
-from dllm.sampling.rows import reject_options
+from dllm.sampling.rows import NO_REVISING, reject_options
 from dllm.sampling.sampler import Sampler
 
 NO_TOKEN = -1
@@ -131,7 +131,7 @@ class RenoisingSampler(Sampler):
             yield Completion(row.number, last.tokens, last.passes, last.computed)
 
     def _rows(self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, ended: Ended | None) -> list[_Row]:
-        allowed: dict[str, tuple] = {"reuse": ("none",), "ahead": ("auto",), "guidance": (0,)}
+        allowed: dict[str, tuple] = {"reuse": ("none",), "ahead": ("auto",), "guidance": (0,)} | NO_REVISING
         allowed["reveal_rule"] = ("confidence", "entropy_bound")  # the first is what is set where nothing is
         reject_options("renoise", settings, allowed)
         starts, lengths = canvas.start.tolist(), canvas.length.tolist()
@@ -173,16 +173,14 @@ class _Row:
 
     def drafts(self) -> Iterator[_Draft]:
         """The response after every pass of the decoder; nothing for a row without room."""
-        from transformers import DynamicCache
-
-        model: Any = self.backbone.model
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        prefix = Prefix(self.backbone)
         finished: list[int] = []
         confidence: list[float] = []
         unread = self.prompt
         for number in range(self.canvases):
-            self._encode(unread, cache)
-            for tokens, sure, final in self._canvas(cache, len(self.prompt) + len(finished)):
+            read = prefix.read(unread)
+            self.passes, self.computed = self.passes + bool(read), self.computed + read
+            for tokens, sure, final in self._canvas(prefix, len(self.prompt) + len(finished)):
                 if not final:
                     yield self._draft(finished + tokens, confidence + sure, done=False)
             unread = tokens
@@ -193,34 +191,14 @@ class _Row:
             if done:
                 return
 
-    @torch.no_grad()
-    def _encode(self, tokens: list[int], cache: Any) -> None:
-        """Let the encoder read tokens behind those of the cache."""
-        if not tokens:
-            return
-        model, device = self.backbone.model, self.backbone.device
-        positions = torch.arange(len(tokens), device=device) + cache.get_seq_length()
-        with self._precision():
-            model.model.encoder(
-                input_ids=torch.tensor([tokens], device=device), past_key_values=cache, position_ids=positions[None]
-            )
-        self.passes, self.computed = self.passes + 1, self.computed + len(tokens)
-
-    @torch.no_grad()
-    def _canvas(self, cache: Any, start: int) -> Iterator[tuple[list[int], list[float], bool]]:
+    def _canvas(self, prefix: Prefix, start: int) -> Iterator[tuple[list[int], list[float], bool]]:
         """(tokens, confidences, whether that is the end) of a canvas at position `start` after every pass."""
-        model, how, device = self.backbone.model, self.how, self.backbone.device
-        positions = torch.arange(start, start + self.size, device=device)
-        tokens, signal = self._uniform(positions, _START_STREAM, 0), None
+        how = self.how
+        positions = torch.arange(start, start + self.size, device=self.backbone.device)
+        tokens, logits = self._uniform(positions, _START_STREAM, 0), None
         earlier: deque[Tensor] = deque(maxlen=how.stable)
         for step in range(how.passes):
-            with self._precision():
-                raw = model(
-                    decoder_input_ids=tokens[None],
-                    self_conditioning_logits=signal,
-                    past_key_values=cache,
-                    decoder_position_ids=positions[None],
-                ).logits[0].float()  # fmt: skip
+            raw = prefix.predict(tokens[None], None if logits is None else logits[None])[0]
             self.passes, self.computed = self.passes + 1, self.computed + self.size
             logits = how.tempered(raw, step)
             best = logits.argmax(-1)
@@ -235,7 +213,6 @@ class _Row:
             shown = torch.where(accepted, drawn, NO_TOKEN)
             yield shown.tolist(), torch.where(accepted, token_confidence(raw, drawn), 0.0).tolist(), False
             tokens = torch.where(accepted, drawn, self._uniform(positions, _NEW_STREAM, step))
-            signal = logits[None].to(model.get_input_embeddings().weight.dtype)
 
     @property
     def _key(self) -> Tensor:
@@ -245,10 +222,6 @@ class _Row:
         """Tokens [S] drawn uniformly from the vocabulary."""
         noise = keyed_uniform(self._key, positions, step, stream)
         return (noise * self.backbone.vocab_size).long().to(positions.device)
-
-    def _precision(self) -> Any:
-        compute = self.backbone.compute
-        return nullcontext() if compute is None else torch.autocast(self.backbone.device.type, compute)
 
     def _cut(self, tokens: list[int], confidence: list[float]) -> tuple[list[int], list[float]]:
         """A response up to its first EOS, if that ends it."""

@@ -15,6 +15,7 @@ from dllm.chat.settings import chat_context, chat_generation
 from dllm.cli.main import main
 from dllm.config import AdapterSettings, load_project
 from dllm.exporting.export import export, is_export
+from dllm.models.edit_heads import new_edit_heads, save_edit_heads
 from dllm.models.load import load_backbone, save_stand_in
 from dllm.models.published import family_of, published_config, read_tensors
 from dllm.models.tokenizers import load_tokenizer
@@ -173,6 +174,24 @@ def test_the_card_says_where_the_model_comes_from_and_what_it_scored(workdir):
     assert f"seed 1, commit {commit}" in card
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        ("bd3lm", "**It attends block by block**: a token sees its own block of 4 tokens"),
+        ("hybrid", "Its sampler is that of algorithm `hybrid`, which other tools do not have."),
+        ("ar", "`generate` of transformers writes with it."),
+    ],
+)
+def test_the_card_says_what_other_tools_have_to_know(workdir, algorithm, words):
+    model = trained(workdir, "llama", algorithm=algorithm, prediction="next")
+    there = export(model)
+    card = (there / "README.md").read_text()
+    assert words in card and "```python" not in card
+    causal = algorithm == "ar"
+    assert torch.equal(logits(load_backbone(there, causal=causal)), logits(load_backbone(model, causal=causal)))
+    assert published_config(there).get("is_causal", True) is causal
+
+
 def line_of(capsys, *words) -> str:
     capsys.readouterr()
     assert main([*map(str, words)]) == 2
@@ -195,6 +214,7 @@ def test_what_cannot_be_exported_is_one_line(workdir, tmp_path, capsys):
     assert "not on this disk" in line_of(capsys, "export", "some/model")
     sidecar = json.loads((model / "dllm.json").read_text())
     (model / "dllm.json").write_text(json.dumps(sidecar | {"algorithm": "edit_flows"}))
+    save_edit_heads(new_edit_heads(load_backbone(model.parent.parent.parent / "downloads/start").model), model)
     assert "further heads of a model trained with edit_flows" in line_of(capsys, "export", model)
     assert not (workdir / "exports").exists()
 

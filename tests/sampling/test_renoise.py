@@ -178,16 +178,14 @@ def one_line(action) -> str:
 
 
 def test_what_it_cannot_do_is_one_line(lm, directory, tmp_path):
-    assert "algorithm = 'renoise' has no estimator of the likelihood; it is sampled with only" in one_line(
-        lambda: lm.nelbo(["a"], ["b"])
-    )
+    assert "has no objective; it is sampled and scored only" in one_line(lambda: lm.algorithm.part("objective"))
     from dllm.exporting.export import export
     from dllm.models.inferred import entry_settings
     from tests.training.conftest import entry_for
 
-    assert "is sampled with, and not trained" in one_line(lambda: load_backbone(directory, entry=entry_for("llama")))
-    assert "is sampled with, and not trained" in one_line(lambda: entry_settings(directory))
-    assert "fills in no masks" in one_line(lambda: lm.infill(["a [MASK]"]))
+    for start in (lambda: load_backbone(directory, entry=entry_for("llama")), lambda: entry_settings(directory)):
+        assert "is sampled and scored, and not trained" in one_line(start)
+    assert "renoise fills no masks" in one_line(lambda: lm.infill(["a [MASK]"]))
     assert "give them this directory" in one_line(lambda: export(directory, output=tmp_path / "out"))
     for options, words in {
         "reveal_rule": "margin", "reuse": "prefix", "guidance": 1.0,

@@ -1,0 +1,198 @@
+"""Scores of models that renoise (DiffusionGemma): the bound of ancestral sampling with uniform noise, in N passes.
+
+The process whose likelihood is bounded starts from uniform tokens and takes N passes, from t = 1 to t = 0 in equal
+steps. With alpha(t) = 1 - t, q(x_t | x_0) keeps a token with probability alpha(t) and else draws one of V uniformly. A
+pass from t to s draws every token of x_s from
+
+    p(x_s | x_t) = sum over x_0 of p(x_0 | x_t) q(x_s | x_t, x_0),
+
+with p(x_0 | x_t) the model's prediction without self-conditioning: a pass knows its canvas only. Then
+
+    -log p(x_0)  <=  sum over n = 1..N of  E over x_t of KL( q(x_s | x_t, x_0) || p(x_s | x_t) )
+
+with t = n/N and s = (n - 1)/N. The term of n = 1 is -log p(x_0 | x_t); at t = 1 nothing is left, since q is uniform.
+A canvas is as long as what is left of the target, and at most as long as the model's own; what is before it is given.
+Source: Austin et al. 2021 (arXiv:2107.03006), eqs. 1 to 4, uniform transitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy
+import torch
+from torch import Tensor
+
+from dllm.config import GenerateSettings, LikelihoodSettings
+from dllm.core.canvas import Score, canvas_for
+from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
+from dllm.likelihood.racing import Estimates, Question, Verdict, length_of, race
+from dllm.likelihood.requests import Rows
+from dllm.models.backbone import Backbone
+from dllm.models.diffusion_gemma import Prefix
+from dllm.sampling.renoise import NO_TOKEN, PASSES, RenoisingSampler
+
+_LEVEL, _PLACE, _TOKEN = range(3)
+
+LEAST_BUDGET = 2
+"""Passes of the smallest estimate: its error comes from their differences."""
+
+_HELD = 2**24
+"""Most probabilities held at once, in float64."""
+
+
+@dataclass(frozen=True)
+class RenoisingScorer:
+    """Bounds by Monte Carlo over noised canvases: levels evenly spaced behind a random offset, one canvas for each."""
+
+    def nelbo(self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> list[Score]:
+        """A bound on -log p(target | prompt, its length) per request, in nats, from `settings.budget` passes a canvas.
+
+        Raises ValueError for an empty target, a row longer than the model's context, a budget too small, and for
+        settings that concern masks.
+        """
+        nats, noise, passes = self._estimates(backbone, prompts, targets, settings, prompts)
+        return [Score(*score) for score in zip(nats.tolist(), map(length_of, noise), passes.tolist(), strict=True)]
+
+    def race(
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        questions: Sequence[Question],
+        settings: LikelihoodSettings,
+    ) -> tuple[list[Score], list[Verdict]]:
+        """See `MaskedScorer.race`."""
+        return race(partial(self._estimates, backbone), prompts, targets, questions, settings)
+
+    def greedy_match(
+        self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
+    ) -> list[bool]:
+        """Whether the sampler at temperature 0 gives the target; what it writes behind it does not count."""
+        _check(backbone, prompts, targets, settings)
+        if not len(prompts):
+            return []
+        counts = [len(target) for target in targets]
+        canvas = canvas_for(prompts, counts, mask_id=NO_TOKEN, pad_id=backbone.pad_id)
+        decoding = GenerateSettings(max_new_tokens=max(counts), early_stop=False, seed=settings.seed)
+        done = {row.number: row.tokens for row in RenoisingSampler().complete(backbone, canvas, decoding)}
+        return [done[number] == list(target) for number, target in enumerate(targets)]
+
+    def _estimates(
+        self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings, like: Rows
+    ) -> Estimates:
+        """Nats [N], their noise [N, E] and passes [N] of some requests; those of like prompts share random numbers."""
+        _check(backbone, prompts, targets, settings)
+        budget, size = settings.budget, backbone.sidecar["block_size"]
+        nats, passes = numpy.zeros(len(prompts)), numpy.zeros(len(prompts), dtype=numpy.int64)
+        most = max((math.ceil(len(target) / size) for target in targets), default=0)
+        noise = numpy.zeros((len(prompts), most, budget - 1))
+        for request, (prompt, target, whose) in enumerate(zip(prompts, targets, like, strict=True)):
+            key = keyed_hash(settings.seed, token_hash(torch.tensor(list(whose), dtype=torch.long)))
+            for number, begin in enumerate(range(0, len(target), size)):
+                before, text = [*prompt, *target[:begin]], list(target[begin : begin + size])
+                values = _values(backbone, before, text, keyed_hash(key, number), settings)
+                nats[request] += values.mean()
+                # of systematic samples: the differences of neighbours (Wolter 2007, 8.2)
+                noise[request, number] = numpy.diff(values) * math.sqrt(budget / 2 / (budget - 1)) / budget
+                passes[request] += budget + 1
+        return nats, noise.reshape(len(nats), -1), passes
+
+
+def _values(
+    backbone: Backbone, before: list[int], text: list[int], key: Tensor, settings: LikelihoodSettings
+) -> numpy.ndarray:
+    """What each pass says of the bound of a canvas, [budget] in nats; their mean is the estimate."""
+    steps, budget = process_steps(backbone), settings.budget
+    levels = noise_levels(key, steps, budget)
+    target = torch.tensor(text)
+    noised = noised_canvases(target, levels, steps, backbone.vocab_size, key)
+    rows = min(budget, max(1, settings.batch_tokens // (len(before) + len(text))))
+    values: list[float] = []
+    prefix = Prefix(backbone, rows)
+    prefix.read(before)
+    for low in range(0, budget, rows):
+        some = slice(low, min(low + rows, budget))
+        if some.stop - low < prefix.rows:  # the last batch
+            prefix = Prefix(backbone, some.stop - low)
+            prefix.read(before)
+        logits = prefix.predict(noised[some].to(backbone.device))
+        for level, seen, found in zip(levels[some].tolist(), noised[some], logits, strict=True):
+            values.append(steps * float(step_divergence(found, seen, target, level, steps).sum()))
+    return numpy.array(values)
+
+
+def process_steps(backbone: Backbone) -> int:
+    """N, the passes of the process: the most that the checkpoint takes for a canvas."""
+    stated = getattr(getattr(backbone.model, "generation_config", None), "max_denoising_steps", None)
+    return stated or PASSES
+
+
+def noise_levels(key: Tensor, steps: int, budget: int) -> Tensor:
+    """Levels n [budget] in 1..N, evenly spaced behind a random offset."""
+    place = (torch.arange(budget) + keyed_uniform(key, _LEVEL).double()) / budget
+    return (place * steps).long().clamp(max=steps - 1) + 1
+
+
+def noised_canvases(target: Tensor, levels: Tensor, steps: int, vocabulary: int, key: Tensor) -> Tensor:
+    """A canvas x_t [B, S] of the target [S] for every level n [B], t = n/N."""
+    draw, position = torch.arange(len(levels))[:, None], torch.arange(len(target))
+    drawn = (keyed_uniform(key, draw, position, _TOKEN) * vocabulary).long()
+    kept = keyed_uniform(key, draw, position, _PLACE) >= levels[:, None] / steps
+    return torch.where(kept, target, drawn)
+
+
+def step_divergence(logits: Tensor, seen: Tensor, target: Tensor, level: int, steps: int) -> Tensor:
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) [S] of each token of a canvas, float64 nats, t = n/N and s = (n - 1)/N.
+
+    logits [S, V] predict x_0 from x_t, `seen` [S]; target [S] is x_0. With u = (1 - alpha) / V and [..] 1 where true:
+    q(x_s = j | x_t = z, x_0 = x) = f_j (alpha_s [j = x] + u_s) / (alpha_t [x = z] + u_t), where f_j, the probability of
+    z after j, is in the model's distribution too.
+    """
+    height = max(1, _HELD // logits.shape[-1])
+    parts = [slice(low, low + height) for low in range(0, len(seen), height)]
+    return torch.cat([_divergence(logits[part], seen[part], target[part], level, steps) for part in parts])
+
+
+def _divergence(logits: Tensor, seen: Tensor, target: Tensor, level: int, steps: int) -> Tensor:
+    vocabulary = logits.shape[-1]
+    alpha_t, alpha_s = 1 - level / steps, 1 - (level - 1) / steps
+    u_t, u_s = ((1 - alpha) / vocabulary for alpha in (alpha_t, alpha_s))
+    kept = alpha_t / alpha_s
+    p = logits.cpu().double().softmax(-1)  # there are devices without float64
+    seen, target = seen.cpu()[:, None], target.cpu()[:, None]
+    at_seen, at_target = (torch.zeros_like(p).scatter_(1, index, 1.0) for index in (seen, target))
+    p_seen = p.gather(1, seen)
+    other = p_seen / (alpha_t + u_t) + (1 - p_seen) / u_t
+    of_model = alpha_s * p / (alpha_t * at_seen + u_t) + u_s * other
+    of_truth = (alpha_s * at_target + u_s) / (alpha_t * at_seen.gather(1, target) + u_t)
+    q = (kept * at_seen + (1 - kept) / vocabulary) * of_truth
+    divergence: Tensor = (torch.special.xlogy(q, of_truth) - torch.special.xlogy(q, of_model)).sum(-1)
+    return divergence
+
+
+def _check(backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> None:
+    if len(prompts) != len(targets):
+        raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; a request is one of each")
+    for request, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        if not len(target):
+            raise ValueError(f"request {request}: the target is empty; a likelihood needs at least one target token")
+        if len(prompt) + len(target) > backbone.max_length:
+            raise ValueError(
+                f"request {request}: prompt ({len(prompt)} tokens) and target ({len(target)}) exceed the model's "
+                f"{backbone.max_length} positions; shorten the prompt"
+            )
+    for name, usual in (("estimator", "auto"), ("block_size", None)):
+        if (value := getattr(settings, name)) != usual:
+            raise ValueError(
+                f"{name} = {value!r} means nothing to a model of algorithm = 'renoise', whose bound has an estimator "
+                "and canvases of its own; leave it out"
+            )
+    if settings.budget < LEAST_BUDGET:
+        raise ValueError(
+            f"budget = {settings.budget} is too small: the bound of a model of algorithm = 'renoise' needs "
+            f"{LEAST_BUDGET} passes at least, for its standard error; raise it"
+        )
