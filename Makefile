@@ -1,6 +1,7 @@
 # make first    a model that answers, in a minute        make quick  the tests of the inner loop, in less than a minute
 # make report   the laptop report, from nothing          make test   every test
 # make lint     formatters, linters and types            make chat   talk to the laptop's chat model
+# make chat-web   the same in a browser, and for programs: serves it and prints the address
 # make plan     the cost of the full reproduction        make clean  remove the laptop's results
 # make smoke    any configuration cut short to minutes, with its real models and data: CONFIG=config/paper.yaml
 # make small    a chatbot of 17 million parameters from three starts, about an hour on four cores: CORES=4
@@ -28,7 +29,7 @@ QUICK := $(addprefix tests/,core objectives planning sampling) \
   $(patsubst %,tests/test_%.py,algorithms config house schedules)
 
 .DEFAULT_GOAL := report
-.PHONY: first report showcase systems test quick bench lint docs chat plan smoke small one-gpu clean install dvc unlock
+.PHONY: first report showcase systems test quick bench lint docs chat chat-web plan smoke small one-gpu clean install dvc unlock
 
 # $(call run,NAME,CONFIGS): the whole graph below results/NAME
 define run
@@ -99,6 +100,9 @@ docs: $(INSTALLED)
 
 chat: $(INSTALLED)
 	@$(BIN)/dllm chat
+
+chat-web: $(INSTALLED)
+	@$(BIN)/dllm serve
 
 plan: $(INSTALLED)
 	@$(BIN)/dllm plan config/paper.yaml

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import takewhile
@@ -14,7 +15,7 @@ import torch
 
 from dllm.algorithms import ALGORITHMS, Algorithm, algorithm_for
 from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.canvas import Canvas, Ended, Progress, Score, canvas_for, infill_canvas
+from dllm.core.canvas import Canvas, Completion, Ended, Progress, Score, canvas_for, infill_canvas
 from dllm.core.devices import best_device
 from dllm.likelihood.racing import Question, Verdict
 from dllm.models.backbone import Backbone
@@ -26,6 +27,9 @@ from dllm.sampling.sampler import Sampler
 
 END_OF_TURN = "[/Answer]"
 """The end of turn of a checkpoint without a sidecar, if its chat template writes it."""
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""A token that is one byte of a character, in tokenizers that have such."""
 
 Prompt = str | Sequence[dict] | Sequence[int]
 """A text to be continued, a conversation to be answered ({"role", "content"} turns), or token ids."""
@@ -108,19 +112,24 @@ class DiffusionLM:
         answers: list[Answer] = [Answer("", 0, 0)] * len(rows)
         # the rows wait on the host
         canvas = self._canvas(rows, settings, "cpu")
-        for row in self.sampler.complete(self.backbone, canvas, settings, ended=self._ended(settings)):
-            text = self.decode(row.tokens, settings.stop)
-            prompt = prompts[row.number]
-            is_chat = not isinstance(prompt, str) and isinstance(prompt[0], dict)
-            length = self.answer_length(row.tokens, settings.stop)
-            answers[row.number] = Answer(
-                text=text.strip() if is_chat else text,
-                tokens=length,
-                passes=row.passes,
-                computed=row.computed,
-                ids=tuple(row.tokens[:length]),
-            )
+        for row in self.sampler.complete(self.backbone, canvas, settings, ended=self.ended(settings)):
+            answers[row.number] = self.answer_of(prompts[row.number], row, settings)
         return answers
+
+    def answer_of(self, prompt: Prompt, row: Completion, settings: GenerateSettings) -> Answer:
+        """What the finished row of a prompt says."""
+        text, length = self.decode(row.tokens, settings.stop), self.answer_length(row.tokens, settings.stop)
+        return Answer(
+            text=text.strip() if is_chat(prompt) else text,
+            tokens=length,
+            passes=row.passes,
+            computed=row.computed,
+            ids=tuple(row.tokens[:length]),
+        )
+
+    def canvas(self, prompts: Sequence[Prompt], settings: GenerateSettings) -> Canvas:
+        """The canvas of some prompts, all masks, on the host. Raises ValueError as `answers`."""
+        return self._canvas(self._prompt_rows(prompts, settings), settings, "cpu")
 
     def stream(self, prompts: Sequence[Prompt], settings: GenerateSettings | None = None) -> Iterator[Canvas]:
         """The canvas of all prompts, all masks at first, then after every change.
@@ -129,7 +138,7 @@ class DiffusionLM:
         """
         settings = settings or GenerateSettings()
         canvas = self._canvas(self._prompt_rows(prompts, settings), settings, self.backbone.device)
-        return self.sampler.denoise(self.backbone, canvas, settings, ended=self._ended(settings))
+        return self.sampler.denoise(self.backbone, canvas, settings, ended=self.ended(settings))
 
     def infill(self, texts: Sequence[str], settings: GenerateSettings | None = None) -> list[str]:
         """Each text with its mask tokens (`[MASK]`) replaced by what the model puts there; the rest stays.
@@ -137,6 +146,18 @@ class DiffusionLM:
         Everywhere else a mask token that a text spells is text. Raises ValueError, one line, for a model that fills no
         masks, and for a text without one or longer than the model's context.
         """
+        rows = self.holes(texts)
+        if not rows:
+            return []
+        settings = (settings or GenerateSettings()).model_copy(update={"early_stop": False})
+        backbone = self.backbone
+        canvas = infill_canvas(rows, mask_id=backbone.mask_id, pad_id=backbone.pad_id, device=backbone.device)
+        *_, last = self.sampler.denoise(self.backbone, canvas, settings)
+        ends = zip(last.tokens.tolist(), last.length.tolist(), strict=True)
+        return [backbone.tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in ends]
+
+    def holes(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts with mask tokens that are to be filled. Raises ValueError as `infill`."""
         if isinstance(self.sampler, EditSampler):
             raise ValueError("a model trained with edit_flows edits a text; use `edits` instead of `infill`")
         _check_list(texts, "texts")
@@ -148,14 +169,7 @@ class DiffusionLM:
                     f"texts[{number}] has {len(row)} tokens, {row.count(self.backbone.mask_id)} of them {mask}; it "
                     f"needs one at least, and {self.max_length} tokens at most"
                 )
-        if not rows:
-            return []
-        settings = (settings or GenerateSettings()).model_copy(update={"early_stop": False})
-        backbone = self.backbone
-        canvas = infill_canvas(rows, mask_id=backbone.mask_id, pad_id=backbone.pad_id, device=backbone.device)
-        *_, last = self.sampler.denoise(self.backbone, canvas, settings)
-        ends = zip(last.tokens.tolist(), last.length.tolist(), strict=True)
-        return [tokenizer.decode(row[:length], skip_special_tokens=True) for row, length in ends]
+        return rows
 
     def edits(
         self, draft: str, prompt: Prompt | None = None, settings: GenerateSettings | None = None
@@ -173,7 +187,7 @@ class DiffusionLM:
             )
         settings = settings or GenerateSettings(temperature=1.0)
         given = [] if prompt is None else self.encode_prompt(prompt)
-        if prompt is not None and not isinstance(prompt, str) and isinstance(prompt[0], dict):
+        if prompt is not None and is_chat(prompt):
             # as training renders an answer: what the template writes behind the prompt, and one EOS
             turns: list[Any] = [*prompt, {"role": "assistant", "content": draft}]
             before = chat_text(self.backbone.tokenizer, turns[:-1], add_generation_prompt=True)
@@ -193,7 +207,7 @@ class DiffusionLM:
         ids = {"mask_id": self.backbone.mask_id, "pad_id": self.backbone.pad_id}
         return canvas_for(rows, settings.max_new_tokens, device=device, **ids)
 
-    def _ended(self, settings: GenerateSettings) -> Ended | None:
+    def ended(self, settings: GenerateSettings) -> Ended | None:
         """What ends a row early: the end of turn, EOS, or a stop string."""
         return partial(self._has_ended, self._ends(settings.stop)) if settings.early_stop else None
 
@@ -232,13 +246,16 @@ class DiffusionLM:
         prompts: Sequence[Prompt],
         targets: Sequence[str | Sequence[int]],
         settings: LikelihoodSettings | None = None,
+        *,
+        between: Callable[[], object] | None = None,
     ) -> list[Score]:
         """A bound on -log p(target | prompt) in nats for each pair; lower is better.
 
-        Prompt and target are tokenized each on its own, without CLS/SEP. Raises ValueError, one line, for an empty
+        Prompt and target are tokenized each on its own, without CLS/SEP. between: called after every forward batch, so
+        that others can use the model, too. Raises ValueError, one line, for an empty
         target or a pair longer than the model's context.
         """
-        return self._scored("nelbo", prompts, targets, settings)
+        return self._scored("nelbo", prompts, targets, settings, **({} if between is None else {"between": between}))
 
     def race(
         self,
@@ -251,8 +268,7 @@ class DiffusionLM:
 
         A score depends on the other choices of its question, and on nothing else of the batch, up to float rounding.
         """
-        self._check_trained()
-        rows, target_ids = self._pairs(prompts, targets)
+        rows, target_ids = self.pairs(prompts, targets)
         return self.algorithm.part("scorer")().race(self.backbone, rows, target_ids, questions, settings)
 
     def greedy_match(
@@ -264,12 +280,12 @@ class DiffusionLM:
         """Whether greedy decoding of exactly the target's length, one token per pass, gives the target."""
         return self._scored("greedy_match", prompts, targets, settings)
 
-    def _scored(self, verb: str, prompts, targets, settings: LikelihoodSettings | None) -> list:
+    def _scored(self, verb: str, prompts, targets, settings: LikelihoodSettings | None, **options) -> list:
         """What the scorer's `nelbo` or `greedy_match` says of the pairs."""
-        self._check_trained()
-        rows, target_ids = self._pairs(prompts, targets)
+        rows, target_ids = self.pairs(prompts, targets)
         scorer = self.algorithm.part("scorer")()
-        return getattr(scorer, verb)(self.backbone, rows, target_ids, settings or LikelihoodSettings()) if rows else []
+        settings = settings or LikelihoodSettings()
+        return getattr(scorer, verb)(self.backbone, rows, target_ids, settings, **options) if rows else []
 
     def _check_trained(self) -> None:
         """Raise ValueError, one line, if the checkpoint was trained with another algorithm: no score of it is meant."""
@@ -281,7 +297,9 @@ class DiffusionLM:
                 f"model that was never trained; leave the algorithm out, or train with {name!r}"
             )
 
-    def _pairs(self, prompts: Sequence[Prompt], targets: Sequence[str | Sequence[int]]) -> tuple[list, list]:
+    def pairs(self, prompts: Sequence[Prompt], targets: Sequence[str | Sequence[int]]) -> tuple[list, list]:
+        """Token ids of prompts and targets that are to be scored. Raises ValueError as `nelbo`."""
+        self._check_trained()
         _check_list(prompts, "prompts")
         _check_list(targets, "targets")
         if len(prompts) != len(targets):
@@ -327,6 +345,26 @@ class DiffusionLM:
         at, mark = min(ends)
         # the chat template writes a line break between an answer and its end of turn
         return text[:at].rstrip() if mark in self._ends(()) else text[:at]
+
+    def settled(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """The beginning of `decode` of every response that begins with these tokens, which have no mask.
+
+        What may still become a part of its end is left out: white space, the beginning of an end of turn or of a stop
+        string, and characters of which bytes may be missing.
+        """
+        tokenizer, known = self.backbone.tokenizer, self._before_eos(tokens)
+        if len(known) == len(tokens):
+            # a byte that follows may change what the bytes before it are
+            while known and _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(known[-1]))):
+                known.pop()
+        text = self._text(known)
+        if len(known) == len(tokens) and getattr(tokenizer, "clean_up_tokenization_spaces", False):
+            text = text[: -len(" do n't ")]  # a clean-up that needs more text can reach so far back
+        ends = [len(text.rstrip("\ufffd"))]
+        for mark in self._ends(stop):
+            at = text.find(mark)
+            ends.append(at if at >= 0 else len(text) - _common(text, mark))
+        return text[: min(ends)].rstrip()
 
     def answer_length(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> int:
         """How many of a response's tokens carry its text, that is, are before its end."""
@@ -385,6 +423,16 @@ class DiffusionLM:
                     "or lower max_new_tokens"
                 )
         return rows
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is a conversation."""
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+
+
+def _common(text: str, mark: str) -> int:
+    """How many of the last characters of a text may be the first ones of a mark that is not in it."""
+    return max((size for size in range(1, len(mark)) if text.endswith(mark[:size])), default=0)
 
 
 def _check_ids(name: str, tokens: Sequence[int], vocabulary: int) -> None:

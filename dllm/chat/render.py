@@ -40,6 +40,15 @@ class Piece:
     confidence: float
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What is drawn of an answer: its pieces, the changes and the forward passes so far."""
+
+    pieces: Sequence[Piece]
+    step: int
+    passes: int
+
+
 def pieces(canvas: Canvas, decode: Callable[[list[int]], str], *, previous: Canvas | None = None) -> list[Piece]:
     """The response of the only row, position by position; `new` is what was masked on the `previous` canvas.
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dllm.algorithms import trained_blocks
 from dllm.config import GenerateSettings, did_you_mean, overlaid
+
+if TYPE_CHECKING:
+    from dllm.chat.render import Frame
 
 Message = dict[str, str]
 
@@ -41,6 +45,26 @@ class Session:
     ended: bool = False
     sidecar: dict = field(default_factory=dict)
     """The record of the model's training."""
+
+
+class Talker(Protocol):
+    """A model that answers, here (`chat.local`) or behind a server (`chat.remote`); its states are its own."""
+
+    @property
+    def end_token(self) -> str:
+        """How EOS is spelt."""
+
+    def answer(self, session: Session, question: str) -> tuple[Session, int, Iterator[Any]]:
+        """The session without the oldest turns that no longer fit, how many those are, the states of an answer.
+
+        Raises ValueError, one line, if the question alone does not fit.
+        """
+
+    def text(self, last: Any, stop: Sequence[str]) -> str:
+        """The finished answer of the last state."""
+
+    def frame(self, state: Any, previous: Any) -> Frame:
+        """What a state shows; previous: the state that was drawn before, or None."""
 
 
 def fit_context(session: Session, question: str, count: Callable[[list[Message]], int]) -> tuple[Session, int]:

@@ -10,18 +10,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dllm.cli.generation import add_device_argument, add_generation_arguments, open_model, with_options
+from dllm.cli.keys import add_key_argument, read_key
 from dllm.cli.main import bug_line
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from dllm.chat.session import Session
-    from dllm.core.canvas import Canvas
-    from dllm.language_model import DiffusionLM
+    from dllm.chat.session import Session, Talker
 
 HELP = "talk to a model and watch it denoise"
 EXAMPLES = """examples:
@@ -30,6 +29,7 @@ EXAMPLES = """examples:
   dllm chat chat-large --reveal-rule factor  reveal all tokens that are sure enough, in fewer passes
   dllm chat results/laptop/runs/chat-large/model
   dllm chat chat-large --once "Hello!"       one answer, then leave
+  dllm chat --server http://127.0.0.1:8000   a model of dllm serve
   printf 'Hello!\\nWho are you?\\n' | dllm chat
 
 In the chat, /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves.
@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--once", metavar="TEXT", help="answer this and leave")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    parser.add_argument("--server", metavar="URL", help="talk to a server (dllm serve); MODEL is one of its models")
+    add_key_argument(parser, "of the server")
     add_device_argument(parser)
     add_generation_arguments(parser)
 
@@ -56,30 +58,62 @@ def run(args: argparse.Namespace) -> int:
     """Chat until the end of the input; 2 if a message could not be answered, 70 if that was a bug."""
     from rich.console import Console
 
-    from dllm.chat.session import Conversation, Session
+    from dllm.chat.session import Conversation
+
+    if args.server and args.device:
+        raise ValueError(f"--device {args.device} is for a model of this process; leave it out, or --server")
+    if args.api_key_file and not args.server:
+        raise ValueError("--api-key-file is for --server; give both or neither")
+    console = Console(highlight=False)
+    live = console.is_terminal and not console.is_dumb_terminal
+    talker, session, title = _remote(args) if args.server else _local(args, console, live)
+    settings = with_options(session.settings, args, session.sidecar)
+    session = replace(session, settings=settings, conversation=Conversation(system=args.system))
+    show = Live(console, talker) if live else Plain()
+    if args.once is not None:
+        return Chat(talker, session, replace(show, bare=True)).once(args.once)
+    if live:
+        _greet(console, title, session)
+    return Chat(talker, session, show).talk(_lines(live))
+
+
+def _local(args: argparse.Namespace, console: Console, live: bool) -> tuple[Talker, Session, tuple[str, str]]:
+    """A model of this process, its session, its name and what is said of it."""
+    from dllm.chat.local import Local
+    from dllm.chat.session import Session
     from dllm.chat.settings import chat_context, chat_generation, find_checkpoint
 
     checkpoint = find_checkpoint(args.model)
-    console = Console(highlight=False)
-    live = console.is_terminal and not console.is_dumb_terminal
     with _waiting(console, f"loading {checkpoint}", live):
         model = open_model(checkpoint, args.device)
-    context = chat_context(model.backbone.sidecar, model.max_length)
-    settings = with_options(chat_generation(model.backbone.sidecar, context), args, model.backbone.sidecar)
-    session = Session(settings, context, Conversation(system=args.system), sidecar=model.backbone.sidecar)
-    show = Live(console, model) if live else Plain()
-    if args.once is not None:
-        return Chat(model, session, replace(show, bare=True)).once(args.once)
-    if live:
-        _greet(console, model, checkpoint, session)
-    return Chat(model, session, show).talk(_lines(live))
+    sidecar = model.backbone.sidecar
+    context = chat_context(sidecar, model.max_length)
+    name = sidecar.get("run") or Path(checkpoint).name
+    size = _size(sum(p.numel() for p in model.backbone.model.parameters()))
+    about = f"{size} parameters, context of {context} tokens, {model.backbone.device}"
+    return Local(model), Session(chat_generation(sidecar, context), context, sidecar=sidecar), (name, about)
+
+
+def _remote(args: argparse.Namespace) -> tuple[Talker, Session, tuple[str, str]]:
+    """A model of a server, its session, its name and what is said of it."""
+    from dllm.chat.remote import plain, remote
+
+    key = read_key(args.api_key_file).decode() if args.api_key_file else None
+    talker = remote(args.server, key, args.model)
+    facts, session = talker.card["dllm"], talker.session()
+    about = f"{_size(facts['parameters'])} parameters, context of {session.context} tokens, {args.server}"
+    return talker, session, (plain(talker.card["id"]), about)
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e6:.0f} M" if parameters >= 1e7 else f"{parameters / 1e3:,.0f} k"
 
 
 class Chat:
     """The loop: read a line, obey or answer it, say what went wrong."""
 
-    def __init__(self, model: DiffusionLM, session: Session, show: Live | Plain):
-        self.model, self.session, self.show = model, session, show
+    def __init__(self, talker: Talker, session: Session, show: Live | Plain):
+        self.talker, self.session, self.show = talker, session, show
         self.has_trimmed = False
 
     def once(self, text: str) -> int:
@@ -114,21 +148,18 @@ class Chat:
 
     def answer(self, question: str) -> None:
         """Denoise an answer and keep the turn; an interrupted one is forgotten."""
-        from dllm.chat.session import fit_context
-
-        session, dropped = fit_context(self.session, question, lambda turns: len(self.model.encode_prompt(turns)))
+        session, dropped, states = self.talker.answer(self.session, question)
         if dropped and not self.has_trimmed:
             self.has_trimmed = True
             self.show.note("the context is full: the oldest turns are forgotten from now on")
-        canvases = self.model.stream([session.conversation.messages(question)], session.settings)
         try:
-            last = self.show.answer(canvases)
+            last = self.show.answer(states)
         except KeyboardInterrupt:
             if self.show.bare:
                 raise
             self.show.note("stopped; this turn is forgotten")
             return
-        text = self.model.decode(last.responses()[0], session.settings.stop).strip()
+        text = self.talker.text(last, session.settings.stop)
         self.show.finished(text)
         self.session = replace(session, conversation=session.conversation.with_turn(question, text))
 
@@ -143,10 +174,10 @@ class Plain:
         """Show the question."""
         print(f"You: {text}", flush=True)
 
-    def answer(self, canvases: Iterator[Canvas]) -> Canvas:
-        """Show the canvases and return the last one."""
-        for canvas in canvases:
-            last = canvas
+    def answer(self, states: Iterator[Any]) -> Any:
+        """Show the states of an answer and return the last one."""
+        for state in states:
+            last = state
         return last
 
     def finished(self, text: str) -> None:
@@ -168,7 +199,7 @@ class Live:
     """The canvas in place while it is denoised, then the answer in its colours."""
 
     console: Console
-    model: DiffusionLM
+    talker: Talker
     bare: bool = False
     clock: Callable[[], float] = time.perf_counter
 
@@ -177,20 +208,20 @@ class Live:
         if not sys.stdin.isatty():  # otherwise the terminal shows what was typed
             self.console.print(f"You: {text}", style="bold", markup=False)
 
-    def answer(self, canvases: Iterator[Canvas]) -> Canvas:
-        """Show the canvases and return the last one."""
+    def answer(self, states: Iterator[Any]) -> Any:
+        """Show the states of an answer and return the last one."""
         from rich.live import Live as Display
 
         begin, drawn, previous = self.clock(), -1.0, None
         with Display(console=self.console, auto_refresh=False, vertical_overflow="crop") as display:
-            for canvas in canvases:
+            for state in states:
                 now = self.clock()
                 if now - drawn >= 1 / FRAMES_PER_SECOND:
-                    display.update(self._frame(canvas, previous, now - begin), refresh=True)
-                    drawn, previous = now, canvas
+                    display.update(self._frame(state, previous, now - begin), refresh=True)
+                    drawn, previous = now, state
             display.vertical_overflow = "visible"
-            display.update(self._frame(canvas, None, self.clock() - begin), refresh=True)
-        return canvas
+            display.update(self._frame(state, None, self.clock() - begin), refresh=True)
+        return state
 
     def finished(self, text: str) -> None:
         """Show the finished answer."""
@@ -206,38 +237,30 @@ class Live:
         """Show a mistake, one line."""
         self.console.print(text, style="#d55e00", markup=False)
 
-    def _frame(self, canvas: Canvas, previous: Canvas | None, seconds: float) -> Text:
-        """The canvas, cut at the end of the answer once no mask is left before it, and the status line."""
+    def _frame(self, state: Any, previous: Any, seconds: float) -> Text:
+        """What a state shows, and the status line."""
         from rich.text import Text
 
-        from dllm.chat.render import canvas_text, pieces, status
+        from dllm.chat.render import canvas_text, status
 
-        tokenizer = self.model.backbone.tokenizer
-        shown = pieces(canvas, tokenizer.decode, previous=previous)
-        known = next((i for i, piece in enumerate(shown) if piece.state == "masked"), len(shown))
-        tokens = canvas.responses()[0][:known]
-        size = self.model.answer_length(tokens)
-        if size < known:
-            shown = shown[:size]
-        if shown and size:  # a word-level token brings the space before it, also at the start
-            shown = [replace(shown[0], text=shown[0].text.lstrip()), *shown[1:]]
+        frame = self.talker.frame(state, previous)
+        shown = list(frame.pieces)
+        if shown:  # a word-level token brings the space before it, also at the start
+            shown[0] = replace(shown[0], text=shown[0].text.lstrip())
         revealed = sum(piece.state != "masked" for piece in shown)
         text = Text("" if self.bare else "Bot: ", "bold")
-        body = canvas_text(shown, tokenizer.eos_token)
+        body = canvas_text(shown, self.talker.end_token)
         body.rstrip()
-        line = status(canvas.step, canvas.nfe, revealed, seconds)
-        return Text.assemble(text, body, "\n", line)
+        return Text.assemble(text, body, "\n", status(frame.step, frame.passes, revealed, seconds))
 
 
-def _greet(console: Console, model: DiffusionLM, checkpoint: str, session: Session) -> None:
+def _greet(console: Console, title: tuple[str, str], session: Session) -> None:
     from dllm.chat.render import legend
     from dllm.chat.session import described
 
-    parameters = sum(p.numel() for p in model.backbone.model.parameters())
-    size = f"{parameters / 1e6:.0f} M" if parameters >= 1e7 else f"{parameters / 1e3:,.0f} k"
-    name = model.backbone.sidecar.get("run") or Path(checkpoint).name
+    name, about = title
     console.print(f"{name}", style="bold", markup=False, end="")
-    console.print(f"  {size} parameters, context of {session.context} tokens, {model.backbone.device}", style="dim")
+    console.print(f"  {about}", style="dim", markup=False)
     console.print(f"{described(session.settings)}; /help lists the commands", style="dim", markup=False)
     console.print(legend(colours=not console.no_color))
 

@@ -18,7 +18,20 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import Any, NoReturn
 
-VERBS = ("tune", "plan", "check", "download", "prepare", "train", "evaluate", "sample", "speed", "chat", "report")
+VERBS = (
+    "tune",
+    "plan",
+    "check",
+    "download",
+    "prepare",
+    "train",
+    "evaluate",
+    "sample",
+    "speed",
+    "chat",
+    "serve",
+    "report",
+)
 """Each is a module of this package, imported only when it is used."""
 
 RENAMED = {"pins": "check"}

@@ -49,8 +49,18 @@ class MaskedScorer:
 
     rule: Callable[[Backbone, int | None], BlockRule] | None = None
 
-    def nelbo(self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> list[Score]:
+    def nelbo(
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        settings: LikelihoodSettings,
+        *,
+        between: Callable[[], object] | None = None,
+    ) -> list[Score]:
         """A bound on -log p(target | prompt) per request, in nats.
+
+        between: called after every forward batch, so that others can use the model, too.
 
         With `settings.block_size`, the sum over the target's blocks of their bounds, each given the prompt and the
         clean blocks before it: the bound of a decoder that finishes block after block, with block size 1 the
@@ -60,7 +70,7 @@ class MaskedScorer:
         Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, or a
         budget too small for the estimator.
         """
-        nats, noise, passes = self._estimates(backbone, prompts, targets, settings, None)
+        nats, noise, passes = self._estimates(backbone, prompts, targets, settings, None, between)
         return [Score(*score) for score in zip(nats.tolist(), map(length_of, noise), passes.tolist(), strict=True)]
 
     def race(
@@ -84,6 +94,7 @@ class MaskedScorer:
         targets: Rows,
         settings: LikelihoodSettings,
         like: Rows | None,
+        between: Callable[[], object] | None = None,
     ) -> Estimates:
         """Nats [N], their noise [N, E] and passes [N] of some requests; see `estimate` and `targets_of`."""
         check_requests(backbone, prompts, targets)
@@ -96,7 +107,7 @@ class MaskedScorer:
         nats, passes = numpy.zeros(len(prompts)), numpy.zeros(len(prompts), dtype=numpy.int64)
         noise = numpy.zeros((len(prompts), int(every.block.max()) + 1, 0))
         for chunk in chunks_of(every, settings):
-            owner, nll = _forward(backbone, every, chunk, settings.batch_tokens, rule)
+            owner, nll = _forward(backbone, every, chunk, settings.batch_tokens, rule, between)
             numpy.add.at(passes, every.request[owner], 1)
             for (members, design), values in zip(chunk, nll, strict=True):
                 value, error = estimate(design, values)
@@ -147,6 +158,7 @@ def _forward(
     chunk: list[tuple[numpy.ndarray, Design]],
     batch_tokens: int,
     rule: BlockRule | None,
+    between: Callable[[], object] | None,
 ) -> tuple[numpy.ndarray, list[Tensor]]:
     """For which target each input was forwarded; the nll [G, S, L] float64 of each group, 0 where not masked."""
     per_batch: list[Tensor] = []
@@ -155,6 +167,8 @@ def _forward(
         per_batch.append(_nll(backbone, batch))
         order.append(batch.order)
         owner.append(batch.owner)
+        if between is not None:
+            between()
     nll = torch.cat(per_batch).cpu().double()  # there are devices without float64
     nll = torch.empty_like(nll).index_copy(0, torch.cat(order), nll)
     parts = torch.split(nll, [int(design.masked.sum()) for _, design in chunk])

@@ -86,21 +86,22 @@ class DenoisingLoop:
         return bool(self._waiting or self._steps or self._readings or self._done)
 
     @property
-    def waiting(self) -> int:
-        """How many rows wait."""
-        return len(self._waiting)
+    def waiting(self) -> set[int]:
+        """The numbers of the rows that wait."""
+        return {place.number for place in self._waiting}
 
     @property
     def running(self) -> int:
         """How many rows run."""
         return sum(len(step.rows) for step in self._steps.values())
 
-    def add(self, canvas: Canvas, settings: GenerateSettings, ended: Ended | None = None) -> range:
+    def add(self, canvas: Canvas, settings: GenerateSettings, ended: Ended | None = None, *, behind: int = 0) -> range:
         """Queue the rows of a canvas, the longest first; returns their numbers.
 
-        `ended` is asked after every pass whether a row ends here (on an accelerator: every few passes of the row, and
-        at the ends of its blocks). Raises ValueError, one line, for a row longer than the model's context or than
-        `most_tokens`, and if `steps` is less than the blocks of a row.
+        behind: how many rows that were added just before are of the same owner, whose turns these follow. `ended` is
+        asked after every pass whether a row ends here (on an accelerator: every few passes of the row, and at the ends
+        of its blocks). Raises ValueError, one line, for a row longer than the model's context or than `most_tokens`,
+        and if `steps` is less than the blocks of a row.
         """
         check_context(canvas, self.backbone.max_length)
         if self.rule is not None:
@@ -119,7 +120,7 @@ class DenoisingLoop:
             response = canvas.tokens[at, rows.start[at] : rows.length[at]]
             self._done.append(Completion(numbers[at], response.tolist(), 0, 0))
         longest_first = sorted(rows.plan.open.nonzero()[0].tolist(), key=lambda at: -cost[at])
-        for turn, row in enumerate(longest_first, self._turn + 1):
+        for turn, row in enumerate(longest_first, self._turn + 1 + behind):
             number = numbers[row]
             heapq.heappush(self._waiting, _Place(turn, number, int(cost[row]), forward, rows, row))
             self._watched[number] = _Watched(ended)

@@ -153,6 +153,8 @@ class DenoisingStep:
             return None
 
         def sure(ranked: Tensor) -> Tensor:
+            if len(set(rows.kind)) == 1:
+                return resolved(REVEAL_RULES[rules[0]].sure)(ranked, rows.sure[:, None])
             counts = torch.zeros(len(rows), dtype=torch.long, device=self.device)
             for name in rules:
                 theirs = numpy.array([kind.reveal_rule == name for kind in rows.kind]).nonzero()[0]

@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from dllm.chat.local import Local
 from dllm.chat.session import Conversation, Session
 from dllm.cli.chat import Chat, Live, Plain
 from dllm.cli.generation import open_model
@@ -53,7 +54,7 @@ def test_a_wrong_line_is_reported_and_the_chat_goes_on(here, typed, capsys):
 
 
 def test_a_bug_costs_one_message_and_keeps_the_conversation(model, capsys, monkeypatch):
-    chat, whole = Chat(model, Session(SETTINGS, 64), Plain()), type(model).stream
+    chat, whole = Chat(Local(model), Session(SETTINGS, 64), Plain()), type(model).stream
 
     def broken(self, prompts, settings):
         if "Hello" in prompts[0][-1]["content"]:
@@ -63,7 +64,7 @@ def test_a_bug_costs_one_message_and_keeps_the_conversation(model, capsys, monke
     monkeypatch.setattr(type(model), "stream", broken)
     assert chat.talk(iter(["Who are you?", "Hello!", "Who are you?"])) == 70
     captured = capsys.readouterr()
-    assert captured.err.startswith("dllm chat: error: this is a bug of dllm (TypeError: no such thing at chat.py:")
+    assert captured.err.startswith("dllm chat: error: this is a bug of dllm (TypeError: no such thing at local.py:")
     assert captured.err.count("\n") == 1
     assert [asked for asked, _ in chat.session.conversation.turns] == ["Who are you?", "Who are you?"]
 
@@ -102,7 +103,7 @@ def terminal(**options) -> Console:
 
 def test_on_a_terminal_the_canvas_is_drawn_until_the_answer_stands(model):
     console, ticks = terminal(), iter(range(1000))
-    chat = Chat(model, Session(SETTINGS, 64), Live(console, model, clock=lambda: next(ticks)))
+    chat = Chat(Local(model), Session(SETTINGS, 64), Live(console, Local(model), clock=lambda: next(ticks)))
     assert chat.talk(iter(["Who are you?"])) == 0
     drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
     assert "················" in drawn and "I am a toy." in drawn and "tokens/s" in drawn
@@ -112,12 +113,14 @@ def test_on_a_terminal_the_canvas_is_drawn_until_the_answer_stands(model):
 def test_no_color_leaves_colours_out(model, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     console, ticks = terminal(), iter(range(1000))
-    Chat(model, Session(SETTINGS, 64), Live(console, model, clock=lambda: next(ticks))).answer("Who are you?")
+    Chat(Local(model), Session(SETTINGS, 64), Live(console, Local(model), clock=lambda: next(ticks))).answer(
+        "Who are you?"
+    )
     assert "38;5" not in console.file.getvalue() and "38;2" not in console.file.getvalue()
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_chat(model, capsys, monkeypatch):
-    chat = Chat(model, Session(SETTINGS, 64), Plain())
+    chat = Chat(Local(model), Session(SETTINGS, 64), Plain())
     whole = type(model).stream
 
     def interrupted(self, prompts, settings):
@@ -135,7 +138,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(model, capsys, monkeypat
 
 def test_forgetting_the_oldest_turns_is_said_once(model, capsys):
     long = tuple(("Who are you?", "I am a toy.") for _ in range(4))
-    chat = Chat(model, Session(SETTINGS, 64, Conversation("", long)), Plain())
+    chat = Chat(Local(model), Session(SETTINGS, 64, Conversation("", long)), Plain())
     for _ in range(3):
         chat.answer("Who are you?")
     assert capsys.readouterr().err.count("oldest turns are forgotten") == 1
@@ -144,7 +147,7 @@ def test_forgetting_the_oldest_turns_is_said_once(model, capsys):
 
 @pytest.mark.parametrize("bad", ["\udcff", "Hello \ud800"])
 def test_a_message_that_is_no_text_fails_alone(model, capsys, bad):
-    chat = Chat(model, Session(SETTINGS, 64), Plain())
+    chat = Chat(Local(model), Session(SETTINGS, 64), Plain())
     assert chat.talk(iter(["Who are you?", bad, "Who are you?"])) == 2
     assert len(chat.session.conversation.turns) == 2
     with pytest.raises(ValueError, match="is no text"):

@@ -136,6 +136,7 @@ def test_it_chats_in_pipes_and_in_terminals(here, capsys, monkeypatch):
     from rich.console import Console
 
     import dllm
+    from dllm.chat.local import Local
     from dllm.chat.session import Session
     from dllm.chat.settings import chat_generation
     from dllm.cli.chat import Chat, Live
@@ -144,8 +145,8 @@ def test_it_chats_in_pipes_and_in_terminals(here, capsys, monkeypatch):
     settings = chat_generation(model.backbone.sidecar, 24).model_copy(update={"steps": 5})
     screen = io.StringIO()
     ticks = iter(range(1000))  # a second per look at the clock: every canvas is drawn
-    live = Live(Console(file=screen, force_terminal=True, width=120), model, clock=lambda: float(next(ticks)))
-    Chat(model, Session(settings, model.max_length), live).answer("Who are you?")
+    live = Live(Console(file=screen, force_terminal=True, width=120), Local(model), clock=lambda: float(next(ticks)))
+    Chat(Local(model), Session(settings, model.max_length), live).answer("Who are you?")
     assert "passes" in screen.getvalue()
 
 

@@ -1,0 +1,103 @@
+"""Errors in the shape of OpenAI's: `{"error": {"message", "type", "param", "code"}}`, whatever goes wrong."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from dllm.config.settings import lower_first, message_of
+from dllm.serving.schemas import ErrorType, Failure, FailureOf
+
+CODES = {
+    400: "invalid_value",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    421: "unknown_host",
+    429: "queue_full",
+    500: "internal_error",
+    503: "shutting_down",
+    504: "time_limit",
+}
+"""The code of a status, unless an error has one of its own."""
+
+SETTING = re.compile(r"^(\w+) = ")
+"""How our own one-line errors begin that concern a setting."""
+
+UNION_TAG = re.compile(r"str|int|float|bool|none|(list|dict|function|constrained|nullable)\b.*|[A-Z]\w*")
+"""Parts of the place of an error that name a type, not a field."""
+
+
+class ApiError(Exception):
+    """An answer that is an error: its status, what is said, the parameter it is about, the machine's word for it."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: float = 0
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code or CODES[status]
+        self.headers = {"retry-after": str(max(1, round(retry_after)))} if retry_after else {}
+
+    @property
+    def body(self) -> Failure:
+        """What is sent."""
+        kind: ErrorType = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        message = str(self).encode(errors="backslashreplace").decode()  # half a character cannot be sent
+        return Failure(error=FailureOf(message=message, type=kind, param=self.param, code=self.code))
+
+    def response(self, *, close: bool = False) -> Response:
+        """The error as an answer; close: and nothing more on this connection, as a body may still be under way."""
+        headers = self.headers | ({"connection": "close"} if close else {})
+        return Response(self.body.model_dump_json(), self.status, headers, "application/json")
+
+
+def mistake(error: ValueError) -> ApiError:
+    """A mistake of the request that the package found: one line, which may begin with a setting."""
+    message = " ".join(str(error).split())
+    named = SETTING.match(message)
+    too_long = "model's context" in message and "tokens" in message
+    return ApiError(
+        400,
+        message,
+        param=named[1] if named else None,
+        code="context_length_exceeded" if too_long else None,
+    )
+
+
+def refusal(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body."""
+    problem: Any = error.errors(include_url=False, include_input=False)[0]
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {context.get('error', 'it cannot be read')}", code="invalid_json")
+    if kind == "unsupported_parameter":
+        return ApiError(400, problem["msg"], param=context["name"], code=kind)
+    where = _place(problem["loc"])
+    if kind == "extra_forbidden":
+        return ApiError(
+            400, f"{where} is not a parameter of this request; leave it out", param=where, code="unknown_parameter"
+        )
+    message = lower_first(message_of(problem))
+    if kind == "missing":
+        return ApiError(400, f"{where} is missing", param=where, code="missing_parameter")
+    return ApiError(400, f"{where}: {message}" if where else message, param=where or None)
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """The place of an error as a path: `messages[0].content`."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not UNION_TAG.fullmatch(part):
+            path += f".{part}" if path else part
+    return path[:200]
