@@ -70,7 +70,8 @@ def measured(
 ) -> Iterator[dict]:
     """One row per way, number of steps and set of questions, in the blocks that the model was trained with."""
     model = dllm.load(checkpoint, device="cpu")
-    plain = GenerateSettings(max_new_tokens=new_tokens, block_size=model.backbone.sidecar["block_size"], batch_size=128)
+    size = model.backbone.sidecar["block_size"]
+    plain = GenerateSettings(max_new_tokens=new_tokens, block_size=size, batch_size=128, temperature=heat)
     hybrid = model.algorithm.name == "hybrid"
     models = {"": dllm.load(checkpoint, device="cpu", algorithm="mdlm") if hybrid else model}
     if hybrid:
