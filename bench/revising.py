@@ -130,7 +130,7 @@ def panel(row: dict) -> tuple[str, str, float]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """One panel for each model and set of questions: right answers, with their interval, against passes."""
+    """One panel for each model, set of questions and temperature: right answers and intervals against passes."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -138,7 +138,8 @@ def draw(rows: list[dict], path: Path) -> None:
     from dllm.numbers import wilson_interval
     from dllm.report.style import RC, WIDTH, head, looks
 
-    panels = list(dict.fromkeys(map(panel, rows)))
+    # where nobody is right once in ten times, a panel shows nothing
+    panels = list(dict.fromkeys(panel(row) for row in rows if row["right"] > 0.1 * row["of"]))
     ways = list(dict.fromkeys(row["way"] for row in rows))
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(WIDTH, 1.1 + 2.5 * -(-len(panels) // 2)))
@@ -164,7 +165,7 @@ def draw(rows: list[dict], path: Path) -> None:
             ax.set_ylabel("right, per cent")
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
-        head(figure, "Right answers by forward passes, for each way to revise", below=0.35)
+        head(figure, "Right answers by forward passes, for each way to revise", below=0.6)
         handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         top = 1 - 0.4 / figure.get_figheight()
         figure.legend(handles.values(), handles, loc="upper left", ncols=3, bbox_to_anchor=(0.0, top))

@@ -434,9 +434,14 @@ def revising() -> str:
         key = (row["model"], row["questions"], f"{row['temperature']:g}", row["way"])
         by_line.setdefault(key, {})[row["steps"]] = row
     for key, own in by_line.items():
-        cells = [f"{one['right']} of {one['of']}" if (one := own.get(count)) else "" for count in steps]
+        cells = [
+            f"{one['right']} of {one['of']}; {one['repeated']:.1%}" if (one := own.get(count)) else ""
+            for count in steps
+        ]
         lines.append("| " + " | ".join((*key, *cells)) + " |")
-    return "\n".join([*lines, "", f"Right answers. Measured on {measured['hardware']}."])
+    return "\n".join(
+        [*lines, "", f"Right answers; share of tokens that repeat the one before. Measured on {measured['hardware']}."]
+    )
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
