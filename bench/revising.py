@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="questions of each set")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, metavar="WAY")
     args = parser.parse_args()
     if args.draw:
@@ -58,18 +59,19 @@ def main() -> None:
         sets[name] = (dict(list(answers.items())[: args.limit]), pattern)
     rows: list[dict] = []
     for checkpoint in args.inputs:
-        for row in measured(checkpoint, sets, args.new_tokens, args.steps, args.ways):
+        for row in measured(checkpoint, sets, args.new_tokens, args.steps, args.ways, args.temperature):
             print(json.dumps(row), flush=True)
             rows.append(row)
             write_atomically(args.out, json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
 
 
 def measured(
-    checkpoint: Path, sets: dict[str, Questions], new_tokens: int, steps: list[int], ways: list[str]
+    checkpoint: Path, sets: dict[str, Questions], new_tokens: int, steps: list[int], ways: list[str], heat: float
 ) -> Iterator[dict]:
     """One row per way, number of steps and set of questions, in the blocks that the model was trained with."""
     model = dllm.load(checkpoint, device="cpu")
-    plain = GenerateSettings(max_new_tokens=new_tokens, block_size=model.backbone.sidecar["block_size"], batch_size=128)
+    size = model.backbone.sidecar["block_size"]
+    plain = GenerateSettings(max_new_tokens=new_tokens, block_size=size, batch_size=128, temperature=heat)
     hybrid = model.algorithm.name == "hybrid"
     models = {"": dllm.load(checkpoint, device="cpu", algorithm="mdlm") if hybrid else model}
     if hybrid:
@@ -106,6 +108,7 @@ def answered(
             "model": name,
             "way": way,
             "steps": steps,
+            "temperature": settings.temperature,
             "questions": label,
             "passes": sum(answer.passes for answer in own) / len(own),
             "right": sum(right),
@@ -121,8 +124,13 @@ def repeated(answers: list[Answer]) -> float:
     return sum(one == other for one, other in pairs) / max(1, len(pairs))
 
 
+def panel(row: dict) -> tuple[str, str, float]:
+    """Which panel a row belongs to."""
+    return row["model"], row["questions"], row["temperature"]
+
+
 def draw(rows: list[dict], path: Path) -> None:
-    """One panel for each model and set of questions: right answers, with their interval, against passes."""
+    """One panel for each model, set of questions and temperature: right answers and intervals against passes."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -130,14 +138,15 @@ def draw(rows: list[dict], path: Path) -> None:
     from dllm.numbers import wilson_interval
     from dllm.report.style import RC, WIDTH, head, looks
 
-    panels = list(dict.fromkeys((row["model"], row["questions"]) for row in rows))
+    # where nobody is right once in ten times, a panel shows nothing
+    panels = list(dict.fromkeys(panel(row) for row in rows if row["right"] > 0.1 * row["of"]))
     ways = list(dict.fromkeys(row["way"] for row in rows))
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(WIDTH, 1.1 + 2.5 * -(-len(panels) // 2)))
         axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
-        for ax, (model, questions) in zip(axes, panels, strict=False):
+        for ax, which in zip(axes, panels, strict=False):
             for shift, (way, look) in enumerate(looks(ways).items()):
-                own = [r for r in rows if (r["model"], r["questions"], r["way"]) == (model, questions, way)]
+                own = [row for row in rows if panel(row) == which and row["way"] == way]
                 own.sort(key=lambda row: row["passes"])
                 x = [row["passes"] * 1.02 ** (shift - len(ways) / 2) for row in own]  # intervals side by side
                 for at, row in zip(x, own, strict=True):
@@ -145,13 +154,18 @@ def draw(rows: list[dict], path: Path) -> None:
                     ax.plot([at, at], [100 * low, 100 * high], color=look.color, linewidth=0.7, alpha=0.5)
                 shares = [100 * row["right"] / row["of"] for row in own]
                 ax.plot(x, shares, color=look.color, marker=look.marker, label=way)
-            ax.set(xscale="log", ylim=(0, 100), title=f"{model}: {questions}", xlabel="passes per answer")
+            ax.set(
+                xscale="log",
+                ylim=(0, 100),
+                title=f"{which[0]}: {which[1]}, temperature {which[2]:g}",
+                xlabel="passes per answer",
+            )
             ax.set_xticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
             ax.xaxis.set_minor_locator(NullLocator())
             ax.set_ylabel("right, per cent")
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
-        head(figure, "Right answers by forward passes, for each way to revise", below=0.35)
+        head(figure, "Right answers by forward passes, for each way to revise", below=0.6)
         handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         top = 1 - 0.4 / figure.get_figheight()
         figure.legend(handles.values(), handles, loc="upper left", ncols=3, bbox_to_anchor=(0.0, top))

@@ -448,22 +448,24 @@ def _nll_table(backbone, length: int):
 
 
 def revising() -> str:
-    """What `python -m bench.revising` has measured, one line for each model, set of questions and way."""
+    """What `python -m bench.revising` has measured, one line for each model, set of questions, temperature and way."""
     measured = json.loads((ROOT / "bench" / "revising.json").read_text(encoding="utf-8"))
-    rows = measured["rows"]
-    steps = sorted({row["steps"] for row in rows})
-    head = "| model | questions | way | " + " | ".join(f"{count} steps" for count in steps) + " |"
-    lines = [head, "|---|---|---|" + "---:|" * len(steps)]
-    for model, questions, way in dict.fromkeys((row["model"], row["questions"], row["way"]) for row in rows):
-        own = {
-            row["steps"]: row for row in rows if (row["model"], row["questions"], row["way"]) == (model, questions, way)
-        }
+    steps = sorted({row["steps"] for row in measured["rows"]})
+    lines = ["| model | questions | temperature | way | " + " | ".join(f"{count} steps" for count in steps) + " |"]
+    lines.append("|---|---|---|---|" + "---:|" * len(steps))
+    by_line: dict[tuple, dict[int, dict]] = {}
+    for row in measured["rows"]:
+        key = (row["model"], row["questions"], f"{row['temperature']:g}", row["way"])
+        by_line.setdefault(key, {})[row["steps"]] = row
+    for key, own in by_line.items():
         cells = [
-            f"{own[count]['right']} of {own[count]['of']}, {own[count]['passes']:.1f} passes" if count in own else ""
+            f"{one['right']} of {one['of']}; {one['repeated']:.1%}" if (one := own.get(count)) else ""
             for count in steps
         ]
-        lines.append(f"| {model} | {questions} | {way} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Measured on {measured['hardware']}, at temperature 0."])
+        lines.append("| " + " | ".join((*key, *cells)) + " |")
+    return "\n".join(
+        [*lines, "", f"Right answers; share of tokens that repeat the one before. Measured on {measured['hardware']}."]
+    )
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
