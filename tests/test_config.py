@@ -239,7 +239,7 @@ def test_the_systems_of_both_sizes_are_planned_whole(overlays):
     assert set(run for system in systems.values() for run in system.stages) == set(plan.runs)
     if "laptop" in overlays:
         assert systems["encoder-edits"].stages == ("encoder-base", "encoder-mdlm", "encoder-edits")
-        assert {s.algorithm for s in systems.values()} == {"ar", "mdlm", "bd3lm", "edit_flows"}
+        assert {s.algorithm for s in systems.values()} == {"ar", "mdlm", "hybrid", "bd3lm", "edit_flows"}
         assert plan.evaluations["encoder-edits", "facts"].generation.temperature > 0
         assert all(c.dataset is None or c.dataset.hub is None for c in plan.downloads.values())
     else:

@@ -205,11 +205,7 @@ class RunSettings(Settings):
     seed: int = option(42, "seed of order and noise", ge=0, le=LARGEST_SEED)
     mlm_share: float = option(0.3, "share of tokens masked by `mlm`", ge=1e-3, lt=1)
     uniform_share: float = option(
-        0.2,
-        "largest share of tokens that `hybrid` replaces by random ones, halfway; 0: masks only, 1: no masks",
-        ge=0,
-        le=1,
-        exclude_if=left_at(0.2),
+        0.2, "most tokens that `hybrid` replaces by random ones, as a share", ge=0, le=1, exclude_if=left_at(0.2)
     )
     evaluations: int = option(10, "evaluations (and checkpoints) over the run", gt=0, le=MANY)
     eval_rows: int | None = option(None, "use only the first rows of the test split", gt=0)
