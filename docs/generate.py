@@ -423,7 +423,29 @@ def _nll_table(backbone, length: int):
     return -logits.log_softmax(-1).gather(-1, target.expand(2**length, -1)[..., None])[..., 0]
 
 
+def revising() -> str:
+    """What `python -m bench.revising` has measured, one line for each model, set of questions, temperature and way."""
+    measured = json.loads((ROOT / "bench" / "revising.json").read_text(encoding="utf-8"))
+    steps = sorted({row["steps"] for row in measured["rows"]})
+    lines = ["| model | questions | temperature | way | " + " | ".join(f"{count} steps" for count in steps) + " |"]
+    lines.append("|---|---|---|---|" + "---:|" * len(steps))
+    by_line: dict[tuple, dict[int, dict]] = {}
+    for row in measured["rows"]:
+        key = (row["model"], row["questions"], f"{row['temperature']:g}", row["way"])
+        by_line.setdefault(key, {})[row["steps"]] = row
+    for key, own in by_line.items():
+        cells = [
+            f"{one['right']} of {one['of']}; {one['repeated']:.1%}" if (one := own.get(count)) else ""
+            for count in steps
+        ]
+        lines.append("| " + " | ".join((*key, *cells)) + " |")
+    return "\n".join(
+        [*lines, "", f"Right answers; share of tokens that repeat the one before. Measured on {measured['hardware']}."]
+    )
+
+
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "revising": ("docs/samplers.md", revising),
     "paper runs": ("docs/reproduce.md", paper_runs),
     "paper downloads": ("docs/reproduce.md", paper_downloads),
     "paper jobs": ("docs/reproduce.md", paper_jobs),
