@@ -67,8 +67,8 @@ def refuse_edited(family: Family, place: str | Path) -> None:
             names += [named[1]] if named else []
     if family.name == "LLaDA2" and any(EDITED.search(name) for name in names):
         raise ValueError(
-            f"{place}: LLaDA2.1 and 2.2 are decoded with edits of revealed tokens, which dllm does not do, so that "
-            "their scores would not be the published ones; take LLaDA2.0"
+            f"{place}: LLaDA2.1 and 2.2 are decoded with edits of revealed tokens, 2.2 also with deletions and "
+            "insertions; dllm was never compared with that, so its scores may not be the published ones; take LLaDA2.0"
         )
 
 
