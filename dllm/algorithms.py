@@ -138,6 +138,19 @@ _ROWS = (
         predicted=1.0,
         recipe_allows=_BY_TOKEN | _ALL_TIMES,
     ),
+    # the sampler and the scorer are those of masks, which is what such a model was before and stays
+    Algorithm(
+        "grpo",
+        "masks, by rewards",
+        objective="dllm.objectives.grpo:GRPO",
+        sampler="dllm.sampling.sampler:MaskedSampler",
+        scorer="dllm.likelihood.scorer:MaskedScorer",
+        also_as=("mdlm", "bd3lm", "mlm"),
+        takes=("policy",),
+        module="dllm.objectives.grpo:trained_module",
+        predicted=1.0,
+        recipe_allows=_ALL_TIMES,
+    ),
     Algorithm(
         "edit_flows",
         "edits",

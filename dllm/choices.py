@@ -1,6 +1,6 @@
 """Settings that choose a function by its name: the row of a name says where its function is. Imports none of them.
 
-A new reveal rule, estimator or kind of rows is a function and a row here; settings, command line, planning and data
+A new reveal rule, estimator, reward or kind of rows is a function and a row here; settings, command line, planning and data
 read the tables.
 `dllm.algorithms.resolved` makes the function of a name such as "package.module:function".
 """
@@ -39,6 +39,10 @@ REVEAL_RULES: dict[str, RevealRule] = {
 def parallel_rules() -> tuple[str, ...]:
     """The rules that reveal all positions that are sure enough."""
     return tuple(name for name, rule in REVEAL_RULES.items() if rule.sure is not None)
+
+
+SURE_OF_PLACE: tuple[str, ...] = ("entropy", "margin", "entropy_bound", "random")
+"""The rules whose choice of positions does not depend on the tokens that were drawn there."""
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,36 @@ ROW_KINDS: dict[str, str | Any] = {
     "text": "dllm.data.kinds:TEXT",
 }
 """Ways to write the rows of a dataset, each a `data.kinds.Kind`; a row is of the first that fits."""
+
+
+POLICY_LIKELIHOODS: dict[str, str | Callable[..., Any]] = {
+    "sampled": "dllm.likelihood.answers:sampled",
+    "bound": "dllm.likelihood.answers:bound",
+    "d1": "dllm.likelihood.answers:d1",
+}
+"""Log-likelihoods of answers in reinforcement learning: (`likelihood.answers.Answers`, which of them, iteration,
+`PolicySettings`) -> `likelihood.answers.Forwards`."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What an answer is worth."""
+
+    score: str | Callable[..., float]
+    """(prompt, answer, reference) -> a number, the larger the better."""
+    reference: str | Callable[..., Any]
+    """(prompt, reference) -> what is read of them. Raises ValueError for a reference that it cannot be used with."""
+
+
+REWARDS: dict[str, Reward] = {
+    name: Reward(f"dllm.evaluation.rewards:{score}", f"dllm.evaluation.rewards:{reference}")
+    for name, score, reference in (
+        ("number", "number", "reference_number"),
+        ("math", "mathematics", "reference_mathematics"),
+        ("countdown", "countdown", "reference_equation"),
+        ("sudoku", "sudoku", "reference_grid"),
+        ("code", "code", "reference_tests"),
+        ("format", "form", "reference_form"),
+        ("length", "length", "reference_length"),
+    )
+}

@@ -21,7 +21,6 @@ from dllm.config.entries import (
     ReportEntry,
     RunEntry,
     SampleEntry,
-    Shape,
     SpeedEntry,
 )
 from dllm.config.jobs import (
@@ -47,6 +46,7 @@ from dllm.config.jobs import (
     write_when_changed,
     yaml_text,
 )
+from dllm.config.policy import PolicySettings
 from dllm.config.reading import CONFIG_FILES, ConfigError, load_project, read_config, read_yaml
 from dllm.config.rehearsal import rehearsed
 from dllm.config.rules import launch_error
@@ -62,6 +62,7 @@ from dllm.config.settings import (
     Resources,
     Scorer,
     Settings,
+    Shape,
     checked_options,
     did_you_mean,
     option,
@@ -80,7 +81,7 @@ __all__ = [
     "AdapterSettings", "BenchmarkEntry", "BenchmarkSize", "CONFIG_FILES", "ConfigError", "CurveEntry", "DATA_FILES",
     "DECODING_OPTIONS", "DataPart", "DatasetEntry", "DownloadConfig", "EditSampling", "EditSettings",
     "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry",
-    "NAME", "OptimizerSettings", "PrepareConfig", "Project", "REVISION", "Recipe", "Rehearsal", "ReportEntry",
+    "NAME", "OptimizerSettings", "PolicySettings", "PrepareConfig", "Project", "REVISION", "Recipe", "Rehearsal", "ReportEntry",
     "ReportedEntry", "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer", "Settings",
     "Shape", "SpeedConfig", "SpeedEntry", "WEIGHT_FILES", "checked_options", "checkpoint_directory", "checkpoint_files",
     "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest", "download_configs",

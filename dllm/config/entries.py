@@ -12,13 +12,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import PrivateAttr, model_validator
 
-from dllm.config.rules import (
-    adapter_error,
-    budget_error,
-    launch_error,
-    raise_first,
-    tokens_error,
-)
+from dllm.config.policy import PolicySettings
+from dllm.config.rules import adapter_error, budget_error, launch_error, policy_error, raise_first, tokens_error
 from dllm.config.settings import (
     DECODING_OPTIONS,
     LARGEST_SEED,
@@ -34,6 +29,7 @@ from dllm.config.settings import (
     RowKindName,
     Scorer,
     Settings,
+    Shape,
     checked_options,
     is_none,
     left_at,
@@ -46,24 +42,6 @@ REVISION = re.compile(r"^[0-9a-f]{40}$")
 HardwareName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "rtx-4090", "cpu"]
 HARDWARE: tuple[HardwareName, ...] = get_args(HardwareName)
 """Names of what `dllm plan` can plan for; the figures are in `dllm.planning.hardware`."""
-
-
-class Shape(Settings):
-    """Sizes of a published architecture, as its config.json states them: known before the weights are fetched."""
-
-    model_type: str = option(..., "architecture, as transformers names it")
-    layers: int = option(..., "layers", gt=0)
-    width: int = option(..., "size of the hidden states", gt=0)
-    heads: int = option(..., "attention heads", gt=0)
-    kv_heads: int | None = option(None, "heads of keys and values; none means as many", gt=0)
-    head_width: int | None = option(None, "size of a head; none means width / heads", gt=0)
-    intermediate: int = option(..., "inner size of the feed-forward part", gt=0)
-    vocabulary: int = option(..., "rows of the embedding", gt=0)
-    positions: int = option(..., "longest row, in tokens", gt=0)
-    token_types: int = option(0, "kinds of segments with an embedding of their own", ge=0)
-    window: int | None = option(None, "positions that a local layer sees", gt=0)
-    global_every: int = option(1, "every so many layers one sees all positions; the others are local", gt=0)
-    tied: bool = option(True, "the embedding is the output matrix too")
 
 
 class Pinned(Settings):
@@ -190,8 +168,8 @@ class RunSettings(Settings):
 
     algorithm: AlgorithmName = option(
         "mdlm",
-        "masked diffusion, the same block after block, masked LM, next-token prediction, or insertions, deletions and "
-        "substitutions",
+        "masked diffusion, the same block after block, masked LM, next-token prediction, insertions, deletions and "
+        "substitutions, or rewards of what the model answers",
     )
     init: str = option(..., "model or run to start from")
     data: str = option(..., "dataset")
@@ -221,6 +199,7 @@ class RunSettings(Settings):
     compile: bool = option(False, "torch.compile of the backbone")
     edits: EditSettings = option(EditSettings(), "starts and times of `edit_flows`")
     adapter: AdapterSettings | None = option(None, "train LoRA adapters only; none: all weights")
+    policy: PolicySettings | None = option(None, "rewards, answers and likelihoods of `grpo`")
 
     @model_validator(mode="after")
     def fits_together(self) -> RunSettings:
@@ -228,6 +207,7 @@ class RunSettings(Settings):
             budget_error(self.epochs, self.steps),
             tokens_error(self.micro_batch_tokens, self.length),
             adapter_error(self.adapter, self.optimizer),
+            policy_error(self.algorithm, self.policy, self.global_batch_size),
         )
         return self
 
@@ -366,6 +346,7 @@ class ReportEntry(Settings):
     openwebtext: list[CurveEntry] = option([], "pretraining on OpenWebText")
     ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
     chat: list[CurveEntry] = option([], "chat training")
+    policies: list[CurveEntry] = option([], "learning from rewards; runs with one label are seeds of each other")
     systems: list[str] = option([], "evaluations whose models are compared with each other")
     starts: list[str] = option(
         [], "the same where the models differ in the weights they start from: claims on pretraining and size are judged"

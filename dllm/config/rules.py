@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from dllm.algorithms import algorithm_named
+from dllm.config.policy import PolicySettings
 from dllm.config.settings import AdapterSettings, OptimizerSettings
 
 
@@ -52,6 +54,21 @@ def launch_error(
         return (
             f"recipe.parameters = 'bf16' is not for launch = {launch!r}, whose master weights are fp32; take a recipe "
             "with parameters: fp32, or launch with ddp or fsdp"
+        )
+    return None
+
+
+def policy_error(algorithm: str, policy: PolicySettings | None, global_batch_size: int) -> str | None:
+    """The line for rewards without an algorithm that learns from them, the reverse, and groups that are cut."""
+    learns = "policy" in algorithm_named(algorithm).takes
+    if policy is None:
+        return f"algorithm = {algorithm!r} needs `policy`: what is rewarded (docs/rl.md)" if learns else None
+    if not learns:
+        return f"policy is not for algorithm = {algorithm!r}, which learns from no rewards; leave it out, or set grpo"
+    if global_batch_size % policy.num_generations:
+        return (
+            f"global_batch_size = {global_batch_size} counts answers and does not divide by policy.num_generations = "
+            f"{policy.num_generations}; change one of them"
         )
     return None
 

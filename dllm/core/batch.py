@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, Self
 
 import torch
@@ -93,12 +94,14 @@ class LossTerms:
 
     loss: the normalised objective (scalar, differentiable); nll: summed nats at the predicted tokens; masked: how many
     these are, a host integer; rows [B]: each row's loss bound in nats, unnormalised. Tensors stay on the device.
+    sums: further sums over these tokens, whose means are logged by their names.
     """
 
     loss: Tensor
     nll: Tensor
     masked: int
     rows: Tensor
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class TargetInputs(Inputs, Protocol):

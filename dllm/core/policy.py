@@ -1,0 +1,118 @@
+"""Policy gradients in pure tensors: advantages of a group, the clipped surrogate, and what a step hands to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from dllm.core.packing import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyInputs:
+    """R rows that are forwarded for B answers, and how M log-likelihoods come of their N chosen tokens.
+
+    tokens [R, L] long, as the model sees them; layout: the rows without their padding; row, position, targets [N] long;
+    place, weight [N]: where a target's log-probability, times its weight, stands in a table [M, W] whose rows add up
+    to the log-likelihoods; temperature: of the distributions.
+    advantage, share [M] fp32: of each log-likelihood's answer, and what it counts in the loss before the denominator.
+    old, reference [M] fp32: the log-likelihoods under the weights that drew the answers, and under those of the start;
+    None: those weights are the ones that are trained, or are not asked for.
+    """
+
+    tokens: Tensor
+    layout: Layout
+    row: Tensor
+    position: Tensor
+    targets: Tensor
+    place: Tensor
+    weight: Tensor
+    width: int
+    temperature: float
+    advantage: Tensor
+    share: Tensor
+    old: Tensor | None = None
+    reference: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same inputs on a device."""
+        return self._with(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same inputs in page-locked memory."""
+        return self._with(lambda x: x.pin_memory())
+
+    def _with(self, change: Any) -> Self:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in parts.items() if isinstance(v, Tensor | Layout)})
+
+    def log_likelihoods(self, log_p: Tensor) -> Tensor:
+        """[M] from the log-probabilities [N] of the targets; every sum has a fixed order on every device."""
+        values = len(self.advantage)
+        table = log_p.new_zeros(values * self.width).index_copy(0, self.place, log_p * self.weight)
+        return table.view(values, self.width).sum(-1)
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """loss: the normalised surrogate (scalar, differentiable); sums: what is logged of the M log-likelihoods, summed."""
+
+    loss: Tensor
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def policy_terms(
+    new: Tensor, inputs: PolicyInputs, *, epsilon: float, beta: float, denominator: float
+) -> PolicyTerms:
+    """The clipped surrogate of log-likelihoods `new` [M], and beta times the divergence from the reference.
+
+        - share (min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta (exp(d) - d - 1)),   r = exp(new - old),
+        d = reference - new, summed over the log-likelihoods and divided by `denominator`
+
+    Where `old` is None it is `new` itself, so that r is exactly 1 and the gradient that of share A new.
+    Sources: Schulman et al. 2017 (arXiv:1707.06347), eq. 7; Shao et al. 2024 (arXiv:2402.03300), eq. 3 and 4.
+    """
+    old = new.detach() if inputs.old is None else inputs.old
+    ratio, advantage = (new - old).exp(), inputs.advantage
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    sums = {"clipped": (clipped * advantage < ratio * advantage).float().sum()}
+    if inputs.reference is not None:
+        distance = inputs.reference - new
+        divergence = distance.exp() - distance - 1
+        gain = gain - beta * divergence
+        sums["kl"] = divergence.detach().sum()
+    return PolicyTerms(-(inputs.share * gain).sum() / denominator, sums)
+
+
+def group_advantages(rewards: Tensor, groups: int, scale: Literal["group", "none"]) -> Tensor:
+    """What each reward [N] is above the mean of its group, N / groups answers in a row each; scaled by its deviation.
+
+    An answer whose reward is NaN counts in no mean and has advantage 0. Source: Shao et al. 2024 (arXiv:2402.03300);
+    without the scale: Liu et al. 2025 (arXiv:2503.20783), as the mean is the only baseline that keeps the gradient's
+    direction.
+    """
+    table = rewards.double().view(groups, -1)
+    known = ~table.isnan()
+    count = known.sum(-1, keepdim=True).clamp(min=1)
+    centred = torch.where(known, table - table.nansum(-1, keepdim=True) / count, 0.0)
+    if scale == "group":
+        deviation = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        centred = centred / (deviation + 1e-4)
+    return centred.flatten().float()
+
+
+def token_shares(tokens: Tensor, loss_type: Literal["grpo", "dapo", "dr_grpo"], most: int) -> tuple[Tensor, float]:
+    """What a token of each answer counts [N], and the denominator of the whole batch.
+
+    tokens [N]: how many of each answer are counted, over the whole global batch; most: tokens that an answer can have.
+    `grpo`: the mean over answers of their means; `dapo`: the mean over tokens; `dr_grpo`: the sum over `most`.
+    """
+    one = torch.ones(len(tokens))
+    if loss_type == "dapo":
+        return one, float(tokens.sum().clamp(min=1))
+    return (one / tokens.clamp(min=1) if loss_type == "grpo" else one / most), float(len(tokens))

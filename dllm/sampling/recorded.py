@@ -1,0 +1,63 @@
+"""What a sampler drew, and when: its canvases as one table, from which the probability of what it drew follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm.config import GenerateSettings
+from dllm.core.canvas import Canvas
+from dllm.models.backbone import Backbone
+from dllm.sampling.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """tokens [B, L] long: the finished rows; drawn [B, L] long: in which pass of the row a token was drawn, from 0, -1
+    where none was; visible [B, L] long: how many of the row's first positions that pass saw. All on the host."""
+
+    tokens: Tensor
+    drawn: Tensor
+    visible: Tensor
+
+
+def recorded(sampler: Sampler, backbone: Backbone, canvas: Canvas, settings: GenerateSettings) -> Recorded:
+    """Denoise a canvas whose responses are all masks; its rows are computed together.
+
+    An end that is filled in is not drawn, nor is a token that had no alternative. On an accelerator nothing waits for
+    the device before the end.
+    """
+    drawn = torch.full_like(canvas.tokens, -1)
+    for now in sampler.denoise(backbone, canvas, settings):
+        if now is not canvas:
+            fresh = canvas.masked & ~now.masked & (now.confidence < 1)
+            drawn = torch.where(fresh, now.step - 1, drawn)
+        canvas = now
+    length = canvas.length[:, None]
+    visible = length.expand_as(drawn)
+    if hides_ahead(backbone, settings):
+        size, start = settings.block_size, canvas.start[:, None]
+        visible = torch.minimum(length, start + ((canvas.positions - start).div(size, rounding_mode="floor") + 1) * size)
+    return Recorded(canvas.tokens.cpu(), drawn.cpu(), visible.cpu())
+
+
+def hides_ahead(backbone: Backbone, settings: GenerateSettings) -> bool:
+    """Whether what is right of the active block is not there yet, in a response that is all masks at first."""
+    if settings.ahead == "auto":
+        return backbone.sidecar.get("response_end") == "block"
+    return settings.ahead == "hidden"
+
+
+def answer_ends(tokens: Tensor, starts: Tensor, lengths: Tensor, *, eos_id: int, block_size: int) -> Tensor:
+    """Where the block ends in which each response of finished rows [B, L] ends: [B] long.
+
+    A response without EOS takes its whole length; starts, lengths [B].
+    """
+    positions = torch.arange(tokens.shape[1])
+    inside = (positions >= starts[:, None]) & (positions < lengths[:, None])
+    text = (inside & (tokens != eos_id)) * (positions + 1)
+    behind = torch.maximum(text.amax(-1), starts)  # the first EOS of those that fill the end
+    blocks = (behind - starts).div(block_size, rounding_mode="floor") + 1
+    return torch.minimum(lengths, starts + blocks * block_size)
