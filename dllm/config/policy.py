@@ -9,9 +9,7 @@ from pydantic import AfterValidator, field_validator, model_validator
 from dllm.choices import POLICY_LIKELIHOODS, REWARDS, SURE_OF_PLACE
 from dllm.config.settings import MANY, GenerateSettings, Settings, known, names_schema, option
 
-PolicyLikelihoodName = Annotated[
-    str, AfterValidator(known(POLICY_LIKELIHOODS)), names_schema(POLICY_LIKELIHOODS)
-]
+PolicyLikelihoodName = Annotated[str, AfterValidator(known(POLICY_LIKELIHOODS)), names_schema(POLICY_LIKELIHOODS)]
 
 LEAST_PASSES = {"bound": 5}
 """Fewest passes with which a likelihood can be estimated, where that is more than one."""
@@ -33,12 +31,18 @@ class PolicySettings(Settings):
     )
     passes: int = option(8, "forward passes of an answer in a training step, of `bound` and `d1`", gt=0, le=MANY)
     p_mask_prompt: float = option(0.15, "share of the prompt that `d1` masks", ge=0, le=1)
-    epsilon: float = option(0.2, "ratios of new to old likelihood are clipped at 1 - epsilon and 1 + epsilon", ge=0, lt=1)
-    beta: float = option(0.0, "weight of the KL divergence from the start; above 0 the start is kept in memory", ge=0, le=100)
+    epsilon: float = option(
+        0.2, "ratios of new to old likelihood are clipped at 1 - epsilon and 1 + epsilon", ge=0, lt=1
+    )
+    beta: float = option(
+        0.0, "weight of the KL divergence from the start; above 0 the start is kept in memory", ge=0, le=100
+    )
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
         "grpo", "mean over an answer's tokens, then over answers; mean over all tokens; or sum over `max_new_tokens`"
     )
-    scale_rewards: Literal["group", "none"] = option("none", "whether advantages are divided by their group's deviation")
+    scale_rewards: Literal["group", "none"] = option(
+        "none", "whether advantages are divided by their group's deviation"
+    )
     generation: GenerateSettings = option(
         GenerateSettings(temperature=1.0, reveal_rule="entropy"), "sampler of the answers"
     )
@@ -67,9 +71,13 @@ class PolicySettings(Settings):
                     "as file.py:function"
                 )
         if self.passes < least:
-            raise ValueError(f"passes = {self.passes} with likelihood = {self.likelihood!r}: at least {least} are needed")
+            raise ValueError(
+                f"passes = {self.passes} with likelihood = {self.likelihood!r}: at least {least} are needed"
+            )
         if self.generation.temperature == 0:
-            raise ValueError("generation.temperature = 0 draws the same answer again and again; set it above 0, e.g. 1.0")
+            raise ValueError(
+                "generation.temperature = 0 draws the same answer again and again; set it above 0, e.g. 1.0"
+            )
         if self.likelihood == "sampled" and (error := _inexact(self.generation)):
             raise ValueError(error)
         return self

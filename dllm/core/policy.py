@@ -65,9 +65,7 @@ class PolicyTerms:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def policy_terms(
-    new: Tensor, inputs: PolicyInputs, *, epsilon: float, beta: float, denominator: float
-) -> PolicyTerms:
+def policy_terms(new: Tensor, inputs: PolicyInputs, *, epsilon: float, beta: float, denominator: float) -> PolicyTerms:
     """The clipped surrogate of log-likelihoods `new` [M], and beta times the divergence from the reference.
 
         - share (min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta (exp(d) - d - 1)),   r = exp(new - old),

@@ -39,7 +39,9 @@ def recorded(sampler: Sampler, backbone: Backbone, canvas: Canvas, settings: Gen
     visible = length.expand_as(drawn)
     if hides_ahead(backbone, settings):
         size, start = settings.block_size, canvas.start[:, None]
-        visible = torch.minimum(length, start + ((canvas.positions - start).div(size, rounding_mode="floor") + 1) * size)
+        visible = torch.minimum(
+            length, start + ((canvas.positions - start).div(size, rounding_mode="floor") + 1) * size
+        )
     return Recorded(canvas.tokens.cpu(), drawn.cpu(), visible.cpu())
 
 

@@ -86,8 +86,10 @@ def test_an_answer_of_one_token_gives_the_analytic_policy_gradient(likelihood):
     responses = [[1], [0], [0], [1]]
     advantages = group_advantages(rewards, 1, "none")
     given = gradient(backbone, settings, inputs_of(answers_of(PROMPT, responses), settings, advantages.tolist()), 4.0)
-    logits = backbone.model.logits_of(torch.tensor([[0, MASK]])).detach()[0, 1].masked_fill(
-        torch.arange(PAD + 1) == MASK, -torch.inf
+    logits = (
+        backbone.model.logits_of(torch.tensor([[0, MASK]]))
+        .detach()[0, 1]
+        .masked_fill(torch.arange(PAD + 1) == MASK, -torch.inf)
     )
     p = logits.softmax(-1)
     expected = torch.zeros_like(p)

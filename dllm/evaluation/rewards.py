@@ -1,0 +1,251 @@
+"""Rewards of answers that can be checked: one function each, (prompt, answer, reference) -> a number.
+
+The reference is the row's own answer, as the dataset has it. `dllm.choices.REWARDS` lists the rewards, each with the
+function that reads its reference and raises ValueError, one line, for one that it cannot use. Answers are text of a
+model: nothing of them is run but in the sandbox, and no pattern takes long on any of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dllm.algorithms import resolved
+from dllm.choices import REWARDS
+
+_NUMBER = re.compile(r"-?(?:\d[\d,]*)(?:\.\d+)?")
+_LONGEST = 40
+"""Most digits of a number: no arithmetic on what a model repeats without end."""
+
+
+def _last_number(text: str) -> Fraction | None:
+    """The number behind the last `####` of a text, or its last one."""
+    found = _NUMBER.findall(text.rpartition("####")[2]) or _NUMBER.findall(text)
+    digits = found[-1].replace(",", "") if found else ""
+    return Fraction(digits) if digits and len(digits) <= _LONGEST else None
+
+
+def reference_number(prompt: str, reference: str) -> Fraction:
+    """The number that is asked for: that of GSM8K stands behind `####`."""
+    wanted = _last_number(reference)
+    if wanted is None:
+        raise ValueError("there is no number in it")
+    return wanted
+
+
+def number(prompt: str, answer: str, reference: str) -> float:
+    """1 if the answer's number is exactly the reference's."""
+    return float(_last_number(answer) == reference_number(prompt, reference))
+
+
+def reference_mathematics(prompt: str, reference: str) -> str:
+    """The boxed answer, as the benchmark MATH normalises it."""
+    from lm_eval.tasks.minerva_math import utils
+
+    boxed = utils.last_boxed_only_string(reference)
+    if boxed is None:
+        raise ValueError("there is no \\boxed{...} in it")
+    return str(utils.normalize_final_answer(utils.remove_boxed(boxed)))
+
+
+def mathematics(prompt: str, answer: str, reference: str) -> float:
+    """1 if the answer is equivalent to the reference's boxed one, by the parser of the benchmark MATH."""
+    from lm_eval.tasks.minerva_math import utils
+
+    wanted = reference_mathematics(prompt, reference)
+    boxed = utils.last_boxed_only_string(answer)
+    found = utils.remove_boxed(boxed) if boxed else utils.get_unnormalized_answer(answer)
+    return float(utils.is_equiv(utils.normalize_final_answer(found), wanted))
+
+
+_OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def _arithmetic(text: str) -> tuple[Fraction, Counter[Fraction]]:
+    """The value of an expression of whole numbers, + - * / and brackets, and the numbers in it. Raises ValueError."""
+    used: Counter[Fraction] = Counter()
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used[Fraction(node.value)] += 1
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError("not plain arithmetic")
+
+    if len(text) > 200:
+        raise ValueError("too long")
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body), used
+    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
+        raise ValueError(type(error).__name__) from None
+
+
+def _last_equation(text: str) -> tuple[str, str]:
+    """Left and right side of the last `expression = number` of a text, or two empty strings."""
+    found = re.findall(r"([\d\s+\-*/()]{1,200})=\s*(-?\d{1,12})", text)
+    return found[-1] if found else ("", "")
+
+
+def reference_equation(prompt: str, reference: str) -> tuple[Fraction, Counter[Fraction]]:
+    """The number to be reached and the numbers to be used, from an equation such as `(3 + 5) * 2 = 16`."""
+    left, right = _last_equation(reference)
+    if not right:
+        raise ValueError("there is no equation such as (3 + 5) * 2 = 16 in it")
+    return Fraction(right), _arithmetic(left)[1]
+
+
+def countdown(prompt: str, answer: str, reference: str) -> float:
+    """1 if the answer's last equation reaches the number with every given number used once; 0.1 for any equation."""
+    wanted, numbers = reference_equation(prompt, reference)
+    left, right = _last_equation(answer)
+    try:
+        value, used = _arithmetic(left)
+    except ValueError:
+        return 0.0
+    return 1.0 if value == wanted == Fraction(right) and used == numbers else 0.1
+
+
+def _grid(text: str, symbols: str) -> str:
+    """The last sixteen cells in a row of a text, spaces and frames apart; empty: there are none."""
+    found = re.findall(f"[{symbols}]{{16}}", re.sub(r"[\s|+-]", "", text))
+    return found[-1] if found else ""
+
+
+def reference_grid(prompt: str, reference: str) -> tuple[str, str]:
+    """The puzzle in the prompt, `.`, `_` or `0` where a cell is empty, and its solution, 16 digits from 1 to 4."""
+    puzzle, solution = _grid(prompt, "0-4._"), _grid(reference, "1-4")
+    if not solution:
+        raise ValueError("there are no 16 digits from 1 to 4 in it")
+    if not any(cell in "0._" for cell in puzzle):
+        raise ValueError("its prompt has no puzzle: 16 cells, `.`, `_` or `0` where one is empty")
+    return puzzle, solution
+
+
+def sudoku(prompt: str, answer: str, reference: str) -> float:
+    """The share of the empty cells of a 4 x 4 puzzle that are filled as in the solution."""
+    puzzle, solution = reference_grid(prompt, reference)
+    filled = _grid(answer, "1-4")
+    empty = [place for place, cell in enumerate(puzzle) if cell in "0._"]
+    return sum(filled[place] == solution[place] for place in empty) / len(empty) if filled else 0.0
+
+
+def reference_tests(prompt: str, reference: str) -> str:
+    """The tests of a program: Python with at least one `assert`."""
+    try:
+        tests = any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(reference)))
+    except SyntaxError as error:
+        raise ValueError(f"it is not Python ({error.msg})") from None
+    if not tests:
+        raise ValueError("there is no assert in it")
+    return reference
+
+
+def code(prompt: str, answer: str, reference: str) -> float:
+    """1 if the answer's program, or what is in its last code fence, passes the reference's tests in the sandbox."""
+    from dllm.evaluation.sandbox import run_program
+
+    fenced = re.findall(r"```(?:python)?\n(.*?)```", answer, re.DOTALL)
+    program = fenced[-1] if fenced else answer
+    return float(run_program(f"{program}\n{reference_tests(prompt, reference)}").passed)
+
+
+_FORMS = {
+    "####": re.compile(r"####\s*-?\d[\d,.]*\s*$"),
+    "\\boxed{": re.compile(r"\\boxed\{[^{}]+\}"),
+    "</answer>": re.compile(r"<answer>[^<]+</answer>\s*$"),
+    "```": re.compile(r"```[^`]+```"),
+}
+"""Marks of an answer's form, and what an answer of that form has."""
+
+
+def reference_form(prompt: str, reference: str) -> list[str]:
+    """The marks that the reference has."""
+    marks = [mark for mark in _FORMS if mark in reference]
+    if not marks:
+        raise ValueError(f"there is none of {', '.join(_FORMS)} in it")
+    return marks
+
+
+def form(prompt: str, answer: str, reference: str) -> float:
+    """1 if the answer has the form of the reference: its number behind ####, boxed, in a tag, or a code fence."""
+    return float(all(_FORMS[mark].search(answer) for mark in reference_form(prompt, reference)))
+
+
+def reference_length(prompt: str, reference: str) -> int:
+    """The reference's characters."""
+    if not reference.strip():
+        raise ValueError("it is empty")
+    return len(reference)
+
+
+def length(prompt: str, answer: str, reference: str) -> float:
+    """1 for an answer that is no longer than the reference, falling to 0 at twice its length."""
+    most = reference_length(prompt, reference)
+    return min(1.0, max(0.0, 2 - len(answer) / most))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _own(path: str, name: str) -> Callable[..., Any]:
+    """A function of a file on this disk. Raises ValueError, one line."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"reward_funcs = '{path}:{name}': there is no such file; check the path")
+    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"reward_funcs = '{path}:{name}': the file cannot be read as Python ({said[:200]})") from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(f"reward_funcs = '{path}:{name}': the file has no function {name}")
+    return found
+
+
+def reward_named(name: str) -> Callable[[str, str, str], float]:
+    """The function of a reward: one of the table, or `file.py:function`. Raises ValueError, one line, if none is."""
+    if name in REWARDS:
+        return resolved(REWARDS[name].score)
+    return _own(*name.rsplit(":", 1))
+
+
+def check_reference(name: str, prompt: str, reference: str) -> None:
+    """Raise ValueError if a reward of the table cannot use a reference."""
+    if name in REWARDS:
+        resolved(REWARDS[name].reference)(prompt, reference)
+
+
+def reward_of(
+    names: Sequence[str], weights: Sequence[float], prompt: str, answer: str, reference: str
+) -> tuple[float, str]:
+    """The weighted sum of some rewards, and "" or, with NaN, what went wrong: a reward that raises costs its answer."""
+    total = 0.0
+    for name, weight in zip(names, weights, strict=True):
+        try:
+            value = float(reward_named(name)(prompt, answer, reference))
+        except Exception as error:  # rewards are a user's own functions, and answers are anything
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            return math.nan, f"reward {name} raised {said[:200]}"
+        if not math.isfinite(value):
+            return math.nan, f"reward {name} is {value}"
+        total += weight * value
+    return total, ""
