@@ -149,7 +149,7 @@ _ROWS = (
         takes=("policy",),
         module="dllm.objectives.grpo:trained_module",
         predicted=1.0,
-        recipe_allows=_ALL_TIMES,
+        recipe_allows=_ALL_TIMES | {"denominator": ("global",)},
     ),
     Algorithm(
         "edit_flows",

@@ -1,7 +1,7 @@
 """Settings that choose a function by its name: the row of a name says where its function is. Imports none of them.
 
-A new reveal rule, estimator, reward or kind of rows is a function and a row here; settings, command line, planning and data
-read the tables.
+A new reveal rule, estimator, reward or kind of rows is a function and a row here; settings, command line, planning and
+data read the tables.
 `dllm.algorithms.resolved` makes the function of a name such as "package.module:function".
 """
 
@@ -124,3 +124,9 @@ REWARDS: dict[str, Reward] = {
         ("length", "length", "reference_length"),
     )
 }
+
+REWARD_NAMED = "dllm.evaluation.rewards:reward_named"
+REWARD_OF = "dllm.evaluation.rewards:reward_of"
+CHECK_REFERENCE = "dllm.evaluation.rewards:check_reference"
+"""What finds a reward, gives that of an answer, and checks a reference: beside evaluation, whose parser and sandbox
+they share."""

@@ -149,7 +149,8 @@ class Plan:
     def train_inputs(self, run: str) -> list[str]:
         """Records of the data and of the start of a run."""
         config = self.runs[run]
-        return [f"{config.data_path}.json", self.record_of(config.init)]
+        data = dict.fromkeys([config.data_path, config.bound_path])
+        return [*(f"{path}.json" for path in data), self.record_of(config.init)]
 
     def offline(self, run: str) -> int:
         """Whether a run trains without the network (1): all do but those whose data is streamed (0)."""

@@ -23,6 +23,7 @@ from dllm.config.entries import (
     SpeedSettings,
     TaskSettings,
 )
+from dllm.config.policy import own_reward
 from dllm.config.rules import raise_first
 from dllm.config.settings import Recipe, Scorer, Settings, is_none, option, overlaid
 from dllm.config.sources import checkpoint_directory, checkpoint_files, content_digest, dataset_files, seen_from
@@ -91,7 +92,7 @@ class RunConfig(Job, RunSettings):
 
     once_had = {"layout": "packed", "head_chunk": None}
     written_first = ("name", "algorithm", "init", "init_path", "model", "data", "data_path", "recipe_name", "recipe")
-    written_when_set = ("test_rows",)
+    written_when_set = ("test_rows", "policy", "policy_data_path", "policy_content")
 
     name: str = option(..., "name of the directory below runs/")
     init_path: str = option(..., "directory of the model to start from")
@@ -100,6 +101,13 @@ class RunConfig(Job, RunSettings):
     test_rows: int | None = option(None, "of the dataset's entry", gt=0)
     recipe_name: str = option(..., "name of the recipe")
     recipe: Recipe = option(..., "the recipe itself")
+    policy_data_path: str | None = option(None, "directory of the token files of `policy.bound_data`")
+    policy_content: str | None = option(None, "digest of the files of rewards: changed rewards train again")
+
+    @property
+    def bound_path(self) -> str:
+        """Directory of the token files whose test rows the bound is evaluated on."""
+        return self.policy_data_path or self.data_path
 
     @model_validator(mode="after")
     def the_recipe_is_allowed(self) -> RunConfig:
@@ -181,9 +189,13 @@ def download_path(project: Project, dataset: str) -> str:
     return f"downloads/{download_name(project, dataset)}"
 
 
-def prepared_name(project: Project, run: str) -> str:
-    """Name of the token files a run reads: dataset, tokenizer, length (and the published split, where asked for)."""
+def prepared_name(project: Project, run: str, data: str | None = None) -> str:
+    """Name of the token files a run reads: dataset, tokenizer, length (and the published split, where asked for).
+
+    data: another dataset than the run's own.
+    """
     entry = project.runs[run]
+    entry = entry.model_copy(update={"data": data}) if data else entry
     root = project.root_model(run)
     # a stand-in of a published family has that family's special tokens and template on top
     tokenizer = root if project.models[root].published else project.models[root].tokenizer or root
@@ -239,9 +251,9 @@ def download_configs(project: Project) -> dict[str, DownloadConfig]:
             name=name, what="model", model=entry, tokenizer_path=path, **_own_checkpoint(project, name, entry)
         )
 
-    for name, run in project.runs.items():
+    for name, data in runs_and_data(project):
         need_model(project.root_model(name))
-        need_dataset(run.data)
+        need_dataset(data)
     for row in project.evaluations.values():
         need_model(project.root_model(row.checkpoint))
     for benchmark in project.benchmarks.values() if project.evaluations else ():
@@ -273,11 +285,20 @@ def _own_checkpoint(project: Project, name: str, entry: ModelEntry) -> dict[str,
     return {"sources": sources, "content": content_digest(files)}
 
 
+def runs_and_data(project: Project) -> list[tuple[str, str]]:
+    """Every run with each dataset that it reads."""
+    pairs = [(name, run.data) for name, run in project.runs.items()]
+    return pairs + [
+        (n, run.policy.bound_data) for n, run in project.runs.items() if run.policy and run.policy.bound_data
+    ]
+
+
 def prepare_configs(project: Project) -> dict[str, PrepareConfig]:
     """The token files that the runs read, by name."""
     configs: dict[str, PrepareConfig] = {}
-    for run, entry in project.runs.items():
-        name, root, dataset = prepared_name(project, run), project.root_model(run), project.datasets[entry.data]
+    for run, data in runs_and_data(project):
+        entry = project.runs[run].model_copy(update={"data": data})
+        name, root, dataset = prepared_name(project, run, data), project.root_model(run), project.datasets[data]
         if name in configs:  # models that share a tokenizer share its token files; the first one names them
             continue
         configs[name] = PrepareConfig(
@@ -301,7 +322,7 @@ def run_configs(project: Project) -> dict[str, RunConfig]:
     for name, entry in project.runs.items():
         data = prepared_name(project, name)
         configs[name] = RunConfig(
-            **_shared(entry, RunSettings, but="data"),
+            **(_shared(entry, RunSettings, but="data") | _of_policy(project, name, entry)),
             name=name,
             init_path=checkpoint_path(project, entry.init),
             model=project.models[project.root_model(name)],
@@ -312,6 +333,26 @@ def run_configs(project: Project) -> dict[str, RunConfig]:
             recipe=project.recipes[entry.recipe],
         )
     return configs
+
+
+def _of_policy(project: Project, run: str, entry: RunEntry) -> dict[str, Any]:
+    """The settings of a run that learns from rewards, with its data and files in place of their names."""
+    policy = entry.policy
+    if policy is None:
+        return {}
+    workdir, seen, files = project.root / project.workdir, {}, []
+    for name in policy.reward_funcs:
+        if own := own_reward(name, project.root):
+            files.append(own)
+            seen[name] = f"{seen_from(own, name.rpartition(':')[0], workdir)}:{name.rpartition(':')[2]}"
+    found: dict[str, Any] = {
+        "policy": policy.model_copy(update={"reward_funcs": [seen.get(name, name) for name in policy.reward_funcs]})
+    }
+    if files:
+        found["policy_content"] = content_digest(files)
+    if policy.bound_data:
+        found["policy_data_path"] = f"data/{prepared_name(project, run, policy.bound_data)}"
+    return found
 
 
 def evaluation_configs(project: Project) -> dict[tuple[str, str], EvaluationConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, field_validator, model_validator
@@ -67,8 +68,8 @@ class PolicySettings(Settings):
         for name in self.reward_funcs:
             if name not in REWARDS and ".py:" not in name:
                 raise ValueError(
-                    f"reward_funcs = {name!r} is not a reward; allowed: {', '.join(REWARDS)}, or a function of your own "
-                    "as file.py:function"
+                    f"reward_funcs = {name!r} is not a reward; allowed: {', '.join(REWARDS)}, or a function of your "
+                    "own as file.py:function"
                 )
         if self.passes < least:
             raise ValueError(
@@ -93,3 +94,8 @@ def _inexact(generation: GenerateSettings) -> str | None:
                 f"and not of such a choice; allowed: {', '.join(map(str, values))}; or take likelihood: bound"
             )
     return None
+
+
+def own_reward(name: str, root: Path) -> Path | None:
+    """The file of a reward that is a function of one, absolute or below `root`; None for a reward of the table."""
+    return root / Path(name.rpartition(":")[0]).expanduser() if ".py:" in name else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from dllm.algorithms import algorithm_named
 from dllm.config.entries import NAME, Project
+from dllm.config.policy import own_reward
 from dllm.config.settings import GenerateSettings, did_you_mean, overlaid
 
 Problem = tuple[tuple[str, ...], str]
@@ -60,7 +61,7 @@ NOUNS = {
 }
 """What an entry of a section is called."""
 
-CURVES = ("pretraining", "openwebtext", "ablation", "chat")
+CURVES = ("pretraining", "openwebtext", "ablation", "chat", "policies")
 """Figures of the report that show training runs."""
 
 
@@ -199,6 +200,33 @@ def _shown(project: Project) -> Iterator[Problem]:
             yield path, f"{'.'.join(path)} shows {twice!r} twice; keep one of them"
 
 
+def _policies(project: Project) -> Iterator[Problem]:
+    """Rewards are of answers to prompts, and their own files are there."""
+    for name, run in project.runs.items():
+        if run.policy is None:
+            continue
+        for key, data in (("data", run.data), ("policy.bound_data", run.policy.bound_data)):
+            if data is None:
+                continue
+            if data not in project.datasets:
+                yield _unknown(("runs", name, key), data, ("datasets",), list(project.datasets))
+            elif _is_text(project, data):
+                says = f"= {data!r} holds texts without prompts; take a dataset of conversations"
+                yield _at("runs", name, key, says=says)
+        for reward in run.policy.reward_funcs:
+            own = own_reward(reward, project.root)
+            if own is not None and not own.is_file():
+                says = f"= {reward!r}: there is no such file ({own}); check the path"
+                yield _at("runs", name, "policy.reward_funcs", says=says)
+
+
+def _is_text(project: Project, data: str) -> bool:
+    """Whether a dataset, or a part of it, is known to hold text."""
+    entry = project.datasets[data]
+    parts = [project.datasets[part] for part in entry.mix] if entry.mix else [entry]
+    return any(part.kind == "text" for part in parts)
+
+
 CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (
     _streamed_data,
     _tokenizers,
@@ -206,6 +234,7 @@ CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (
     _recipes_of_algorithms,
     _samplers,
     _questions,
+    _policies,
     _shown,
 )
 """What the existence of a name does not show."""

@@ -59,7 +59,7 @@ class PolicyInputs:
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """loss: the normalised surrogate (scalar, differentiable); sums: what is logged of the M log-likelihoods, summed."""
+    """loss: the normalised surrogate (scalar, differentiable); sums: over the M log-likelihoods, of what is logged."""
 
     loss: Tensor
     sums: Mapping[str, Tensor] = field(default_factory=dict)

@@ -209,6 +209,7 @@ def _own(path: str, name: str) -> Callable[..., Any]:
     if not file.is_file():
         raise ValueError(f"reward_funcs = '{path}:{name}': there is no such file; check the path")
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+    assert spec is not None and spec.loader is not None  # of a file that is there
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -215,3 +215,12 @@ def alpaca(world: SyntheticWorld, rows: int) -> Iterator[dict]:
             "output": exchange.answer,
             "text": f"Instruction: {exchange.instruction}{given}\nResponse: {exchange.answer}",
         }
+
+
+def sums(world: SyntheticWorld, split: str, rows: int) -> Iterator[dict]:
+    """Sums with short answers that can be checked; those of the test split are held out of all data."""
+    rng = world.random(f"sums/{split}")
+    for _ in range(rows):
+        problem = mathematics("prealgebra", rng, test=split == "test")
+        written = problem.solution.partition("=")[0].strip("$")
+        yield {"prompt": problem.question, "response": f"{written}={problem.answer}."}

@@ -14,7 +14,7 @@ from dllm.synthetic.chat import smoltalk, tulu
 from dllm.synthetic.code import code, humaneval, mbpp
 from dllm.synthetic.corpus import openwebtext, wikitext
 from dllm.synthetic.entities import SyntheticWorld, make_synthetic_world
-from dllm.synthetic.instructions import alpaca
+from dllm.synthetic.instructions import alpaca, sums
 from dllm.synthetic.tokenizer import save_tokenizer
 
 
@@ -29,6 +29,12 @@ def training_files(world: SyntheticWorld) -> Iterator[tuple[str, Iterable[dict]]
     yield "tulu/train.jsonl", tulu(world, 9000)
     yield "smoltalk/train.jsonl", smoltalk(world, "train", 4000)
     yield "smoltalk/test.jsonl", smoltalk(world, "test", 200)
+
+
+def sums_files(world: SyntheticWorld) -> Iterator[tuple[str, Iterable[dict]]]:
+    """Every file of sums to be rewarded: its path and its rows."""
+    yield "sums/train.jsonl", sums(world, "train", 2000)
+    yield "sums/test.jsonl", sums(world, "test", 200)
 
 
 def code_files(world: SyntheticWorld) -> Iterator[tuple[str, Iterable[dict]]]:
@@ -50,8 +56,9 @@ def build(directory: str | Path, *, seed: int) -> None:
         rows[path] = write_rows(directory / path, source, texts)
     for path, source in all_benchmarks(world):
         rows[f"benchmarks/{path}"] = write_rows(directory / "benchmarks" / path, source, texts)
-    for path, source in code_files(world):
-        rows[path] = write_rows(directory / path, source, Counter())  # not counted: the tokenizer spells code
+    # not counted: the tokenizer spells code, and knows the words of sums
+    for path, source in (*sums_files(world), *code_files(world)):
+        rows[path] = write_rows(directory / path, source, Counter())
     save_tokenizer(texts, directory / "tokenizer")
     write_manifest(directory, seed, rows)
 

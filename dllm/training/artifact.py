@@ -34,7 +34,8 @@ UNWRITABLE = (OSError, RuntimeError, SafetensorError)
 
 def input_paths(config: RunConfig) -> list[str]:
     """The artifacts a run reads, below the work directory: its data, and its init's artifact."""
-    return [config.data_path, config.init_path.removesuffix("/model")]
+    data = dict.fromkeys([config.data_path, config.bound_path])
+    return [*data, config.init_path.removesuffix("/model")]
 
 
 def input_digests(config: RunConfig, workdir: Path) -> dict[str, str]:

@@ -49,13 +49,15 @@ def product_dtype(config: RunConfig, device: torch.device) -> str:
 @dataclass(frozen=True)
 class StepNumbers:
     """What this process' share of a step gave: loss and summed nll (nats) on the device, the number of predicted
-    tokens, the global batch's tokens on disk, and the gradient norm before clipping (of the whole step)."""
+    tokens, the global batch's tokens on disk, the gradient norm before clipping (of the whole step), and `sums` of the
+    loss terms."""
 
     loss: Tensor
     nll: Tensor
     masked: int
     tokens: int
     gradient_norm: Tensor
+    sums: dict[str, Tensor]
 
 
 class Devices(ABC):
@@ -90,13 +92,15 @@ class Devices(ABC):
         loss: Any = 0.0
         nll: Any = 0.0
         masked = tokens = 0
+        sums: dict[str, Tensor] = {}
         for part in parts:
             with self._accumulating(part.last):
                 terms = self.forward(objective, part)
                 self._backward(terms.loss * scale)
             loss, nll = loss + terms.loss.detach(), nll + terms.nll
             masked, tokens = masked + terms.masked, part.tokens
-        return StepNumbers(loss, nll, masked, tokens, self.update())
+            sums |= {name: sums.get(name, 0.0) + value for name, value in terms.sums.items()}
+        return StepNumbers(loss, nll, masked, tokens, self.update(), sums)
 
     def forward(self, objective: Objective, part: MicroBatch) -> LossTerms:
         """The terms of a micro-batch, in the run's precision."""
@@ -141,6 +145,13 @@ class Devices(ABC):
     @abstractmethod
     def load(self, directory: Path) -> None:
         """Read what `save` wrote."""
+
+    @torch.no_grad()
+    def write_whole(self, model: nn.Module) -> None:
+        """Write the weights, whole, into a copy of the model in every process; all processes call it."""
+        copies = dict(model.named_parameters())
+        for name, parameter in self.scores.model.named_parameters():
+            copies[name].copy_(self._whole(parameter))
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -382,6 +393,15 @@ def devices_for(
     elif _launched("FSDP") and distributed.is_initialized():
         kind = FullyShard
     return kind(accelerator, scores, settings, bf16=bf16)
+
+
+def cuts_weights() -> bool:
+    """Whether the processes were launched to hold shards of the weights."""
+    if _launched("DEEPSPEED"):
+        from accelerate import DeepSpeedPlugin
+
+        return DeepSpeedPlugin().deepspeed_config["zero_optimization"]["stage"] == 3
+    return _launched("FSDP")
 
 
 def _launched(name: str) -> bool:

@@ -138,8 +138,11 @@ def one_step(made: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
 
 
 def steps_per_epoch(config: RunConfig, rows: int) -> int:
-    """Global batches in one pass over `rows` rows, at least one."""
-    return max(1, rows // config.global_batch_size)
+    """Optimiser steps in one pass over `rows` rows, at least one; of prompts that are answered, several to a batch."""
+    if config.policy is None:
+        return max(1, rows // config.global_batch_size)
+    prompts = config.global_batch_size // config.policy.num_generations
+    return max(1, rows // prompts) * config.policy.num_iterations
 
 
 def _of_step(

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,7 +32,14 @@ from dllm.core.devices import best_device
 from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import open_rows
 from dllm.training.artifact import UNWRITABLE, Trained, check_free, is_finished, state_key, write_artifact, writing
-from dllm.training.devices import DATA_PARALLEL, StepNumbers, asked_dtype, devices_for, product_dtype
+from dllm.training.devices import (
+    DATA_PARALLEL,
+    StepNumbers,
+    asked_dtype,
+    cuts_weights,
+    devices_for,
+    product_dtype,
+)
 from dllm.training.micro_batches import (
     MicroBatch,
     Prefetcher,
@@ -44,6 +51,7 @@ from dllm.training.micro_batches import (
     steps_per_epoch,
 )
 from dllm.training.optimizer import set_learning_rate, share_of_peak
+from dllm.training.policy import Policy, policy_copies
 from dllm.training.setup import (
     adapted,
     check_budget,
@@ -165,7 +173,7 @@ class _Run:
     def __init__(self, config: RunConfig, workdir: Path, accelerator: Accelerator, state: StateDirectory):
         self.config, self.accelerator, self.state = config, accelerator, state
         corpus = open_corpus(workdir / config.data_path)
-        test_rows = open_rows(workdir / config.data_path, "test")
+        test_rows = open_rows(workdir / config.bound_path, "test")
         train_rows = open_rows(workdir / config.data_path, "train") if corpus is None else test_rows  # a sample of them
         backbone = start_of(config, workdir)
         check_inputs(config, backbone, train_rows, workdir / config.init_path)
@@ -186,11 +194,17 @@ class _Run:
         self.test_split = TrainingSplit(test_rows, self.objective, end and replace(end, extra_blocks=0), **ids)
         scores = scores_for(config, backbone)
         self.parameters = sum(p.numel() for p in scores.parameters())
+        copies = config.policy and policy_copies(config, backbone, accelerator.device, sharded=cuts_weights())
         products = product_dtype(config, accelerator.device)
         bf16 = products == "bf16" and config.recipe.parameters == "fp32"  # bf16 parameters need no autocast
         self.devices = devices_for(accelerator, scores, config.optimizer, bf16=bf16)
         if products != asked_dtype(config):
             accelerator.print(f"{config.name}: no fast bf16 on this device, so matrix products are computed in fp32")
+        self.policy: Policy | None = None
+        """What writes the rows of training steps, if they are answers of the model itself."""
+        if config.policy:
+            splits = (train_rows, open_rows(workdir / config.data_path, "test"))
+            self.policy = Policy(config, backbone, self.devices, self.objective, splits, copies, workdir)
         self.metrics = MetricsLog(state.path / "metrics.jsonl")
         self.layout = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
         self.parts: Iterator[MicroBatch] = iter(())
@@ -214,10 +228,16 @@ class _Run:
             signal.signal(signal.SIGUSR1, self._on_signal)
         if first == 0:
             self._evaluate(0)
-        parts = micro_batches(self.train_split, self.config, first=first, last=self.plan.last_step, **self.layout)
-        with Prefetcher(parts, pin=self._pins) as self.parts, self._bar(first, quiet) as bar:
+        with self._made(first) as self.parts, self._bar(first, quiet) as bar:
             self._steps(first, bar)
         self._evaluate(self.plan.last_step, final=True)
+
+    def _made(self, first: int) -> AbstractContextManager[Iterator[MicroBatch]]:
+        """The micro-batches of all steps from `first` on; answers cannot be drawn ahead of their step."""
+        if self.policy:
+            return nullcontext(self.policy.micro_batches(first, self.plan.last_step))
+        parts = micro_batches(self.train_split, self.config, first=first, last=self.plan.last_step, **self.layout)
+        return Prefetcher(parts, pin=self._pins)
 
     def _steps(self, first: int, bar) -> None:
         """The steps from `first` on, logged, evaluated and saved."""
@@ -259,8 +279,9 @@ class _Run:
 
     def _read(self, done: int, numbers: StepNumbers) -> dict[str, float]:
         """The row that is logged for a step, over all processes; the only place where the host waits for the device."""
-        own = torch.stack([numbers.loss, numbers.nll, torch.full_like(numbers.loss, numbers.masked)])
-        loss, nll, masked = self.devices.summed(own).tolist()
+        masked = torch.full_like(numbers.loss, numbers.masked)
+        own = torch.stack([numbers.loss, numbers.nll, masked, *numbers.sums.values()])
+        loss, nll, masked, *sums = self.devices.summed(own).tolist()
         return {
             "epoch": done / self.plan.steps_per_epoch,
             "loss": loss * self._gradient_scale / self.accelerator.num_processes,
@@ -268,6 +289,8 @@ class _Run:
             "learning_rate": self.rate,
             "grad_norm": float(numbers.gradient_norm),
             "tokens": float(self.tokens),
+            **{name: value / masked for name, value in zip(numbers.sums, sums, strict=True)},
+            **(self.policy.numbers() if self.policy else {}),
         }
 
     @property
@@ -314,6 +337,7 @@ class _Run:
                 "standard_error": float(spread),
                 "targets": int(targets.sum()),
                 "rows": len(rows.numbers),
+                **(self.policy.evaluate(final=final) if self.policy else {}),
             }
         )
 
@@ -333,6 +357,8 @@ class _Run:
             self.tokens, self.wall_before = saved["tokens"], saved["wall_seconds"]
             if self.stream is not None:
                 self.stream.load_state(saved["stream"])
+            if self.policy:
+                self.policy.load_state(saved.get("policy"))
             self.started = time.perf_counter()
             if self.accelerator.is_main_process:
                 self.metrics.rewind(step)
@@ -387,6 +413,8 @@ class _Run:
             progress["layout"] = self.devices.layout
             if self.stream is not None:
                 progress["stream"] = self.stream.state(step)
+            if self.policy:
+                progress["policy"] = self.policy.state(step)
             (scratch / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
         self.accelerator.wait_for_everyone()  # until every process has written its share
         if self.accelerator.is_main_process:
@@ -397,7 +425,7 @@ class _Run:
         values["wall_seconds"] = round(self.wall_seconds, 3)
         if self.accelerator.is_main_process:
             self.metrics.write(values)
-        named = {f"{values['split']}/{k}": v for k, v in values.items() if k not in ("step", "split")}
+        named = {f"{values['split']}/{k}": v for k, v in values.items() if k not in ("step", "split", "samples")}
         self.accelerator.log(named, step=values["step"])
 
     def trained(self) -> Trained:

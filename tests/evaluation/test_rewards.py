@@ -75,8 +75,8 @@ def test_a_reference_that_a_reward_cannot_use_is_said_to_be_so(name):
 def test_rewards_are_added_up_by_their_weights_and_one_that_raises_costs_its_answer(tmp_path):
     own = tmp_path / "mine.py"
     own.write_text(
-        "def short(prompt, answer, reference):\n    return 1 / len(answer)\n\n\ndef endless(prompt, answer, reference):\n"
-        "    return float('inf')\n"
+        "def short(prompt, answer, reference):\n    return 1 / len(answer)\n"
+        "def endless(prompt, answer, reference):\n    return float('inf')\n"
     )
     names = ["number", f"{own}:short"]
     assert reward_of(names, [1.0, 0.5], "", "7", "7") == (1.5, "")

@@ -97,7 +97,10 @@ def run_config(name: str = "run", **changes) -> RunConfig:
     return RunConfig(**settings | changes, recipe=recipe)
 
 
+TIMED = ("wall_seconds", "tokens_per_second", "generated_per_second")
+
+
 def metrics_of(workdir: Path, run: str) -> list[dict]:
     """The deterministic part of a run's metrics."""
     rows = [json.loads(line) for line in (workdir / "runs" / run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("wall_seconds", "tokens_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
