@@ -80,12 +80,12 @@ from dllm.config.sources import (
 __all__ = [
     "AdapterSettings", "BenchmarkEntry", "BenchmarkSize", "CONFIG_FILES", "ConfigError", "CurveEntry", "DATA_FILES",
     "DECODING_OPTIONS", "DataPart", "DatasetEntry", "DownloadConfig", "EditSampling", "EditSettings",
-    "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry",
-    "NAME", "OptimizerSettings", "PolicySettings", "PrepareConfig", "Project", "REVISION", "Recipe", "Rehearsal",
+    "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry", "NAME",
+    "OptimizerSettings", "PolicySettings", "PrepareConfig", "Project", "REVISION", "Recipe", "Rehearsal",
     "ReportEntry", "ReportedEntry", "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer",
     "Settings", "Shape", "SpeedConfig", "SpeedEntry", "WEIGHT_FILES", "checked_options", "checkpoint_directory",
-    "checkpoint_files", "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest", "download_configs",
-    "download_name", "download_path", "evaluation_configs", "launch_error", "load_project", "option", "overlaid",
-    "prepare_configs", "prepared_name", "read_config", "read_yaml", "rehearsed", "run_configs", "sample_configs",
-    "schema", "speed_configs", "write_when_changed", "yaml_text",
+    "checkpoint_files", "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest",
+    "download_configs", "download_name", "download_path", "evaluation_configs", "launch_error", "load_project",
+    "option", "overlaid", "prepare_configs", "prepared_name", "read_config", "read_yaml", "rehearsed", "run_configs",
+    "sample_configs", "schema", "speed_configs", "write_when_changed", "yaml_text",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from dllm.config.entries import (
     SampleEntry,
     SpeedEntry,
 )
+from dllm.config.policy import PolicySettings
 from dllm.config.settings import GenerateSettings, Resources, Scorer, Settings
 
 Entry = TypeVar("Entry", bound=Settings)
@@ -93,9 +94,15 @@ def _run(entry: RunEntry, most: Rehearsal) -> RunEntry:
         evaluations=1,
         eval_rows=_least(entry.eval_rows, batch),
         eval_draws=1,
+        policy=entry.policy and _policy(entry.policy, most),
         launch="gpu",  # the one process that it starts takes the CPU where there is no accelerator
         resources=Resources(),
     )
+
+
+def _policy(settings: PolicySettings, most: Rehearsal) -> PolicySettings:
+    less = {"num_generations": 2, "passes": _least(settings.passes, most.passes)}
+    return _changed(settings, generation=_generation(settings.generation, most), **less)
 
 
 def _generation(settings: GenerateSettings, most: Rehearsal) -> GenerateSettings:

@@ -93,7 +93,9 @@ class Cost:
 
 def training_steps(run: RunEntry, rows: float) -> int:
     """Optimiser steps of a run on `rows` rows, as the trainer lays them out."""
-    per_epoch = max(1, int(rows) // run.global_batch_size)
+    policy = run.policy
+    prompts = run.global_batch_size // (policy.num_generations if policy else 1)
+    per_epoch = max(1, int(rows) // prompts) * (policy.num_iterations if policy else 1)
     total = run.steps or max(1, round((run.epochs or 0) * per_epoch))
     return min(total, run.stop_after or total)
 
@@ -121,12 +123,19 @@ def training(
     times = TRAINING if run.adapter is None else TRAINING - 1
     forwarded = forwarded_tokens(run, recipe, mean + end, targets)
     flops = rows * (forwarded * forward * (times + checkpointing) + targets * share * head * times)
+    if run.policy:
+        prompt = mean - targets + end
+        mean = prompt + run.policy.generation.max_new_tokens
+        flops = rows * _answer_flops(run, shape, prompt)
     evaluated = _evaluated_rows(run, data, test_rows) * run.eval_draws
     test_mean = data.test.tokens / max(1.0, data.test.rows)
     test_share = data.test.targets / max(1.0, data.test.tokens)
     test_targets = test_mean * test_share + end
     scored = forwarded_tokens(run, recipe, test_mean + end, test_targets)
     scoring = evaluated * (scored * forward + test_targets * share * head)
+    if run.policy:
+        answer = run.policy.generation
+        scoring += evaluated / run.eval_draws * _drawn_flops(prompt, answer, shape)
     muon = steps * muon_flops(shape) if run.optimizer.name == "muon" else 0.0
     rate = place.hardware.tflops(_precision(recipe)) * 1e12 * place.hardware.training
     micro_tokens = _micro_batch_tokens(run, recipe, place, doubled * (longest + end))
@@ -135,6 +144,7 @@ def training(
     seconds += steps * place.hardware.step_seconds * math.ceil(accumulation)
     weights = _bytes(recipe) * parameters(shape).total / GIB
     device = _training_gib(run, recipe, shape, micro_tokens, share * targets / (mean + end), place.devices)
+    device += weights * (run.policy is not None and run.policy.beta > 0)  # the start
     rows_gib = 40 * (data.train.rows + data.test.rows) / GIB
     if place.hardware.is_gpu:
         host, processes = 0.0, max(1, place.devices // place.nodes)
@@ -156,6 +166,29 @@ def training(
         scratch_gib=checkpoints,
         steps=steps,
     )
+
+
+def _drawn_flops(prompt: float, settings: GenerateSettings, shape: Shape) -> float:
+    """FLOPs of one answer that is drawn."""
+    drawn = generated_answers(prompt, 1, settings, causal=False, hides=False)
+    return drawn.tokens * forward_flops(shape, drawn.length, causal=False) + drawn.scored * head_flops(shape)
+
+
+def _answer_flops(run: RunEntry, shape: Shape, prompt: float) -> float:
+    """FLOPs of an answer in one step of `grpo`: its share of being drawn, and the passes of its log-likelihood.
+
+    Those run forward and backward, once more under the old weights in all steps on the same answers but the first, and
+    under the start's where the divergence from it counts.
+    """
+    assert run.policy is not None
+    policy, new = run.policy, run.policy.generation.max_new_tokens
+    row, exact = prompt + new, policy.likelihood == "sampled"
+    passes = generation_passes(policy.generation) if exact else policy.passes
+    read = new if exact else passes * new * (0.5 if policy.likelihood == "bound" else 1.0)
+    times = TRAINING - (run.adapter is not None) + run.activation_checkpointing
+    times += (policy.num_iterations - 1) / policy.num_iterations + (policy.beta > 0)
+    once = passes * row * forward_flops(shape, row, causal=False) + read * head_flops(shape)
+    return once * times + _drawn_flops(prompt, policy.generation, shape) / policy.num_iterations
 
 
 def forwarded_tokens(run: RunEntry, recipe: Recipe, row: float, targets: float) -> float:

@@ -309,7 +309,9 @@ class _Planner:
                     doubts.append(f"length = {run.length}, the model has {shape.positions} positions")
                 if place.devices and run.global_batch_size % place.devices:
                     doubts.append(f"global_batch_size = {run.global_batch_size} does not divide by {place.devices}")
-            after = (("prepare", data_name), self._origin(run.init))
+            bound = run.policy.bound_data if run.policy else None
+            read = dict.fromkeys([data_name, prepared_name(self.project, name, bound)])
+            after = (*(("prepare", prepared) for prepared in read), self._origin(run.init))
             self.add("train", name, cost, place, stated=run.resources, after=after, warnings=tuple(doubts))
 
     def _origin(self, name: str) -> tuple[str, str]:

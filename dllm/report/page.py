@@ -106,6 +106,7 @@ def stages(plan: ReportPlan) -> tuple[Stage, ...]:
             tuple(system.label for system in plan.systems),
             "public weights and random ones" if plan.starts else "random weights, in one stage or two",
         ),
+        Stage("Learning from rewards", tuple(dict.fromkeys(_labels(plan.policies))), "a tuned model"),
         Stage(
             f"Evaluation on {len(plan.benchmarks)} benchmarks",
             scored if plan.benchmarks else (),
@@ -157,6 +158,7 @@ def _sections(plan: ReportPlan, samples: dict) -> tuple[Section, ...]:
         ("claims", f"The {in_words(len(claims_of(plan)))} claims", plan.judges),
         ("starts", "The same training from other weights", plan.starts),
         ("systems", "Side by side" if plan.starts else "Systems side by side", plan.systems),
+        ("policies", "Learning from rewards", plan.policies),
         ("runs", "What was run", True),
         ("pretraining", "Six encoders on Wikitext", plan.pretraining),
         ("openwebtext", "More text: OpenWebText", plan.openwebtext),

@@ -204,6 +204,8 @@ class ReportPlan(_Entry):
     """Systems that are compared with each other."""
     starts: tuple[Start, ...] = ()
     """The runs of these systems, if what they differ in is the weights they start from."""
+    policies: tuple[PlannedRun, ...] = ()
+    """Runs that learn from rewards; those with one label differ in the seed alone."""
     rules: DecisionRules = DecisionRules()
 
     @classmethod
@@ -224,6 +226,7 @@ class ReportPlan(_Entry):
             estimators=estimators,
             systems=tuple(System.of(project, row) for row in compared),
             starts=tuple(Start.of_row(project, row) for row in shown.starts),
+            policies=tuple(PlannedRun.of(project, curve) for curve in shown.policies),
         )
 
     @model_validator(mode="after")
@@ -235,7 +238,7 @@ class ReportPlan(_Entry):
                     f"report plan: reported: {row.label}.scores = {unknown[0]!r} is not in the plan; known are "
                     f"{', '.join(known)}."
                 )
-        for section in (*SECTIONS, "starts"):
+        for section in (*SECTIONS, "starts", "policies"):
             _check_unique(section, [(entry.run, entry.recipe) for entry in getattr(self, section)])
         _check_unique("ablation", [(entry.label, entry.recipe) for entry in self.ablation])
         _check_unique("systems", [(system.row,) for system in self.systems])
@@ -272,7 +275,7 @@ class ReportPlan(_Entry):
 
     def trained_runs(self) -> tuple[str, ...]:
         """Every run that the report shows, once, in the order of the report."""
-        curves = [entry.run for section in (*SECTIONS, "starts") for entry in getattr(self, section)]
+        curves = [entry.run for section in (*SECTIONS, "starts", "policies") for entry in getattr(self, section)]
         return tuple(dict.fromkeys([*curves, *(run for system in self.systems for run in system.stages)]))
 
     def table_names(self, *, timed: bool = False) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ TABLES: dict[str, TableRow] = {
     "reported": TableRow("dllm.report.tables:reported_table", lambda plan: plan.reported and plan.benchmarks),
     "systems": TableRow("dllm.report.tables:systems_table", lambda plan: plan.systems),
     "answers": TableRow("dllm.report.tables:answers_table", lambda plan: any(s.samples for s in plan.systems)),
+    "policies": TableRow("dllm.report.policies:policies_table", lambda plan: plan.policies),
+    "policy-answers": TableRow("dllm.report.policies:policy_answers_table", lambda plan: plan.policies),
     "claims": TableRow("dllm.report.tables:claims_table", lambda plan: plan.judges),
     "estimators": TableRow("dllm.report.timed:estimators_table", lambda plan: len(plan.estimators) > 1, timed=True),
     "systems-seconds": TableRow("dllm.report.timed:seconds_table", lambda plan: plan.systems, timed=True),
@@ -109,6 +111,14 @@ FIGURES: dict[str, FigureRow] = {
         lambda plan: plan.systems and (plan.system_benchmarks() or not plan.starts),
         "The systems side by side. Left: the bound on -log p of a test answer (lower is better), exact for the "
         "autoregressive model. Then each score with its 95 % Wilson interval; the upright line is chance.",
+    ),
+    "policies": FigureRow(
+        "dllm.report.policies:policies_frame",
+        "dllm.report.policies:draw_policies",
+        lambda plan: plan.policies,
+        "Learning from rewards, by the log-likelihood of an answer that the gradient is of. Left: reward of held-out "
+        "prompts. Right: the bound on held-out chat, which is not rewarded (lower is better). Bands are 95 % "
+        "intervals; a thick line is the mean of the runs that differ in the seed alone.",
     ),
     "scores": FigureRow(
         "dllm.report.figures:scores_frame",

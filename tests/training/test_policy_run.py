@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from dllm.config import AdapterSettings, GenerateSettings, OptimizerSettings, PolicySettings, write_when_changed
@@ -10,7 +11,7 @@ from dllm.language_model import load
 from dllm.training import trainer
 from dllm.training.trainer import train
 from tests.training.conftest import metrics_of, run_config, workdir  # noqa: F401
-from tests.training.test_trainer import assert_same_run, in_two_processes, same_weights, weights
+from tests.training.test_trainer import in_two_processes, same_weights, weights
 
 REWARD = """
 def red(prompt, answer, reference):
@@ -24,6 +25,22 @@ def fussy(prompt, answer, reference):
 """
 
 GENERATION = {"max_new_tokens": 6, "block_size": 6, "steps": 3, "reveal_rule": "entropy", "temperature": 1.0}
+
+
+SIDECAR = {
+    "algorithm": "bd3lm", "run": "toy", "family": "encoder", "prediction": "in_place", "response_end": "block",
+    "block_size": 4, "block_anchor": "response", "length": 24, "chat_template": "bert",
+    "special_tokens": {"mask": "[MASK]", "eos": "[PAD]", "end_of_turn": "[/Answer]"},
+}  # fmt: skip
+
+
+def assert_same_policy(workdir, first: str, second: str) -> None:
+    """Equal rewards, and weights that differ by rounding only; the surrogate is a difference of equal numbers."""
+    rewards = [[row["reward"] for row in metrics_of(workdir, name)] for name in (first, second)]
+    assert rewards[0] == rewards[1]
+    ours, theirs = weights(workdir, first), weights(workdir, second)
+    # fp32, a few steps of Adam at 1e-3, whose direction rounding may turn where a gradient is next to nothing
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +106,7 @@ def test_a_run_that_is_killed_between_two_steps_on_the_same_answers_goes_on_to_t
 def test_the_cut_into_micro_batches_does_not_change_a_run(workdir, likelihood):  # noqa: F811
     for name, size in (("whole", 200), ("cut", 6)):
         train(policy_run(name, micro_batch_size=size, policy={"likelihood": likelihood}), workdir, quiet=True)
-    assert_same_run(workdir, "whole", "cut")
+    assert_same_policy(workdir, "whole", "cut")
 
 
 @pytest.mark.slow
@@ -98,7 +115,7 @@ def test_two_processes_train_the_same_policy_as_one(workdir):  # noqa: F811
     config = write_when_changed(workdir / "configs/runs/two.yaml", policy_run("two"))
     done = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(workdir, "one", "two")
+    assert_same_policy(workdir, "one", "two")
 
 
 def test_an_adapter_learns_from_rewards_too(workdir):  # noqa: F811
@@ -142,7 +159,7 @@ def test_answers_that_never_end_are_one_line_before_the_first_step(workdir, monk
 
 
 def test_a_model_that_answers_in_another_way_is_no_start(workdir):  # noqa: F811
-    (workdir / "downloads/toy-model/dllm.json").write_text(json.dumps({"algorithm": "bd3lm", "block_size": 4}))
+    (workdir / "downloads/toy-model/dllm.json").write_text(json.dumps(SIDECAR))
     with pytest.raises(ValueError, match="cannot start from a model trained with 'bd3lm'"):
         train(policy_run(), workdir, quiet=True)
 
