@@ -34,11 +34,11 @@ SIDECAR = {
 }  # fmt: skip
 
 
-def assert_same_policy(workdir, first: str, second: str) -> None:
+def assert_same_policy(directory, first: str, second: str) -> None:
     """Equal rewards, and weights that differ by rounding only; the surrogate is a difference of equal numbers."""
-    rewards = [[row["reward"] for row in metrics_of(workdir, name)] for name in (first, second)]
+    rewards = [[row["reward"] for row in metrics_of(directory, name)] for name in (first, second)]
     assert rewards[0] == rewards[1]
-    ours, theirs = weights(workdir, first), weights(workdir, second)
+    ours, theirs = weights(directory, first), weights(directory, second)
     # fp32, a few steps of Adam at 1e-3, whose direction rounding may turn where a gradient is next to nothing
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in ours)
 
