@@ -242,3 +242,21 @@ def test_a_set_without_estimates_is_not_planned_until_it_is_counted(tmp_path):
     assert found.counted and found.train.tokens == 100 and found.train.targets == 40
     manifest.write_text("{")
     assert prepared(config, tmp_path, 1000) is None
+
+
+def test_answers_that_are_rewarded_cost_their_passes_and_a_share_of_being_drawn():
+    """FLOPs of `grpo` by its passes, its reuse of answers and the start that it is compared with."""
+    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(), True, 64_000, 2)
+
+    def flops(**changes) -> float:
+        answers = GenerateSettings(max_new_tokens=32, steps=8, temperature=1.0, reveal_rule="entropy")
+        policy = {"reward_funcs": ["number"], "num_generations": 4, "generation": answers} | changes
+        run = a_run(algorithm="grpo", policy=policy)
+        return training(run, EXACT, SHAPE, chats, ONE_GPU).flops
+
+    drawn, steps = flops(), 10 * 8
+    assert flops(num_iterations=2) < drawn + 8 * steps * 70 * 2 * parameters(SHAPE).total
+    assert flops(beta=0.1) > drawn and flops(likelihood="d1", passes=16) > flops(likelihood="d1", passes=8)
+    once = 8 * steps * 64 * forward_flops(SHAPE, 64, causal=False)
+    # drawn once; three times as much forward and backward; and the head
+    assert 4 * once < drawn < 4 * once + 4 * 8 * steps * 33 * head_flops(SHAPE)
