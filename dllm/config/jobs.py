@@ -23,7 +23,7 @@ from dllm.config.entries import (
     SpeedSettings,
     TaskSettings,
 )
-from dllm.config.policy import own_reward
+from dllm.config.policy import own_rewards
 from dllm.config.rules import raise_first
 from dllm.config.settings import Recipe, Scorer, Settings, is_none, option, overlaid
 from dllm.config.sources import checkpoint_directory, checkpoint_files, content_digest, dataset_files, seen_from
@@ -340,16 +340,7 @@ def _of_policy(project: Project, run: str, entry: RunEntry) -> dict[str, Any]:
     policy = entry.policy
     if policy is None:
         return {}
-    workdir, seen, files = project.root / project.workdir, {}, []
-    for name in policy.reward_funcs:
-        if own := own_reward(name, project.root):
-            files.append(own)
-            seen[name] = f"{seen_from(own, name.rpartition(':')[0], workdir)}:{name.rpartition(':')[2]}"
-    found: dict[str, Any] = {
-        "policy": policy.model_copy(update={"reward_funcs": [seen.get(name, name) for name in policy.reward_funcs]})
-    }
-    if files:
-        found["policy_content"] = content_digest(files)
+    found = own_rewards(policy, project.root, project.root / project.workdir)
     if policy.bound_data:
         found["policy_data_path"] = f"data/{prepared_name(project, run, policy.bound_data)}"
     return found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, field_validator, model_validator
 
 from dllm.choices import POLICY_LIKELIHOODS, REWARDS, SURE_OF_PLACE
 from dllm.config.settings import MANY, GenerateSettings, Settings, known, names_schema, option
+from dllm.config.sources import content_digest, seen_from
 
 PolicyLikelihoodName = Annotated[str, AfterValidator(known(POLICY_LIKELIHOODS)), names_schema(POLICY_LIKELIHOODS)]
 
@@ -99,3 +100,16 @@ def _inexact(generation: GenerateSettings) -> str | None:
 def own_reward(name: str, root: Path) -> Path | None:
     """The file of a reward that is a function of one, absolute or below `root`; None for a reward of the table."""
     return root / Path(name.rpartition(":")[0]).expanduser() if ".py:" in name else None
+
+
+def own_rewards(policy: PolicySettings, root: Path, workdir: Path) -> dict[str, Any]:
+    """`policy` as a job in `workdir` finds its files, and `policy_content`, their digest, if there are any."""
+    seen, files = {}, []
+    for name in policy.reward_funcs:
+        if file := own_reward(name, root):
+            stated, _, function = name.rpartition(":")
+            seen[name] = f"{seen_from(file, stated, workdir)}:{function}"
+            files.append(file)
+    names = [seen.get(name, name) for name in policy.reward_funcs]
+    content = {"policy_content": content_digest(files)} if files else {}
+    return {"policy": policy.model_copy(update={"reward_funcs": names}), **content}

@@ -123,10 +123,6 @@ def training(
     times = TRAINING if run.adapter is None else TRAINING - 1
     forwarded = forwarded_tokens(run, recipe, mean + end, targets)
     flops = rows * (forwarded * forward * (times + checkpointing) + targets * share * head * times)
-    if run.policy:
-        prompt = mean - targets + end
-        mean = prompt + run.policy.generation.max_new_tokens
-        flops = rows * _answer_flops(run, shape, prompt)
     evaluated = _evaluated_rows(run, data, test_rows) * run.eval_draws
     test_mean = data.test.tokens / max(1.0, data.test.rows)
     test_share = data.test.targets / max(1.0, data.test.tokens)
@@ -134,8 +130,8 @@ def training(
     scored = forwarded_tokens(run, recipe, test_mean + end, test_targets)
     scoring = evaluated * (scored * forward + test_targets * share * head)
     if run.policy:
-        answer = run.policy.generation
-        scoring += evaluated / run.eval_draws * _drawn_flops(prompt, answer, shape)
+        flops = rows * _answer_flops(run, shape, mean + end - targets)
+        scoring += evaluated / run.eval_draws * _drawn_flops(mean + end - targets, run.policy.generation, shape)
     muon = steps * muon_flops(shape) if run.optimizer.name == "muon" else 0.0
     rate = place.hardware.tflops(_precision(recipe)) * 1e12 * place.hardware.training
     micro_tokens = _micro_batch_tokens(run, recipe, place, doubled * (longest + end))
@@ -144,7 +140,7 @@ def training(
     seconds += steps * place.hardware.step_seconds * math.ceil(accumulation)
     weights = _bytes(recipe) * parameters(shape).total / GIB
     device = _training_gib(run, recipe, shape, micro_tokens, share * targets / (mean + end), place.devices)
-    device += weights * (run.policy is not None and run.policy.beta > 0)  # the start
+    device += weights if run.policy and run.policy.beta else 0.0  # the start
     rows_gib = 40 * (data.train.rows + data.test.rows) / GIB
     if place.hardware.is_gpu:
         host, processes = 0.0, max(1, place.devices // place.nodes)
@@ -153,8 +149,6 @@ def training(
     else:
         host, device = TRAINING_PROCESS_GIB + rows_gib + CPU_SLACK * device, 0.0
         host += CPU_BF16_GIB if recipe.parameters == "bf16" else 0.0
-    trained = _bytes(recipe) * parameters(shape).total if run.adapter is None else 4 * _trained(run, shape)
-    checkpoints = 2 * trained / GIB * (2 if run.optimizer.name == "muon" else 3)
     return Cost(
         tokens=rows * mean,
         flops=flops + scoring + muon * max(1, place.devices),
@@ -163,9 +157,15 @@ def training(
         host_gib=host,
         device_gib=device,
         kept_gib=weights,
-        scratch_gib=checkpoints,
+        scratch_gib=_checkpoints_gib(run, recipe, shape),
         steps=steps,
     )
+
+
+def _checkpoints_gib(run: RunEntry, recipe: Recipe, shape: Shape) -> float:
+    """Disk of the two checkpoints that are kept: weights that train, and the optimiser's states."""
+    trained = _bytes(recipe) * parameters(shape).total if run.adapter is None else 4 * _trained(run, shape)
+    return 2 * trained / GIB * (2 if run.optimizer.name == "muon" else 3)
 
 
 def _drawn_flops(prompt: float, settings: GenerateSettings, shape: Shape) -> float:

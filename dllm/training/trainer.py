@@ -32,14 +32,7 @@ from dllm.core.devices import best_device
 from dllm.data.stream import StreamedRows, open_corpus
 from dllm.data.tokens import open_rows
 from dllm.training.artifact import UNWRITABLE, Trained, check_free, is_finished, state_key, write_artifact, writing
-from dllm.training.devices import (
-    DATA_PARALLEL,
-    StepNumbers,
-    asked_dtype,
-    cuts_weights,
-    devices_for,
-    product_dtype,
-)
+from dllm.training.devices import DATA_PARALLEL, StepNumbers, asked_dtype, cuts_weights, devices_for, product_dtype
 from dllm.training.micro_batches import (
     MicroBatch,
     Prefetcher,
@@ -201,7 +194,6 @@ class _Run:
         if products != asked_dtype(config):
             accelerator.print(f"{config.name}: no fast bf16 on this device, so matrix products are computed in fp32")
         self.policy: Policy | None = None
-        """What writes the rows of training steps, if they are answers of the model itself."""
         if config.policy:
             splits = (train_rows, open_rows(workdir / config.data_path, "test"))
             self.policy = Policy(config, backbone, self.devices, self.objective, splits, copies, workdir)

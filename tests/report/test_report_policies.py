@@ -5,8 +5,8 @@ import json
 import pytest
 
 from dllm.config import load_project
-from dllm.report.policies import draw_policies, policies_frame, policies_table, policy_answers_table
 from dllm.report.plan import ReportPlan
+from dllm.report.policies import draw_policies, policies_frame, policies_table, policy_answers_table
 from tests.workflow.conftest import ROOT
 
 
