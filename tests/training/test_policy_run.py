@@ -1,5 +1,6 @@
 """Runs that learn from rewards: they learn, go on after a kill, and do not depend on how their work is cut."""
 
+import importlib.util
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from dllm.language_model import load
 from dllm.training import trainer
 from dllm.training.trainer import train
 from tests.training.conftest import metrics_of, run_config, workdir  # noqa: F401
+from tests.training.test_backends import in_two_processes as in_shards
 from tests.training.test_trainer import in_two_processes, same_weights, weights
 
 REWARD = """
@@ -115,6 +117,16 @@ def test_two_processes_train_the_same_policy_as_one(workdir):  # noqa: F811
     config = write_when_changed(workdir / "configs/runs/two.yaml", policy_run("two"))
     done = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_policy(workdir, "one", "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["zero3", "fsdp"])
+def test_processes_that_hold_shards_train_the_same_policy_as_one(workdir, launch):  # noqa: F811
+    if launch == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install 'dllm[cluster]'")
+    train(policy_run("one"), workdir, quiet=True)
+    in_shards(workdir, launch, [policy_run("two")])
     assert_same_policy(workdir, "one", "two")
 
 
