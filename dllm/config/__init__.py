@@ -21,6 +21,7 @@ from dllm.config.entries import (
     ReportEntry,
     RunEntry,
     SampleEntry,
+    Shape,
     SpeedEntry,
 )
 from dllm.config.jobs import (
@@ -62,7 +63,6 @@ from dllm.config.settings import (
     Resources,
     Scorer,
     Settings,
-    Shape,
     checked_options,
     did_you_mean,
     option,

@@ -29,7 +29,6 @@ from dllm.config.settings import (
     RowKindName,
     Scorer,
     Settings,
-    Shape,
     checked_options,
     is_none,
     left_at,
@@ -42,6 +41,24 @@ REVISION = re.compile(r"^[0-9a-f]{40}$")
 HardwareName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "rtx-4090", "cpu"]
 HARDWARE: tuple[HardwareName, ...] = get_args(HardwareName)
 """Names of what `dllm plan` can plan for; the figures are in `dllm.planning.hardware`."""
+
+
+class Shape(Settings):
+    """Sizes of a published architecture, as its config.json states them: known before the weights are fetched."""
+
+    model_type: str = option(..., "architecture, as transformers names it")
+    layers: int = option(..., "layers", gt=0)
+    width: int = option(..., "size of the hidden states", gt=0)
+    heads: int = option(..., "attention heads", gt=0)
+    kv_heads: int | None = option(None, "heads of keys and values; none means as many", gt=0)
+    head_width: int | None = option(None, "size of a head; none means width / heads", gt=0)
+    intermediate: int = option(..., "inner size of the feed-forward part", gt=0)
+    vocabulary: int = option(..., "rows of the embedding", gt=0)
+    positions: int = option(..., "longest row, in tokens", gt=0)
+    token_types: int = option(0, "kinds of segments with an embedding of their own", ge=0)
+    window: int | None = option(None, "positions that a local layer sees", gt=0)
+    global_every: int = option(1, "every so many layers one sees all positions; the others are local", gt=0)
+    tied: bool = option(True, "the embedding is the output matrix too")
 
 
 class Pinned(Settings):
@@ -166,11 +183,7 @@ class DatasetEntry(Pinned):
 class RunSettings(Settings):
     """How one model is trained."""
 
-    algorithm: AlgorithmName = option(
-        "mdlm",
-        "masked diffusion, the same block after block, masked LM, next-token prediction, insertions, deletions and "
-        "substitutions, or rewards of what the model answers",
-    )
+    algorithm: AlgorithmName = option("mdlm", "masks, blocks, masked LM, next tokens, edits, or rewards of answers")
     init: str = option(..., "model or run to start from")
     data: str = option(..., "dataset")
     length: int = option(512, "longest row, in tokens", gt=0, le=MANY)

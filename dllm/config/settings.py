@@ -356,24 +356,6 @@ class AdapterSettings(Settings):
     )
 
 
-class Shape(Settings):
-    """Sizes of a published architecture, as its config.json states them: known before the weights are fetched."""
-
-    model_type: str = option(..., "architecture, as transformers names it")
-    layers: int = option(..., "layers", gt=0)
-    width: int = option(..., "size of the hidden states", gt=0)
-    heads: int = option(..., "attention heads", gt=0)
-    kv_heads: int | None = option(None, "heads of keys and values; none means as many", gt=0)
-    head_width: int | None = option(None, "size of a head; none means width / heads", gt=0)
-    intermediate: int = option(..., "inner size of the feed-forward part", gt=0)
-    vocabulary: int = option(..., "rows of the embedding", gt=0)
-    positions: int = option(..., "longest row, in tokens", gt=0)
-    token_types: int = option(0, "kinds of segments with an embedding of their own", ge=0)
-    window: int | None = option(None, "positions that a local layer sees", gt=0)
-    global_every: int = option(1, "every so many layers one sees all positions; the others are local", gt=0)
-    tied: bool = option(True, "the embedding is the output matrix too")
-
-
 class OptimizerSettings(Settings):
     """The optimiser and its schedule: linear warm-up, then cosine to zero."""
 
