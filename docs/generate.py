@@ -434,11 +434,13 @@ def gradients() -> str:
         lines.append(f"| `{name}` | {cosine:.2f} | {norm:.2f} | {100 * noise:.0f} % |")
         means[name] = cosine
     best = max(means, key=lambda name: means[name])
+    answers, prompts, passes, long = (
+        result[key] for key in ("answers_per_estimate", "prompts", "passes", "answers_per_prompt")
+    )
     made = (
-        f"{result['answers_per_estimate']} answers to {result['prompts']} prompts per estimate, {result['passes']} passes "
-        f"for each, by {result['hardware']}. The long-run gradient is that of the expected reward, from "
-        f"{result['answers_per_prompt']} answers to each prompt and their exact log-probabilities; the cosine of its two "
-        f"halves is {result['halves_cosine']:.2f}."
+        f"{answers} answers to {prompts} prompts per estimate, {passes} passes for each, by {result['hardware']}. The "
+        f"long-run gradient is that of the expected reward, from {long} answers to each prompt and their exact "
+        f"log-probabilities; the cosine of its two halves is {result['halves_cosine']:.2f}."
     )
     note = (
         "Cosine and norm: of an estimate with the long-run gradient, and relative to its norm. Noise of the masks: the "
