@@ -4,7 +4,7 @@
 
 The start of the run answers the same prompts many times. The long-run gradient is that of the expected reward, from
 all of these answers and their exact log-probabilities under the sampler. Each likelihood then sees small batches of
-them, as a training step would, once with each of several draws of its masks. Writes a JSON file and a figure.
+them, as a training step would, once with each of several draws of its masks. Writes a JSON file.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=128)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--out", default="bench/results/policy-gradients.json")
+    parser.add_argument("--out", default="docs/images/policy-gradients.json")
     given = parser.parse_args()
     root = Path(__file__).resolve().parent.parent
     project = load_project(root / "config", *given.overlays)

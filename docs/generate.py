@@ -468,6 +468,33 @@ def revising() -> str:
     )
 
 
+def gradients() -> str:
+    """How noisy the gradients of three likelihoods of an answer are, as bench/policy_gradients.py measured it."""
+    result = json.loads((ROOT / "docs/images/policy-gradients.json").read_text(encoding="utf-8"))
+    lines = ["| likelihood | cosine | norm | noise of the masks |", "|---|---:|---:|---:|"]
+    means = {}
+    for name in dict.fromkeys(row["likelihood"] for row in result["estimates"]):
+        rows = [row for row in result["estimates"] if row["likelihood"] == name]
+        cosine, norm, noise = (sum(row[k] for row in rows) / len(rows) for k in ("cosine", "norm", "mask_noise"))
+        lines.append(f"| `{name}` | {cosine:.2f} | {norm:.2f} | {100 * noise:.0f} % |")
+        means[name] = cosine
+    best = max(means, key=lambda name: means[name])
+    answers, prompts, passes, long = (
+        result[key] for key in ("answers_per_estimate", "prompts", "passes", "answers_per_prompt")
+    )
+    made = (
+        f"{answers} answers to {prompts} prompts per estimate, {passes} passes for each, by {result['hardware']}. The "
+        f"long-run gradient is that of the expected reward, from {long} answers to each prompt and their exact "
+        f"log-probabilities; the cosine of its two halves is {result['halves_cosine']:.2f}."
+    )
+    note = (
+        "Cosine and norm: of an estimate with the long-run gradient, and relative to its norm. Noise of the masks: the "
+        "squared norm of what changes from one draw of them to the next, of that of the mean. Nearest to the long-run "
+        f"gradient is `{best}`."
+    )
+    return "\n".join([made, "", *lines, "", note])
+
+
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "revising": ("docs/samplers.md", revising),
     "paper runs": ("docs/reproduce.md", paper_runs),
@@ -485,6 +512,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "real claims": ("docs/small.md", real_claims),
     "real answers": ("docs/small.md", real_answers),
     "real weights": ("README.md", real_summary),
+    "gradients": ("docs/rl.md", gradients),
     "recipes": ("docs/recipes.md", recipes),
     "estimator policy": ("docs/algorithms.md", policy),
     "estimator spread": ("docs/algorithms.md", spread),

@@ -166,11 +166,7 @@ class DatasetEntry(Pinned):
 class RunSettings(Settings):
     """How one model is trained."""
 
-    algorithm: AlgorithmName = option(
-        "mdlm",
-        "masked diffusion, the same block after block, masked LM, next-token prediction, insertions, deletions and "
-        "substitutions, or rewards of what the model answers",
-    )
+    algorithm: AlgorithmName = option("mdlm", "masks, blocks, hybrid noise, masked LM, next tokens, edits, or rewards")
     init: str = option(..., "model or run to start from")
     data: str = option(..., "dataset")
     length: int = option(512, "longest row, in tokens", gt=0, le=MANY)

@@ -87,7 +87,8 @@ class PolicySettings(Settings):
 
 def _inexact(generation: GenerateSettings) -> str | None:
     """Why the likelihood `sampled` is not that of a sampler, or None."""
-    allowed = {"reveal_rule": SURE_OF_PLACE, "top_p": (1.0,), "guidance": (0.0,), "reuse": ("none",)}
+    allowed: dict[str, tuple[Any, ...]] = {"reveal_rule": SURE_OF_PLACE, "top_p": (1.0,), "guidance": (0.0,)}
+    allowed |= {"reuse": ("none",), "remask": ("none",), "edit_threshold": (None,)}
     for name, values in allowed.items():
         if (value := getattr(generation, name)) not in values:
             return (

@@ -182,7 +182,7 @@ def _answer_flops(run: RunEntry, shape: Shape, prompt: float) -> float:
     row, exact = prompt + new, policy.likelihood == "sampled"
     passes = generation_passes(policy.generation) if exact else policy.passes
     read = new if exact else passes * new * (0.5 if policy.likelihood == "bound" else 1.0)
-    times = TRAINING - (run.adapter is not None) + run.activation_checkpointing
+    times: float = TRAINING - (run.adapter is not None) + run.activation_checkpointing
     times += (policy.num_iterations - 1) / policy.num_iterations + (policy.beta > 0)
     once = passes * row * forward_flops(shape, row, causal=False) + read * head_flops(shape)
     return once * times + _drawn_flops(prompt, policy.generation, shape) / policy.num_iterations

@@ -25,6 +25,7 @@ from dllm.language_model import DiffusionLM
 from dllm.likelihood.answers import Answers, Forwards, counted_tokens, forwards_of, policy_inputs
 from dllm.models.backbone import Backbone
 from dllm.objectives.grpo import GRPO, SampledNLL
+from dllm.objectives.objective import Objective
 from dllm.training.devices import Devices
 from dllm.training.micro_batches import Limits, MicroBatch, cut_rows, evaluated_rows
 from dllm.training.rollouts import Answering, Prompts, Rollouts
@@ -44,7 +45,7 @@ class Policy:
         config: RunConfig,
         backbone: Backbone,
         devices: Devices,
-        objective: GRPO,
+        objective: Objective,
         splits: tuple[TokenRows, TokenRows],
         copies: tuple[Backbone | None, Backbone | None],
         workdir: Path,
@@ -54,6 +55,7 @@ class Policy:
         Raises ValueError, one line, for rows or rewards that cannot be used.
         """
         assert config.policy is not None  # checked with the config
+        assert isinstance(objective, GRPO)  # as its row says
         self.config, self.backbone, self.devices, self.objective = config, backbone, devices, objective
         self.settings = config.policy
         self.whole, self.start = copies
@@ -206,7 +208,7 @@ class Policy:
         _, denominator = token_shares(counted, settings.loss_type, settings.generation.max_new_tokens)
         tokens, cut = sum(map(len, self.current.rows)), list(self._cut(iteration))
         for number, (numbers, inputs) in enumerate(cut):
-            known = {
+            known: dict[str, Any] = {
                 name: torch.tensor([value for answer in numbers for value in values[iteration][answer]])
                 for name, values in self.known.items()
                 if values[iteration]
@@ -215,15 +217,17 @@ class Policy:
             yield MicroBatch(inputs, denominator, number == len(cut) - 1, numbers, tokens)
 
 
-def policy_copies(config: RunConfig, backbone: Backbone, devices: torch.device, *, sharded: bool) -> tuple:
+def policy_copies(
+    config: RunConfig, backbone: Backbone, device: torch.device, *, sharded: bool
+) -> tuple[Backbone | None, Backbone | None]:
     """Copies of a backbone at its start: one for the whole weights of a model that is in shards, one that stays.
 
     None where there is no need. They are made before anything is cut into shards or loaded from a checkpoint.
     """
-    assert config.policy is not None
 
     def frozen() -> Backbone:
-        model = copy.deepcopy(backbone.model).to(devices).eval()
+        model = copy.deepcopy(backbone.model).to(device).eval()
         return replace(backbone, model=model.requires_grad_(False))
 
-    return (frozen() if sharded else None), (frozen() if config.policy.beta > 0 else None)
+    policy = config.policy
+    return (frozen() if policy and sharded else None), (frozen() if policy and policy.beta > 0 else None)

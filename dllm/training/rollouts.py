@@ -207,9 +207,10 @@ class Answering:
         if not rows:
             return []
         if self.policy.likelihood != "sampled":
-            for row in self.lm.sampler.complete(backbone, canvas_for(rows, new, **ids), settings):
-                prompt = rows[row.number]
-                found[row.number] = {"rows": [*prompt, *row.tokens], "starts": len(prompt), "drawn": [], "visible": []}
+            for done in self.lm.sampler.complete(backbone, canvas_for(rows, new, **ids), settings):
+                prompt = rows[done.number]
+                row = {"rows": [*prompt, *done.tokens], "starts": len(prompt), "drawn": [], "visible": []}
+                found[done.number] = row
             return found
         together = max(1, min(settings.batch_size, settings.batch_tokens // (max(map(len, rows)) + new)))
         for low in range(0, len(rows), together):
@@ -218,8 +219,8 @@ class Answering:
             for number, prompt in enumerate(some):
                 end = len(prompt) + new
                 parts = {"rows": made.tokens, "drawn": made.drawn, "visible": made.visible}
-                row = {name: part[number, :end].tolist() for name, part in parts.items()}
-                found[low + number] = row | {"starts": len(prompt)}
+                read = {name: part[number, :end].tolist() for name, part in parts.items()}
+                found[low + number] = read | {"starts": len(prompt)}
         return found
 
     def _rewarded(self, prompts: Prompts, number: int, found: dict[str, Any]) -> dict[str, Any]:

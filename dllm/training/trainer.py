@@ -188,7 +188,7 @@ class _Run:
         self.test_split = TrainingSplit(test_rows, self.objective, end and replace(end, extra_blocks=0), **ids)
         scores = scores_for(config, backbone)
         self.parameters = sum(p.numel() for p in scores.parameters())
-        copies = config.policy and policy_copies(config, backbone, accelerator.device, sharded=cuts_weights())
+        copies = policy_copies(config, backbone, accelerator.device, sharded=cuts_weights())
         products = product_dtype(config, accelerator.device)
         bf16 = products == "bf16" and config.recipe.parameters == "fp32"  # bf16 parameters need no autocast
         self.devices = devices_for(accelerator, scores, config.optimizer, bf16=bf16)
