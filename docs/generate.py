@@ -468,6 +468,22 @@ def revising() -> str:
     )
 
 
+def rewards() -> str:
+    """What runs that learn from rewards gave: the table of a report, as it wrote it."""
+    with open(ROOT / "docs/images/policies.csv", encoding="utf-8", newline="") as file:
+        runs = list(csv.DictReader(file))
+    head = "| run | steps | reward before | after | rise | bound on chat before | after |"
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|"]
+    for run in runs:
+        value = {key: float(text) for key, text in run.items() if key not in ("label", "run")}
+        rise = f"{value['rise']:+.2f} ± {value['rise_standard_error']:.2f}"
+        both = f"{value['reward_before']:.2f} | {value['reward_after']:.2f} | {rise}"
+        bounds = f"{value['bound_before']:.3f} | {value['bound_after']:.3f}"
+        lines.append(f"| `{run['run']}` | {run['steps']} | {both} | {bounds} |")
+    note = "Reward: the mean of one answer to each of some held-out prompts. The rise stands with its standard error."
+    return "\n".join([*lines, "", note])
+
+
 def gradients() -> str:
     """How noisy the gradients of three likelihoods of an answer are, as bench/policy_gradients.py measured it."""
     result = json.loads((ROOT / "docs/images/policy-gradients.json").read_text(encoding="utf-8"))
@@ -512,6 +528,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "real claims": ("docs/small.md", real_claims),
     "real answers": ("docs/small.md", real_answers),
     "real weights": ("README.md", real_summary),
+    "rewards": ("docs/rl.md", rewards),
     "gradients": ("docs/rl.md", gradients),
     "recipes": ("docs/recipes.md", recipes),
     "estimator policy": ("docs/algorithms.md", policy),

@@ -246,7 +246,8 @@ def test_the_systems_of_both_sizes_are_planned_whole(overlays):
     plan = make_plan(load_project(CONFIG, *(CONFIG / f"{name}.yaml" for name in overlays)))
     systems = {system.row: system for system in plan.report.systems}
     assert len(systems) >= 8 and set(systems) == set(plan.project.evaluations)
-    assert set(run for system in systems.values() for run in system.stages) == set(plan.runs)
+    stages = {run for system in systems.values() for run in system.stages}
+    assert set(plan.runs) - stages == {run for run in plan.runs if run.startswith("sums")}  # they learn from rewards
     if "laptop" in overlays:
         assert systems["encoder-edits"].stages == ("encoder-base", "encoder-mdlm", "encoder-edits")
         assert {s.algorithm for s in systems.values()} == {"ar", "mdlm", "hybrid", "bd3lm", "edit_flows"}
@@ -254,6 +255,7 @@ def test_the_systems_of_both_sizes_are_planned_whole(overlays):
         assert all(c.dataset is None or c.dataset.hub is None for c in plan.downloads.values())
     else:
         assert {"humaneval-chat", "mbpp"} <= {benchmark for _, benchmark in plan.evaluations}
+    if "paper" in overlays:
         for row in ("llada-8b-instruct", "dream-7b-instruct"):  # likelihoods of models that were tuned to answer
             assert {(row, "mmlu"), (row, "mmlu-answered")} <= plan.evaluations.keys()
 

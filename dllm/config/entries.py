@@ -89,6 +89,11 @@ class ModelEntry(Pinned):
     shape: Shape | None = option(None, "sizes of a hub model, for planning", exclude=True)
     licence: str | None = option(None, "licence as its card states it", exclude=True)
 
+    @property
+    def special(self) -> tuple[str, ...]:
+        """What it changes of its tokenizer."""
+        return self.mask_token, self.end_token, self.chat_template
+
     @model_validator(mode="after")
     def one_source(self) -> ModelEntry:
         if sum(source is not None for source in (self.hub, self.path, self.new)) != 1:

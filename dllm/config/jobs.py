@@ -199,7 +199,7 @@ def prepared_name(project: Project, run: str, data: str | None = None) -> str:
     root = project.root_model(run)
     # a stand-in of a published family has that family's special tokens and template on top
     tokenizer = root if project.models[root].published else _tokenizer_of(project, root)
-    if tokenizer in project.models and _special(project, tokenizer) != _special(project, root):
+    if tokenizer in project.models and project.models[tokenizer].special != project.models[root].special:
         tokenizer = root
     leaky = "--overlapping" if _overlapping(project, entry) else ""
     return f"{entry.data}--{tokenizer}--{entry.length}{leaky}"
@@ -209,12 +209,6 @@ def _tokenizer_of(project: Project, model: str) -> str:
     """Name of the dataset or model that brings a model's tokenizer, or stands for all models that have it."""
     other = project.models[model].tokenizer
     return model if other is None else other if other in project.datasets else _tokenizer_of(project, other)
-
-
-def _special(project: Project, model: str) -> tuple[str, ...]:
-    """What a model's entry changes of its tokenizer."""
-    entry = project.models[model]
-    return entry.mask_token, entry.end_token, entry.chat_template
 
 
 def _overlapping(project: Project, run: RunEntry) -> bool:
