@@ -52,37 +52,40 @@ def monte_carlo(
 
 
 @torch.no_grad()
-def sample_row(
+def sample_batch(
     model: nn.Module,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     new_tokens: int,
     block_size: int,
     mask_id: int,
+    pad_id: int,
     *,
     hide_ahead: bool = False,
-) -> list[int]:
-    """A greedy answer of `new_tokens` tokens to one prompt, one token per pass, the most confident first.
+) -> list[list[int]]:
+    """Greedy answers of `new_tokens` tokens, one token of each row per pass, the most confident first.
 
-    One row at a time; every pass runs over the full canvas, computes logits at all its positions and takes their
-    softmax; nothing stops at an end marker. hide_ahead: the model does not attend to tokens right of the active
-    block (a model whose training responses end at a block boundary wants it so); otherwise it sees masks there.
+    The rows [B] are padded on the right, which the model does not attend to. Every pass runs over the full canvas,
+    computes logits at all its positions and takes their softmax; nothing stops at an end marker. hide_ahead: the model
+    does not attend to tokens right of the active block (a model whose training responses end at a block boundary wants
+    it so); otherwise it sees masks there.
     """
-    tokens = torch.tensor([[*prompt, *[mask_id] * new_tokens]])
-    start = len(prompt)
+    start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    rows = [torch.tensor([*prompt, *[mask_id] * new_tokens]) for prompt in prompts]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    position = torch.arange(tokens.shape[1])[None]
+    ragged = len(set(start.flatten().tolist())) > 1
     for block in range(0, new_tokens, block_size):
         end = start + min(block + block_size, new_tokens)
-        attention = (torch.arange(tokens.shape[1]) < end).long()[None] if hide_ahead else None
-        for _ in range(end - start - block):
-            masked = tokens == mask_id
+        attention = (position < (end if hide_ahead else start + new_tokens)).long() if ragged or hide_ahead else None
+        for _ in range(min(block_size, new_tokens - block)):
+            masked = (tokens == mask_id) & (position >= start) & (position < end)
             logits = model(input_ids=tokens, attention_mask=attention).logits.float()
             logits[..., mask_id] = -torch.inf
             proposed = logits.argmax(-1)
             confidence = functional.softmax(logits, -1).gather(-1, proposed[..., None])[..., 0]
-            confidence[:, end:] = -torch.inf
-            confidence = torch.where(masked, confidence, -torch.inf)
-            place = confidence[0].topk(1).indices
-            tokens[0, place] = proposed[0, place]
-    return tokens[0, start:].tolist()
+            place = torch.where(masked, confidence, -torch.inf).argmax(-1, keepdim=True)
+            tokens.scatter_(1, place, proposed.gather(1, place))
+    return [row[first : first + new_tokens].tolist() for row, (first,) in zip(tokens, start.tolist(), strict=True)]
 
 
 def masked_loss(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 
-from bench.alternatives import sample_row
+from bench.alternatives import sample_batch
 from bench.measure import Growth, Result, Row, Times, compare, growth, interleaved, require
 from bench.options import Options
-from bench.workloads import chat_prompts, encoder, laptop
+from bench.workloads import Laptop, chat_prompts, encoder, laptop
 from dllm.algorithms import algorithm_named
 from dllm.config import GenerateSettings
 from dllm.core.canvas import canvas_for
@@ -32,60 +32,71 @@ def generation(options: Options) -> Result:
 
     def job(side: str, ahead: str) -> None:
         settings = GenerateSettings(max_new_tokens=new, ahead=ahead)
-        answer = model.answers if side == "ours" else partial(one_by_one, model)
-        answered[f"{side} {ahead}"] = answer(prompts, settings)
+        answered[f"{side} {ahead}"] = SIDES[side](model, prompts, settings)
 
-    sides = [(side, ahead) for ahead in ("hidden", "visible") for side in ("ours", "theirs")]
-    jobs = {f"{side} {ahead}": partial(job, side, ahead) for side, ahead in sides}
+    jobs = {f"{side} {ahead}": partial(job, side, ahead) for ahead in ("hidden", "visible") for side in SIDES}
     # the answers that are compared are those that were timed; a round of theirs takes tens of seconds
     times = interleaved(jobs, options.repeats(3), warmup=int(options.quick), at_most=75)
     rows = []
     for ahead, how in (("hidden", "hidden from the model"), ("visible", "visible as masks")):
-        ours, theirs = answered[f"ours {ahead}"], answered[f"theirs {ahead}"]
-        same = [(a.text, a.tokens) for a in ours] == [(model.decode(t), model.answer_length(t)) for t in theirs]
+        ours = answered[f"ours {ahead}"]
         long = sum(answer.tokens for answer in ours) / count
         note = f"Answers take {long:.0f} tokens on average, {_passes(ours):.0f} passes instead of {new}."
-        rows.append(
-            compare(
-                times[f"ours {ahead}"],
-                times[f"theirs {ahead}"],
-                name=f"generation, {new} tokens, block 32, {count} ragged prompts; later blocks {how}",
-                against="one row at a time, full canvas, logits everywhere, no early stop",
-                target=options.target(8),
-                held_equal=f"{SAME}; what the model attends to",
-                correct=require(
-                    same, "every timed answer is the same text of the same number of tokens, up to its end"
-                ),
-                note=note + (" The laptop model is trained to be decoded so." if ahead == "hidden" else ""),
+        for side, against in (
+            ("one by one", "one row at a time, full canvas, logits everywhere, no early stop"),
+            ("batched", "all rows in one padded batch, full canvas, logits everywhere, no early stop"),
+        ):
+            theirs = answered[f"{side} {ahead}"]
+            same = [(a.text, a.tokens) for a in ours] == [(model.decode(t), model.answer_length(t)) for t in theirs]
+            rows.append(
+                compare(
+                    times[f"ours {ahead}"],
+                    times[f"{side} {ahead}"],
+                    name=f"generation, {new} tokens, block 32, {count} ragged prompts; later blocks {how}",
+                    against=against,
+                    target=options.target(8 if side == "one by one" else 4),
+                    held_equal=f"{SAME}; what the model attends to",
+                    correct=require(
+                        same, "every timed answer is the same text of the same number of tokens, up to its end"
+                    ),
+                    note=note + (" The laptop model is trained to be decoded so." if ahead == "hidden" else ""),
+                )
             )
-        )
     tokens = [answer.tokens for answer in answered["ours hidden"]]
     setup = {"prompt tokens": [len(prompt) for prompt in prompts], "answer tokens": tokens}
-    return Result([*rows, _never_ending(options)], _growth(model, prompts, options), setup)
+    return Result([*rows, *_never_ending(trained, prompts, options)], _growth(model, prompts, options), setup)
 
 
-def _never_ending(options: Options) -> Row:
-    """A model of random weights with a large vocabulary: nothing ends early, the head is what costs."""
-    vocabulary, count, new = (500, 2, 8) if options.quick else (50_368, 4, 32)
+def _never_ending(trained: Laptop, prompts: list[list[int]], options: Options) -> Iterator[Row]:
+    """Every token of the canvas, against a batched sampler: nothing ends early.
+
+    The laptop's model, and one of random weights with a large vocabulary, whose head is what costs.
+    """
+    vocabulary, count, new = (500, 2, 8) if options.quick else (50_368, 16, 32)
     backbone = encoder(vocabulary, layers=2 if options.quick else 6, context=256)
-    model = DiffusionLM(backbone, algorithm_named("mdlm"))
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(5, vocabulary, (20 + 15 * n,), generator=generator).tolist() for n in range(count)]
-    settings = GenerateSettings(max_new_tokens=new, early_stop=False)
-    jobs = {
-        "ours": lambda: tokens_of(backbone, prompts, settings),
-        "theirs": lambda: one_by_one(model, prompts, settings),
-    }
-    correct = require(jobs["ours"]() == jobs["theirs"](), "every token of the canvas is the same")
-    times = interleaved(jobs, options.repeats(3), warmup=0, at_most=25)
-    return compare(
-        times["ours"],
-        times["theirs"],
-        name=f"generation, {new} tokens, vocabulary {vocabulary:,}, {count} ragged prompts, random weights",
-        against="one row at a time, logits everywhere",
-        held_equal=SAME.replace("trained", "random"),
-        correct=correct,
-    )
+    drawn = [torch.randint(5, vocabulary, (20 + 4 * n,), generator=generator).tolist() for n in range(count)]
+    large = DiffusionLM(backbone, algorithm_named("mdlm"))
+    for what, model, given, tokens in (
+        ("laptop model", trained.model, prompts[:count], 16 if options.quick else 64),
+        (f"vocabulary {vocabulary:,}, random weights", large, drawn, new),
+    ):
+        settings = GenerateSettings(max_new_tokens=tokens, ahead="visible", early_stop=False)
+        jobs = {
+            "ours": partial(tokens_of, model.backbone, given, settings),
+            "theirs": partial(batched, model, given, settings),
+        }
+        correct = require(jobs["ours"]() == jobs["theirs"](), "every token of the canvas is the same")
+        times = interleaved(jobs, options.repeats(5), warmup=0, at_most=25)
+        yield compare(
+            times["ours"],
+            times["theirs"],
+            name=f"generation, {tokens} tokens, every one of them, {len(given)} ragged prompts; {what}",
+            against="all rows in one padded batch, full canvas, logits everywhere",
+            held_equal=SAME.replace("trained ", ""),
+            correct=correct,
+            target=options.target(2),
+        )
 
 
 def _growth(model: DiffusionLM, prompts: list[list[int]], options: Options) -> list[Growth]:
@@ -118,12 +129,17 @@ def _both(model: DiffusionLM, prompts: list[list[int]], new: int, rounds: int, o
     return interleaved(jobs, options.repeats(rounds), warmup=0, at_most=8)
 
 
-def one_by_one(model: DiffusionLM, prompts: list[list[int]], settings: GenerateSettings) -> list[list[int]]:
-    """Theirs: the whole canvas of each prompt, one prompt after the other."""
+def batched(model: DiffusionLM, prompts: list[list[int]], settings: GenerateSettings) -> list[list[int]]:
+    """Theirs at its best: the whole canvas of all prompts together."""
     backbone = model.backbone
     sizes = settings.max_new_tokens, settings.block_size
     hide = settings.ahead == "hidden"
-    return [sample_row(backbone.model, prompt, *sizes, backbone.mask_id, hide_ahead=hide) for prompt in prompts]
+    return sample_batch(backbone.model, prompts, *sizes, backbone.mask_id, backbone.pad_id, hide_ahead=hide)
+
+
+def one_by_one(model: DiffusionLM, prompts: list[list[int]], settings: GenerateSettings) -> list[list[int]]:
+    """Theirs as published: the whole canvas of each prompt, one prompt after the other."""
+    return [batched(model, [prompt], settings)[0] for prompt in prompts]
 
 
 def tokens_of(backbone, prompts: list[list[int]], settings: GenerateSettings) -> list[list[int]]:
@@ -135,3 +151,7 @@ def tokens_of(backbone, prompts: list[list[int]], settings: GenerateSettings) ->
 
 def _passes(answers: Sequence[Answer]) -> float:
     return sum(answer.passes for answer in answers) / len(answers)
+
+
+SIDES = {"ours": DiffusionLM.answers, "one by one": one_by_one, "batched": batched}
+"""Who answers: (model, prompts, settings) -> answers, or their tokens."""

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-from bench.alternatives import masked_loss, sample_row
+from bench.alternatives import masked_loss, sample_batch
 from bench.measure import Result, compare, interleaved
 from bench.options import Options
 from bench.step import Sizes, run_config
@@ -196,7 +196,7 @@ def _inference(name: str, options: Options) -> tuple[list, dict]:
 
     def one_row() -> None:
         with torch.device(_device()):
-            sample_row(backbone.model, prompts[0], new, settings.block_size, backbone.mask_id)
+            sample_batch(backbone.model, prompts[:1], new, settings.block_size, backbone.mask_id, backbone.pad_id)
 
     def score() -> None:
         MaskedScorer().nelbo(backbone, prompts, targets, LikelihoodSettings())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.alternatives import masked_loss, masked_loss_selected, monte_carlo, sample_row
+from bench.alternatives import masked_loss, masked_loss_selected, monte_carlo, sample_batch
 from bench.cases import CASES
 from bench.measure import compare, growth, interleaved, quartiles, require
 from bench.options import Options
@@ -77,7 +77,9 @@ def test_the_common_sampler_gives_the_tokens_of_ours(backbone):
     settings = GenerateSettings(max_new_tokens=16, block_size=8, early_stop=False)
     canvas = canvas_for(prompts, 16, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
     *_, last = MaskedSampler().denoise(backbone, canvas, settings)
-    assert last.responses() == [sample_row(backbone.model, prompt, 16, 8, backbone.mask_id) for prompt in prompts]
+    ids = backbone.mask_id, backbone.pad_id
+    assert last.responses() == sample_batch(backbone.model, prompts, 16, 8, *ids)
+    assert last.responses() == [sample_batch(backbone.model, [prompt], 16, 8, *ids)[0] for prompt in prompts]
 
 
 def test_the_common_estimator_has_the_expectation_of_ours(backbone):
