@@ -6,6 +6,7 @@ it and then lm-eval's command line; a script that imports this module may say `l
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -183,6 +184,8 @@ def run_lm_eval(arguments: list[str]) -> int:
     from lm_eval.__main__ import cli_evaluate
 
     register()
+    # lm-eval forks to bootstrap standard errors, and a fork of a process with the threads of torch may wait for ever
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     before, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:
         cli_evaluate()
