@@ -52,10 +52,18 @@ def draw_policies(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         axes.set_xlabel("steps")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.axes[0].legend(loc="lower right")
-    last = frame[frame["step"] == frame["step"].max()].groupby("label")["reward"].mean()
-    head(figure, f"{last.idxmax()} ends with the highest reward, {fixed(last.max(), 2)}")
+    head(figure, _ending(frame[frame["step"] == frame["step"].max()]))
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.15, wspace=0.16)
     return figure
+
+
+def _ending(last: pd.DataFrame) -> str:
+    """Which likelihood ends with the highest reward, and from which others it is not apart."""
+    means = last.groupby("label")[["reward", "reward_low", "reward_high"]].mean().sort_values("reward")
+    best = means.iloc[-1]
+    near = [name for name, one in means.iloc[:-1].iterrows() if one["reward_high"] >= best["reward_low"]]
+    apart = f"; its interval overlaps with {' and '.join(map(str, near))}" if near else ""
+    return f"{means.index[-1]} ends with the highest reward, {fixed(best['reward'], 2)}{apart}"
 
 
 def policies_table(workdir: Path, plan: ReportPlan, name: str) -> Table:

@@ -40,7 +40,13 @@ def test_the_figure_says_which_likelihood_ends_highest(workdir, plan):
     frame = policies_frame(workdir, plan)
     assert len(frame) == 9 and frame["reward_low"].iloc[0] == pytest.approx(0.2 - 1.96 * 0.01, abs=1e-4)
     figure = draw_policies(frame, plan)
-    assert "sampled ends with the highest reward, 0.40" in " ".join(text.get_text() for text in figure.texts)
+    assert "sampled ends with the highest reward, 0.40" in titles(figure) and "overlaps" not in titles(figure)
+    unsure = draw_policies(frame.assign(reward_low=0.0, reward_high=1.0), plan)
+    assert "0.40; its interval overlaps with d1" in titles(unsure)
+
+
+def titles(figure) -> str:
+    return " ".join(text.get_text() for text in figure.texts)
 
 
 def test_the_table_states_each_run_before_and_after(workdir, plan):
