@@ -23,7 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.serving.browser import browser  # noqa: E402
+from tests.browser import browser  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 LIMIT = 300_000

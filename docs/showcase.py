@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dllm.report.film import Frame, frames, visible  # noqa: E402
+from dllm.report.film import Still, frames, visible  # noqa: E402
 from dllm.report.format import ABSENT  # noqa: E402
 from dllm.report.page import as_data_uri  # noqa: E402
 
@@ -120,7 +120,7 @@ def film_svg(film: dict) -> str:
     return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *parts, "</svg>", ""])
 
 
-def frame_svg(frame: Frame, line: float) -> tuple[list[str], float]:
+def frame_svg(frame: Still, line: float) -> tuple[list[str], float]:
     """The tokens of one frame, broken into lines from `line` on, and the line after them."""
     start = column = 13
     parts = []

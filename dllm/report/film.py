@@ -19,7 +19,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Frame:
+class Still:
     """One canvas of the film."""
 
     step: int
@@ -32,7 +32,7 @@ class Frame:
         return "".join(MASK * token.width if token.state == "masked" else token.text for token in self.tokens)
 
 
-def frames(film: dict, *, limit: int = 8) -> tuple[Frame, ...]:
+def frames(film: dict, *, limit: int = 8) -> tuple[Still, ...]:
     """At most `limit` frames, first and last among them, evenly spread. Raises ValueError if there are no frames."""
     raw = film.get("frames")
     if not raw:
@@ -54,7 +54,7 @@ def _width(raw: list[dict], place: int) -> int:
     return max([len(visible(token["text"])) for token in texts if token["state"] != "masked"], default=1)
 
 
-def _frame(raw: dict, widths: list[int], *, hidden: set[int]) -> Frame:
+def _frame(raw: dict, widths: list[int], *, hidden: set[int]) -> Still:
     """One frame. A token is new if the frame shown before, perhaps several steps earlier, had it masked (`hidden`)."""
     tokens = []
     for place, (token, width) in enumerate(zip(raw["tokens"], widths, strict=False)):
@@ -62,7 +62,7 @@ def _frame(raw: dict, widths: list[int], *, hidden: set[int]) -> Frame:
         confidence = float(token.get("confidence") or 0.0)
         shade = min(SHADES - 1, max(0, int(confidence * SHADES)))
         tokens.append(Token(visible(token["text"]), state, shade, max(1, width), confidence))
-    return Frame(int(raw["step"]), int(raw["nfe"]), tuple(tokens))
+    return Still(int(raw["step"]), int(raw["nfe"]), tuple(tokens))
 
 
 def visible(text: str) -> str:

@@ -13,7 +13,7 @@ from dllm.numbers import ABSENT, duration
 from dllm.report import markup
 from dllm.report.claims import claims_of
 from dllm.report.faults import FAULTS
-from dllm.report.film import Frame, frames
+from dllm.report.film import Still, frames
 from dllm.report.format import in_words, quantity
 from dllm.report.leaderboard import build_leaderboard
 from dllm.report.load import read_json, read_samples, read_text
@@ -139,7 +139,7 @@ def as_data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
 
 
-def film_text(shown: tuple[Frame, ...]) -> str:
+def film_text(shown: tuple[Still, ...]) -> str:
     """The film as plain text, one paragraph per frame."""
     return "\n\n".join(f"step {frame.step}, {frame.nfe} passes\n{frame.plain}" for frame in shown)
 

@@ -24,12 +24,12 @@ from dllm.serving.schemas import (
     ChatChunk,
     ChatCompletion,
     ChunkChoice,
-    Completion,
     Cost,
     Delta,
     Reply,
     TextChoice,
     TextChunk,
+    TextCompletion,
     Usage,
 )
 
@@ -104,7 +104,7 @@ async def whole(want: Wanted, receive: Receive, metrics: Metrics) -> Response | 
             for number, text in enumerate(texts)
         ]
         name: Any = KINDS[want.kind][1]
-        body = Completion(object=name, choices=parts, **common)
+        body = TextCompletion(object=name, choices=parts, **common)
     return Response(body.model_dump_json(), media_type="application/json")
 
 

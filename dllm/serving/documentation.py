@@ -21,7 +21,6 @@ from dllm.serving.schemas import (
     ChatChunk,
     ChatCompletion,
     ChatRequest,
-    Completion,
     CompletionRequest,
     EditRequest,
     Failure,
@@ -31,6 +30,7 @@ from dllm.serving.schemas import (
     ScoreRequest,
     Scores,
     TextChunk,
+    TextCompletion,
 )
 
 REFERENCE = "#/components/schemas/"
@@ -66,7 +66,7 @@ ENDPOINTS = (
         "/v1/completions",
         "Continue texts.",
         CompletionRequest,
-        Completion,
+        TextCompletion,
         TextChunk,
         {"model": "MODEL", "prompt": "The capital of France", "max_tokens": 16},
     ),
@@ -75,7 +75,7 @@ ENDPOINTS = (
         "/v1/infill",
         "Fill the holes of a text, wherever they are. The text comes as a whole, canvases while it is made.",
         InfillRequest,
-        Completion,
+        TextCompletion,
         TextChunk,
         {"model": "MODEL", "text": "Paris is the [MASK] of [MASK]."},
     ),
@@ -84,7 +84,7 @@ ENDPOINTS = (
         "/v1/edit",
         "Make a draft better; for models trained with edit_flows.",
         EditRequest,
-        Completion,
+        TextCompletion,
         TextChunk,
         {"model": "MODEL", "draft": "I a am toy toy."},
     ),

@@ -315,7 +315,7 @@ class ChatCompletion(Made):
     dllm: Cost
 
 
-class Completion(Made):
+class TextCompletion(Made):
     """Texts behind prompts; or a text whose holes are filled, or that was edited."""
 
     object: Literal["text_completion", "infill", "edit"]

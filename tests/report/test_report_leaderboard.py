@@ -1,10 +1,7 @@
 """The leaderboard: ranks, open cells, and its page as a browser shows it."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 
 import pandas as pd
 import pytest
@@ -16,6 +13,8 @@ from dllm.cli.main import main
 from dllm.report import leaderboard
 from dllm.report.leaderboard import board_frame, build_leaderboard, rank_text
 from dllm.report.plan import ReportPlan
+from tests.browser import NoBrowser
+from tests.browser import browser as chromium_browser
 
 OPEN = ("chat-large", "mmlu")
 MISSING = {"LLaDA9 <script>": "its weights are not there"}
@@ -124,25 +123,14 @@ def test_a_report_without_a_board_says_what_to_name(tmp_path, capsys):
 # In a browser
 
 
-def chromium() -> str:
-    """Where Chromium is; skips the test where there is none and none can be installed."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "install", "-y", "-q", "chromium"], capture_output=True, check=False)
-        path = shutil.which("chromium")
-    return path or pytest.skip("no chromium here, and none that can be installed")
-
-
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium."""
-    path = chromium()
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        options = ["--no-sandbox"] if os.geteuid() == 0 else []
-        started = playwright.chromium.launch(executable_path=path, args=options)
-        yield started
-        started.close()
+    """A headless Chromium; skips the test where there is none and none can be installed."""
+    try:
+        with chromium_browser() as started:
+            yield started
+    except NoBrowser as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture

@@ -289,7 +289,7 @@ def test_an_error_about_text_that_cannot_be_sent_is_sent(url):
 def test_answers_are_what_the_document_says(url):
     said = {
         schemas.ChatCompletion: chat(url),
-        schemas.Completion: ask(url, "/v1/completions", {"model": "toy", "prompt": "Who", "max_tokens": 4}),
+        schemas.TextCompletion: ask(url, "/v1/completions", {"model": "toy", "prompt": "Who", "max_tokens": 4}),
         schemas.Models: ask(url, "/v1/models"),
         schemas.Scores: ask(url, "/v1/score", {"model": "toy", "continuations": ["Who"]}),
         schemas.Failure: ask(url, "/v1/nothing"),

@@ -9,7 +9,7 @@ import pytest
 
 from dllm.config import GenerateSettings
 from dllm.serving.page import HEADERS, STATIC, form_fields, page_html
-from tests.serving.browser import NoBrowser, browser, watched
+from tests.browser import NoBrowser, browser, watched
 from tests.serving.scripted import Script, application, served
 from tests.serving.serial import SerialEngine
 from tests.serving.servers import ask as ask_api
