@@ -49,7 +49,3 @@ def docstring_is_markdown(app, what, name, obj, options, lines: list[str]) -> No
 def setup(app) -> dict:
     app.connect("autodoc-process-docstring", docstring_is_markdown)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
-
-
-# two classes of one name in two packages are told apart in the code by their imports; a missing one is still an error
-suppress_warnings = ["ref.python"]
