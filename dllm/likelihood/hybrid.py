@@ -22,14 +22,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.canvas import Score, canvas_for
+from dllm.config import LikelihoodSettings
+from dllm.core.canvas import Score
 from dllm.core.hybrid import LEAST, MOST, HybridNoise, divergences
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import layout_of
-from dllm.likelihood.racing import Estimates, Question, Verdict, length_of, race
+from dllm.likelihood.racing import Estimates, Question, Verdict, race, scores_of
 from dllm.likelihood.requests import Rows, token_batches
 from dllm.likelihood.scorer import HOST_TOKENS, MaskedScorer, check_requests
+from dllm.likelihood.systematic import check_settings, greedy_matches, neighbour_noise
 from dllm.models.backbone import Backbone
 from dllm.models.hybrid_loss import text_log_p
 from dllm.sampling.hybrid import HybridSampler, noise_of
@@ -45,9 +46,6 @@ _BIN, _BINS = 0.1, 300
 _SCORED = 256
 """Most positions whose bins and levels are held at once."""
 
-LEAST_BUDGET = 2
-"""Passes of the smallest estimate: its error comes from their differences."""
-
 
 @dataclass(frozen=True)
 class HybridScorer:
@@ -61,8 +59,7 @@ class HybridScorer:
         """
         if noise_of(backbone).share == 0:
             return MaskedScorer().nelbo(backbone, prompts, targets, settings)
-        nats, noise, passes = self._estimates(backbone, prompts, targets, settings, prompts)
-        return [Score(*score) for score in zip(nats.tolist(), map(length_of, noise), passes.tolist(), strict=True)]
+        return scores_of(*self._estimates(backbone, prompts, targets, settings, prompts))
 
     def race(
         self,
@@ -82,7 +79,11 @@ class HybridScorer:
     ) -> Estimates:
         """Nats [N], their noise [N, E] and passes [N] of some requests; those of like prompts share random numbers."""
         check_requests(backbone, prompts, targets)
-        _check_settings(settings)
+        check_settings(
+            settings,
+            model="a model trained with random tokens (algorithm = 'hybrid'), whose bound has an estimator",
+            bound="a bound of hybrid noise",
+        )
         budget, keys = settings.budget, _keys(like, settings.seed)
         lengths = numpy.array([len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], dtype=numpy.int64)
         most = settings.batch_tokens if backbone.device.type != "cpu" else min(settings.batch_tokens, HOST_TOKENS)
@@ -93,8 +94,7 @@ class HybridScorer:
             some, draw = rows[low:high], torch.from_numpy(draws[low:high])
             tokens = [([*prompts[row], *targets[row]], len(prompts[row])) for row in some]
             values[some, draws[low:high]] = _bounds(backbone, tokens, keys[torch.from_numpy(some)], draw, budget)
-        noise = numpy.diff(values, axis=1) * math.sqrt(budget / 2 / (budget - 1))
-        return values.mean(1), noise / budget, numpy.full(len(prompts), budget)
+        return values.mean(1), neighbour_noise(values), numpy.full(len(prompts), budget)
 
     def greedy_match(
         self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
@@ -103,13 +103,8 @@ class HybridScorer:
         if noise_of(backbone).share == 0:
             return MaskedScorer().greedy_match(backbone, prompts, targets, settings)
         check_requests(backbone, prompts, targets)
-        if not len(prompts):
-            return []
-        counts = [len(target) for target in targets]
-        canvas = canvas_for(prompts, counts, mask_id=backbone.mask_id, pad_id=backbone.pad_id)
-        decoding = GenerateSettings(max_new_tokens=max(counts), early_stop=False, seed=settings.seed)
-        done = {row.number: row.tokens for row in HybridSampler().complete(backbone, canvas, decoding)}
-        return [done[number] == list(target) for number, target in enumerate(targets)]
+        ids = {"mask_id": backbone.mask_id, "seed": settings.seed}
+        return greedy_matches(HybridSampler(), backbone, prompts, targets, **ids)
 
 
 @torch.no_grad()
@@ -183,17 +178,3 @@ def _keys(like: Rows, seed: int) -> Tensor:
     """One key for each request [N]: of its prompt and the seed."""
     hashes = [int(token_hash(torch.tensor(prompt, dtype=torch.long))) for prompt in map(list, like)]
     return keyed_hash(seed, torch.tensor(hashes, dtype=torch.long))
-
-
-def _check_settings(settings: LikelihoodSettings) -> None:
-    if settings.estimator != "auto" or settings.block_size is not None:
-        name = "estimator" if settings.estimator != "auto" else "block_size"
-        raise ValueError(
-            f"{name} = {getattr(settings, name)!r} means nothing to a model trained with random tokens "
-            "(algorithm = 'hybrid'), whose bound has an estimator of its own; leave it out"
-        )
-    if settings.budget < LEAST_BUDGET:
-        raise ValueError(
-            f"budget = {settings.budget} is too small: a bound of hybrid noise needs {LEAST_BUDGET} passes at least, "
-            "for its standard error; raise it"
-        )

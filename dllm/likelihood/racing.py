@@ -13,7 +13,7 @@ tests); Moore and Lee 1994, Efficient algorithms for minimizing cross validation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -91,7 +91,7 @@ def race(
                 for rule, choices in open_rules[index].items()
             }
             open_rules[index] = {rule: choices for rule, choices in after.items() if len(choices) > 1}
-    scores = [Score(*score) for score in zip(nats.tolist(), map(length_of, noise), passes.tolist(), strict=True)]
+    scores = scores_of(nats, noise, passes)
     doubts = [
         {rule: _doubt(nats, noise, choices, question.by(rule)) for rule, choices in rules.items()}
         for question, rules in zip(questions, open_rules, strict=True)
@@ -124,6 +124,11 @@ def _doubt(nats: numpy.ndarray, noise: list[numpy.ndarray], choices: list[int], 
     return min(
         0.5, math.fsum(NormalDist().cdf(-gap / error) for _, gap, error in _behind(nats, noise, choices, by)[1:])
     )
+
+
+def scores_of(nats: numpy.ndarray, noise: Iterable[numpy.ndarray], passes: numpy.ndarray) -> list[Score]:
+    """The scores of some `Estimates` [N]."""
+    return [Score(*score) for score in zip(nats.tolist(), map(length_of, noise), passes.tolist(), strict=True)]
 
 
 def length_of(noise: numpy.ndarray) -> float:

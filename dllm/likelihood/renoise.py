@@ -26,19 +26,18 @@ import numpy
 import torch
 from torch import Tensor
 
-from dllm.config import GenerateSettings, LikelihoodSettings
-from dllm.core.canvas import Score, canvas_for
+from dllm.config import LikelihoodSettings
+from dllm.core.canvas import Score
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
-from dllm.likelihood.racing import Estimates, Question, Verdict, length_of, race
+from dllm.likelihood.racing import Estimates, Question, Verdict, race, scores_of
 from dllm.likelihood.requests import Rows
+from dllm.likelihood.scorer import check_requests
+from dllm.likelihood.systematic import check_settings, greedy_matches, neighbour_noise
 from dllm.models.backbone import Backbone
 from dllm.models.diffusion_gemma import Prefix
 from dllm.sampling.renoise import NO_TOKEN, PASSES, RenoisingSampler
 
 _LEVEL, _PLACE, _TOKEN = range(3)
-
-LEAST_BUDGET = 2
-"""Passes of the smallest estimate: its error comes from their differences."""
 
 _HELD = 2**24
 """Most probabilities held at once, in float64."""
@@ -54,8 +53,7 @@ class RenoisingScorer:
         Raises ValueError for an empty target, a row longer than the model's context, a budget too small, and for
         settings that concern masks.
         """
-        nats, noise, passes = self._estimates(backbone, prompts, targets, settings, prompts)
-        return [Score(*score) for score in zip(nats.tolist(), map(length_of, noise), passes.tolist(), strict=True)]
+        return scores_of(*self._estimates(backbone, prompts, targets, settings, prompts))
 
     def race(
         self,
@@ -73,13 +71,8 @@ class RenoisingScorer:
     ) -> list[bool]:
         """Whether the sampler at temperature 0 gives the target; what it writes behind it does not count."""
         _check(backbone, prompts, targets, settings)
-        if not len(prompts):
-            return []
-        counts = [len(target) for target in targets]
-        canvas = canvas_for(prompts, counts, mask_id=NO_TOKEN, pad_id=backbone.pad_id)
-        decoding = GenerateSettings(max_new_tokens=max(counts), early_stop=False, seed=settings.seed)
-        done = {row.number: row.tokens for row in RenoisingSampler().complete(backbone, canvas, decoding)}
-        return [done[number] == list(target) for number, target in enumerate(targets)]
+        ids = {"mask_id": NO_TOKEN, "seed": settings.seed}
+        return greedy_matches(RenoisingSampler(), backbone, prompts, targets, **ids)
 
     def _estimates(
         self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings, like: Rows
@@ -96,8 +89,7 @@ class RenoisingScorer:
                 before, text = [*prompt, *target[:begin]], list(target[begin : begin + size])
                 values = _values(backbone, before, text, keyed_hash(key, number), settings)
                 nats[request] += values.mean()
-                # of systematic samples: the differences of neighbours (Wolter 2007, 8.2)
-                noise[request, number] = numpy.diff(values) * math.sqrt(budget / 2 / (budget - 1)) / budget
+                noise[request, number] = neighbour_noise(values)
                 passes[request] += budget + 1
         return nats, noise.reshape(len(nats), -1), passes
 
@@ -175,24 +167,6 @@ def _divergence(logits: Tensor, seen: Tensor, target: Tensor, level: int, steps:
 
 
 def _check(backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> None:
-    if len(prompts) != len(targets):
-        raise ValueError(f"{len(prompts)} prompts and {len(targets)} targets; a request is one of each")
-    for request, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-        if not len(target):
-            raise ValueError(f"request {request}: the target is empty; a likelihood needs at least one target token")
-        if len(prompt) + len(target) > backbone.max_length:
-            raise ValueError(
-                f"request {request}: prompt ({len(prompt)} tokens) and target ({len(target)}) exceed the model's "
-                f"{backbone.max_length} positions; shorten the prompt"
-            )
-    for name, usual in (("estimator", "auto"), ("block_size", None)):
-        if (value := getattr(settings, name)) != usual:
-            raise ValueError(
-                f"{name} = {value!r} means nothing to a model of algorithm = 'renoise', whose bound has an estimator "
-                "and canvases of its own; leave it out"
-            )
-    if settings.budget < LEAST_BUDGET:
-        raise ValueError(
-            f"budget = {settings.budget} is too small: the bound of a model of algorithm = 'renoise' needs "
-            f"{LEAST_BUDGET} passes at least, for its standard error; raise it"
-        )
+    check_requests(backbone, prompts, targets)
+    name = "a model of algorithm = 'renoise'"
+    check_settings(settings, model=f"{name}, whose bound has an estimator and canvases", bound=f"the bound of {name}")

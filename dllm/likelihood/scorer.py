@@ -19,7 +19,7 @@ from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.attention_pattern import BlockRule
 from dllm.core.canvas import Progress, Score, canvas_for
 from dllm.likelihood.designs import Design, estimate
-from dllm.likelihood.racing import Estimates, Question, Verdict, length_of, race
+from dllm.likelihood.racing import Estimates, Question, Verdict, race, scores_of
 from dllm.likelihood.requests import (
     PackedBatch,
     Rows,
@@ -70,8 +70,7 @@ class MaskedScorer:
         Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, or a
         budget too small for the estimator.
         """
-        nats, noise, passes = self._estimates(backbone, prompts, targets, settings, None, between)
-        return [Score(*score) for score in zip(nats.tolist(), map(length_of, noise), passes.tolist(), strict=True)]
+        return scores_of(*self._estimates(backbone, prompts, targets, settings, None, between))
 
     def race(
         self,
