@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.cli.generation import add_device_argument, add_generation_arguments, open_model, with_options
+from dllm.cli.generation import (
+    add_chat_model_argument,
+    add_device_argument,
+    add_generation_arguments,
+    open_model,
+    with_options,
+)
 from dllm.cli.keys import add_key_argument, read_key
 from dllm.cli.main import bug_line
 
@@ -40,12 +46,7 @@ FRAMES_PER_SECOND = 25
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="run below results/, model directory or hub id (default: largest chat run)",
-    )
+    add_chat_model_argument(parser, "model", "?")
     parser.add_argument("--once", metavar="TEXT", help="answer this and leave")
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     parser.add_argument("--server", metavar="URL", help="talk to a server (dllm serve); MODEL is one of its models")

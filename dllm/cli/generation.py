@@ -70,6 +70,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser.add_argument_group("sampler"), OPTIONS)
 
 
+def add_chat_model_argument(parser: argparse.ArgumentParser, name: str, nargs: str) -> None:
+    """MODEL, which may be left out: one (nargs "?") or several ("*") of what `chat.settings.find_checkpoint` takes."""
+    words = "run below results/, model directory or hub id (default: largest chat run)"
+    parser.add_argument(name, nargs=nargs, metavar="MODEL", help=words)
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """`--device`."""
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: an accelerator if there is one)")

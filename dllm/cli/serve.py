@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllm.cli.generation import add_device_argument, open_model
+from dllm.cli.generation import add_chat_model_argument, add_device_argument, open_model
 from dllm.cli.keys import add_key_argument, read_key
 
 if TYPE_CHECKING:
@@ -28,12 +28,7 @@ TIME_LIMIT = 600.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument(
-        "models",
-        nargs="*",
-        metavar="MODEL",
-        help="run below results/, model directory or hub id (default: largest chat run)",
-    )
+    add_chat_model_argument(parser, "models", "*")
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port (default: 8000; 0: any free one)")
     add_key_argument(parser, "that requests have to send")

@@ -249,8 +249,7 @@ class Engine:
             if self._abandoned:
                 request.fail(Closed(f"{self.name} was closed"))
             elif request.asked < latest and not request.cancelled:
-                self._count(failed=1)
-                request.fail(TooLong(f"not done within {self.time_limit:g} s; ask for fewer tokens or passes"))
+                self._fail(request, TooLong(f"not done within {self.time_limit:g} s; ask for fewer tokens or passes"))
             elif request.cancelled:
                 request.over = True
                 self._count(cancelled=1)
@@ -285,8 +284,7 @@ class Engine:
                 self._take_turn()
             except Exception as error:  # a bug of ours: who asked is told, and the next ones are served
                 for request in [request for request in self._requests if not request.over]:
-                    self._count(failed=1)
-                    request.fail(error)
+                    self._fail(request, error)
                 self._lane = self._lane and _Lane(self._loop())
                 self._leave()
 
@@ -311,8 +309,7 @@ class Engine:
         except _Cancelled:
             return
         except Exception as error:
-            self._count(failed=1)
-            request.fail(error)
+            self._fail(request, error)
             return
         if isinstance(event, Finished | Scored):
             self._result(request, 0, event)
@@ -358,8 +355,7 @@ class Engine:
             while lane.loop.busy and not request.over and not request.cancelled:
                 self._pass(lane)
         except Exception as error:
-            self._count(failed=1)
-            request.fail(error)
+            self._fail(request, error)
 
     def _pass(self, lane: _Lane) -> None:
         """One pass of a loop, and what is said of it."""
@@ -387,8 +383,7 @@ class Engine:
                 try:
                     request.tell(row.index, row.snapshot(*state, final=final, piece=self._piece))
                 except Exception as error:
-                    self._count(failed=1)
-                    request.fail(error)
+                    self._fail(request, error)
 
     def _finish(self, request: Request, row: Row, completion: Completion) -> None:
         """The end of a row."""
@@ -399,8 +394,7 @@ class Engine:
                 raise row.error
             event = row.finish(completion, time.monotonic() - request.asked)
         except Exception as error:
-            self._count(failed=1)
-            request.fail(error)
+            self._fail(request, error)
             return
         row.over = True
         self._result(request, row.index, event)
@@ -413,6 +407,11 @@ class Engine:
         if request.open == [] or request.job is not None:
             self._count(finished=1)
             self._seconds += 0.1 * (event.seconds - self._seconds)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Tell a request why it has no answer."""
+        self._count(failed=1)
+        request.fail(error)
 
     def _count(self, **more: int) -> None:
         """Add to the counts."""
