@@ -21,7 +21,7 @@ class Algorithm:
 
     objective: an `objectives.objective.Objective`, called with the recipe and the settings in `takes`.
     sampler: a `sampling.sampler.Sampler`; scorer: an object with `nelbo` and `greedy_match`; both called without
-    arguments.
+    arguments. A server scores with a `nelbo` that takes `between`, as `likelihood.scorer.MaskedScorer.nelbo` does.
     """
 
     name: str

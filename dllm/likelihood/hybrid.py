@@ -14,7 +14,7 @@ Sources: von Ruette et al. 2025 (arXiv:2503.04482); Wolter 2007, Introduction to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,15 +51,24 @@ _SCORED = 256
 class HybridScorer:
     """Scores of hybrid diffusion. A model trained without random tokens is scored as any masked one."""
 
-    def nelbo(self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> list[Score]:
+    def nelbo(
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        settings: LikelihoodSettings,
+        *,
+        between: Callable[[], object] | None = None,
+    ) -> list[Score]:
         """A bound on -log p(target | prompt) per request, in nats, from `settings.budget` passes each.
 
+        between: called after every forward batch, so that others can use the model, too.
         Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, a
         budget too small, and for settings that concern masks.
         """
         if noise_of(backbone).share == 0:
-            return MaskedScorer().nelbo(backbone, prompts, targets, settings)
-        return scores_of(*self._estimates(backbone, prompts, targets, settings, prompts))
+            return MaskedScorer().nelbo(backbone, prompts, targets, settings, between=between)
+        return scores_of(*self._estimates(backbone, prompts, targets, settings, prompts, between))
 
     def race(
         self,
@@ -75,7 +84,13 @@ class HybridScorer:
         return race(partial(self._estimates, backbone), prompts, targets, questions, settings)
 
     def _estimates(
-        self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings, like: Rows
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        settings: LikelihoodSettings,
+        like: Rows,
+        between: Callable[[], object] | None = None,
     ) -> Estimates:
         """Nats [N], their noise [N, E] and passes [N] of some requests; those of like prompts share random numbers."""
         check_requests(backbone, prompts, targets)
@@ -94,6 +109,8 @@ class HybridScorer:
             some, draw = rows[low:high], torch.from_numpy(draws[low:high])
             tokens = [([*prompts[row], *targets[row]], len(prompts[row])) for row in some]
             values[some, draws[low:high]] = _bounds(backbone, tokens, keys[torch.from_numpy(some)], draw, budget)
+            if between is not None:
+                between()
         return values.mean(1), neighbour_noise(values), numpy.full(len(prompts), budget)
 
     def greedy_match(

@@ -18,7 +18,7 @@ Source: Austin et al. 2021 (arXiv:2107.03006), eqs. 1 to 4, uniform transitions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,13 +47,22 @@ _HELD = 2**24
 class RenoisingScorer:
     """Bounds by Monte Carlo over noised canvases: levels evenly spaced behind a random offset, one canvas for each."""
 
-    def nelbo(self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> list[Score]:
+    def nelbo(
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        settings: LikelihoodSettings,
+        *,
+        between: Callable[[], object] | None = None,
+    ) -> list[Score]:
         """A bound on -log p(target | prompt, its length) per request, in nats, from `settings.budget` passes a canvas.
 
+        between: called after the passes of every canvas, so that others can use the model, too.
         Raises ValueError for an empty target, a row longer than the model's context, a budget too small, and for
         settings that concern masks.
         """
-        return scores_of(*self._estimates(backbone, prompts, targets, settings, prompts))
+        return scores_of(*self._estimates(backbone, prompts, targets, settings, prompts, between))
 
     def race(
         self,
@@ -75,7 +84,13 @@ class RenoisingScorer:
         return greedy_matches(RenoisingSampler(), backbone, prompts, targets, **ids)
 
     def _estimates(
-        self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings, like: Rows
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        settings: LikelihoodSettings,
+        like: Rows,
+        between: Callable[[], object] | None = None,
     ) -> Estimates:
         """Nats [N], their noise [N, E] and passes [N] of some requests; those of like prompts share random numbers."""
         _check(backbone, prompts, targets, settings)
@@ -91,6 +106,8 @@ class RenoisingScorer:
                 nats[request] += values.mean()
                 noise[request, number] = neighbour_noise(values)
                 passes[request] += budget + 1
+                if between is not None:
+                    between()
         return nats, noise.reshape(len(nats), -1), passes
 
 

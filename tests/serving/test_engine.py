@@ -382,3 +382,14 @@ def test_a_model_that_edits_edits_drafts_and_answers_as_it_does_alone(tmp_path):
         assert [one.texts[0] for one in said] == expected
         assert all(isinstance(event, Edited) for event in [*said[0].events[0][:-1], *said[1].events[0][:-1]])
         assert said[1].events[0][-2].text == expected[1] and len(said[2].events[0]) == 1
+
+
+def test_a_model_of_hybrid_noise_answers_and_scores_as_it_does_alone(tmp_path):
+    model = dllm.load(save_toy(tmp_path, algorithm="hybrid", uniform_share=0.3), device="cpu")
+    pairs, scoring = (["a", "b"], ["b", "c a"]), LikelihoodSettings(budget=8, batch_tokens=64)
+    score, answer = Answers(), Answers()
+    with opened(model) as engine:
+        engine.score(*pairs, scoring, on_event=score)
+        engine.answer(turns("a b"), settings(steps=4), on_event=answer)
+        assert list(score.results()[0].scores) == model.nelbo(*pairs, scoring)
+        assert answer.texts == model.generate([turns("a b")], settings(steps=4))
