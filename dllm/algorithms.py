@@ -207,6 +207,11 @@ def trained_blocks(trained: str | None) -> Literal["any", "trained", "none"]:
     return ALGORITHMS[trained].blocks if trained in ALGORITHMS else "any"
 
 
+def trained_causally(trained: str | None) -> bool:
+    """Whether a model was trained as the stock causal model that it is (None: nobody knows); see `Algorithm.causal`."""
+    return trained in ALGORITHMS and ALGORITHMS[trained].causal
+
+
 def resolved(part: Any) -> Any:
     """The object that a name such as "package.module:Class" names; anything else is returned unchanged."""
     if not isinstance(part, str):

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.algorithms import ALGORITHMS
+from dllm.algorithms import trained_causally
 from dllm.config import EvaluationConfig, did_you_mean, digest
 from dllm.evaluation.code_tasks import add_outcomes, prepare_code_tasks
 from dllm.evaluation.scores import summarise
@@ -229,7 +229,7 @@ def check_kind(config: EvaluationConfig, checkpoint: Path) -> None:
 
     family = family_of(checkpoint)
     trained = read_sidecar(checkpoint).get("algorithm") or (family and family.algorithm)
-    causal = trained in ALGORITHMS and ALGORITHMS[trained].causal
+    causal = trained_causally(trained)
     if trained and causal != (config.model_kind == "hf"):
         right = "hf" if causal else "dllm"
         raise ValueError(

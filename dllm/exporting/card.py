@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dllm.algorithms import ALGORITHMS
+from dllm.algorithms import ALGORITHMS, trained_blocks, trained_causally
 from dllm.chat.settings import chat_context, chat_generation
 from dllm.exporting.lineage import Lineage
 from dllm.models.hidden import COUNTS_FROM_PADDING
@@ -73,13 +73,11 @@ def card(backbone: Backbone, lineage: Lineage, family: Family | None) -> str:
 
 
 def _causal(backbone: Backbone) -> bool:
-    trained = backbone.sidecar.get("algorithm")
-    return trained in ALGORITHMS and ALGORITHMS[trained].causal
+    return trained_causally(backbone.sidecar.get("algorithm"))
 
 
 def _in_blocks(backbone: Backbone) -> bool:
-    trained = backbone.sidecar.get("algorithm")
-    return trained in ALGORITHMS and ALGORITHMS[trained].blocks == "trained"
+    return trained_blocks(backbone.sidecar.get("algorithm")) == "trained"
 
 
 def _metadata(backbone: Backbone, lineage: Lineage) -> str:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.algorithms import ALGORITHMS
+from dllm.algorithms import trained_causally
 from dllm.chat.settings import chat_context, chat_generation
 from dllm.exporting.card import card
 from dllm.exporting.lineage import Lineage, lineage_of
@@ -45,7 +45,7 @@ def export(checkpoint: str | Path, kind: str = "transformers", output: str | Pat
     target = Path(output or (lineage.workdir or Path()) / "exports" / f"{lineage.name}-{kind}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not is_export(target):
         raise ValueError(f"{target}: holds something that is not an export; give another directory as --output")
-    causal = read_sidecar(checkpoint).get("algorithm") in [row.name for row in ALGORITHMS.values() if row.causal]
+    causal = trained_causally(read_sidecar(checkpoint).get("algorithm"))
     backbone: Any = load_backbone(checkpoint, dtype=_stored_dtype(checkpoint), causal=causal)
     if backbone.edit_heads is not None:
         raise ValueError(
@@ -132,7 +132,7 @@ def _write_hints(backbone: Backbone, directory: Path) -> None:
     sidecar = backbone.sidecar
     settings = chat_generation(sidecar, chat_context(sidecar, backbone.max_length))
     ids: dict[str, Any] = {"eos_token_id": backbone.eos_id, "pad_token_id": backbone.pad_id}
-    if not (sidecar.get("algorithm") in ALGORITHMS and ALGORITHMS[sidecar["algorithm"]].causal):
+    if not trained_causally(sidecar.get("algorithm")):
         ids |= {
             "mask_token_id": backbone.mask_id,
             "steps": settings.max_new_tokens,
