@@ -228,7 +228,7 @@ def check_kind(config: EvaluationConfig, checkpoint: Path) -> None:
     from dllm.models.published import family_of
 
     family = family_of(checkpoint)
-    trained = read_sidecar(checkpoint).get("algorithm") or (family and family.algorithm)
+    trained = read_sidecar(checkpoint).get("algorithm") or (family.algorithm if family else None)
     causal = trained_causally(trained)
     if trained and causal != (config.model_kind == "hf"):
         right = "hf" if causal else "dllm"
