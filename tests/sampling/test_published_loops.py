@@ -35,7 +35,7 @@ def backbone(weights, tmp_path_factory):
 
 
 def scores_of(weights):
-    """Logits of a row that attends block by block, from the plain statement of the architecture; no mask is proposed."""
+    """Logits of a row that attends block by block, by the plain statement of the architecture; no mask is proposed."""
 
     def scores(row):
         allowed = block_causal(len(row), BLOCK)
