@@ -61,6 +61,8 @@ class Family:
     """Our chat template, where the published one cannot write a finished conversation; None: its own."""
     decoding: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of the sampler that some of its checkpoints were published with, by a part of their name."""
+    expand_token: str | None = None
+    """A token that stands for two masks; a checkpoint whose tokenizer has it is sampled by `expand`."""
     loader: str | None = None
     """What makes a backbone of a checkpoint whose class transformers has under the family's own name."""
 
@@ -222,6 +224,7 @@ DREAM = Family(
     mask_token="<|mask|>",
     end_token="<|endoftext|>",
     end_of_turn="<|im_end|>",
+    expand_token="<|expand|>",  # of DreamOn
     tokenizer="Qwen2Tokenizer",
 )
 

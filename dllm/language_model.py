@@ -23,6 +23,7 @@ from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
 from dllm.models.tokenizers import chat_text, check_ids, check_messages, encode_chat, encode_text
 from dllm.sampling.edits import EditCanvas, EditSampler, edit_canvas
+from dllm.sampling.expand import framed
 from dllm.sampling.sampler import Sampler
 
 END_OF_TURN = "[/Answer]"
@@ -168,6 +169,7 @@ class DiffusionLM:
         _check_list(texts, "texts")
         tokenizer, mask = self.backbone.tokenizer, self.backbone.tokenizer.mask_token
         rows = encode_marked(tokenizer, [marked(tokenizer, text, but=(mask,)) for text in texts])
+        rows = [framed(self.backbone, row) for row in rows]
         for number, row in enumerate(rows):
             if self.backbone.mask_id not in row or len(row) > self.max_length:
                 raise ValueError(

@@ -82,6 +82,8 @@ def load_backbone(
             chat_template="own",
         )  # fmt: skip
     tokenizer, new_tokens = _tokenizer(directory, entry, model, causal, published)
+    if published is not None and (expand_id := tokenizer.get_added_vocab().get(published.expand_token)) is not None:
+        sidecar |= {"algorithm": "expand", "expand_id": expand_id, "generation": {"reveal_rule": "entropy"}}
     config = model.config
     model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
     _test_itself(model, directory, causal, special=tokenizer.all_special_ids)

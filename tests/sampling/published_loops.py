@@ -65,3 +65,48 @@ def llada21(
             break
     answer = row[len(prompt) : len(prompt) + new_tokens]
     return answer[: answer.index(end) + 1] if early_stop and end in answer else answer, passes
+
+
+def dreamon(
+    scores: Scores,
+    row: list[int],
+    new_tokens: int,
+    *,
+    mask: int,
+    expand: int,
+    delete: int,
+    rule: str = "entropy",
+) -> tuple[list[int], int]:
+    """What DreamOn makes of a row with masks at temperature 0, and the passes that takes.
+
+    In a pass the surest mask takes its most probable token; a token for deletion is then taken out, one for expansion
+    becomes two masks. It has no chance in a row of `new_tokens` more than the given ones, nor after twice as many
+    expansions as there may be tokens from the first mask on. `scores` have a token for each position, whatever the
+    model predicts.
+
+    Sources: arXiv:2602.01326, and the generation code beside the weights, with one token per pass.
+    """
+    row, passes = list(row), 0
+    most = len(row) - row.count(mask) + new_tokens
+    budget = 2 * (most - row.index(mask))
+    while mask in row:
+        logits = scores(row)
+        if len(row) == most or budget == 0:
+            logits[:, expand] -= 1e9
+        p, passes = logits.softmax(-1), passes + 1
+        best = p.topk(2, -1).values
+        sure = {
+            "confidence": best[:, 0],
+            "margin": best[:, 0] - best[:, 1],
+            "entropy": (p * (p + 1e-10).log()).sum(-1),
+        }[rule]
+        place = max((place for place, token in enumerate(row) if token == mask), key=lambda place: float(sure[place]))
+        token = int(p[place].argmax())
+        if token == delete:
+            del row[place]
+        elif token == expand:
+            row[place : place + 1] = [mask, mask]
+            budget -= 1
+        else:
+            row[place] = token
+    return row, passes

@@ -1,16 +1,22 @@
 """Our samplers answer as the authors' own loops do, token for token."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from dllm.config import GenerateSettings
-from dllm.core.canvas import canvas_for
+from dllm.core.canvas import canvas_for, infill_canvas
+from dllm.core.packing import layout_of
+from dllm.language_model import load
 from dllm.models.load import load_backbone
+from dllm.models.published import read_tensors
+from dllm.sampling.expand import ExpandingSampler
 from dllm.sampling.sampler import block_sampler
-from tests.models.published import llada2
+from tests.models.published import dream, llada2
 from tests.models.published.pieces import block_causal, make_weights, save_byte_tokenizer, save_checkpoint
+from tests.oracles import tabular_backbone
 from tests.sampling import published_loops
 
 BLOCK, END, MASK = 32, 257, llada2.MASK
@@ -110,3 +116,134 @@ def test_of_an_answer_that_breaks_off_inside_a_block_all_but_that_block_is_as_pu
     tokens, _ = ours(backbone, PROMPTS[:1], count, early_stop=False, **mode)[0]
     first = BLOCK - len(PROMPTS[0])
     assert tokens[:first] == expected[:first] and len(tokens) == len(expected) == count
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# DreamOn
+
+M = 9  # the mask of a vocabulary of nine words
+HOLES = [[0, 1, M, M, 2], [3, M, 4, 5], [M, M, M], [1, 2, 3, M, 0, M, M, 4], [5, 6]]
+"""A hole inside, a short one, nothing else, two holes, no hole."""
+
+
+def growing(seed, prediction="in_place"):
+    """A random model, of a table, that expands a mask in one of nine times, and deletes one as often."""
+    toy = tabular_backbone(9, seed=seed, prediction=prediction)
+    return replace(toy, eos_id=8, sidecar={"algorithm": "expand", "expand_id": 7})
+
+
+def table_of(backbone):
+    """Its logits of a row by position, with none for the mask."""
+
+    def scores(row):
+        layout = layout_of([len(row)])
+        hidden = backbone.hidden(torch.tensor([row]), layout)
+        places = torch.arange(len(row))
+        logits = backbone.logits(hidden, layout, torch.zeros_like(places), places).clone()
+        logits[:, M] = -torch.inf
+        return logits
+
+    return scores
+
+
+@pytest.mark.parametrize("prediction", ["in_place", "next"])
+@pytest.mark.parametrize("rule", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("room", [3, 6, 12])
+@torch.no_grad()
+def test_dreamon_fills_holes_as_published(rule, room, prediction):
+    lengths = set()
+    for seed in range(6):
+        backbone = growing(seed, prediction)
+        canvas = infill_canvas(HOLES, mask_id=M, pad_id=backbone.pad_id)
+        settings = GenerateSettings(reveal_rule=rule, max_new_tokens=room)
+        *frames, last = ExpandingSampler().denoise(backbone, canvas, settings)
+        done = {row.number: row for row in ExpandingSampler().complete(backbone, canvas, settings)}
+        for number, row in enumerate(HOLES):
+            expected, passes = row, 0
+            if M in row:
+                ids = {"mask": M, "expand": 7, "delete": 8}
+                expected, passes = published_loops.dreamon(table_of(backbone), row, room, rule=rule, **ids)
+            found = last.tokens[number, : last.length[number]].tolist()
+            assert found == expected and done[number].passes == passes
+            assert done[number].tokens == expected[int(canvas.start[number]) :]
+            assert M not in found and 7 not in found, "what is left are words"
+            lengths.add(len(found) - len(row))
+    assert min(lengths) < 0 < max(lengths), "rows shrank and grew"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_grows_in_a_batch_equals_the_row_alone(temperature):
+    backbone = growing(1)
+    settings = GenerateSettings(max_new_tokens=8, temperature=temperature, top_p=0.9, batch_size=2)
+    canvas = infill_canvas(HOLES, mask_id=M, pad_id=backbone.pad_id)
+    *_, last = ExpandingSampler().denoise(backbone, canvas, settings)
+    done = {row.number: row for row in ExpandingSampler().complete(backbone, canvas, settings)}
+    for number, row in enumerate(HOLES):
+        alone = infill_canvas([row], mask_id=M, pad_id=backbone.pad_id)
+        *_, alone = ExpandingSampler().denoise(backbone, alone, settings)
+        response = alone.responses()[0]
+        assert response == last.responses()[number] == done[number].tokens and alone.nfe == done[number].passes
+
+
+def test_no_row_grows_beyond_the_models_context_and_what_is_given_stays():
+    backbone = replace(growing(0), max_length=9)
+    canvas = infill_canvas(HOLES, mask_id=M, pad_id=backbone.pad_id)
+    words = [[token for token in row if token != M] for row in HOLES]
+    longest = 0
+    for seed in range(8):
+        settings = GenerateSettings(max_new_tokens=20, temperature=1.0, seed=seed)
+        for frame in ExpandingSampler().denoise(backbone, canvas, settings):
+            longest = max(longest, int(frame.length.max()))
+            for number, row in enumerate(frame.tokens.tolist()):
+                left = iter(row[: frame.length[number]])
+                assert all(word in left for word in words[number]), "in their order"
+    assert longest == 9
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 4}, {"reveal_rule": "threshold"}, {"guidance": 1.0}, {"reuse": "prefix"}, {"remask": "cap"}]
+)
+def test_options_that_mean_nothing_where_rows_grow_are_one_line(options):
+    backbone = growing(0)
+    canvas = infill_canvas(HOLES, mask_id=M, pad_id=backbone.pad_id)
+    with pytest.raises(ValueError, match=f"{next(iter(options))} = .* means nothing to algorithm = 'expand'") as error:
+        ExpandingSampler().denoise(backbone, canvas, GenerateSettings(**options))
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def dreamon_checkpoint(tmp_path_factory):
+    """A tiny Dream whose tokenizer has the token that DreamOn adds, and so is a DreamOn."""
+    directory, special = tmp_path_factory.mktemp("dreamon"), [*dream.TOKENS, "<|beginoftext|>", "<|expand|>"]
+    save_checkpoint(directory, dream.CONFIG, make_weights(dream.shapes(dream.CONFIG), seed=1))
+    save_byte_tokenizer(directory, special, kind="qwen2", template="{{ messages[0]['content'] }}")
+    settings = json.loads((directory / "tokenizer_config.json").read_text()) | {"bos_token": "<|beginoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_a_dream_with_dreamons_token_fills_holes_of_any_length(dreamon_checkpoint):
+    lm = load(dreamon_checkpoint, device="cpu")
+    assert lm.algorithm.name == "expand" and lm.backbone.sidecar["expand_id"] == 261
+    assert lm.usual_settings == GenerateSettings(reveal_rule="entropy")
+    (row,) = lm.holes(["a <|mask|><|mask|> b"])
+    assert row[0] == 260 and row[-1] == 256 and row.count(259) == 2, "as published, between start and end"
+    weights = dict(read_tensors(dreamon_checkpoint))
+
+    def scores(tokens):
+        logits = dream.logits(dream.CONFIG, weights, torch.tensor([tokens]))[0]
+        logits = torch.cat([logits[:1], logits[:-1]])  # position i is scored from the one before it
+        logits[:, 259] = -torch.inf
+        return logits
+
+    settings = lm.usual_settings.model_copy(update={"max_new_tokens": 12})
+    expected, _ = published_loops.dreamon(scores, row, 12, mask=259, expand=261, delete=256)
+    assert lm.infill(["a <|mask|><|mask|> b"], settings) == [lm.backbone.tokenizer.decode(expected[1:-1])]
+    with pytest.raises(ValueError, match="algorithm = 'expand' has no .*likelihood is that of no canvas"):
+        lm.nelbo(["a"], ["b"])
+
+
+def test_what_a_user_writes_never_grows(dreamon_checkpoint):
+    lm = load(dreamon_checkpoint, device="cpu")
+    (row,) = lm.holes(["<|expand|> <|mask|>"])
+    assert 261 not in row
