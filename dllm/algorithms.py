@@ -99,7 +99,7 @@ _ROWS = (
         "blocks",
         objective="dllm.objectives.bd3lm:BD3LM",
         sampler="dllm.sampling.sampler:block_sampler",
-        scorer="dllm.likelihood.blocks:block_scorer",
+        scorer="dllm.likelihood.scorer:block_scorer",
         blocks="trained",
     ),
     Algorithm(

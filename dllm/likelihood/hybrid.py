@@ -25,11 +25,11 @@ from torch import Tensor
 from dllm.config import LikelihoodSettings
 from dllm.core.canvas import Score
 from dllm.core.hybrid import LEAST, MOST, HybridNoise, divergences
-from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
+from dllm.core.noise import keyed_hash, keyed_uniform
 from dllm.core.packing import layout_of
 from dllm.likelihood.racing import Estimates, Question, Verdict, race, scores_of
-from dllm.likelihood.requests import Rows, token_batches
-from dllm.likelihood.scorer import HOST_TOKENS, MaskedScorer, check_requests
+from dllm.likelihood.requests import Rows, prompt_hashes, row_lengths, token_batches
+from dllm.likelihood.scorer import MaskedScorer, check_requests, forward_tokens
 from dllm.likelihood.systematic import check_settings, greedy_matches, neighbour_noise
 from dllm.models.backbone import Backbone
 from dllm.models.hybrid_loss import text_log_p
@@ -99,13 +99,12 @@ class HybridScorer:
             model="a model trained with random tokens (algorithm = 'hybrid'), whose bound has an estimator",
             bound="a bound of hybrid noise",
         )
-        budget, keys = settings.budget, _keys(like, settings.seed)
-        lengths = numpy.array([len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], dtype=numpy.int64)
-        most = settings.batch_tokens if backbone.device.type != "cpu" else min(settings.batch_tokens, HOST_TOKENS)
+        budget, keys = settings.budget, keyed_hash(settings.seed, prompt_hashes(like))
+        lengths = row_lengths(prompts, targets)
         order = lengths.argsort(kind="stable")
         rows, draws = numpy.repeat(order, budget), numpy.tile(numpy.arange(budget), len(order))
         values = numpy.zeros((len(prompts), budget))
-        for low, high in token_batches(lengths[rows], most):
+        for low, high in token_batches(lengths[rows], forward_tokens(backbone, settings)):
             some, draw = rows[low:high], torch.from_numpy(draws[low:high])
             tokens = [([*prompts[row], *targets[row]], len(prompts[row])) for row in some]
             values[some, draws[low:high]] = _bounds(backbone, tokens, keys[torch.from_numpy(some)], draw, budget)
@@ -189,9 +188,3 @@ def _log_probability(process: HybridNoise, x: Tensor, z: Tensor, where: Tensor, 
     counts = torch.stack([(state & where).sum(1) for state in states], 1).double()
     each = torch.stack([masks.clamp(min=1e-300), uniform / process.tokens, alpha + uniform / process.tokens]).log()
     return counts @ each
-
-
-def _keys(like: Rows, seed: int) -> Tensor:
-    """One key for each request [N]: of its prompt and the seed."""
-    hashes = [int(token_hash(torch.tensor(prompt, dtype=torch.long))) for prompt in map(list, like)]
-    return keyed_hash(seed, torch.tensor(hashes, dtype=torch.long))

@@ -77,8 +77,6 @@ def targets_of(
         text |= dict.fromkeys(own, own[-1])
     lengths = torch.tensor([len(tokens) for _, tokens in numbers], dtype=torch.long)
     prefixes = pad_sequence([torch.tensor(tokens, dtype=torch.long) for _, tokens in numbers], batch_first=True)
-    hashes = {prompt: _prompt_hash(prompt) for prompt in map(tuple, like or prompts)}
-    of_request = torch.tensor([hashes[tuple(prompt)] for prompt in like or prompts])
     return Targets(
         prefixes,
         lengths,
@@ -86,14 +84,22 @@ def targets_of(
         request=numpy.array(request),
         block=numpy.array(block),
         prefix=numpy.array(prefix),
-        key=keyed_hash(settings.seed, of_request[request], torch.tensor(block)),
+        key=keyed_hash(settings.seed, prompt_hashes(like or prompts)[request], torch.tensor(block)),
         origin=numpy.array([origin for origin, _ in numbers]),
         text=numpy.array([text[number] for number in range(len(numbers))]),
     )
 
 
-def _prompt_hash(prompt: tuple[int, ...]) -> int:
-    return int(token_hash(torch.tensor(prompt, dtype=torch.long)))
+def prompt_hashes(prompts: Rows) -> Tensor:
+    """[N] long: a hash of each prompt, from which the random numbers of its requests follow."""
+    every = list(map(tuple, prompts))
+    hashes = {prompt: int(token_hash(torch.tensor(prompt, dtype=torch.long))) for prompt in dict.fromkeys(every)}
+    return torch.tensor([hashes[prompt] for prompt in every], dtype=torch.long)
+
+
+def row_lengths(prompts: Rows, targets: Rows) -> numpy.ndarray:
+    """[N]: tokens of each prompt and its target together."""
+    return numpy.array([len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], dtype=numpy.int64)
 
 
 def _blocks(prompt: int, target: int, size: int | None, rule: BlockRule | None) -> tuple[int, list[tuple[int, int]]]:

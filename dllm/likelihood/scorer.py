@@ -26,10 +26,12 @@ from dllm.likelihood.requests import (
     Targets,
     chunks_of,
     packed_batches,
+    row_lengths,
     targets_of,
     token_batches,
 )
 from dllm.models.backbone import Backbone
+from dllm.sampling.rows import block_rule
 from dllm.sampling.sampler import MaskedSampler
 
 HOST_TOKENS = 4096
@@ -99,14 +101,13 @@ class MaskedScorer:
         check_requests(backbone, prompts, targets)
         if not len(prompts):
             return numpy.zeros(0), numpy.zeros((0, 0)), numpy.zeros(0, dtype=numpy.int64)
-        if backbone.device.type == "cpu":
-            settings = settings.model_copy(update={"batch_tokens": min(settings.batch_tokens, HOST_TOKENS)})
+        batch_tokens = forward_tokens(backbone, settings)
         rule = self.rule and self.rule(backbone, settings.block_size)
         every = targets_of(prompts, targets, settings, rule, like)
         nats, passes = numpy.zeros(len(prompts)), numpy.zeros(len(prompts), dtype=numpy.int64)
         noise = numpy.zeros((len(prompts), int(every.block.max()) + 1, 0))
         for chunk in chunks_of(every, settings):
-            owner, nll = _forward(backbone, every, chunk, settings.batch_tokens, rule, between)
+            owner, nll = _forward(backbone, every, chunk, batch_tokens, rule, between)
             numpy.add.at(passes, every.request[owner], 1)
             for (members, design), values in zip(chunk, nll, strict=True):
                 value, error = estimate(design, values)
@@ -126,12 +127,22 @@ class MaskedScorer:
         check_requests(backbone, prompts, targets)
         rule = self.rule and self.rule(backbone, settings.block_size)
         matches = numpy.zeros(len(prompts), dtype=bool)
-        lengths = numpy.array([len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], dtype=numpy.int64)
+        lengths = row_lengths(prompts, targets)
         order = lengths.argsort(kind="stable")
         for low, high in token_batches(lengths[order], settings.batch_tokens):
             some = order[low:high]
             matches[some] = _greedy_batch(backbone, [prompts[r] for r in some], [targets[r] for r in some], rule)
         return matches.tolist()
+
+
+def block_scorer() -> MaskedScorer:
+    """The scorer of models that attend block-causally, in the blocks that they were trained with."""
+    return MaskedScorer(block_rule)
+
+
+def forward_tokens(backbone: Backbone, settings: LikelihoodSettings) -> int:
+    """Most tokens of a forward batch on the device of a model."""
+    return min(settings.batch_tokens, HOST_TOKENS) if backbone.device.type == "cpu" else settings.batch_tokens
 
 
 def _greedy_batch(backbone: Backbone, prompts: Rows, targets: Rows, rule: BlockRule | None) -> numpy.ndarray:

@@ -382,7 +382,7 @@ def test_a_family_samples_its_blocks_with_a_cache_as_its_architecture_says(saved
     """Blocks are counted from the row, so the first one holds the end of the prompt; against plain torch."""
     from dllm.config import GenerateSettings, LikelihoodSettings
     from dllm.core.canvas import canvas_for
-    from dllm.likelihood.blocks import block_scorer
+    from dllm.likelihood.scorer import block_scorer
     from dllm.sampling.sampler import block_sampler
     from tests.samplers import no_cache
 

@@ -15,7 +15,7 @@ from dllm.core.attention_pattern import BlockRows, BlockRule
 from dllm.core.batch import Batch, Noise, row_noise
 from dllm.core.canvas import canvas_for, infill_canvas
 from dllm.core.packing import block_layout, layout_of
-from dllm.likelihood.blocks import block_scorer
+from dllm.likelihood.scorer import block_scorer
 from dllm.models import attention, kernel_by_row, kernels
 from dllm.models.backbone import TokenNLL
 from dllm.models.heads import head_logits
