@@ -16,12 +16,12 @@ EDIT_TEMPERATURE = 0.7
 RESULTS = ("results/laptop", "results/paper")
 
 
-def find_checkpoint(name: str | None = None, root: str | Path = ".") -> str:
+def find_checkpoint(name: str | None = None) -> str:
     """The model directory that a name means: a directory, a run below `results/`, or a hub id (returned as it is).
 
     Without a name, the largest chat run. Raises ValueError, one line, if there is none.
     """
-    models = _models(Path(root))
+    models = _models()
     if name is None:
         chats = [model for model in models if model.parent.name.startswith("chat-")]
         if not chats:
@@ -49,10 +49,10 @@ def _weight(model: Path) -> tuple[int, int]:
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
-def _models(root: Path) -> list[Path]:
+def _models() -> list[Path]:
     """Model directories of finished runs, the laptop's before the paper's before others."""
-    directories = [root / name for name in RESULTS]
-    directories += sorted(path for path in root.glob("results/*") if path not in directories)
+    directories = [Path(name) for name in RESULTS]
+    directories += sorted(path for path in Path().glob("results/*") if path not in directories)
     return [config.parent for directory in directories for config in sorted(directory.glob("runs/*/model/config.json"))]
 
 

@@ -196,7 +196,7 @@ class RunSettings(Settings):
     compile: bool = option(False, "torch.compile of the backbone")
     edits: EditSettings = option(EditSettings(), "starts and times of `edit_flows`")
     adapter: AdapterSettings | None = option(None, "train LoRA adapters only; none: all weights")
-    policy: PolicySettings | None = option(None, "rewards, answers and likelihoods of `grpo`")
+    policy: PolicySettings | None = option(None, "rewards, answers and likelihoods of `grpo`", exclude_if=is_none)
 
     @model_validator(mode="after")
     def fits_together(self) -> RunSettings:

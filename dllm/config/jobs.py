@@ -36,17 +36,13 @@ class Job(Settings):
     written_first: ClassVar[tuple[str, ...]] = ()
     """Settings that its file begins with. A file whose text changes runs its job again, so their order stays."""
 
-    written_when_set: ClassVar[tuple[str, ...]] = ()
-    """Settings that its file leaves out while they are None: a file that was written without them stays the same."""
-
     once_had: ClassVar[dict[str, Any]] = {}
     """Settings that were removed, with the value whose meaning stayed: a job that was done with it is done."""
 
     @model_serializer(mode="wrap")
     def in_order(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written = write(self)
-        left_out = {name for name in self.written_when_set if written.get(name) is None}
-        return {name: written[name] for name in (*self.written_first, *written) if name in written.keys() - left_out}
+        return {name: written[name] for name in (*self.written_first, *written) if name in written}
 
 
 class DownloadConfig(Job):
@@ -92,17 +88,20 @@ class RunConfig(Job, RunSettings):
 
     once_had = {"layout": "packed", "head_chunk": None}
     written_first = ("name", "algorithm", "init", "init_path", "model", "data", "data_path", "recipe_name", "recipe")
-    written_when_set = ("test_rows", "policy", "policy_data_path", "policy_content")
 
     name: str = option(..., "name of the directory below runs/")
     init_path: str = option(..., "directory of the model to start from")
     model: ModelEntry = option(..., "entry of the model at the root of the chain of `init`")
     data_path: str = option(..., "directory of the token files")
-    test_rows: int | None = option(None, "of the dataset's entry", gt=0)
+    test_rows: int | None = option(None, "of the dataset's entry", gt=0, exclude_if=is_none)
     recipe_name: str = option(..., "name of the recipe")
     recipe: Recipe = option(..., "the recipe itself")
-    policy_data_path: str | None = option(None, "directory of the token files of `policy.bound_data`")
-    policy_content: str | None = option(None, "digest of the files of rewards: changed rewards train again")
+    policy_data_path: str | None = option(
+        None, "directory of the token files of `policy.bound_data`", exclude_if=is_none
+    )
+    policy_content: str | None = option(
+        None, "digest of the files of rewards: changed rewards train again", exclude_if=is_none
+    )
 
     @property
     def bound_path(self) -> str:

@@ -73,21 +73,15 @@ def run_program(source: str, *, seconds: float = SECONDS, memory_mib: int = MEMO
 
 
 def run_programs(
-    sources: Sequence[str],
-    *,
-    seconds: float = SECONDS,
-    memory_mib: int = MEMORY_MIB,
-    workers: int | None = None,
-    done: Callable[[int, Outcome], None] | None = None,
+    sources: Sequence[str], *, workers: int | None = None, done: Callable[[int, Outcome], None] | None = None
 ) -> list[Outcome]:
     """`run_program` of each source, in their order, `workers` at a time (None: one per core that this process may use).
 
     done(i, outcome) is called from this thread, in order, as soon as it is known.
     """
-    check_limits(seconds, memory_mib)
     outcomes = []
     with ThreadPoolExecutor(max_workers=workers or cores()) as pool:
-        running = pool.map(lambda source: run_program(source, seconds=seconds, memory_mib=memory_mib), sources)
+        running = pool.map(run_program, sources)
         try:
             for i, outcome in enumerate(running):
                 outcomes.append(outcome)

@@ -18,6 +18,7 @@ Progress = Callable[[int, int], None]
 """Called with the numbers of answers that are there and that are wanted, after every chunk."""
 
 LIKELIHOODS_PER_CHUNK = 1024
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Answerer(Protocol):
@@ -121,11 +122,11 @@ class StoredLM(LM):
             document = f"{request.task_name}, document {request.doc_id}: "
             raise ValueError(document + str(error).removeprefix(document)) from None
 
-    def wait_for(self, kind: str, requests: list[Instance], *, seconds_between: float = 1.0) -> None:
+    def wait_for(self, kind: str, requests: list[Instance]) -> None:
         """Return once other processes have stored the answers to all requests."""
         keys = [key for key, _, _ in self._keyed(kind, requests)]
         while any(key not in self.store for key in keys):
-            time.sleep(seconds_between)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
             self.store.read()
 
     def _all(self, kind: str, requests: list[Instance]) -> list[Answer]:

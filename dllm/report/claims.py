@@ -211,7 +211,7 @@ def pretraining_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
     findings = []
     for start in (start for start in plan.starts if start.twin):
         pretrained, random = rows[start.twin], rows[start.run]
-        finding = _lower("bound", pretrained, random)
+        finding = _lower(pretrained, random)
         if not math.isnan(pretrained["passed"]):
             step, last = int(pretrained["passed"]), int(random["steps"])
             finding = replace(
@@ -238,7 +238,7 @@ def size_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
     return _claim(
         "A larger pretrained encoder gives a lower held-out bound than the next smaller one.",
         f"{_LOWER_RULE} One pair that fails makes the claim fail.",
-        [_unless_truncated(_lower("bound", a, b), pd.DataFrame([a, b])) for a, b in pairs],
+        [_unless_truncated(_lower(a, b), pd.DataFrame([a, b])) for a, b in pairs],
         f"{_ONE_SEED} The encoders may differ in more than their size.",
     )
 
@@ -253,14 +253,14 @@ _ONE_SEED = (
 )
 
 
-def _lower(part: str, one: pd.Series, other: pd.Series) -> Finding:
-    """Whether one start ends below another."""
+def _lower(one: pd.Series, other: pd.Series) -> Finding:
+    """Whether the bound of one start ends below that of another."""
     gap = Estimate(one["nats"], one["nats_standard_error"]) - Estimate(other["nats"], other["nats_standard_error"])
     because = (
         f"{one['label']} ends at {fixed(one['nats'])} and {other['label']} at {fixed(other['nats'])} nats per answer: "
         f"a difference of {signed_interval(gap.value, gap.low, gap.high)}."
     )
-    return Finding(part, "", decide_below(gap, 0.0), because)
+    return Finding("bound", "", decide_below(gap, 0.0), because)
 
 
 def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> list[str]:

@@ -59,7 +59,6 @@ class Wishes:
     run: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
     block_size: int | None = None
-    config_directory: Path = Path("config")
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,18 @@ class Example:
 
 def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     """Download what is needed, look at it and choose how to train. Raises ValueError for what cannot work."""
-    name, models, place = find_model(wishes.model, wishes.config_directory, _pins(wishes))
+    name, models, place = find_model(wishes.model, _pins(wishes))
     if place is not None:
         found = entry_settings(place, wishes.prediction)
         models[name] |= {key: value for key, value in found.items() if value != ModelEntry.model_fields[key].default}
     run = f"chat-{name}"
-    datasets = find_data(wishes.data, wishes.config_directory, _pins(wishes), wishes.dataset)
+    datasets = find_data(wishes.data, _pins(wishes), wishes.dataset)
     datasets = {f"{key}-data" if key in models else key: entry for key, entry in datasets.items()}
     data = next(iter(datasets))
     if len(datasets) > 1:
         data = "data"
         datasets[data] = {"mix": [key for key in datasets if key != data]}
-    datasets |= tokenizer_datasets(models, wishes.config_directory)
+    datasets |= tokenizer_datasets(models)
     output = wishes.output or Path("results") / run
     overlay: Entry = {"replaces": "all", "workdir": str(output), "models": models, "datasets": datasets}
     overlay["recipes"] = {"tune": {"response_end": "one"} if wishes.algorithm == "edit_flows" else {}}

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm.config import CONFIG_FILES, REVISION, checkpoint_directory, did_you_mean, read_yaml
+from dllm.config import REVISION, checkpoint_directory, did_you_mean, read_yaml
 
 Entry = dict[str, Any]
+
+ENTRIES = Path("config")
+"""Directory of the repository's entries, which are known where the command is given in the repository."""
 
 LOOKED_AT = ["*.json", "*.txt", "*.model", "*.jinja"]
 """Files of a hub model that are fetched before its entry is known: config and tokenizer."""
 
 
-def find_model(name: str, config_directory: Path, known: dict[str, str]) -> tuple[str, dict[str, Entry], Path | None]:
+def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry], Path | None]:
     """(name of the entry, entries it takes, where its config and tokenizer are) of what a user calls a model.
 
     known: hub id -> commit, of an earlier start. The place is None for an entry that states its tokens itself. Raises
@@ -25,7 +28,7 @@ def find_model(name: str, config_directory: Path, known: dict[str, str]) -> tupl
     if path.is_dir():
         directory = checkpoint_directory(str(path), Path.cwd(), "MODEL")
         return slug(_own_name(path)), {slug(_own_name(path)): {"path": str(directory.resolve())}}, directory
-    entries = _entries(config_directory, "models")
+    entries = _entries("models")
     if name in entries:
         taken = {name: entries[name]}
         if (other := entries[name].get("tokenizer")) in entries:
@@ -34,19 +37,19 @@ def find_model(name: str, config_directory: Path, known: dict[str, str]) -> tupl
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ValueError(
             f"MODEL = {name!r} is neither a directory, nor a hub id such as answerdotai/ModernBERT-base, nor an entry "
-            f"of {config_directory / 'models.yaml'}. {did_you_mean(name, entries)}"
+            f"of {ENTRIES / 'models.yaml'}. {did_you_mean(name, entries)}"
         )
     commit = known.get(name) or _newest(name, "model")
     entry = {"hub": name, "revision": commit}
     return slug(name.split("/")[1]), {slug(name.split("/")[1]): entry}, _glance(name, commit)
 
 
-def find_data(names: Sequence[str], config_directory: Path, known: dict[str, str], wished: Entry) -> dict[str, Entry]:
+def find_data(names: Sequence[str], known: dict[str, str], wished: Entry) -> dict[str, Entry]:
     """The dataset entries of what a user calls data: files together are one, each hub dataset or entry is one.
 
     wished: settings of the files and hub datasets. Raises ValueError, one line, as above.
     """
-    entries, files = _entries(config_directory, "datasets"), []
+    entries, files = _entries("datasets"), []
     datasets: dict[str, Entry] = {}
     for name in names:
         path = Path(name).expanduser()
@@ -60,7 +63,7 @@ def find_data(names: Sequence[str], config_directory: Path, known: dict[str, str
         else:
             raise ValueError(
                 f"DATA = {name!r} is neither a file, nor a hub dataset such as HuggingFaceTB/smoltalk, nor an entry of "
-                f"{config_directory / 'datasets.yaml'}. {did_you_mean(name, entries)}"
+                f"{ENTRIES / 'datasets.yaml'}. {did_you_mean(name, entries)}"
             )
     if files:
         stated = {key: value for key, value in wished.items() if key != "config"}
@@ -68,9 +71,9 @@ def find_data(names: Sequence[str], config_directory: Path, known: dict[str, str
     return datasets
 
 
-def tokenizer_datasets(models: dict[str, Entry], config_directory: Path) -> dict[str, Entry]:
+def tokenizer_datasets(models: dict[str, Entry]) -> dict[str, Entry]:
     """The entries of the datasets that bring the tokenizers of new models."""
-    entries = _entries(config_directory, "datasets")
+    entries = _entries("datasets")
     named = {entry.get("tokenizer") for entry in models.values()} - models.keys()
     return {name: entries[name] for name in named if name in entries}
 
@@ -86,10 +89,9 @@ def _own_name(path: Path) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def _entries(directory: Path, section: str) -> dict[str, Entry]:
+def _entries(section: str) -> dict[str, Entry]:
     """The entries of the repository's configuration; none outside of it."""
-    path = directory / f"{section}.yaml"
-    assert section in CONFIG_FILES
+    path = ENTRIES / f"{section}.yaml"
     return read_yaml(path).get(section) or {} if path.is_file() else {}
 
 
