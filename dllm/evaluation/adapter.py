@@ -114,6 +114,26 @@ def fit(prompt: list[int], room: int) -> tuple[list[int], int]:
     return prompt[lost:], lost
 
 
+def check_target(request: Instance, length: int, max_length: int) -> None:
+    """Raise ValueError, one line, for a continuation that is longer than a model's rows."""
+    if length > max_length:
+        raise ValueError(
+            f"{request.task_name}, document {request.doc_id}: the continuation has {length} tokens, the model takes "
+            f"{max_length}; use `loglikelihood_rolling` or a longer model"
+        )
+
+
+def room_for_prompt(generation: GenerateSettings, max_length: int) -> int:
+    """How many tokens a prompt may have beside its answer. Raises ValueError, one line, if it may have none."""
+    room = max_length - generation.max_new_tokens
+    if room <= 0:
+        raise ValueError(
+            f"generation.max_new_tokens = {generation.max_new_tokens} leaves no room for a prompt: the model takes "
+            f"{max_length} tokens; choose fewer new tokens"
+        )
+    return room
+
+
 def bf16(value: float) -> float:
     """A score rounded to bfloat16 (fault F4; exact for one-token targets, where the sum is a single term)."""
     import torch
@@ -177,11 +197,7 @@ class DiffusionAnswerer:
     def _loglikelihoods(self, requests: list[Instance]) -> list[Answer]:
         prompts, targets, lost = [], [], []
         for request, (prompt, target) in zip(requests, self._encode_pairs(requests), strict=True):
-            if len(target) > self.model.max_length:
-                raise ValueError(
-                    f"{request.task_name}, document {request.doc_id}: the continuation has {len(target)} tokens, the "
-                    f"model takes {self.model.max_length}; use `loglikelihood_rolling` or a longer model"
-                )
+            check_target(request, len(target), self.model.max_length)
             prompt, n = fit(prompt, self.model.max_length - len(target))
             prompts.append(prompt)
             targets.append(target)
@@ -299,12 +315,7 @@ class DiffusionAnswerer:
         return found
 
     def _generations(self, requests: list[Instance], repeats: Sequence[int]) -> list[Answer]:
-        room = self.model.max_length - self.generation.max_new_tokens
-        if room <= 0:
-            raise ValueError(
-                f"generation.max_new_tokens = {self.generation.max_new_tokens} leaves no room for a prompt: the model "
-                f"takes {self.model.max_length} tokens; choose fewer new tokens"
-            )
+        room = room_for_prompt(self.generation, self.model.max_length)
         groups: dict[tuple, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[(repeats[i], *stop_strings(request))].append(i)

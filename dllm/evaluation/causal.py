@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from lm_eval.api.instance import Instance
 
 from dllm.config import GenerateSettings
+from dllm.evaluation.adapter import check_target, room_for_prompt
 from dllm.evaluation.store import Answer
 from dllm.models.literal_text import encode_marked, marked, unmarked
 from dllm.models.tokenizers import encode_text
@@ -44,11 +45,8 @@ class CausalAnswerer:
     def answers(self, kind: str, requests: list[Instance], repeats: Sequence[int] | None = None) -> list[Answer]:
         """Answers to requests of one kind, in their order."""
         requests = [self._own_request(kind, request) for request in requests]
-        if kind == "generate_until" and self.generation.max_new_tokens >= self.model.max_length:
-            raise ValueError(
-                f"generation.max_new_tokens = {self.generation.max_new_tokens} leaves no room for a prompt: the model "
-                f"takes {self.model.max_length} tokens; choose fewer new tokens"
-            )
+        if kind == "generate_until":
+            room_for_prompt(self.generation, self.model.max_length)
         call = getattr(self.model, kind)  # loads the model
         begun = time.perf_counter()
         found = call(requests, disable_tqdm=True)
@@ -136,11 +134,7 @@ def _literal_model() -> type:
         def loglikelihood(self, requests, disable_tqdm=False):
             pairs = [self._pair(*request.args) for request in requests]
             for request, (_, target) in zip(requests, pairs, strict=True):
-                if len(target) > self.max_length:
-                    raise ValueError(
-                        f"{request.task_name}, document {request.doc_id}: the continuation has {len(target)} tokens, "
-                        f"the model takes {self.max_length}; use `loglikelihood_rolling` or a longer model"
-                    )
+                check_target(request, len(target), self.max_length)
             asked = [number for number, (_, target) in enumerate(pairs) if target]
             tokens = [(requests[number].args, *pairs[number]) for number in asked]
             scores = self._loglikelihood_tokens(tokens, disable_tqdm=disable_tqdm) if tokens else []
