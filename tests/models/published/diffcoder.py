@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from functools import partial
 
 from tests.models.published import qwen_like
-from tests.models.published.pieces import Weights, mlp, mlp_shapes
 
 END = "<[end▁of▁sentence]>"
 TOKENS = ["<[begin▁of▁sentence]>", "<[PAD▁TOKEN]>", END, "<[MASK_TOKEN]>"]
@@ -32,15 +31,5 @@ SIZES = {
     )
 }  # fmt: skip
 
-
-def shapes(c: dict) -> dict[str, tuple[int, ...]]:
-    found = qwen_like.outer_shapes(c)
-    for n in range(c["num_hidden_layers"]):
-        head = c["hidden_size"] // c["num_attention_heads"]
-        found |= qwen_like.attention_shapes(c, n, head=head, bias=False, norm=False)
-        found |= mlp_shapes(f"model.layers.{n}.mlp", c["hidden_size"], c["intermediate_size"])
-    return found
-
-
-def logits(c: dict, weights: Weights, tokens: Tensor, allowed: Tensor | None = None) -> Tensor:
-    return qwen_like.logits(c, weights, tokens, lambda n, x: mlp(weights, f"model.layers.{n}.mlp", x), allowed=allowed)
+shapes = partial(qwen_like.dense_shapes, bias=False, norm=False)
+logits = qwen_like.dense_logits

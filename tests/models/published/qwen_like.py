@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tests.models.published.pieces import Weights, attend, rms_norm, rotate
+from tests.models.published.pieces import Weights, attend, mlp, mlp_shapes, rms_norm, rotate
 
 NORMS = ("input", "post_attention")
 
@@ -33,6 +33,19 @@ def outer_shapes(c: dict) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (c["hidden_size"],),
         "lm_head.weight": (c["vocab_size"], c["hidden_size"]),
     }
+
+
+def dense_shapes(c: dict, *, bias: bool, norm: bool) -> dict[str, tuple[int, ...]]:
+    found = outer_shapes(c)
+    head = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    for n in range(c["num_hidden_layers"]):
+        found |= attention_shapes(c, n, head=head, bias=bias, norm=norm)
+        found |= mlp_shapes(f"model.layers.{n}.mlp", c["hidden_size"], c["intermediate_size"])
+    return found
+
+
+def dense_logits(c: dict, weights: Weights, tokens: Tensor, allowed: Tensor | None = None) -> Tensor:
+    return logits(c, weights, tokens, lambda n, x: mlp(weights, f"model.layers.{n}.mlp", x), allowed=allowed)
 
 
 def logits(
