@@ -211,7 +211,7 @@ class Plan:
         return [*runs, *evaluations, *samples, *(f"speed/{name}.json" for name in self.speed)]
 
     def close_rehearsal(self) -> None:
-        """Write and say what a rehearsal has shown, whole or broken off; nothing where this is none."""
+        """Write and print what a rehearsal has shown, whole or broken off; nothing outside of one."""
         if self.project.rehearsal is None:
             return
         workdir = ROOT / self.project.workdir

@@ -71,9 +71,9 @@ class Checked:
             for line in errors:
                 self.errors.append(line)
         except ValueError as error:
-            self.errors.append(self.told(error))
+            self.errors.append(self.error_line(error))
 
-    def told(self, error: ValueError) -> str:
+    def error_line(self, error: ValueError) -> str:
         """An error without the name of the repository, which stands before it, and without the scratch directory."""
         text = str(error).replace(f"{self.directory}/", "").removeprefix(f"{self.directory}: ")
         return re.sub(rf"^{re.escape(self.repository)}(@\w+)?: ", "", text)
@@ -216,7 +216,7 @@ def _published(config: DownloadConfig, scratch: Path) -> tuple[DownloadConfig, C
     except NoSuchCommit:
         one.errors.append(f"the repository has no such commit; correct `revision`, its newest is {newest}")
     except ValueError as error:
-        one.errors.append(one.told(error))
+        one.errors.append(one.error_line(error))
     if newest not in ("", entry.revision):
         one.note = f"its newest commit is {newest}"
     return config, one

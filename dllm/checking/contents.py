@@ -71,7 +71,7 @@ def model_errors(project: Project, name: str, entry: ModelEntry, directory: Path
     config = stock_config_of(directory, published).get_text_config()
     known = set(_classes(entry))
     if type(config).__name__ not in known and (published is None or published.loader is None):
-        yield f"model_type = {config.model_type!r} is none of transformers' {entry.family}s; correct `family`"
+        yield f"model_type = {config.model_type!r} is not one of transformers' {entry.family}s; correct `family`"
     if entry.shape and raw and (different := differences(entry.shape, translated(raw))):
         yield f"shape of its entry: {', '.join(different)} as config.json says; correct `shape`"
     positions = longest_row(config)

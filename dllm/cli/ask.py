@@ -1,4 +1,4 @@
-"""`dllm ...` by a warm process, where the run has one (`dllm.cli.warm`): whoever asks waits, and seconds are saved."""
+"""`dllm ...` run by a warm process (`dllm.cli.warm`), if there is one: this process only waits, and saves seconds."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _local(args: argparse.Namespace, console: Console, live: bool) -> tuple[Talker, Session, tuple[str, str]]:
-    """A model of this process, its session, its name and what is said of it."""
+    """A model of this process, its session, its name and a line about it."""
     from dllm.chat.local import Local
     from dllm.chat.session import Session
     from dllm.chat.settings import chat_context, chat_generation, find_checkpoint
@@ -96,7 +96,7 @@ def _local(args: argparse.Namespace, console: Console, live: bool) -> tuple[Talk
 
 
 def _remote(args: argparse.Namespace) -> tuple[Talker, Session, tuple[str, str]]:
-    """A model of a server, its session, its name and what is said of it."""
+    """A model of a server, its session, its name and a line about it."""
     from dllm.chat.remote import plain, remote
 
     key = read_key(args.api_key_file).decode() if args.api_key_file else None
@@ -276,7 +276,7 @@ def _lines(live: bool) -> Iterator[str]:
     """What the user says, line by line, until the end of the input."""
     if not sys.stdin.isatty():
         if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text must not end the others
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not text must not end the others
         yield from (line.strip() for line in sys.stdin)
         return
     read = _prompt() if live else _plain_prompt

@@ -17,7 +17,7 @@ def add_key_argument(parser: argparse.ArgumentParser, whose: str) -> None:
 
 
 def read_key(file: str) -> bytes:
-    """The key in a file. Raises ValueError, one line, if it is none; warns if others can read the file."""
+    """The key in a file. Raises ValueError, one line, for what is not a key; warns if others can read the file."""
     path = Path(file)
     try:
         key = path.read_bytes().strip()

@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def bug_line(error: Exception) -> str:
-    """What is said of an error that nobody foresaw: what it is, and where it was raised in this package."""
+    """The line for an unexpected error: what it is, and where it was raised in this package."""
     frames = extract_tb(error.__traceback__)
     own = [frame for frame in frames if "dllm" in Path(frame.filename).parts] or frames
     where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
@@ -182,7 +182,7 @@ def _one_line(error: Exception) -> str:
 
 def _say(name: str, text: str) -> None:
     try:
-        shown = text.encode(errors="backslashreplace").decode()  # a path may be bytes that are no text
+        shown = text.encode(errors="backslashreplace").decode()  # a path may be bytes that are not text
         print(f"{name}: {shown}", file=sys.stderr, flush=True)
     except OSError:
         pass  # standard error is closed as well

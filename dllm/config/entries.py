@@ -69,13 +69,15 @@ class ModelEntry(Pinned):
     new: dict[str, Any] | None = option(
         None,
         "transformers config of a model made from a seed (model_type first); {}: that of the model that brings the "
-        "tokenizer, whose architecture is drawn anew",
+        "tokenizer, with new random weights",
     )
     published: FamilyName | None = option(
         None, "a `new` model is a stand-in of this family: `new` is its config.json, its tensors have published names"
     )
     seed: int = option(0, "seed of a new model's weights", ge=0, le=LARGEST_SEED)
-    tokenizer: str | None = option(None, "dataset or model that brings a new model's; or a model with the same one")
+    tokenizer: str | None = option(
+        None, "dataset or model whose tokenizer a new model takes; or a model that has the same tokenizer"
+    )
     family: Literal["encoder", "decoder"] = option("encoder", "masked-LM or causal-LM class of transformers")
     prediction: Literal["in_place", "next"] = option("in_place", "whether position i scores token i or token i + 1")
     mask_token: str = option(
@@ -125,11 +127,13 @@ class DatasetEntry(Pinned):
     test_share: float = option(0.05, "share held out where the set has no test split", ge=0, lt=1)
     split_seed: int = option(42, "seed of that split", ge=0, le=LARGEST_SEED)
     append_eos: bool = option(True, "one EOS after every row of text")
-    drop_unusable: bool = option(False, "drop rows without messages or with an empty turn, counted, and do not stop")
+    drop_unusable: bool = option(
+        False, "drop and count rows without messages or with an empty turn, instead of stopping there"
+    )
     rows: int | None = option(None, "use only the first rows of the shuffled train split", gt=0)
     test_rows: int | None = option(
         None,
-        "evaluate at most so many rows of the test split, spread over it; before the end, a run's `eval_rows` wins",
+        "most rows of the test split that are evaluated, spread over it; before the end, a run's `eval_rows` counts",
         gt=0,
         exclude=True,
     )
@@ -383,7 +387,9 @@ class Project(Settings):
     """Everything one work directory holds: entries by name."""
 
     workdir: str = option(..., "where everything of this configuration is written")
-    cache: Literal["none", "dvc"] = option("none", "who keeps data and weights: DVC, or nobody but the work directory")
+    cache: Literal["none", "dvc"] = option(
+        "none", "where data and weights are kept: also in a DVC cache, or in the work directory only"
+    )
     world_seed: int = option(0, "seed of the synthetic world", ge=0, le=LARGEST_SEED)
     hardware: HardwareName = option("cpu", "what the plan assumes of a GPU job (`cpu`: of every job)")
     utilisation: float | None = option(None, "share of the hardware's peak that training reaches", gt=0, le=1)

@@ -292,8 +292,8 @@ class LikelihoodSettings(Settings):
     budget: int = option(64, "most forward passes per target (or block of it) of `auto` and `lattice`", gt=0, le=MANY)
     rounds: list[int] | None = option(
         None,
-        "multiple choice: most passes of a choice in each round; after a round only those go on that may still be the "
-        "best one. None: `budget`, once",
+        "multiple choice: most passes of a choice in each round; after a round only choices that may still be the best "
+        "one get more; none: one round of `budget`",
         min_length=1,
     )
     block_size: int | None = option(
@@ -341,13 +341,13 @@ class EditSettings(Settings):
 
 
 class AdapterSettings(Settings):
-    """LoRA: small matrices trained beside frozen ones. The run leaves them, and whole weights with them merged."""
+    """LoRA: small matrices trained beside frozen ones. A run writes them, and also the whole weights, both merged."""
 
     kind: Literal["lora", "qlora"] = option(
         "lora", "`qlora` holds the frozen matrices in four bits (with bitsandbytes, launched with cpu or ddp)"
     )
     rank: int = option(16, "inner size of an adapter", gt=0, le=2**16)
-    alpha: int = option(32, "adapters count alpha / rank", gt=0, le=MANY)
+    alpha: int = option(32, "the output of an adapter is multiplied by alpha / rank", gt=0, le=MANY)
     dropout: float = option(0.0, "share of an adapter's inputs that are dropped in training", ge=0, lt=1)
     targets: list[str] | None = option(
         None,
@@ -388,7 +388,9 @@ class Recipe(Settings):
     time_floor: float = option(1e-3, "smallest diffusion time of `bernoulli`", ge=1e-12, lt=1)
     weight: Literal["elbo", "uniform"] = option("elbo", "weight of a row's loss")
     normalisation: Literal["token", "sequence", "batch"] = option("token", "what the summed loss is divided by")
-    denominator: Literal["global", "micro_batch"] = option("global", "over what it is counted (F5)")
+    denominator: Literal["global", "micro_batch"] = option(
+        "global", "whether the divisor is counted over the global batch or each micro-batch (F5)"
+    )
     response_end: Literal["fill", "block", "one"] = option(
         "block", "EOS to the batch's longest row, to the block boundary, or a single EOS"
     )

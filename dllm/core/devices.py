@@ -99,7 +99,8 @@ def best_device(*, training: bool = False) -> torch.device:
 
 
 def known_device(name: str) -> torch.device:
-    """The device of this name. Raises ValueError, one line, for none and for one that this machine lacks."""
+    """The device of this name. Raises ValueError, one line, for a name that is not a device, and for one that this
+    machine lacks."""
     try:
         device = torch.device(name)
     except RuntimeError:

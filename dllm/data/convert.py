@@ -107,10 +107,12 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     if not messages:
         raise ValueError(f"{where}: no turn of the assistant; a row needs one to learn from")
     if len(messages) == 1:
-        raise ValueError(f"{where}: begins with its only answer; a row needs a turn of the user first: drop or mend it")
+        raise ValueError(
+            f"{where}: begins with its only answer; a row needs a turn of the user first: drop or correct it"
+        )
     for message in messages:
         if message["role"] != "system" and not message["content"].strip():
-            raise ValueError(f"{where}: empty text in a turn of role {message['role']!r}; drop or mend the row")
+            raise ValueError(f"{where}: empty text in a turn of role {message['role']!r}; drop or correct the row")
         check_text(message["content"], where)
     return messages
 

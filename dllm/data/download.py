@@ -32,7 +32,7 @@ SPLITS = ("train", "dev", "val", "valid", "validation", "test")
 NO_DATA = [*CARDS, "dataset_infos.json"]
 
 LARGE = 2**20
-"""Bytes of a file that stands once on the disk, for all work directories."""
+"""Bytes from which on a file is on the disk once, for all work directories."""
 
 
 def store_of(workdir: str | Path) -> Path | None:
@@ -120,9 +120,9 @@ def _copy(config: DownloadConfig, workdir: Path, scratch: Path) -> None:
     sources = [workdir / source for source in config.sources]
     try:
         changed = content_digest(sources) != config.content
-    except FileNotFoundError as fault:
+    except FileNotFoundError as error:
         raise ValueError(
-            f"{fault.filename}: no longer there; put it back, or correct the entry of {config.name!r}"
+            f"{error.filename}: no longer there; put it back, or correct the entry of {config.name!r}"
         ) from None
     if changed:
         raise ValueError(f"{config.name}: its files have changed since the configuration was read; start again")
@@ -289,8 +289,8 @@ def unpack(scratch: Path) -> None:
         try:
             with zipfile.ZipFile(archive) as file:
                 file.extractall(scratch / "unpacked")
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as fault:  # torn, encrypted, unknown method
-            raise ValueError(f"{archive.name}: cannot be unpacked ({fault}); choose another `revision`") from None
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # torn, encrypted, unknown method
+            raise ValueError(f"{archive.name}: cannot be unpacked ({error}); choose another `revision`") from None
         archive.unlink()
     tables: dict[str, dict[str, str]] = {}
     for path in sorted((scratch / "unpacked").rglob("*.csv")):

@@ -22,7 +22,7 @@ FILES = "files"
 """Directory of a download that holds copies of a dataset's own files."""
 
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
-"""What reading a .gz file that was cut off or is none raises."""
+"""Errors of reading a .gz file that was cut off, or that is not one."""
 
 BLOCK_ROWS, BLOCK_BYTES = 1024, 2**22
 """Rows of a parquet file that are read at a time, and about how many bytes they may have."""
@@ -32,6 +32,7 @@ class FileRows(Sequence[Row]):
     """The rows of several files one after another; `where(i)` names file and row for an error line.
 
     One file is open at a time. Another process may be sent it: the lengths of the files, counted once, go along.
+    Raises ValueError, one line, for a file that is damaged, empty or of another format.
     """
 
     def __init__(self, paths: Iterable[Path], *, may_be_empty: bool = False):
@@ -96,7 +97,7 @@ class Stream(Sequence[Row]):
         return self._row(self._found(index))
 
     def line(self, index: int) -> int:
-        """Number of a row's line, from 1; of a row that is none, its own number."""
+        """Number of a row's line, from 1; where rows are not lines, the number of the row."""
         return self._found(index)[0]
 
     def _found(self, index: int) -> tuple[int, Any]:
@@ -143,41 +144,39 @@ class Table(Sequence[Row]):
         return {name: column[place].as_py() for name, column in zip(block.schema.names, block.columns, strict=True)}
 
 
-def read_files(paths: Iterable[Path]) -> FileRows:
-    """The rows of some files. Raises ValueError, one line, for a file that is damaged, empty or of another format."""
-    return FileRows(paths)
-
-
 def open_file(path: Path) -> Sequence[Row]:
     """The rows of one file, not counted yet. Raises ValueError, one line, for one of another format."""
     kind = format_of(path)
     if kind is None:
-        raise ValueError(f"{told(path)}: a file of this kind is not read; allowed: {', '.join(FORMATS)}, also as .gz")
+        raise ValueError(
+            f"{shown_name(path)}: a file of this kind is not read; allowed: {', '.join(FORMATS)}, also as .gz"
+        )
     return FORMATS[kind](path)
 
 
-def told(path: str | Path) -> str:
-    """How an error line names a file; a copy of a user's own by its name alone, for the original is what to mend."""
+def shown_name(path: str | Path) -> str:
+    """How an error line names a file: by its path; a copy of a user's own file by its name, as the original is to be
+    corrected."""
     return Path(path).name if Path(path).parent.name == FILES else str(path)
 
 
 def read_file(path: Path, *, may_be_empty: bool = False) -> Sequence[Row]:
-    """The rows of one file, counted. Raises ValueError, one line; for a line that is no JSON only when it is read."""
+    """The rows of one file, counted. Raises ValueError, one line; for a line that is not JSON only when it is read."""
     try:
         rows = open_file(path)
         count = len(rows)
     except FileNotFoundError:
-        raise ValueError(f"{told(path)}: no such file; check the path, or run the download again") from None
+        raise ValueError(f"{shown_name(path)}: no such file; check the path, or run the download again") from None
     except DAMAGED:
-        raise ValueError(f"{told(path)}: the compressed file is damaged or was cut off; get it again") from None
+        raise ValueError(f"{shown_name(path)}: the compressed file is damaged or was cut off; get it again") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{told(path)}: {_not_utf8(path)}") from None
+        raise ValueError(f"{shown_name(path)}: {_not_utf8(path)}") from None
     except (OSError, ValueError, csv.Error) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        name = told(path)
+        name = shown_name(path)
         raise ValueError(first if first.startswith(name) else f"{name}: cannot be read ({first})") from None
     if not count and not may_be_empty:
-        raise ValueError(f"{told(path)}: has no rows; leave the file out, or fill it")
+        raise ValueError(f"{shown_name(path)}: has no rows; leave the file out, or fill it")
     return rows
 
 
@@ -206,10 +205,10 @@ def _parsed(path: str | Path, number: int, line: str) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = _reason(error)
-        where = f"{told(path)}:{number}"
-        raise ValueError(f"{where}: not JSON ({reason}); mend the line, or download the file again") from None
+        where = f"{shown_name(path)}:{number}"
+        raise ValueError(f"{where}: not JSON ({reason}); correct the line, or download the file again") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{told(path)}:{number}: a row must be an object, not {type(row).__name__}")
+        raise ValueError(f"{shown_name(path)}:{number}: a row must be an object, not {type(row).__name__}")
     return row
 
 
@@ -222,14 +221,14 @@ def _json(path: Path) -> Sequence[Row]:
     except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data"):
             return read_jsonl(path)
-        where = f"{told(path)}:{getattr(error, 'lineno', 1)}"
-        raise ValueError(f"{where}: not JSON ({_reason(error)}); mend the file") from None
+        where = f"{shown_name(path)}:{getattr(error, 'lineno', 1)}"
+        raise ValueError(f"{where}: not JSON ({_reason(error)}); correct the file") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list) and _all_objects(value)]
         named = content.keys() & {"messages", "conversations", "conversation"}
         content = lists[0] if len(lists) == 1 and not named else [content]
     if not isinstance(content, list) or not _all_objects(content, empty=True):
-        raise ValueError(f"{told(path)}: holds no rows; it needs a list of objects, such as [{{...}}, {{...}}]")
+        raise ValueError(f"{shown_name(path)}: holds no rows; it needs a list of objects, such as [{{...}}, {{...}}]")
     return content
 
 
@@ -253,8 +252,8 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
         for number, row in enumerate(reader, 1):
             if "" in row:
                 raise ValueError(
-                    f"{told(path)} line {reader.line_num}: has more fields than the header; put quotes around texts "
-                    f"with {delimiter!r} in them"
+                    f"{shown_name(path)} line {reader.line_num}: has more fields than the header; put quotes around "
+                    f"texts with {delimiter!r} in them"
                 )
             yield number, row
 

@@ -73,7 +73,7 @@ def recognised(rows: Iterable[Row], name: str) -> tuple[str, str]:
 
 
 def kind_of(row: Row) -> str | None:
-    """The first kind whose columns a row has; None for none."""
+    """The first kind whose columns a row has, or None."""
     return next((name for name, kind in kinds().items() if kind.columns(row)), None)
 
 

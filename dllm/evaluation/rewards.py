@@ -121,7 +121,7 @@ def countdown(prompt: str, answer: str, reference: str) -> float:
 
 
 def _grid(text: str, symbols: str) -> str:
-    """The last sixteen cells in a row of a text, spaces and frames apart; empty: there are none."""
+    """The last sixteen cells in a row of a text, without spaces and frames; empty without such cells."""
     found = re.findall(f"[{symbols}]{{16}}", re.sub(r"[\s|+-]", "", text))
     return found[-1] if found else ""
 

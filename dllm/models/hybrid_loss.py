@@ -50,6 +50,6 @@ class HybridLoss(nn.Module):
 
 
 def text_log_p(backbone: Backbone, logits: Tensor) -> Tensor:
-    """log p [N, V] of clean tokens from logits [N, V]: a mask is none."""
+    """log p [N, V] of clean tokens from logits [N, V]: that of the mask token is -inf."""
     mask = torch.tensor([backbone.mask_id], device=logits.device)
     return logits.index_fill(1, mask, -torch.inf).log_softmax(-1)

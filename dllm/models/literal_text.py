@@ -104,7 +104,7 @@ def _folded(text: str) -> tuple[str, list[int]]:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise ValueError, one line, for a string that is no text: half a character, or bytes that were not UTF-8."""
+    """Raise ValueError, one line, for a string that is not text: half a character, or bytes that were not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -159,7 +159,7 @@ def literal_messages(tokenizer, messages: list[dict]) -> list[dict]:
 def encode_marked(tokenizer, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:
     """Token ids of marked texts; with CLS and SEP around them where `special_tokens`.
 
-    Raises ValueError, one line, for a string that is no text.
+    Raises ValueError, one line, for a string that is not text.
     """
     plain = [text for text in texts if BEGIN not in text and END not in text]
     encoded = iter(_call(tokenizer, plain, special_tokens=special_tokens) if plain else [])

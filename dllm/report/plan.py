@@ -37,7 +37,7 @@ class PlannedRun(_Entry):
     label: str
     """How the report calls it; in the ablation, the weights that it starts from: `untuned`, `after Wikitext`, ..."""
     recipe: Recipe = "corrected"
-    """`published` repeats the faults of the published pipeline, `corrected` mends them."""
+    """`published` repeats the faults of the published pipeline, `corrected` corrects them."""
     truncated: bool = False
     """Whether it has next to no steps, at all or of its schedule: no claim is judged by it."""
 

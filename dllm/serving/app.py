@@ -82,7 +82,7 @@ def make_server(
         path = known if known in paths else "other"
         api.metrics.answered(path, status, seconds)
 
-    handlers: dict[Any, Any] = {ApiError: _said, HTTPException: _of_starlette, Exception: _unforeseen}
+    handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _bug}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     guard = Guard(app, api.gate, limits or Limits(), key, hosts, observe)
@@ -154,7 +154,7 @@ class Api:
             try:
                 scored = [item[1] async for item in asking.events(1) if item and isinstance(item[1], Scored)][0]
             except Gone:
-                return _nobody
+                return _no_answer
         data = [
             ScoreOf(index=number, nats=s.nats, standard_error=s.standard_error, passes=s.passes, tokens=count)
             for number, (s, count) in enumerate(zip(scored.scores, tokens, strict=True))
@@ -167,7 +167,7 @@ class Api:
         if body.stream:
             want = want.streaming(body.canvas, body.stream_options.include_usage)
             return await streamed(want, request.receive, self.metrics)
-        return await whole(want, request.receive, self.metrics) or _nobody
+        return await whole(want, request.receive, self.metrics) or _no_answer
 
     def _sampler(self, body: Sampling) -> tuple[Served, Any]:
         one = self._model(body.model)
@@ -238,15 +238,15 @@ def _json(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-async def _nobody(scope: Scope, receive: Any, send: Any) -> None:
-    """No answer at all: the client has gone."""
+async def _no_answer(scope: Scope, receive: Any, send: Any) -> None:
+    """Send nothing: the client has gone."""
 
 
-async def _said(request: Request, error: ApiError) -> Response:
+async def _api_error(request: Request, error: ApiError) -> Response:
     return error.response()
 
 
-async def _of_starlette(request: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
     words = {
         404: f"there is no {request.url.path[:200]!r} here; see /docs",
         405: f"{request.method} is not for this path",
@@ -257,6 +257,6 @@ async def _of_starlette(request: Request, error: HTTPException) -> Response:
     return answer.response()
 
 
-async def _unforeseen(request: Request, error: Exception) -> Response:
-    """What is said of a bug; Starlette raises it again, and uvicorn writes it to standard error."""
+async def _bug(request: Request, error: Exception) -> Response:
+    """The answer to a bug of ours; Starlette raises the error again, and uvicorn writes it to standard error."""
     return ApiError(500, INTERNAL).response(close=True)

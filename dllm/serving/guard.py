@@ -1,4 +1,4 @@
-"""What stands before every request: who may ask, how much, how long, and whether anybody is let in at all."""
+"""What is checked before every request: who may ask, how much, how long, and whether new requests are let in."""
 
 from __future__ import annotations
 

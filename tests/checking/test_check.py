@@ -102,7 +102,7 @@ WRONG = {
                            "vocabulary": 999, "positions": 64, "token_types": 2}}},
         "shape of its entry: vocabulary = 999, not ",
     ),
-    "family": ({"toy": {"hub": "causal/toy"}}, "model_type = 'gpt2' is none of transformers' encoders;"),
+    "family": ({"toy": {"hub": "causal/toy"}}, "model_type = 'gpt2' is not one of transformers' encoders;"),
     "tokenizer": ({"toy": {"tokenizer": "twin"}}, "its tokenizer is not that of 'twin': they differ in model, voc"),
     "weights": ({"toy": {"hub": "old/toy"}}, "has no weights that are fetched (safetensors, or pytorch_model.bin);"),
 }  # fmt: skip

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from dllm.config import DATA_FILES
-from dllm.data.formats import FORMATS, read_file, read_files, read_jsonl
+from dllm.data.formats import FORMATS, FileRows, read_file, read_jsonl
 
 ROWS = [{"prompt": "Hi", "response": "Hello, you!"}, {"prompt": "Ünï 😀", "response": 'say "yes"\nor no'}]
 
@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, content, line):
 
 def test_a_row_is_named_by_its_file_and_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}\n')
-    rows = read_files([tmp_path / "a.jsonl", write(tmp_path / "b.csv"), write(tmp_path / "c.parquet")])
+    rows = FileRows([tmp_path / "a.jsonl", write(tmp_path / "b.csv"), write(tmp_path / "c.parquet")])
     assert len(rows) == 6 and rows[1] == {"a": 2} and rows[5] == ROWS[1]
     assert [rows.where(i) for i in (0, 1, 2, 5)] == ["a.jsonl row 2", "a.jsonl row 4", "b.csv row 1", "c.parquet row 2"]
 
