@@ -267,6 +267,21 @@ def leaderboard_rows() -> str:
     return head + "".join(lines).rstrip()
 
 
+def leaderboard_published() -> str:
+    """The published numbers that rows of config/leaderboard.yaml are compared with, each with its source."""
+    project = _project("leaderboard")
+    columns = {name: entry.label for name, entry in project.benchmarks.items()}
+    lines = ["| row | published | read in | under which conditions |", "|---|---|---|---|"]
+    for row, entry in project.evaluations.items():
+        if not entry.compare:
+            lines.append(f"| `{row}` | no number was found in a public record | | |")
+            continue
+        published, own = project.reported[entry.compare], project.benchmarks_of(entry)
+        scores = ", ".join(f"{columns[name]} {published.scores[name]}" for name in own if name in published.scores)
+        lines.append(f"| `{row}` | {scores} | {published.source} | {published.note} |")
+    return "\n".join(lines)
+
+
 def _real(name: str) -> Any:
     """A file of the run that is shown as the first one from real weights, as JSON or as text."""
     text = (ROOT / "results/real-weights" / name).read_text(encoding="utf-8")
@@ -524,6 +539,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "scaling plan": ("docs/small.md", scaling_plan),
     "leaderboard plan": ("docs/leaderboard.md", leaderboard_plan),
     "leaderboard rows": ("docs/leaderboard.md", leaderboard_rows),
+    "leaderboard published": ("docs/leaderboard.md", leaderboard_published),
     "real data": ("docs/small.md", real_data),
     "real claims": ("docs/small.md", real_claims),
     "real answers": ("docs/small.md", real_answers),
