@@ -120,8 +120,7 @@ def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
     if answered := cases.get("revising", {}).get("setup", {}).get("answers"):
         caption = (
             "Ways to revise, against the forward passes of an answer: right answers with their 95 % intervals, the "
-            "model's bound of the answers, and the share of tokens that repeat the one before. Questions that no way "
-            "answers once in ten times are shown only where a model has no others."
+            "model's bound of the answers, and the share of tokens that repeat the one before."
         )
         figures["revising"] = (caption, _revising(answered), _revising_csv(answered))
     return figures
@@ -198,9 +197,7 @@ def _estimators(curve: dict) -> Figure:
 
 def _revising(rows: list[dict]) -> Figure:
     """One line of three panels for each model, set of questions and temperature."""
-    lines = list(dict.fromkeys(_panel(row) for row in rows if row["right"] > 0.1 * row["of"]))
-    shown = {line[0] for line in lines}
-    lines += dict.fromkeys(_panel(row) for row in rows if row["model"] not in shown)
+    lines = list(dict.fromkeys(_panel(row) for row in rows))
     ways = looks(list(dict.fromkeys(row["way"] for row in rows)))
     figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(lines)))
     every = figure.subplots(len(lines), 3, squeeze=False)
