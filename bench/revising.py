@@ -101,12 +101,15 @@ def measured(
     steps: Sequence[int] = STEPS,
     new_tokens: int = NEW_TOKENS,
 ) -> Iterator[dict]:
-    """The lines of one model, in the blocks that it was trained with. models: by way; that of "" has the other ways and
-    scores the answers of all."""
-    scorer = models[""]
-    size = min(new_tokens, (scorer.backbone.sidecar or {}).get("block_size", new_tokens))
+    """The lines of one model, in the blocks that it was trained with.
+
+    models: by the way that it is sampled; that of "" has all other ways. Its own algorithm scores the answers of all.
+    """
+    masked = models[""]
+    scorer = models.get(REVERSE, masked)
+    size = min(new_tokens, (masked.backbone.sidecar or {}).get("block_size", new_tokens))
     settings = GenerateSettings(max_new_tokens=new_tokens, block_size=size, batch_size=128, temperature=temperature)
-    every = {way: (scorer, changes) for way, changes in ways.items()}
+    every = {way: (masked, changes) for way, changes in ways.items()}
     every |= {way: (model, {}) for way, model in models.items() if way}
     for way, (model, changes) in every.items():
         for count in steps:
