@@ -175,6 +175,14 @@ _ROWS = (
         instead="it is sampled and scored only: start from another model",
         blocks="trained",
     ),
+    Algorithm(
+        "expand",
+        "masks that grow and vanish",
+        objective=None,
+        sampler="dllm.sampling.expand:ExpandingSampler",
+        scorer=None,
+        instead="it is sampled only: its passes change the length of a text, whose likelihood is that of no canvas",
+    ),
 )
 
 ALGORITHMS: dict[str, Algorithm] = {row.name: row for row in _ROWS}

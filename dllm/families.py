@@ -59,6 +59,10 @@ class Family:
     """Tokenizer class of transformers that reads its files."""
     template: str | None = None
     """Our chat template, where the published one cannot write a finished conversation; None: its own."""
+    decoding: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of the sampler that some of its checkpoints were published with, by a part of their name."""
+    expand_token: str | None = None
+    """A token that stands for two masks; a checkpoint whose tokenizer has it is sampled by `expand`."""
     loader: str | None = None
     """What makes a backbone of a checkpoint whose class transformers has under the family's own name."""
 
@@ -205,6 +209,8 @@ LLADA2 = Family(
     end_of_turn="<|role_end|>",
     algorithm="bd3lm",
     block_size=32,
+    # the quality mode of the card, with 16 passes for edits, as GenerateSettings has them
+    decoding={"LLaDA2.1": {"reveal_rule": "threshold", "threshold": 0.7, "edit_threshold": 0.5}},
 )
 
 DREAM = Family(
@@ -218,6 +224,7 @@ DREAM = Family(
     mask_token="<|mask|>",
     end_token="<|endoftext|>",
     end_of_turn="<|im_end|>",
+    expand_token="<|expand|>",  # of DreamOn
     tokenizer="Qwen2Tokenizer",
 )
 

@@ -23,6 +23,7 @@ from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
 from dllm.models.tokenizers import chat_text, check_ids, check_messages, encode_chat, encode_text
 from dllm.sampling.edits import EditCanvas, EditSampler, edit_canvas
+from dllm.sampling.expand import framed
 from dllm.sampling.sampler import Sampler
 
 END_OF_TURN = "[/Answer]"
@@ -93,6 +94,11 @@ class DiffusionLM:
     # ----------------------------------------------------------------------------------------------------------------
     # Generation
 
+    @cached_property
+    def usual_settings(self) -> GenerateSettings:
+        """How it samples where no settings are given: by default, or as it was published."""
+        return GenerateSettings(**self.backbone.sidecar.get("generation", {}))
+
     def generate(self, prompts: Sequence[Prompt], settings: GenerateSettings | None = None) -> list[str]:
         """One text per prompt, in their order; see `answers`."""
         return [answer.text for answer in self.answers(prompts, settings)]
@@ -105,7 +111,7 @@ class DiffusionLM:
         Raises ValueError, one line, for an invalid prompt or one that leaves no room for `max_new_tokens`, and for a
         token budget that is smaller than a single row.
         """
-        settings = settings or GenerateSettings()
+        settings = settings or self.usual_settings
         rows = self._prompt_rows(prompts, settings)
         if not rows:
             return []
@@ -136,7 +142,7 @@ class DiffusionLM:
 
         All prompts are one batch. `decode(canvas.responses()[row])` is a row's text so far.
         """
-        settings = settings or GenerateSettings()
+        settings = settings or self.usual_settings
         canvas = self._canvas(self._prompt_rows(prompts, settings), settings, self.backbone.device)
         return self.sampler.denoise(self.backbone, canvas, settings, ended=self.ended(settings))
 
@@ -149,7 +155,7 @@ class DiffusionLM:
         rows = self.holes(texts)
         if not rows:
             return []
-        settings = (settings or GenerateSettings()).model_copy(update={"early_stop": False})
+        settings = (settings or self.usual_settings).model_copy(update={"early_stop": False})
         backbone = self.backbone
         canvas = infill_canvas(rows, mask_id=backbone.mask_id, pad_id=backbone.pad_id, device=backbone.device)
         *_, last = self.sampler.denoise(self.backbone, canvas, settings)
@@ -163,6 +169,7 @@ class DiffusionLM:
         _check_list(texts, "texts")
         tokenizer, mask = self.backbone.tokenizer, self.backbone.tokenizer.mask_token
         rows = encode_marked(tokenizer, [marked(tokenizer, text, but=(mask,)) for text in texts])
+        rows = [framed(self.backbone, row) for row in rows]
         for number, row in enumerate(rows):
             if self.backbone.mask_id not in row or len(row) > self.max_length:
                 raise ValueError(

@@ -63,7 +63,9 @@ def pieces(canvas: Canvas, decode: Callable[[list[int]], str], *, previous: Canv
         here = (trail.row == 0) & (trail.token >= 0)
         before = (trail.before != trail.token)[here][start + 1 :].tolist()  # the front token is no position
     else:
-        before = previous.masked[0, start:end].tolist() if previous else [False] * len(tokens)
+        # a pass that changes a row's length reveals no token
+        same = previous is not None and int(previous.length[0]) == start + len(tokens)
+        before = previous.masked[0, start:end].tolist() if previous and same else [False] * len(tokens)
     texts = _texts(tokens, masked, decode)
     confidence = canvas.confidence[0, start:end].tolist()
     states: list[State] = [

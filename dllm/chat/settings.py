@@ -62,11 +62,15 @@ def chat_context(sidecar: dict, max_length: int) -> int:
 
 
 def chat_generation(sidecar: dict, context: int) -> GenerateSettings:
-    """How a chat samples unless told otherwise: half the context at most, in the blocks that training ended rows at."""
+    """How a chat samples unless told otherwise: half the context at most, in the blocks that training ended rows at.
+
+    A checkpoint that was published with another sampler is sampled with that one.
+    """
     tokens = max(1, min(CHAT_TOKENS, context // 2))
     blocks = trained_blocks(sidecar.get("algorithm"))
     if blocks == "none":  # it has no blocks, and what it draws must not be the same everywhere
         return GenerateSettings(max_new_tokens=tokens, block_size=tokens, temperature=EDIT_TEMPERATURE)
     in_blocks = sidecar.get("response_end") == "block" or blocks == "trained"
     block = sidecar.get("block_size") if in_blocks else None
-    return GenerateSettings(max_new_tokens=tokens, block_size=block or GenerateSettings().block_size)
+    block_size = block or GenerateSettings().block_size
+    return GenerateSettings(max_new_tokens=tokens, block_size=block_size, **sidecar.get("generation", {}))

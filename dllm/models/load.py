@@ -25,8 +25,9 @@ from dllm.models.published import (
     SIDECAR,
     family_of,
     published_config,
+    published_decoding,
     read_tensors,
-    refuse_edited,
+    refuse_other_routing,
     save_published,
     stock_config,
     stock_tensors,
@@ -63,13 +64,14 @@ def load_backbone(
     sidecar = read_sidecar(directory)
     published = None if sidecar else family_of(directory)
     if published is not None:
-        refuse_edited(published, str(path_or_hub_id))
+        refuse_other_routing(published, str(path_or_hub_id))
     config = stock_config_of(directory, published)
     if published is not None and published.loader is not None:
         options: Any = {"device": device, "dtype": dtype, "entry": entry, "causal": causal}
         return resolved(published.loader)(directory, published, config, **options)
     if published is not None:
-        sidecar = published.sidecar()
+        decoding = published_decoding(published, str(path_or_hub_id), directory)
+        sidecar = published.sidecar() | ({"generation": decoding} if decoding else {})
         check_entry(entry, published, directory)
     family = entry.family if entry else sidecar.get("family") or _family(config)
     model = _model(directory, config, family, dtype, causal, published)
@@ -80,6 +82,8 @@ def load_backbone(
             chat_template="own",
         )  # fmt: skip
     tokenizer, new_tokens = _tokenizer(directory, entry, model, causal, published)
+    if published is not None and (expand_id := tokenizer.get_added_vocab().get(published.expand_token)) is not None:
+        sidecar |= {"algorithm": "expand", "expand_id": expand_id, "generation": {"reveal_rule": "entropy"}}
     config = model.config
     model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
     _test_itself(model, directory, causal, special=tokenizer.all_special_ids)
@@ -323,7 +327,7 @@ def stock_config_of(directory: Path, published: Family | None):
         raise ValueError(f"{directory}: no weights ({WEIGHTS[0]}); the checkpoint is incomplete: make it again")
     raw = published_config(directory)
     if published is not None and published.loader is None:
-        refuse_edited(published, directory)
+        refuse_other_routing(published, directory)
         try:
             return stock_config(published, raw)
         except ValueError as error:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dllm.families import FAMILIES, OWN_CLASS, Family, Names
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 SIDECAR = "dllm.json"
 """The file in which training notes how a checkpoint was trained."""
-
-EDITED = re.compile(r"LLaDA-?2\.[12](?!\d)", re.IGNORECASE)
-"""Names of checkpoints whose authors edit what is revealed."""
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A layer's or expert's number in a tensor name."""
@@ -50,11 +47,10 @@ def is_encoder(directory: str | Path) -> bool:
     return isinstance(stated, list) and any("MaskedLM" in str(name) for name in stated)
 
 
-def refuse_edited(family: Family, place: str | Path) -> None:
-    """Raise ValueError, one line, for a checkpoint of LLaDA2.1 or 2.2, which have the classes of LLaDA2.0.
+def names_of(place: str | Path) -> list[str]:
+    """What a checkpoint, given by its hub id or directory, is called.
 
-    place: its hub id or directory. Their config.json does not tell them apart, so the names do: of the place, in
-    config.json, in the manifest of a download, in the title of the card.
+    By itself or its place, in config.json, in the manifest of a download, in the title of the card.
     """
     names, directory = [str(place)], Path(place)
     if directory.is_dir():
@@ -65,10 +61,30 @@ def refuse_edited(family: Family, place: str | Path) -> None:
             except (OSError, UnicodeDecodeError):
                 continue
             names += [named[1]] if named else []
-    if family.name == "LLaDA2" and any(EDITED.search(name) for name in names):
+    return names
+
+
+def is_called(edition: str, *places: str | Path) -> bool:
+    """Whether a checkpoint's names hold that of an edition of its family, LLaDA2.1 say: config.json does not tell."""
+    pattern = re.compile(rf"{re.escape(edition)}(?!\d)", re.IGNORECASE)
+    return any(pattern.search(name) for place in places for name in names_of(place))
+
+
+def published_decoding(family: Family, *places: str | Path) -> dict[str, Any]:
+    """Settings of the sampler that a checkpoint was published with; none for most."""
+    found = [settings for edition, settings in family.decoding.items() if is_called(edition, *places)]
+    return found[0] if found else {}
+
+
+def refuse_other_routing(family: Family, place: str | Path) -> None:
+    """Raise ValueError, one line, for a checkpoint of LLaDA2.2, which has the class name of LLaDA2.0 and 2.1.
+
+    place: its hub id or directory; config.json of LLaDA2.2 has `expert_capacity`.
+    """
+    if family.name == "LLaDA2" and (published_config(place).get("expert_capacity") or is_called("LLaDA2.2", place)):
         raise ValueError(
-            f"{place}: LLaDA2.1 and 2.2 are decoded with edits of revealed tokens, 2.2 also with deletions and "
-            "insertions; dllm was never compared with that, so its scores may not be the published ones; take LLaDA2.0"
+            f"{place}: LLaDA2.2 chooses experts block by block (expert_capacity), which no class of transformers does, "
+            "and is decoded with deletions and insertions inside a block; take LLaDA2.1"
         )
 
 

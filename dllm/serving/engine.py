@@ -19,7 +19,17 @@ from dllm.sampling.loop import DenoisingLoop
 from dllm.sampling.rows import RunningRows
 from dllm.sampling.sampler import MaskedSampler
 from dllm.serving.events import Closed, Event, Finished, Full, Scored, Stats, TooLong
-from dllm.serving.requests import OnEvent, Request, Row, answer_rows, edit_events, host_rows, infill_row, piece_of
+from dllm.serving.requests import (
+    OnEvent,
+    Request,
+    Row,
+    answer_rows,
+    edit_events,
+    host_rows,
+    infill_events,
+    infill_row,
+    piece_of,
+)
 
 
 class Turns:
@@ -142,10 +152,19 @@ class Engine:
         return self._submit(request)
 
     def infill(self, text: str, settings: GenerateSettings, *, on_event: OnEvent, snapshots: bool = False) -> Handle:
-        """A text with its masks filled: `Finished` as answer 0. Snapshots are of the whole text."""
+        """A text with its masks filled: `Finished` as answer 0. Snapshots are of the whole text.
+
+        A model whose sampler has no loop of rows sends `Edited` instead.
+        """
+        request = Request(on_event, snapshots)
         with self.encoding:
-            request = Request(on_event, snapshots, rows=[infill_row(self.model, text, settings)])
-            self._check(request.rows[0])
+            if self._lane is not None:
+                request.rows = [infill_row(self.model, text, settings)]
+                self._check(request.rows[0])
+            else:
+                (tokens,) = self.model.holes([text])
+                quiet = settings.model_copy(update={"early_stop": False})
+                request.job = lambda: infill_events(self.model, tokens, quiet, request.asked)
         return self._submit(request)
 
     def edit(

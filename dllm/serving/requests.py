@@ -213,6 +213,20 @@ def edit_events(
     yield Finished(answer.text, int(first.start[0]), answer.tokens, answer.passes, "stop", seconds, answer.ids)
 
 
+def infill_events(model: DiffusionLM, tokens: list[int], settings: GenerateSettings, asked: float) -> Iterator[Event]:
+    """The events of a text with holes, if its model does not fill them in the loop; its length may change."""
+    backbone = model.backbone
+    first = infill_canvas([tokens], mask_id=backbone.mask_id, pad_id=backbone.pad_id, device=backbone.device)
+    given, canvas, ids, text = len(tokens) - int(first.masked.sum()), first, tokens, ""
+    for canvas in model.sampler.denoise(backbone, first, settings):
+        ids = canvas.tokens[0, : int(canvas.length[0])].tolist()
+        text = backbone.tokenizer.decode(ids, skip_special_tokens=True)
+        if canvas.step:
+            yield Edited(canvas.step, (("kept", text),), text)
+    seconds = time.monotonic() - asked
+    yield Finished(text, given, len(ids) - given, canvas.nfe, "length", seconds, tuple(ids))
+
+
 def host_rows(tensors: tuple[Tensor, Tensor, Tensor], lengths: Sequence[int]) -> Iterator[tuple[list, list, list]]:
     """The rows of three tensors [B, L] as lists, each as long as it is."""
     for length, one, two, three in zip(lengths, *(tensor.tolist() for tensor in tensors), strict=True):

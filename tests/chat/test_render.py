@@ -30,6 +30,12 @@ def test_the_pieces_of_a_finished_canvas_are_its_text():
     assert canvas_text(found).plain == "Hello! I am a toy."
 
 
+def test_a_canvas_that_became_longer_or_shorter_in_a_pass_has_no_new_token():
+    for before in ("one two", "one two red blue two one"):
+        found = pieces(canvas_of("one two red blue", {1, 3}), TOKENIZER.decode, previous=canvas_of(before, {1}))
+        assert [piece.state for piece in found] == ["kept", "masked", "kept", "masked"]
+
+
 def test_masked_positions_are_dots_and_new_ones_are_marked():
     before, after = canvas_of("one two red blue", {1, 2, 3}), canvas_of("one two red blue", {1, 3}, confidence=0.25)
     found = pieces(after, TOKENIZER.decode, previous=before)

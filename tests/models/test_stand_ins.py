@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
-from dllm.config import load_project
-from dllm.families import FAMILIES
+from dllm.chat.settings import chat_generation
+from dllm.config import GenerateSettings, load_project
+from dllm.families import FAMILIES, LLADA2
+from dllm.language_model import load
 from dllm.models.load import load_backbone, save_stand_in
-from dllm.models.published import family_of, read_tensors
+from dllm.models.published import family_of, published_decoding, read_tensors, refuse_other_routing
 from dllm.models.tokenizers import encode_chat, load_tokenizer
 from tests.toys import word_tokenizer
 
@@ -83,26 +85,48 @@ def test_a_setting_that_the_family_does_not_have_is_one_line(entries, tmp_path):
     assert "\n" not in str(fault.value)
 
 
-@pytest.mark.parametrize(
-    "place", ["inclusionAI/LLaDA2.1-mini", "inclusionAI/LLaDA2.2-flash", "manifest", "card", "config"]
-)
-def test_a_family_whose_decoding_edits_is_refused_with_the_reason(tmp_path, place):
-    from dllm.families import LLADA2
-    from dllm.models.published import refuse_edited
+def called(directory, edition, where):
+    """A checkpoint that is called an edition of LLaDA2 in one place, and LLaDA2.0 in the others."""
+    directory.mkdir(exist_ok=True)
+    names = dict.fromkeys(("manifest", "card", "config"), "LLaDA2.0-mini") | {where: edition}
+    (directory / "README.md").write_text(f"---\nlicense: x\n---\n# {names['card']}\nNews: LLaDA2.2 is out.\n")
+    (directory / "manifest.json").write_text(f'{{\n "hub": "inclusionAI/{names["manifest"]}",\n "files": {{}}}}')
+    (directory / "config.json").write_text(f'{{"_name_or_path": "x/{names["config"]}"}}')
+    return directory
 
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "README.md").write_text("---\nlicense: x\n---\n# LLaDA2.0-mini\nNews: LLaDA2.1 is out.\n")
-    (directory / "manifest.json").write_text('{"hub": "inclusionAI/LLaDA2.0-mini"}')
-    refuse_edited(LLADA2, directory)
-    for harmless in ("inclusionAI/LLaDA2.0-mini", "a/LLaDA2.10-x"):
-        refuse_edited(LLADA2, harmless)
-    if place == "manifest":
-        (directory / "manifest.json").write_text('{\n "hub": "inclusionAI/LLaDA2.1-mini",\n "files": {}}')
-    elif place == "card":
-        (directory / "README.md").write_text("# LLaDA2.2-mini\n")
-    elif place == "config":
-        (directory / "config.json").write_text('{"_name_or_path": "x/LLaDA2.1-mini"}')
-    with pytest.raises(ValueError, match="decoded with edits of revealed tokens.*take LLaDA2.0") as error:
-        refuse_edited(LLADA2, place if "/" in place else directory)
-    assert "\n" not in str(error.value)
+
+@pytest.mark.parametrize("where", ["manifest", "card", "config"])
+def test_llada22_is_refused_with_the_reason(tmp_path, where):
+    refuse_other_routing(LLADA2, called(tmp_path / "model", "LLaDA2.1-mini", where))
+    for harmless in ("inclusionAI/LLaDA2.0-mini", "inclusionAI/LLaDA2.1-flash", "a/LLaDA2.20-x"):
+        refuse_other_routing(LLADA2, harmless)
+    for place in ("inclusionAI/LLaDA2.2-flash", called(tmp_path / "model", "LLaDA2.2-flash", where)):
+        with pytest.raises(ValueError, match="experts block by block.*insertions.*take LLaDA2.1") as error:
+            refuse_other_routing(LLADA2, place)
+        assert "\n" not in str(error.value)
+
+
+def test_llada22_is_refused_by_its_config_whatever_it_is_called(entries, tmp_path):
+    directory = saved(entries, "LLaDA2", tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text()) | {"expert_capacity": 48}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model: LLaDA2.2 chooses experts block by block \(expert_capacity\)"):
+        load_backbone(directory)
+
+
+@pytest.mark.parametrize("where", ["manifest", "card", "config"])
+def test_llada21_is_sampled_as_published_unless_told_otherwise(tmp_path, where):
+    assert published_decoding(LLADA2, called(tmp_path / "model", "LLaDA2.0-mini", where)) == {}
+    decoding = published_decoding(LLADA2, called(tmp_path / "model", "LLaDA2.1-mini", where))
+    assert decoding == published_decoding(LLADA2, "inclusionAI/LLaDA2.1-mini")
+    settings = chat_generation(LLADA2.sidecar() | {"generation": decoding}, 512)
+    assert (settings.reveal_rule, settings.threshold, settings.edit_threshold) == ("threshold", 0.7, 0.5)
+    assert settings.edit_passes == 16 and settings.block_size == 32 and settings.steps is None
+
+
+def test_a_checkpoint_of_llada21_generates_as_published(entries, tmp_path):
+    directory = saved(entries, "LLaDA2", tmp_path / "LLaDA2.1-mini")
+    lm = load(directory, device="cpu")
+    assert lm.usual_settings == GenerateSettings(reveal_rule="threshold", threshold=0.7, edit_threshold=0.5)
+    passes = [lm.answers([[5, 6, 7]], settings)[0].passes for settings in (None, lm.usual_settings, GenerateSettings())]
+    assert passes[0] == passes[1] > passes[2], "a pass that finds nothing to edit is made by the first two only"

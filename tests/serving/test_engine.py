@@ -393,3 +393,16 @@ def test_a_model_of_hybrid_noise_answers_and_scores_as_it_does_alone(tmp_path):
         engine.answer(turns("a b"), settings(steps=4), on_event=answer)
         assert list(score.results()[0].scores) == model.nelbo(*pairs, scoring)
         assert answer.texts == model.generate([turns("a b")], settings(steps=4))
+
+
+def test_a_model_without_a_loop_of_rows_fills_holes_as_it_does_alone(tmp_path):
+    model = dllm.load(save_toy(tmp_path, algorithm="hybrid", uniform_share=0.3), device="cpu")
+    text, options = "red [MASK] [MASK] blue", settings(steps=4)
+    filled, wrong = Answers(), Answers()
+    with opened(model) as engine:
+        with pytest.raises(ValueError, match="it needs one at least"):
+            engine.infill("red blue", options, on_event=wrong)
+        engine.infill(text, options, on_event=filled, snapshots=True)
+        (result,) = filled.results()
+    assert [result.text] == model.infill([text], options) and (result.passes, result.tokens) == (4, 2)
+    assert [event.text for event in filled.events[0] if isinstance(event, Edited)][-1] == result.text

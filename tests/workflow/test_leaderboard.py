@@ -6,7 +6,9 @@ import re
 import pytest
 
 from dllm.cli.main import main
-from dllm.config import load_project
+from dllm.config import GenerateSettings, load_project
+from dllm.families import LLADA2
+from dllm.models.published import published_decoding
 from tests.workflow.conftest import ROOT, planned
 from workflow.plan import make_plan
 
@@ -34,7 +36,11 @@ def test_every_row_is_pinned_planned_and_asked_as_the_protocol_says(plan):
         entry, benchmark = plan.project.evaluations[row], plan.project.benchmarks[name]
         assert bool(benchmark.size.choices) == (not entry.chat_template), "base models by likelihood, chat by answers"
         assert config.task_directory is None and config.data and config.seed == 1234, "stock tasks, pinned data"
-        changed = config.generation.model_dump(exclude={"batch_size"})
+        own = published_decoding(LLADA2, row)
+        assert bool(own) == (row == "llada2.1-mini")
+        assert own.items() <= config.generation.model_dump().items(), "decoded as its authors do, in this alone"
+        usual = {setting: getattr(GenerateSettings(), setting) for setting in own}
+        changed = config.generation.model_copy(update=usual).model_dump(exclude={"batch_size"})
         assert samplers.setdefault(name, (changed, config.shots)) == (changed, config.shots)
     assert all(entry.hub is None or len(entry.revision) == 40 for entry in plan.project.models.values())
 
@@ -54,7 +60,7 @@ def test_a_board_of_which_nothing_is_measured_says_what_each_cell_would_take(pla
 def test_every_published_number_has_a_source_and_belongs_to_a_task_of_its_row():
     project = load_project(ROOT / "config", LEADERBOARD)
     rows = {name: entry for name, entry in project.evaluations.items() if entry.compare}
-    assert len(rows) >= 19, "all but two of the first rows"
+    assert len(rows) >= 20, "all but two of the first rows"
     for name, entry in rows.items():
         published = project.reported[entry.compare]
         shown = {task: score for task, score in published.scores.items() if task in project.benchmarks_of(entry)}
