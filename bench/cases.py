@@ -22,8 +22,10 @@ CASES = {
     "estimators": Case("bench.likelihood:estimators", "Estimators at equal passes"),
     "generation": Case("bench.generation:generation", "Generation, identical tokens"),
     "serving": Case("bench.serving:serving", "Requests of several clients"),
+    "revising": Case("bench.revising:revising", "Samplers that revise, by passes"),
     "sft": Case("bench.training:sft", "Fine-tuning step"),
     "prepare": Case("bench.preparing:prepare", "Preparing conversations"),
+    "policy": Case("bench.policy_gradients:policy", "Policy gradients: three likelihoods of an answer"),
     "gpu": Case("bench.gpu:gpu", "On a CUDA device"),
 }
 

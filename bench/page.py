@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench.cases import read
-from dllm.numbers import duration
+from dllm.numbers import duration, wilson_interval
 from dllm.provenance import write_atomically
 from dllm.report.page import as_data_uri
 from dllm.report.style import INK, QUIET, RC, WIDTH, looks
@@ -117,6 +117,12 @@ def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
             "down is better. Every estimator has the same expectation."
         )
         figures["estimators"] = (caption, _estimators(curves["estimators"]), _estimators_csv(curves["estimators"]))
+    if answered := cases.get("revising", {}).get("setup", {}).get("answers"):
+        caption = (
+            "Ways to revise, against the forward passes of an answer: right answers with their 95 % intervals, the "
+            "model's bound of the answers, and the share of tokens that repeat the one before."
+        )
+        figures["revising"] = (caption, _revising(answered), _revising_csv(answered))
     return figures
 
 
@@ -189,6 +195,51 @@ def _estimators(curve: dict) -> Figure:
     return figure
 
 
+def _revising(rows: list[dict]) -> Figure:
+    """One line of three panels for each model, set of questions and temperature."""
+    lines = list(dict.fromkeys(_panel(row) for row in rows))
+    ways = looks(list(dict.fromkeys(row["way"] for row in rows)))
+    figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(lines)))
+    every = figure.subplots(len(lines), 3, squeeze=False)
+    for (right, bound, repeated), line in zip(every, lines, strict=True):
+        for shift, (way, look) in enumerate(ways.items()):
+            own = sorted((r for r in rows if _panel(r) == line and r["way"] == way), key=lambda r: r["passes"])
+            style = {"color": look.color, "marker": look.marker, "markersize": 3.5, "linewidth": 1.3, "label": way}
+            x = [row["passes"] * 1.02 ** (shift - len(ways) / 2) for row in own]  # intervals side by side
+            for at, row in zip(x, own, strict=True):
+                ends = [100 * end for end in wilson_interval(row["right"], row["of"])]
+                right.plot([at, at], ends, color=look.color, linewidth=0.7, alpha=0.5)
+            right.plot(x, [100 * row["right"] / row["of"] for row in own], **style)
+            bound.plot(x, [row["bound"] for row in own], **style)
+            repeated.plot(x, [100 * row["repeated"] for row in own], **style)
+        model, asked, temperature = line
+        right.set_title(f"{model}: {asked}, temperature {temperature:g}", loc="left", fontsize=9)
+        right.set(ylim=(0, 100), ylabel="right, %")
+        bound.set_ylabel("bound, nats per token")
+        repeated.set_ylabel("repeated tokens, %")
+        for axes in (right, bound, repeated):
+            axes.set(xscale="log")
+            axes.set_xticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.minorticks_off()
+            if axes is not right:
+                axes.set_ylim(bottom=0)
+    for axes in every[-1]:
+        axes.set_xlabel("passes per answer")
+    known = {label: handle for handle, label in zip(*every[0][0].get_legend_handles_labels(), strict=True)}
+    for axes in every[:, 0]:
+        known |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known, loc="upper left", ncols=3, fontsize=8)
+    height = figure.get_figheight()
+    figure.subplots_adjust(left=0.07, right=0.99, top=1 - 0.75 / height, bottom=0.45 / height, wspace=0.28, hspace=0.45)
+    return figure
+
+
+def _panel(row: dict) -> tuple[str, str, float]:
+    """Which line of panels a row belongs to."""
+    return row["model"], row["questions"], row["temperature"]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -220,6 +271,10 @@ def _estimators_csv(curve: dict) -> str:
     pairs = {name: zip(curve["low"][name], errors, strict=True) for name, errors in curve["lines"].items()}
     rows = [[name, passes, error] for name, points in pairs.items() for passes, error in points]
     return _csv(["estimator", "passes", "standard_error"], rows)
+
+
+def _revising_csv(rows: list[dict]) -> str:
+    return _csv(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _csv(head: list[str], rows: list[list]) -> str:

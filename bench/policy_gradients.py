@@ -1,16 +1,12 @@
 """How noisy the gradients are that three log-likelihoods of an answer give, against a long-run gradient.
 
-    python -m bench.policy_gradients config/laptop.yaml config/systems.yaml --run sums-sampled-1
-
-The start of the run answers the same prompts many times. The long-run gradient is that of the expected reward, from
-all of these answers and their exact log-probabilities under the sampler. Each likelihood then sees small batches of
-them, as a training step would, once with each of several draws of its masks. Writes a JSON file.
+The start of a run of config/systems.yaml answers the same prompts many times. The long-run gradient is that of the
+expected reward, from all of these answers and their exact log-probabilities under the sampler. Each likelihood then
+sees small batches of them, as a training step would, once with each of several draws of its masks.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from bench.measure import Result, say
+from bench.options import Options
+from bench.workloads import ROOT, system
 from dllm.algorithms import algorithm_named
 from dllm.config import PolicySettings, RunConfig, load_project, run_configs
 from dllm.core.policy import group_advantages, token_shares
@@ -25,12 +24,24 @@ from dllm.data.tokens import open_rows
 from dllm.language_model import DiffusionLM
 from dllm.likelihood.answers import Answers, counted_tokens, forwards_of, policy_inputs
 from dllm.objectives.grpo import GRPO, SampledNLL
-from dllm.provenance import commit, hardware
 from dllm.training.rollouts import Answering, Prompts, Rollouts
 from dllm.training.setup import start_of
 
 MICRO_BATCH = 32
 """Answers that are forwarded together."""
+RUN = "sums-sampled-1"
+
+
+def policy(options: Options) -> Result:
+    """The gradients of one run's start."""
+    if options.quick:
+        return Result(skipped="a smoke run has no model that was shown sums")
+    project = load_project(ROOT / "config", *(ROOT / "config" / name for name in ("laptop.yaml", "systems.yaml")))
+    config = run_configs(project)[RUN]
+    system(project.runs[RUN].init, f"{config.data_path}.json")
+    found = measured(config, ROOT / project.workdir, prompts=8, answers=32, batches=3, draws=2)
+    say(summary(found))
+    return Result(setup=found)
 
 
 def gradient(
@@ -114,8 +125,7 @@ def measured(config: RunConfig, workdir: Path, prompts: int, answers: int, batch
         "reward": rollouts.numbers()["reward"],
         "halves_cosine": torch.cosine_similarity(*halves, dim=0).item(),
         "estimates": rows,
-        "hardware": hardware(),
-    } | commit()
+    }
 
 
 def _passes(settings: PolicySettings) -> int:
@@ -133,28 +143,3 @@ def summary(result: dict[str, Any]) -> str:
             f"| `{likelihood}` | {mean['cosine']:.3f} | {mean['norm']:.2f} | {100 * mean['mask_noise']:.1f} % |"
         )
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Measure, write, and print the means."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("overlays", nargs="+")
-    parser.add_argument("--run", required=True)
-    parser.add_argument("--workdir")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--answers", type=int, default=128)
-    parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=4)
-    parser.add_argument("--out", default="docs/images/policy-gradients.json")
-    given = parser.parse_args()
-    root = Path(__file__).resolve().parent.parent
-    project = load_project(root / "config", *given.overlays)
-    workdir = Path(given.workdir or root / project.workdir)
-    config = run_configs(project)[given.run]
-    result = measured(config, workdir, given.prompts, given.answers, given.batches, given.draws)
-    Path(given.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(summary(result))
-
-
-if __name__ == "__main__":
-    main()

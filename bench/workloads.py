@@ -60,16 +60,32 @@ def _trained(workdir: Path | None) -> Laptop:
     if not (directory / "runs" / LAPTOP_RUN / "model" / "config.json").exists():
         if workdir:
             raise ValueError(f"{directory}: no runs/{LAPTOP_RUN}/model there; give the laptop run's directory")
-        say("The trained laptop model is not there; the workflow makes it first (some minutes, once).")
-        target = f"runs/{LAPTOP_RUN}.json"  # the workflow's paths begin in its work directory
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "host", "--", target]
-        subprocess.run(command, cwd=ROOT, check=True)
+        _make([], f"runs/{LAPTOP_RUN}.json")
     model = load(directory / "runs" / LAPTOP_RUN / "model", device="cpu")
     benchmarks = directory / "downloads" / "pocket-world" / "benchmarks"
     files = sorted((benchmarks / "mmlu").glob("*/test.jsonl"))
     rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     questions = [_question(model, row) for row in rows]
     return Laptop(model, open_rows(directory / "data" / CHAT_DATA, "test"), questions, benchmarks)
+
+
+def system(run: str, *more: str) -> tuple[Path, Path]:
+    """Where a trained toy system is, and the benchmarks of its world.
+
+    The workflow makes it first if it is not there, and more files, by their paths in its work directory.
+    """
+    directory = ROOT / "results" / "systems"
+    targets = [target for target in (f"runs/{run}.json", *more) if not (directory / target).exists()]
+    if targets:
+        _make(["--configfile", "config/laptop.yaml", "config/systems.yaml"], *targets)
+    return directory / "runs" / run / "model", directory / "downloads" / "pocket-world" / "benchmarks"
+
+
+def _make(configuration: list[str], *targets: str) -> None:
+    """Have the workflow make files, by their paths in its work directory."""
+    say(f"{', '.join(targets)} not there; the workflow makes it first (some minutes, once).")
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "host", *configuration, "--", *targets]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def _question(model: DiffusionLM, row: dict) -> list[Request]:

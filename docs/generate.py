@@ -267,6 +267,21 @@ def leaderboard_rows() -> str:
     return head + "".join(lines).rstrip()
 
 
+def leaderboard_published() -> str:
+    """The published numbers that rows of config/leaderboard.yaml are compared with, each with its source."""
+    project = _project("leaderboard")
+    columns = {name: entry.label for name, entry in project.benchmarks.items()}
+    lines = ["| row | published | read in | under which conditions |", "|---|---|---|---|"]
+    for row, entry in project.evaluations.items():
+        if not entry.compare:
+            lines.append(f"| `{row}` | no number was found in a public record | | |")
+            continue
+        published, own = project.reported[entry.compare], project.benchmarks_of(entry)
+        scores = ", ".join(f"{columns[name]} {published.scores[name]}" for name in own if name in published.scores)
+        lines.append(f"| `{row}` | {scores} | {published.source} | {published.note} |")
+    return "\n".join(lines)
+
+
 def _real(name: str) -> Any:
     """A file of the run that is shown as the first one from real weights, as JSON or as text."""
     text = (ROOT / "results/real-weights" / name).read_text(encoding="utf-8")
@@ -448,24 +463,29 @@ def _nll_table(backbone, length: int):
 
 
 def revising() -> str:
-    """What `python -m bench.revising` has measured, one line for each model, set of questions, temperature and way."""
-    measured = json.loads((ROOT / "bench" / "revising.json").read_text(encoding="utf-8"))
-    steps = sorted({row["steps"] for row in measured["rows"]})
+    """What `python -m bench revising` has measured, one line for each model, questions, temperature and way."""
+    measured = json.loads((BENCHMARK / "revising.json").read_text(encoding="utf-8"))
+    rows = measured["setup"]["answers"]
+    steps = sorted({row["steps"] for row in rows})
     lines = ["| model | questions | temperature | way | " + " | ".join(f"{count} steps" for count in steps) + " |"]
     lines.append("|---|---|---|---|" + "---:|" * len(steps))
     by_line: dict[tuple, dict[int, dict]] = {}
-    for row in measured["rows"]:
+    for row in rows:
         key = (row["model"], row["questions"], f"{row['temperature']:g}", row["way"])
         by_line.setdefault(key, {})[row["steps"]] = row
     for key, own in by_line.items():
         cells = [
-            f"{one['right']} of {one['of']}; {one['repeated']:.1%}" if (one := own.get(count)) else ""
+            f"{one['right']} of {one['of']}; {one['bound']:.2f}; {one['repeated']:.1%}"
+            if (one := own.get(count))
+            else ""
             for count in steps
         ]
         lines.append("| " + " | ".join((*key, *cells)) + " |")
-    return "\n".join(
-        [*lines, "", f"Right answers; share of tokens that repeat the one before. Measured on {measured['hardware']}."]
+    note = (
+        "Right answers; the model's bound of all answers, nats per token; share of tokens that repeat the one before. "
+        f"From `python -m bench revising` on {measured['hardware']}, commit {measured['commit'][:8]}."
     )
+    return "\n".join([*lines, "", note])
 
 
 def rewards() -> str:
@@ -485,8 +505,9 @@ def rewards() -> str:
 
 
 def gradients() -> str:
-    """How noisy the gradients of three likelihoods of an answer are, as bench/policy_gradients.py measured it."""
-    result = json.loads((ROOT / "docs/images/policy-gradients.json").read_text(encoding="utf-8"))
+    """How noisy the gradients of three likelihoods of an answer are, as `python -m bench policy` measured it."""
+    measured = json.loads((BENCHMARK / "policy.json").read_text(encoding="utf-8"))
+    result = measured["setup"]
     lines = ["| likelihood | cosine | norm | noise of the masks |", "|---|---:|---:|---:|"]
     means = {}
     for name in dict.fromkeys(row["likelihood"] for row in result["estimates"]):
@@ -499,8 +520,8 @@ def gradients() -> str:
         result[key] for key in ("answers_per_estimate", "prompts", "passes", "answers_per_prompt")
     )
     made = (
-        f"{answers} answers to {prompts} prompts per estimate, {passes} passes for each, by {result['hardware']}. The "
-        f"long-run gradient is that of the expected reward, from {long} answers to each prompt and their exact "
+        f"{answers} answers to {prompts} prompts per estimate, {passes} passes for each, by {measured['hardware']}. "
+        f"The long-run gradient is that of the expected reward, from {long} answers to each prompt and their exact "
         f"log-probabilities; the cosine of its two halves is {result['halves_cosine']:.2f}."
     )
     note = (
@@ -524,6 +545,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "scaling plan": ("docs/small.md", scaling_plan),
     "leaderboard plan": ("docs/leaderboard.md", leaderboard_plan),
     "leaderboard rows": ("docs/leaderboard.md", leaderboard_rows),
+    "leaderboard published": ("docs/leaderboard.md", leaderboard_published),
     "real data": ("docs/small.md", real_data),
     "real claims": ("docs/small.md", real_claims),
     "real answers": ("docs/small.md", real_answers),

@@ -11,9 +11,12 @@ from bench.cases import CASES
 from bench.measure import compare, growth, interleaved, quartiles, require
 from bench.options import Options
 from bench.page import verdict
+from bench.revising import FEW, bound, repeated
 from bench.workloads import chat_lengths, encoder, laptop
+from dllm.algorithms import algorithm_named
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import canvas_for
+from dllm.language_model import Answer, DiffusionLM
 from dllm.likelihood.scorer import MaskedScorer
 from dllm.sampling.sampler import MaskedSampler
 from tests.training_loss import dense_masked_loss
@@ -148,3 +151,26 @@ def test_cases_are_listed(capsys):
 def test_a_missing_laptop_run_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="no runs/chat-large/model there"):
         laptop(Options(tmp_path, workdir=tmp_path))
+
+
+def test_a_smoke_run_of_samplers_that_revise_is_drawn_without_a_trained_model(tmp_path):
+    assert main(["revising", "policy", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "revising.json").read_text())["setup"]["answers"]
+    assert {row["way"] for row in rows} == set(FEW)
+    assert all(row["bound"] > 0 and 0 <= row["repeated"] <= 1 and row["passes"] > 0 for row in rows)
+    assert "Samplers that revise" in (tmp_path / "index.html").read_text()
+    assert {"revising.svg", "revising.png", "revising.csv"} <= {p.name for p in tmp_path.iterdir()}
+    assert json.loads((tmp_path / "policy.json").read_text())["skipped"]
+
+
+def test_the_bound_of_answers_is_per_token_and_of_their_own_prompts(backbone):
+    model, one, other = DiffusionLM(backbone, algorithm_named("mdlm")), ([7, 8], (11, 12, 13)), ([9], (14,))
+    exact = LikelihoodSettings(estimator="enumerate")
+    nats = [score.nats for score in model.nelbo([one[0], other[0]], [one[1], other[1]], exact)]
+    assert bound(model, [one, other]) == pytest.approx(sum(nats) / 4, rel=0.02)  # 16 passes for 7 masked sets
+    assert bound(model, []) is None
+
+
+def test_repetitions_are_counted_within_answers():
+    answers = [Answer("", 3, 1, ids=(5, 5, 6)), Answer("", 2, 1, ids=(6, 6)), Answer("", 1, 1, ids=(6,))]
+    assert repeated(answers) == pytest.approx(2 / 3)

@@ -182,18 +182,18 @@ def board_content(workdir: Path, plan: ReportPlan, *, root: str) -> dict[str, An
             }
         )
     compared = [plan.reported_row(name) for name in dict.fromkeys(row.published_as for row in plan.leaderboard)]
+    said = [(entry.source, f"{entry.label}: {entry.note.rstrip('.')}.") for entry in compared if entry and entry.note]
     measured = int(frame["value"].notna().sum())
     open_hours = [planned.get(f"{c.row}/{c.benchmark}", {}).get("hours", 0) for c in cells.values() if pd.isna(c.value)]
     return {
         "root": root,
         "columns": [_column(b, frame[frame["benchmark"] == b.name]) for b in columns],
         "rows": rows,
-        "sources": sources,
+        "sources": [{"text": text, "notes": [note for source, note in said if source == text]} for text in sources],
         "measured": measured,
         "cells": len(frame),
         "open_hours": _hours(sum(open_hours)),
         "unit": next((cost["device"] for cost in planned.values()), "GPU"),
-        "notes": [f"{entry.label}: {entry.note.rstrip('.')}." for entry in compared if entry and entry.note],
         "marks": MARKS_NOTE,
         "number": number,
         "hours": _hours,

@@ -19,7 +19,12 @@ from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "docs/**/*.md")
-IMAGES = ("docs/images/*", "results/showcase/film.svg", "results/real-weights/figures/*.png")
+IMAGES = (
+    "docs/images/*",
+    "bench/results/revising.svg",
+    "results/showcase/film.svg",
+    "results/real-weights/figures/*.png",
+)
 """What is copied, with its place kept: links between pages stay as they are."""
 SHOWN = ("LICENSE", "bench/results", "results/showcase", "results/real-weights")
 """What pages link to without being pages: served as it is."""

@@ -241,3 +241,12 @@ def test_marks_of_a_cell_lie_where_its_numbers_are(shown):
     left, right = ((span["x"] + side - axis["x"]) / axis["width"] for side in (0, span["width"]))
     expected = [(value - ends[0]) / (ends[1] - ends[0]) for value in (low, high)]
     assert [left, right] == pytest.approx(expected, abs=0.01)
+
+
+def test_a_published_number_leads_to_its_source_and_to_what_is_known_of_it(shown):
+    page = shown()
+    cited = page.locator("#board tbody tr").first.locator("sup a").first
+    assert cited.get_attribute("title") == "report"
+    cited.click()
+    target = page.locator(":target")
+    assert target.inner_text().startswith("report") and target.is_visible()

@@ -1,6 +1,7 @@
 """config/leaderboard.yaml: one cell is one target, every row is pinned and planned, and the page of it is open."""
 
 import json
+import re
 
 import pytest
 
@@ -52,5 +53,29 @@ def test_a_board_of_which_nothing_is_measured_says_what_each_cell_would_take(pla
     assert main(["report", "leaderboard", str(tmp_path / "configs/report.yaml"), "--workdir", str(tmp_path)]) == 0
     page = (tmp_path / "report/leaderboard.html").read_text()
     assert f"0 of {len(plan.evaluations)} scores are measured" in page
-    assert page.count('class="cost">planned: ') == len(plan.evaluations) and "published 79.2" in page
+    assert page.count('class="cost">planned: ') == len(plan.evaluations) and "published 78.9" in page
     assert all(label in page for label in plan.report.missing)
+
+
+def test_every_published_number_has_a_source_and_belongs_to_a_task_of_its_row():
+    project = load_project(ROOT / "config", LEADERBOARD)
+    rows = {name: entry for name, entry in project.evaluations.items() if entry.compare}
+    assert len(rows) >= 20, "all but two of the first rows"
+    for name, entry in rows.items():
+        published = project.reported[entry.compare]
+        shown = {task: score for task, score in published.scores.items() if task in project.benchmarks_of(entry)}
+        assert shown and all(0 < score < 100 for score in shown.values()), name
+        said = re.search(r"arXiv:\d{4}\.\d{5}|\b[\w-]+/[\w.-]+\b|leaderboard|blog|report", published.source)
+        assert said, f"{name}: {published.source!r} names no work"
+    assert len({entry.compare for entry in rows.values()}) == len(rows), "no two rows share published numbers"
+
+
+def test_published_numbers_of_the_leaderboard_name_only_tasks_of_the_row_that_uses_them():
+    project = load_project(ROOT / "config", LEADERBOARD)
+    used = {entry.compare: set(project.benchmarks_of(entry)) for entry in project.evaluations.values() if entry.compare}
+    by_name = {name: entry for name, entry in project.reported.items() if entry.by_name}
+    for name, published in by_name.items():
+        assert set(published.scores) <= used.get(name, set()), (
+            f"{name}: no row is compared with it, or not in all tasks"
+        )
+        assert published.note, f"{name} does not say under which conditions"
