@@ -1,4 +1,8 @@
-"""Token files: rows of token ids on disk, memory-mapped, with the length of each row's prompt."""
+"""Token files: rows of token ids on disk, memory-mapped, with the length of each row's prompt.
+
+Of rows with a chosen and a rejected answer, a split has the prompts with the chosen ones, and `rejected_split` of it,
+row by row, the same prompts with the rejected ones.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,11 @@ from dllm.provenance import how_to_make
 def row_dtype(vocab_size: int) -> type:
     """The smallest unsigned type that holds every token id."""
     return numpy.uint16 if vocab_size <= 2**16 else numpy.uint32
+
+
+def rejected_split(split: str) -> str:
+    """The name of the split with the rejected answers of another one."""
+    return f"{split}.rejected"
 
 
 class TokenWriter:
