@@ -1,4 +1,4 @@
-"""Settings of learning from rewards (`grpo`). What TRL has a name for has that name here."""
+"""Settings of learning from rewards (`grpo`) and preferences (`dpo`). What TRL has a name for has that name here."""
 
 from __future__ import annotations
 
@@ -83,6 +83,15 @@ class PolicySettings(Settings):
         if self.likelihood == "sampled" and (error := _inexact(self.generation)):
             raise ValueError(error)
         return self
+
+
+class PreferenceSettings(Settings):
+    """How `dpo` learns from chosen and rejected answers (docs/rl.md)."""
+
+    beta: float = option(0.1, "what a nat away from the start counts; more keeps the model nearer to it", gt=0, le=100)
+    passes: int = option(
+        8, "forward passes of an answer in a training step, at masks that model and start share", ge=5, le=MANY
+    )
 
 
 def _inexact(generation: GenerateSettings) -> str | None:

@@ -1,4 +1,7 @@
-"""Policy gradients in pure tensors: advantages of a group, the clipped surrogate, and what a step hands to them."""
+"""Policy gradients in pure tensors: advantages of a group, the clipped surrogate, and what a step hands to them.
+
+Preferences between two answers are learnt from the same inputs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm.core.packing import Layout
 
@@ -85,6 +88,27 @@ def policy_terms(new: Tensor, inputs: PolicyInputs, *, epsilon: float, beta: flo
         gain = gain - beta * divergence
         sums["kl"] = divergence.detach().sum()
     return PolicyTerms(-(inputs.share * gain).sum() / denominator, sums)
+
+
+def preference_margins(new: Tensor, inputs: PolicyInputs) -> Tensor:
+    """How much further a chosen answer is above its reference than the rejected one behind it, in nats: [M / 2].
+
+    The answers of a pair are neighbours, with advantage 1 and -1; share times a log-likelihood is that of the answer.
+    Equal weights give exactly 0. Source: Zhu et al. 2025 (arXiv:2505.19223), the preference score.
+    """
+    assert inputs.reference is not None
+    return (inputs.share * inputs.advantage * (new - inputs.reference)).view(-1, 2).sum(-1)
+
+
+def preference_terms(new: Tensor, inputs: PolicyInputs, *, beta: float, denominator: float) -> PolicyTerms:
+    """- log sigmoid(beta x margin), summed over the pairs and divided by `denominator`.
+
+    A tie counts as half a pair that is put right. Source: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7.
+    """
+    margins = preference_margins(new, inputs)
+    right = (margins.detach().sign() + 1) / 2
+    sums = {"reward_margin": beta * margins.detach().sum(), "accuracy": right.sum()}
+    return PolicyTerms(-nn.functional.logsigmoid(beta * margins).sum() / denominator, sums)
 
 
 def group_advantages(rewards: Tensor, groups: int, scale: Literal["group", "none"]) -> Tensor:

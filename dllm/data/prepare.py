@@ -129,9 +129,7 @@ def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) ->
     def total(split: str, key: str) -> int:
         return sum(count[key] for _, of, count in counts if of == split)
 
-    splits = {
-        split: writer.close() | {"dropped_rows": total(split, "dropped_rows")} for split, writer in writers.items()
-    }
+    splits = {name: writer.close() | {"dropped_rows": total(name, "dropped_rows")} for name, writer in writers.items()}
     for split in ("test",) if config.parts[0].entry.stream else SPLITS:
         if not splits[split]["rows"]:
             entry = config.parts[0].entry

@@ -108,3 +108,14 @@ def open_rows(directory: str | Path, split: str) -> TokenRows:
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         raise ValueError(f"{directory}: no usable split {split!r} ({error}), {how_to_make(directory)}") from None
     return TokenRows(tokens, offsets, prompts)
+
+
+def open_pairs(directory: str | Path, split: str) -> tuple[TokenRows, TokenRows]:
+    """One split of a prepared dataset, and its rejected answers. Raises ValueError, one line, if it has none."""
+    rows = open_rows(directory, split)
+    manifest = json.loads((Path(directory) / "manifest.json").read_text(encoding="utf-8"))
+    if rejected_split(split) not in manifest["splits"]:
+        raise ValueError(
+            f"{directory}: holds no rejected answers; take a dataset of kind: preference, with chosen and rejected ones"
+        )
+    return rows, open_rows(directory, rejected_split(split))

@@ -24,10 +24,11 @@ from dllm.data.tokens import TokenRows
 from dllm.language_model import DiffusionLM
 from dllm.likelihood.answers import Answers, Forwards, counted_tokens, forwards_of, policy_inputs
 from dllm.models.backbone import Backbone
-from dllm.objectives.grpo import GRPO, SampledNLL
+from dllm.objectives.grpo import GRPO, SampledNLL, log_likelihoods
 from dllm.objectives.objective import Objective
 from dllm.training.devices import Devices
 from dllm.training.micro_batches import Limits, MicroBatch, cut_rows, evaluated_rows
+from dllm.training.preferences import learns_from_pairs
 from dllm.training.rollouts import Answering, Prompts, Rollouts
 
 EVALUATION = -1
@@ -160,7 +161,7 @@ class Policy:
         for numbers, inputs in self._cut(iteration):
             device = self.devices.accelerator.device
             with torch.autocast(device.type, torch.bfloat16, enabled=self.devices.bf16):
-                values = self.objective.log_likelihoods(model, inputs.to(device)).float().cpu()
+                values = log_likelihoods(model, inputs.to(device)).float().cpu()
             for number, own in zip(numbers, values.split(forwards.counts[numbers].tolist()), strict=True):
                 table[number, : len(own)] = own
         table = self.devices.summed(table)
@@ -230,4 +231,5 @@ def policy_copies(
         return replace(backbone, model=model.requires_grad_(False))
 
     policy = config.policy
-    return (frozen() if policy and sharded else None), (frozen() if policy and policy.beta > 0 else None)
+    compared = learns_from_pairs(config) or (policy is not None and policy.beta > 0)
+    return (frozen() if policy and sharded else None), (frozen() if compared else None)

@@ -9,6 +9,7 @@ from dllm.config import GenerateSettings, Recipe
 from dllm.core.canvas import canvas_for
 from dllm.core.policy import group_advantages, token_shares
 from dllm.objectives.grpo import GRPO, SampledNLL
+from dllm.objectives.grpo import log_likelihoods as of_module
 from dllm.sampling.recorded import answer_ends, recorded
 from dllm.sampling.sampler import MaskedSampler
 from tests.oracles import enumerated_nelbo
@@ -26,7 +27,7 @@ def gradient(backbone, settings, inputs, denominator: float = 1.0):
 
 
 def log_likelihoods(backbone, settings, inputs):
-    return GRPO(Recipe(), settings).log_likelihoods(SampledNLL(backbone), inputs)
+    return of_module(SampledNLL(backbone), inputs)
 
 
 @pytest.mark.parametrize(("temperature", "steps"), [(1.0, 3), (0.7, 2)])
