@@ -353,6 +353,7 @@ class ReportEntry(Settings):
     ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
     chat: list[CurveEntry] = option([], "chat training")
     policies: list[CurveEntry] = option([], "learning from rewards; runs with one label are seeds of each other")
+    preferences: list[CurveEntry] = option([], "learning from preferences")
     systems: list[str] = option([], "evaluations whose models are compared with each other")
     starts: list[str] = option(
         [], "the same where the models differ in the weights they start from: claims on pretraining and size are judged"

@@ -39,8 +39,10 @@ class PolicySettings(Settings):
     beta: float = option(
         0.0, "weight of the KL divergence from the start; above 0 the start is kept in memory", ge=0, le=100
     )
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
-        "grpo", "mean over an answer's tokens, then over answers; mean over all tokens; or sum over `max_new_tokens`"
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "wd1"] = option(
+        "grpo",
+        "mean over an answer's tokens, then over answers; mean over all tokens; sum over `max_new_tokens`; or "
+        "log-likelihoods weighed in place of ratios",
     )
     scale_rewards: Literal["group", "none"] = option(
         "none", "whether advantages are divided by their group's deviation"

@@ -61,8 +61,8 @@ NOUNS = {
 }
 """What an entry of a section is called."""
 
-CURVES = ("pretraining", "openwebtext", "ablation", "chat", "policies")
-"""Figures of the report that show training runs."""
+CURVES = ("pretraining", "openwebtext", "ablation", "chat", "policies", "preferences")
+"""Parts of the report that show training runs."""
 
 
 def problems(project: Project) -> Iterator[Problem]:

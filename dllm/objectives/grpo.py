@@ -51,7 +51,8 @@ class GRPO(Objective):
             return super().loss(model, inputs, denominator=denominator)
         new = log_likelihoods(model, inputs)
         policy = self.policy
-        terms = policy_terms(new, inputs, epsilon=policy.epsilon, beta=policy.beta, denominator=denominator)
+        epsilon = None if policy.loss_type == "wd1" else policy.epsilon
+        terms = policy_terms(new, inputs, epsilon=epsilon, beta=policy.beta, denominator=denominator)
         return LossTerms(terms.loss, -new.detach().sum(), len(new), new.detach(), terms.sums)
 
 

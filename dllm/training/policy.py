@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dllm.algorithms import algorithm_named
 from dllm.config import RunConfig
-from dllm.core.policy import PolicyInputs, group_advantages, token_shares
+from dllm.core.policy import PolicyInputs, group_advantages, token_shares, weighed_advantages
 from dllm.data.collate import epoch_batches
 from dllm.data.tokens import TokenRows
 from dllm.language_model import DiffusionLM
@@ -138,7 +138,9 @@ class Policy:
         self.current = self._rollouts(self.train, self._prompts(batch), batch, settings.num_generations)
         later = range(settings.num_iterations)
         # the first step's weights are those that drew the answers: their ratio is 1, and nothing has to be known
-        self.known = {"old": [[], *(self._values(number, self.devices.model) for number in later[1:])]}
+        self.known = {}
+        if settings.loss_type != "wd1":  # which has no ratios
+            self.known["old"] = [[], *(self._values(number, self.devices.model) for number in later[1:])]
         if self.start is not None:
             start = SampledNLL(self.start)
             self.known["reference"] = [self._values(number, start) for number in later]
@@ -186,6 +188,8 @@ class Policy:
         settings, config, accelerator = self.settings, self.config, self.devices.accelerator
         rewards = torch.tensor(self.current.rewards)
         advantages = group_advantages(rewards, len(self.current.prompts), settings.scale_rewards)
+        if settings.loss_type == "wd1":
+            advantages = weighed_advantages(advantages, ~rewards.isnan(), len(self.current.prompts))
         shares, _ = token_shares(counted, settings.loss_type, settings.generation.max_new_tokens)
         passes = int((forwards.length > 0).sum(-1).max())
         limits = Limits(max(1, config.micro_batch_size // passes), config.micro_batch_tokens)

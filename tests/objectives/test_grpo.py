@@ -7,7 +7,7 @@ import torch
 
 from dllm.config import GenerateSettings, Recipe
 from dllm.core.canvas import canvas_for
-from dllm.core.policy import group_advantages, token_shares
+from dllm.core.policy import group_advantages, token_shares, weighed_advantages
 from dllm.objectives.grpo import GRPO, SampledNLL
 from dllm.objectives.grpo import log_likelihoods as of_module
 from dllm.sampling.recorded import answer_ends, recorded
@@ -179,9 +179,34 @@ def test_advantages_leave_out_what_has_no_reward():
 
 def test_every_kind_of_loss_weighs_tokens_as_it_says():
     tokens = torch.tensor([1, 4])
-    for kind, shares, denominator in (("grpo", [1, 0.25], 2), ("dapo", [1, 1], 5), ("dr_grpo", [0.1, 0.1], 2)):
+    kinds = (("grpo", [1, 0.25], 2), ("dapo", [1, 1], 5), ("dr_grpo", [0.1, 0.1], 2), ("wd1", [1, 1], 2))
+    for kind, shares, denominator in kinds:
         given, divisor = token_shares(tokens, kind, 10)
         assert given.tolist() == pytest.approx(shares) and divisor == denominator
+
+
+def test_weights_of_wd1_add_up_to_nothing_and_leave_out_what_has_no_reward():
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0])
+    known = torch.tensor([True, False, True, True, True, True])
+    # of two answers that are 1 and -1: softmax is 1 / (1 + exp(-2)), and the two of a sign differ by tanh 1
+    assert weighed_advantages(advantages, known, 2).tolist() == pytest.approx([3 * 0.761594, 0, -3 * 0.761594, 0, 0, 0])
+    assert weighed_advantages(advantages, ~known, 2)[:3].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_wd1_has_the_analytic_gradient_of_its_two_terms_whatever_the_old_weights():
+    backbone, settings = table_backbone(length=2), policy_settings(loss_type="wd1")
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0]), 1, "none")
+    weights = weighed_advantages(advantages, torch.ones(3, dtype=torch.bool), 1)
+    inputs = inputs_of(answers_of(PROMPT, [[1], [0], [0]]), settings, weights.tolist())
+    given = gradient(backbone, settings, dataclasses.replace(inputs, old=torch.full((3,), -9.0)), 3.0)
+    logits = backbone.model.logits_of(torch.tensor([[0, MASK]])).detach()[0, 1]
+    p = logits.masked_fill(torch.arange(PAD + 1) == MASK, -torch.inf).softmax(-1)
+    up, down = advantages.softmax(0), (-advantages).softmax(0)
+    expected = torch.zeros_like(p)
+    for token, more, less in zip((1, 0, 0), up, down, strict=True):
+        expected -= (more - less) * (torch.nn.functional.one_hot(torch.tensor(token), PAD + 1) - p)
+    rows = given.flatten(0, 1)
+    assert torch.allclose(rows[rows.abs().sum(-1) > 0], expected[None], atol=1e-6)
 
 
 def test_an_answer_counts_up_to_the_end_of_the_block_in_which_it_ends():
