@@ -53,11 +53,26 @@ def test_what_is_recorded_of_the_sampler_is_drawn_as_often_as_it_is_probable():
     counts = dict.fromkeys(every, 0)
     canvas = canvas_for([PROMPT], 3, mask_id=MASK, pad_id=PAD)
     for seed in range(draws):
-        drawn = recorded(MaskedSampler(), backbone, canvas, settings.model_copy(update={"seed": seed}))
+        drawn = recorded(MaskedSampler(), backbone, canvas, settings, [seed])
         counts[(*drawn.tokens[0, 1:].tolist(), *drawn.drawn[0, 1:].tolist())] += 1
     for key, p in every.items():
         # four standard errors of a share, over eight of them
         assert abs(counts[key] / draws - p) < 4 * (p * (1 - p) / draws) ** 0.5
+
+
+def test_rows_with_seeds_of_their_own_are_drawn_together_as_alone():
+    backbone, settings = table_backbone(), policy_settings().generation
+    prompts, seeds = [[0], [1], [0], [1]], [5, 5, 9, 9]
+    ids = {"mask_id": MASK, "pad_id": PAD}
+    together = recorded(MaskedSampler(), backbone, canvas_for(prompts, 3, **ids), settings, seeds)
+    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        alone = recorded(MaskedSampler(), backbone, canvas_for([prompt], 3, **ids), settings, [seed])
+        for name, part in vars(alone).items():
+            assert torch.equal(part[0], vars(together)[name][number])
+        (done,) = MaskedSampler().complete(
+            backbone, canvas_for([prompt], 3, **ids), settings.model_copy(update={"seed": seed})
+        )
+        assert done.tokens == alone.tokens[0, 1:].tolist()
 
 
 def test_bound_is_on_average_the_bound_of_the_answer_per_token():
@@ -218,7 +233,7 @@ def test_an_answer_counts_up_to_the_end_of_the_block_in_which_it_ends():
 def test_a_pass_saw_no_further_than_the_end_of_its_block():
     backbone = table_backbone(length=5, sidecar={"response_end": "block"})
     settings = GenerateSettings(max_new_tokens=4, block_size=2, temperature=1.0, early_stop=False)
-    drawn = recorded(MaskedSampler(), backbone, canvas_for([PROMPT], 4, mask_id=MASK, pad_id=PAD), settings)
+    drawn = recorded(MaskedSampler(), backbone, canvas_for([PROMPT], 4, mask_id=MASK, pad_id=PAD), settings, [0])
     assert drawn.visible[0, 1:].tolist() == [3, 3, 5, 5] and sorted(drawn.drawn[0, 1:].tolist()) == [0, 1, 2, 3]
 
 
@@ -228,7 +243,7 @@ def test_in_blocks_sampled_is_still_the_probability_of_what_was_drawn():
         max_new_tokens=4, block_size=2, temperature=1.0, early_stop=False, reveal_rule="entropy"
     )
     settings = policy_settings(generation=generation)
-    drawn = recorded(MaskedSampler(), backbone, canvas_for([PROMPT], 4, mask_id=MASK, pad_id=PAD), generation)
+    drawn = recorded(MaskedSampler(), backbone, canvas_for([PROMPT], 4, mask_id=MASK, pad_id=PAD), generation, [0])
     response, passes = drawn.tokens[:, 1:].tolist(), drawn.drawn[:, 1:].tolist()
     answers = dataclasses.replace(answers_of(PROMPT, response, passes), visible=drawn.visible)
     values = log_likelihoods(backbone, settings, inputs_of(answers, settings))
