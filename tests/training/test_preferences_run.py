@@ -14,6 +14,7 @@ from dllm.config import (
     OptimizerSettings,
     PreferenceSettings,
     PrepareConfig,
+    load_project,
     write_when_changed,
 )
 from dllm.data.prepare import prepare
@@ -23,6 +24,7 @@ from tests.training.conftest import WORDS, entry_for, metrics_of, run_config, wo
 from tests.training.test_backends import in_two_processes as in_shards
 from tests.training.test_policy_run import SIDECAR
 from tests.training.test_trainer import in_two_processes, same_weights, weights
+from tests.workflow.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +159,9 @@ def test_a_model_that_answers_in_another_way_is_no_start(workdir):  # noqa: F811
 def test_settings_that_cannot_work_are_refused_in_one_line(settings, line):
     with pytest.raises(ValidationError, match=line):
         PreferenceSettings(**settings)
+
+
+def test_a_dataset_without_rejected_answers_is_refused_with_the_configuration():
+    wrong = {"runs": {"sums-preferred": {"data": "sums"}}}
+    with pytest.raises(ValueError, match="sums-preferred.data = 'sums' has no rejected answers.*kind: preference"):
+        load_project(ROOT / "config", ROOT / "config/laptop.yaml", ROOT / "config/systems.yaml", wrong)
