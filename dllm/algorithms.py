@@ -51,6 +51,9 @@ class Algorithm:
     predicted: float | str = 0.5
     """Share of the targets that a training step predicts, for planning; or the run's setting that says it."""
 
+    starts: tuple[str, ...] = ()
+    """Algorithms of the models that training may start from; none: any."""
+
     recipe_allows: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Switches of a recipe -> the values that it may have."""
 
@@ -81,6 +84,7 @@ class Algorithm:
 
 
 _ALL_TIMES = {"time_low": (0.0,), "time_high": (1.0,)}
+_MASKED = ("mdlm", "mlm", "grpo", "dpo")
 _BY_TOKEN = {"normalisation": ("token",)}
 
 _ROWS = (
@@ -149,6 +153,19 @@ _ROWS = (
         takes=("policy",),
         module="dllm.objectives.grpo:trained_module",
         predicted=1.0,
+        starts=_MASKED,
+        recipe_allows=_ALL_TIMES | {"denominator": ("global",)},
+    ),
+    Algorithm(
+        "dpo",
+        "masks, by preferences",
+        objective="dllm.objectives.dpo:DPO",
+        sampler="dllm.sampling.sampler:MaskedSampler",
+        scorer="dllm.likelihood.scorer:MaskedScorer",
+        also_as=("mdlm", "bd3lm", "mlm"),
+        takes=("preferences",),
+        module="dllm.objectives.grpo:trained_module",
+        starts=_MASKED,
         recipe_allows=_ALL_TIMES | {"denominator": ("global",)},
     ),
     Algorithm(

@@ -84,6 +84,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 ROW_KINDS: dict[str, str | Any] = {
+    "preference": "dllm.data.kinds:PREFERENCES",
     "messages": "dllm.data.kinds:CHATS",
     "sharegpt": "dllm.data.kinds:SHAREGPT",
     "alpaca": "dllm.data.kinds:ALPACA",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dllm.checking.sketch import Rows, split_sizes
 from dllm.config import DataPart, DatasetEntry, EvaluationConfig, ModelEntry, Project
-from dllm.data.convert import kind_of_part, messages_of, place_of, read_rows, text_of
+from dllm.data.convert import answers_of, kind_of_part, place_of, read_rows, text_of
 from dllm.data.download import PICKLED
 from dllm.evaluation.evaluate import check_metrics
 from dllm.evaluation.task_files import build_requests, cards_read_once, declared_metrics, load_tasks
@@ -54,7 +54,7 @@ def _unusable(part: DataPart, rows) -> str | None:
             if kind == "text":
                 text_of(rows[number], where)
             else:
-                messages_of(rows[number], kind, where)
+                answers_of(rows[number], kind, where)
         except ValueError as error:
             refused = refused or str(error)
             if not part.entry.drop_unusable:

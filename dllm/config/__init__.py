@@ -46,7 +46,7 @@ from dllm.config.jobs import (
     write_when_changed,
     yaml_text,
 )
-from dllm.config.policy import PolicySettings
+from dllm.config.policy import PolicySettings, PreferenceSettings
 from dllm.config.reading import CONFIG_FILES, ConfigError, load_project, read_config, read_yaml
 from dllm.config.rehearsal import rehearsed
 from dllm.config.rules import launch_error
@@ -81,9 +81,10 @@ __all__ = [
     "AdapterSettings", "BenchmarkEntry", "BenchmarkSize", "CONFIG_FILES", "ConfigError", "CurveEntry", "DATA_FILES",
     "DECODING_OPTIONS", "DataPart", "DatasetEntry", "DownloadConfig", "EditSampling", "EditSettings",
     "EvaluationConfig", "EvaluationEntry", "GenerateSettings", "HARDWARE", "LikelihoodSettings", "ModelEntry", "NAME",
-    "OptimizerSettings", "PolicySettings", "PrepareConfig", "Project", "REVISION", "Recipe", "Rehearsal",
-    "ReportEntry", "ReportedEntry", "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry", "Scorer",
-    "Settings", "Shape", "SpeedConfig", "SpeedEntry", "WEIGHT_FILES", "checked_options", "checkpoint_directory",
+    "OptimizerSettings", "PolicySettings", "PreferenceSettings", "PrepareConfig", "Project", "REVISION", "Recipe",
+    "Rehearsal", "ReportEntry", "ReportedEntry", "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry",
+    "Scorer", "Settings", "Shape", "SpeedConfig", "SpeedEntry", "WEIGHT_FILES", "checked_options",
+    "checkpoint_directory",
     "checkpoint_files", "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest",
     "download_configs", "download_name", "download_path", "evaluation_configs", "launch_error", "load_project",
     "option", "overlaid", "prepare_configs", "prepared_name", "read_config", "read_yaml", "rehearsed", "run_configs",

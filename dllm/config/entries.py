@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import PrivateAttr, model_validator
 
-from dllm.config.policy import PolicySettings
+from dllm.config.policy import PolicySettings, PreferenceSettings
 from dllm.config.rules import adapter_error, budget_error, launch_error, policy_error, raise_first, tokens_error
 from dllm.config.settings import (
     DECODING_OPTIONS,
@@ -175,7 +175,9 @@ class DatasetEntry(Pinned):
 class RunSettings(Settings):
     """How one model is trained."""
 
-    algorithm: AlgorithmName = option("mdlm", "masks, blocks, hybrid noise, masked LM, next tokens, edits, or rewards")
+    algorithm: AlgorithmName = option(
+        "mdlm", "masks, blocks, hybrid noise, masked LM, next tokens, edits, rewards, pairs"
+    )
     init: str = option(..., "model or run to start from")
     data: str = option(..., "dataset")
     length: int = option(512, "longest row, in tokens", gt=0, le=MANY)
@@ -201,6 +203,9 @@ class RunSettings(Settings):
     edits: EditSettings = option(EditSettings(), "starts and times of `edit_flows`")
     adapter: AdapterSettings | None = option(None, "train LoRA adapters only; none: all weights")
     policy: PolicySettings | None = option(None, "rewards, answers and likelihoods of `grpo`", exclude_if=is_none)
+    preferences: PreferenceSettings = option(
+        PreferenceSettings(), "weight and passes of `dpo`", exclude_if=left_at(PreferenceSettings())
+    )
 
     @model_validator(mode="after")
     def fits_together(self) -> RunSettings:
@@ -348,6 +353,7 @@ class ReportEntry(Settings):
     ablation: list[CurveEntry] = option([], "the starts of the Alpaca ablation")
     chat: list[CurveEntry] = option([], "chat training")
     policies: list[CurveEntry] = option([], "learning from rewards; runs with one label are seeds of each other")
+    preferences: list[CurveEntry] = option([], "learning from preferences")
     systems: list[str] = option([], "evaluations whose models are compared with each other")
     starts: list[str] = option(
         [], "the same where the models differ in the weights they start from: claims on pretraining and size are judged"

@@ -1,4 +1,4 @@
-"""Settings of learning from rewards (`grpo`). What TRL has a name for has that name here."""
+"""Settings of learning from rewards (`grpo`) and preferences (`dpo`). What TRL has a name for has that name here."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class PolicySettings(Settings):
     beta: float = option(
         0.0, "weight of the KL divergence from the start; above 0 the start is kept in memory", ge=0, le=100
     )
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = option(
-        "grpo", "mean over an answer's tokens, then over answers; mean over all tokens; or sum over `max_new_tokens`"
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "wd1"] = option(
+        "grpo",
+        "mean over an answer's tokens, then over answers; mean over all tokens; sum over `max_new_tokens`; or "
+        "log-likelihoods weighed in place of ratios",
     )
     scale_rewards: Literal["group", "none"] = option(
         "none", "whether advantages are divided by their group's deviation"
@@ -83,6 +85,15 @@ class PolicySettings(Settings):
         if self.likelihood == "sampled" and (error := _inexact(self.generation)):
             raise ValueError(error)
         return self
+
+
+class PreferenceSettings(Settings):
+    """How `dpo` learns from chosen and rejected answers (docs/rl.md)."""
+
+    beta: float = option(0.1, "what a nat away from the start counts; more keeps the model nearer to it", gt=0, le=100)
+    passes: int = option(
+        8, "forward passes of an answer in a training step, at masks that model and start share", ge=5, le=MANY
+    )
 
 
 def _inexact(generation: GenerateSettings) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.algorithms import algorithm_named
-from dllm.config.entries import NAME, Project
+from dllm.config.entries import NAME, DatasetEntry, Project
 from dllm.config.policy import own_reward
 from dllm.config.settings import GenerateSettings, did_you_mean, overlaid
 
@@ -61,8 +61,8 @@ NOUNS = {
 }
 """What an entry of a section is called."""
 
-CURVES = ("pretraining", "openwebtext", "ablation", "chat", "policies")
-"""Figures of the report that show training runs."""
+CURVES = ("pretraining", "openwebtext", "ablation", "chat", "policies", "preferences")
+"""Parts of the report that show training runs."""
 
 
 def problems(project: Project) -> Iterator[Problem]:
@@ -228,11 +228,27 @@ def _policies(project: Project) -> Iterator[Problem]:
                 yield _at("runs", name, "policy.reward_funcs", says=says)
 
 
+def _preferences(project: Project) -> Iterator[Problem]:
+    """What learns from preferences has chosen and rejected answers."""
+    for name, run in project.runs.items():
+        if "preferences" in algorithm_named(run.algorithm).takes and run.data in project.datasets:
+            if not {part.kind for part in _parts(project, run.data)} <= {"preference", "auto"}:
+                says = (
+                    f"= {run.data!r} has no rejected answers, and algorithm = {run.algorithm!r} compares them with "
+                    "chosen ones; take a dataset of kind: preference"
+                )
+                yield _at("runs", name, "data", says=says)
+
+
+def _parts(project: Project, data: str) -> list[DatasetEntry]:
+    """The datasets that one is made of."""
+    entry = project.datasets[data]
+    return [project.datasets[part] for part in entry.mix if part in project.datasets] if entry.mix else [entry]
+
+
 def _is_text(project: Project, data: str) -> bool:
     """Whether a dataset, or a part of it, is known to hold text."""
-    entry = project.datasets[data]
-    parts = [project.datasets[part] for part in entry.mix] if entry.mix else [entry]
-    return any(part.kind == "text" for part in parts)
+    return any(part.kind == "text" for part in _parts(project, data))
 
 
 CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (
@@ -243,6 +259,7 @@ CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (
     _samplers,
     _questions,
     _policies,
+    _preferences,
     _shown,
 )
 """What the existence of a name does not show."""

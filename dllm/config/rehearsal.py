@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from dllm.algorithms import algorithm_named
 from dllm.config.entries import (
     BenchmarkEntry,
     DatasetEntry,
@@ -17,7 +18,7 @@ from dllm.config.entries import (
     SampleEntry,
     SpeedEntry,
 )
-from dllm.config.policy import PolicySettings
+from dllm.config.policy import PolicySettings, PreferenceSettings
 from dllm.config.settings import GenerateSettings, Resources, Scorer, Settings
 
 Entry = TypeVar("Entry", bound=Settings)
@@ -95,9 +96,16 @@ def _run(entry: RunEntry, most: Rehearsal) -> RunEntry:
         eval_rows=_least(entry.eval_rows, batch),
         eval_draws=1,
         policy=entry.policy and _policy(entry.policy, most),
+        preferences=_preferences(entry, most),
         launch="gpu",  # the one process that it starts takes the CPU where there is no accelerator
         resources=Resources(),
     )
+
+
+def _preferences(entry: RunEntry, most: Rehearsal) -> PreferenceSettings:
+    if "preferences" not in algorithm_named(entry.algorithm).takes:
+        return entry.preferences
+    return _changed(entry.preferences, passes=_least(entry.preferences.passes, most.passes))
 
 
 def _policy(settings: PolicySettings, most: Rehearsal) -> PolicySettings:

@@ -1,4 +1,7 @@
-"""Policy gradients in pure tensors: advantages of a group, the clipped surrogate, and what a step hands to them."""
+"""Policy gradients in pure tensors: advantages of a group, the clipped surrogate, and what a step hands to them.
+
+Preferences between two answers are learnt from the same inputs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm.core.packing import Layout
 
@@ -65,26 +68,54 @@ class PolicyTerms:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def policy_terms(new: Tensor, inputs: PolicyInputs, *, epsilon: float, beta: float, denominator: float) -> PolicyTerms:
+def policy_terms(
+    new: Tensor, inputs: PolicyInputs, *, epsilon: float | None, beta: float, denominator: float
+) -> PolicyTerms:
     """The clipped surrogate of log-likelihoods `new` [M], and beta times the divergence from the reference.
 
         - share (min(r A, clip(r, 1 - epsilon, 1 + epsilon) A) - beta (exp(d) - d - 1)),   r = exp(new - old),
         d = reference - new, summed over the log-likelihoods and divided by `denominator`
 
-    Where `old` is None it is `new` itself, so that r is exactly 1 and the gradient that of share A new.
+    Where `old` is None it is `new` itself, so that r is exactly 1 and the gradient that of share A new. Without epsilon
+    there is no ratio: in place of the minimum stands A new, A being the weight of an answer (`weighed_advantages`).
     Sources: Schulman et al. 2017 (arXiv:1707.06347), eq. 7; Shao et al. 2024 (arXiv:2402.03300), eq. 3 and 4.
     """
-    old = new.detach() if inputs.old is None else inputs.old
-    ratio, advantage = (new - old).exp(), inputs.advantage
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
-    gain = torch.minimum(ratio * advantage, clipped * advantage)
-    sums = {"clipped": (clipped * advantage < ratio * advantage).float().sum()}
+    advantage = inputs.advantage
+    if epsilon is None:
+        gain, sums = new * advantage, {"clipped": new.new_zeros(())}
+    else:
+        old = new.detach() if inputs.old is None else inputs.old
+        ratio = (new - old).exp()
+        clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
+        sums = {"clipped": (clipped * advantage < ratio * advantage).float().sum()}
     if inputs.reference is not None:
         distance = inputs.reference - new
         divergence = distance.exp() - distance - 1
         gain = gain - beta * divergence
         sums["kl"] = divergence.detach().sum()
     return PolicyTerms(-(inputs.share * gain).sum() / denominator, sums)
+
+
+def preference_margins(new: Tensor, inputs: PolicyInputs) -> Tensor:
+    """How much further a chosen answer is above its reference than the rejected one behind it, in nats: [M / 2].
+
+    The answers of a pair are neighbours, with advantage 1 and -1; share times a log-likelihood is that of the answer.
+    Equal weights give exactly 0. Source: Zhu et al. 2025 (arXiv:2505.19223), the preference score.
+    """
+    assert inputs.reference is not None
+    return (inputs.share * inputs.advantage * (new - inputs.reference)).view(-1, 2).sum(-1)
+
+
+def preference_terms(new: Tensor, inputs: PolicyInputs, *, beta: float, denominator: float) -> PolicyTerms:
+    """- log sigmoid(beta x margin), summed over the pairs and divided by `denominator`.
+
+    A tie counts as half a pair that is put right. Source: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7.
+    """
+    margins = preference_margins(new, inputs)
+    right = (margins.detach().sign() + 1) / 2
+    sums = {"reward_margin": beta * margins.detach().sum(), "accuracy": right.sum()}
+    return PolicyTerms(-nn.functional.logsigmoid(beta * margins).sum() / denominator, sums)
 
 
 def group_advantages(rewards: Tensor, groups: int, scale: Literal["group", "none"]) -> Tensor:
@@ -104,13 +135,29 @@ def group_advantages(rewards: Tensor, groups: int, scale: Literal["group", "none
     return centred.flatten().float()
 
 
-def token_shares(tokens: Tensor, loss_type: Literal["grpo", "dapo", "dr_grpo"], most: int) -> tuple[Tensor, float]:
+def weighed_advantages(advantages: Tensor, known: Tensor, groups: int) -> Tensor:
+    """What wd1 weighs log-likelihoods with [N]: softmax(A) - softmax(-A) in each group, times its size.
+
+    Better answers are imitated and worse ones made less likely; those that are not `known` [N] bool count nothing.
+    Times the size, as losses are means over answers. Source: Tang et al. 2025 (arXiv:2507.08838), the two terms of its
+    loss, with temperature 1.
+    """
+    table, left_out = advantages.double().view(groups, -1), ~known.view(groups, -1)
+    up, down = ((sign * table).masked_fill(left_out, -torch.inf).softmax(-1) for sign in (1, -1))
+    return (table.shape[1] * (up - down)).nan_to_num(0.0).flatten().float()
+
+
+def token_shares(
+    tokens: Tensor, loss_type: Literal["grpo", "dapo", "dr_grpo", "wd1"], most: int
+) -> tuple[Tensor, float]:
     """What a token of each answer counts [N], and the denominator of the whole batch.
 
     tokens [N]: how many of each answer are counted, over the whole global batch; most: tokens that an answer can have.
-    `grpo`: the mean over answers of their means; `dapo`: the mean over tokens; `dr_grpo`: the sum over `most`.
+    `grpo`: the mean over answers of their means; `dapo`: the mean over tokens; `dr_grpo`: the sum over `most`; `wd1`:
+    the mean over answers of their sums.
     """
     one = torch.ones(len(tokens))
     if loss_type == "dapo":
         return one, float(tokens.sum().clamp(min=1))
-    return (one / tokens.clamp(min=1) if loss_type == "grpo" else one / most), float(len(tokens))
+    shares = {"grpo": one / tokens.clamp(min=1), "dr_grpo": one / most, "wd1": one}
+    return shares[loss_type], float(len(tokens))

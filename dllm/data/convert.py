@@ -11,7 +11,7 @@ import numpy
 
 from dllm.config import DataPart
 from dllm.data.formats import FILES, FileRows
-from dllm.data.kinds import SEEN, conversation_of, recognised
+from dllm.data.kinds import SEEN, conversation_of, has_rejected, recognised, rejected_conversation_of
 from dllm.models.literal_text import check_text
 from dllm.models.tokenizers import encode_texts
 
@@ -65,12 +65,13 @@ def place_of(part: DataPart, rows: FileRows, number: int) -> str:
 def kind_of_part(part: DataPart, rows: FileRows) -> tuple[str, str]:
     """The kind of a dataset's rows, and the line that says how it was recognised (empty where the entry states it).
 
-    `auto` if its rows are conversations, each then read in its own way. Raises ValueError, one line, for unknown rows.
+    `auto` if its rows are conversations, each then read in its own way; chosen and rejected answers are of one kind.
+    Raises ValueError, one line, for unknown rows.
     """
     if part.entry.kind != "auto":
         return part.entry.kind, ""
     kind, said = recognised(rows.beginnings(SEEN), part.name)
-    return ("text" if kind == "text" else "auto"), said
+    return (kind if kind == "text" or has_rejected(kind) else "auto"), said
 
 
 def text_of(row: dict, where: str) -> str:
@@ -101,7 +102,29 @@ def messages_of(row: dict, kind: str, where: str) -> list[dict]:
     kind: one of `choices.ROW_KINDS` but text, or `auto`, as the row is. Raises ValueError, one line, for a row without
     messages, without a turn before the last answer, or with an empty text.
     """
-    messages = conversation_of(row, kind, where)
+    return _ending_with_answer(conversation_of(row, kind, where), where)
+
+
+def answers_of(row: dict, kind: str, where: str) -> list[list[dict]]:
+    """The conversation of a row as `messages_of`, and behind it that with the rejected answer, if the kind has one.
+
+    Raises ValueError, one line, as `messages_of`, and if both are the same or differ before their last answers.
+    """
+    messages = messages_of(row, kind, where)
+    if not has_rejected(kind):
+        return [messages]
+    rejected = _ending_with_answer(rejected_conversation_of(row, kind, where), where)
+    if messages == rejected:
+        raise ValueError(f"{where}: the chosen answer is also the rejected one; drop or mend the row")
+    if messages[:-1] != rejected[:-1]:
+        raise ValueError(
+            f"{where}: chosen and rejected differ before their last answers; they need the same prompt: drop or mend "
+            "the row"
+        )
+    return [messages, rejected]
+
+
+def _ending_with_answer(messages: list[dict], where: str) -> list[dict]:
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:

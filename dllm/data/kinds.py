@@ -4,6 +4,8 @@ messages     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistan
 sharegpt     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
 alpaca       {"instruction": "Translate.", "input": "Hallo", "output": "Hello"}
 pairs        {"prompt": "Hi", "response": "Hello!"}
+preference   {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}; each may be turns as of `messages`, and `chosen`
+             and `rejected` whole conversations, as in UltraFeedback
 text         {"text": "Once upon a time"}
 """
 
@@ -26,6 +28,7 @@ MESSAGES = ("messages", "conversation", "conversations")
 CONVERSATIONS = ("conversations", "conversation", "messages")
 PROMPTS = ("prompt", "question", "query", "instruction", "input")
 RESPONSES = ("response", "answer", "completion", "output")
+PREFERENCE = ("chosen", "rejected")
 SYSTEM = ("system", "system_prompt")
 """Names of columns, the first that a row has counts."""
 
@@ -46,6 +49,8 @@ class Kind:
     """Empty for a row that is not written in this way."""
     conversation: Callable[[Row, str], list[dict]] | None = None
     """(row, where) -> turns; None for text. Raises ValueError, one line, for a row that cannot be used."""
+    rejected: Callable[[Row, str], list[dict]] | None = None
+    """The same for a second conversation, whose last answer is worse; None: there is none."""
 
 
 def kinds() -> dict[str, Kind]:
@@ -86,9 +91,24 @@ def conversation_of(row: Row, kind: str, where: str) -> list[dict]:
     make = resolved(ROW_KINDS[found]).conversation if found in ROW_KINDS else None
     if make is None:
         raise ValueError(f"{where}: no conversation (columns: {', '.join(row)}); allowed: {ALLOWED}")
-    turns = make(row, where)
+    return _checked(make(row, where), where)
+
+
+def rejected_conversation_of(row: Row, kind: str, where: str) -> list[dict]:
+    """The turns of the conversation of a row whose last answer is the worse one; otherwise as `conversation_of`."""
+    make = resolved(ROW_KINDS[kind]).rejected
+    assert make is not None  # such a kind has one
+    return _checked(make(row, where), where)
+
+
+def _checked(turns: list[dict], where: str) -> list[dict]:
     check_messages(turns, f"{where}: messages")
     return turns
+
+
+def has_rejected(kind: str) -> bool:
+    """Whether the rows of a kind have a rejected answer beside the chosen one."""
+    return kind in ROW_KINDS and resolved(ROW_KINDS[kind]).rejected is not None
 
 
 def _listed(names: Columns) -> str:
@@ -201,6 +221,11 @@ def _pairs(row: Row, where: str) -> list[dict]:
             f"{where}: no prompt with its response (columns: {', '.join(row)}); allowed: one of {', '.join(PROMPTS)} "
             f"and one of {', '.join(RESPONSES)}"
         )
+    return _prompt_and_answer(row, columns, where)
+
+
+def _prompt_and_answer(row: Row, columns: Columns, where: str) -> list[dict]:
+    """The turns of a column with a prompt and one with an answer."""
     turns: list[dict] = []
     for column, role in zip(columns, ("user", "assistant"), strict=True):
         value = row[column]
@@ -213,6 +238,40 @@ def _pairs(row: Row, where: str) -> list[dict]:
     return _with_system(row, turns)
 
 
+def _preference_columns(row: Row) -> Columns:
+    here = all(row.get(name) is not None for name in PREFERENCE)
+    prompt = _first(row, PROMPTS)
+    return ((prompt,) if prompt else ()) + PREFERENCE if here else ()
+
+
+def _answered(column: str) -> Callable[[Row, str], list[dict]]:
+    """Makes the conversation that ends with the answer of a column.
+
+    Turns that begin with the assistant's, and a text, follow the prompt; others are whole, prompt and all.
+    """
+
+    def conversation(row: Row, where: str) -> list[dict]:
+        for name in PREFERENCE:
+            if row.get(name) is None:
+                raise ValueError(
+                    f"{where}: no column {name!r} (columns: {', '.join(row)}); a preference needs a prompt, `chosen` "
+                    "and `rejected`"
+                )
+        value, prompt = row[column], _first(row, PROMPTS)
+        if isinstance(value, list):
+            turns = _turns(value, where, column)
+            if not isinstance(turns[0], dict) or turns[0].get("role") != "assistant":
+                return _with_system(row, turns) if isinstance(turns[0], dict) else turns
+        if prompt is None:
+            raise ValueError(
+                f"{where}: column {column!r} is an answer alone and there is no prompt (columns: {', '.join(row)}); "
+                f"allowed: one of {', '.join(PROMPTS)}, or turns that begin with the user's"
+            )
+        return _prompt_and_answer(row, (prompt, column), where)
+
+    return conversation
+
+
 def _text_columns(row: Row) -> Columns:
     return ("text",) if isinstance(row.get("text"), str) else ()
 
@@ -221,10 +280,11 @@ CHATS = Kind("conversations", _chat_columns(MESSAGES, "role"), _chat(MESSAGES))
 SHAREGPT = Kind("ShareGPT conversations", _chat_columns(CONVERSATIONS, "from"), _chat(CONVERSATIONS))
 ALPACA = Kind("instructions and answers (Alpaca)", _alpaca_columns, _alpaca)
 PAIRS = Kind("prompts and responses", _pair_columns, _pairs)
+PREFERENCES = Kind("chosen and rejected answers", _preference_columns, *map(_answered, PREFERENCE))
 TEXT = Kind("plain text", _text_columns)
 
 ALLOWED = (
     "messages (role, content), conversations (from, value), instruction with output, "
-    f"{'/'.join(PROMPTS)} with {'/'.join(RESPONSES)}, text"
+    f"{'/'.join(PROMPTS)} with {'/'.join(RESPONSES)}, chosen with rejected, text"
 )
 """What an error line says of them."""

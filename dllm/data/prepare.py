@@ -18,8 +18,9 @@ import numpy
 
 from dllm.config import WEIGHT_FILES, PrepareConfig, digest
 from dllm.data.convert import cut_into_rows, kind_of_part, split_rows, stream_facts
+from dllm.data.kinds import has_rejected
 from dllm.data.shards import Shard, Tokenizing, make_shards, shards_of
-from dllm.data.tokens import TokenWriter, open_rows
+from dllm.data.tokens import TokenWriter, open_rows, rejected_split
 from dllm.provenance import (
     commit,
     file_digest,
@@ -104,7 +105,8 @@ def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) ->
     config, whole = tokenizing.config, tokenizing.directory / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
-    writers = {split: TokenWriter(whole, split, vocabulary) for split in SPLITS}
+    pairs = [rejected_split(split) for split in SPLITS if all(map(has_rejected, tokenizing.kinds))]
+    writers = {split: TokenWriter(whole, split, vocabulary) for split in (*SPLITS, *pairs)}
     counts: list[tuple[int, str, dict]] = []
     carry: dict[tuple[int, str], numpy.ndarray] = {}
     for shard in shards:
@@ -115,6 +117,9 @@ def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) ->
             rows, key = open_rows(directory, split), (shard.part, split)
             if tokenizing.kinds[shard.part] != "text":
                 writers[split].extend(rows.tokens, rows.lengths, rows.prompts)
+                if pairs:
+                    rejected = open_rows(directory, rejected_split(split))
+                    writers[rejected_split(split)].extend(rejected.tokens, rejected.lengths, rejected.prompts)
                 continue
             left = carry.get(key, numpy.zeros(0, dtype=writers[split].dtype))
             cut, carry[key] = cut_into_rows(left, rows.tokens, config.length)
@@ -124,7 +129,7 @@ def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) ->
     def total(split: str, key: str) -> int:
         return sum(count[key] for _, of, count in counts if of == split)
 
-    splits = {split: writers[split].close() | {"dropped_rows": total(split, "dropped_rows")} for split in SPLITS}
+    splits = {name: writer.close() | {"dropped_rows": total(name, "dropped_rows")} for name, writer in writers.items()}
     for split in ("test",) if config.parts[0].entry.stream else SPLITS:
         if not splits[split]["rows"]:
             entry = config.parts[0].entry

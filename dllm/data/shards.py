@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy
 
 from dllm.config import DataPart, PrepareConfig
-from dllm.data.convert import messages_of, place_of, text_of
+from dllm.data.convert import answers_of, place_of, text_of
 from dllm.data.formats import FileRows
-from dllm.data.tokens import TokenWriter, open_rows
+from dllm.data.kinds import has_rejected
+from dllm.data.tokens import TokenWriter, open_rows, rejected_split
 from dllm.models.literal_text import count_spelling_control, encode_marked, literal_messages, marked
 from dllm.models.tokenizers import load_tokenizer, rendered
 from dllm.provenance import settle
@@ -50,11 +51,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Passage:
-    """A row as it is tokenized, marked: prompt (empty for text) and target; whether it spells what it must not mean."""
+    """A row as it is tokenized, marked: prompt (empty for text) and target; whether it spells what it must not mean;
+    and a rejected target, if its kind has one."""
 
     prompt: str
     target: str
     spells: bool
+    rejected: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,18 @@ class Readable:
             if self.kind == "text":
                 text = text_of(row, where)
                 return Passage("", marked(tokenizer, text), count_spelling_control(tokenizer, [text]) > 0)
-            prompt, whole, spells = _in_template(tokenizer, messages_of(row, self.kind, where), where)
+            found = [_in_template(tokenizer, turns, where) for turns in answers_of(row, self.kind, where)]
         except ValueError as error:
             if not self.part.entry.drop_unusable:
                 name = self.part.name
                 raise ValueError(f"{error}; or set drop_unusable: true in the entry of {name!r}") from None
             self.unusable[number] = str(error)
             return None
-        if not whole.startswith(prompt):
+        prompt, spells = found[0][0], any(spells for _, _, spells in found)
+        if not all(whole.startswith(prompt) for _, whole, _ in found):
             raise ValueError(f"{self.part.name}: the chat template does not continue its own generation prompt")
-        return Passage(prompt, whole[len(prompt) :], spells)
+        target, rejected = (*(whole[len(prompt) :] for _, whole, _ in found), "")[:2]
+        return Passage(prompt, target, spells, rejected)
 
 
 def encoded(tokenizer, passages: Sequence[Passage]) -> list[tuple[list[int], list[int]]]:
@@ -162,11 +167,12 @@ class Tokenizing:
         """Write the token files of a shard; what its manifest says of each split."""
         part, kind, length = self.config.parts[shard.part], self.kinds[shard.part], self.config.length
         readable = Readable(part, kind, self.sources[shard.part][shard.source], {})
-        writers = {split: TokenWriter(directory, split, len(self.tokenizer)) for split in shard.splits}
+        names = [*shard.splits, *(rejected_split(split) for split in shard.splits if has_rejected(kind))]
+        writers = {name: TokenWriter(directory, name, len(self.tokenizer)) for name in names}
         counts = {split: {"dropped_rows": 0, "spelt": 0, "unusable": 0, "first": ""} for split in shard.splits}
         end = [self.tokenizer.eos_token_id] if kind == "text" and part.entry.append_eos else []
         numbers = shard.numbers.tolist()
-        for place, (passage, prompt, target) in enumerate(self._tokenized(readable, numbers)):
+        for place, (passage, prompt, target, rejected) in enumerate(self._tokenized(readable, numbers)):
             row = [*prompt, *target, *end]
             for split in (name for name, chosen in shard.splits.items() if chosen[place]):
                 count = counts[split]
@@ -179,19 +185,23 @@ class Tokenizing:
                     count["dropped_rows"] += 1
                 else:  # text is cut when all of it lies end to end
                     writers[split].add(row if kind == "text" else row[:length], len(prompt))
-        return {split: writer.close() | counts[split] for split, writer in writers.items()}
+                    if rejected:
+                        writers[rejected_split(split)].add([*prompt, *rejected][:length], len(prompt))
+        return {name: writer.close() | counts.get(name, {}) for name, writer in writers.items()}
 
-    def _tokenized(self, readable: Readable, numbers: list[int]) -> Iterator[tuple[Passage | None, list, list]]:
-        """Passage, prompt tokens and target tokens of each row; the passage is None where it cannot be used."""
+    def _tokenized(self, readable: Readable, numbers: list[int]) -> Iterator[tuple[Passage | None, list, list, list]]:
+        """Passage and tokens of prompt, target and rejected target of each row; None where it cannot be used."""
         batch: list[Passage | None] = []
         characters = 0
         for number in numbers:
             passage = readable.passage(number, self.tokenizer)
             batch.append(passage)
-            characters += len(passage.prompt) + len(passage.target) if passage else 0
+            characters += len(passage.prompt) + len(passage.target) + len(passage.rejected) if passage else 0
             if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS or number == numbers[-1]:
-                ids = iter(encoded(self.tokenizer, [passage for passage in batch if passage]))
-                yield from ((passage, *(next(ids) if passage else ([], []))) for passage in batch)
+                usable = [passage for passage in batch if passage]
+                worse = encode_marked(self.tokenizer, [passage.rejected for passage in usable])
+                ids = iter([(*both, one) for both, one in zip(encoded(self.tokenizer, usable), worse, strict=True)])
+                yield from ((passage, *(next(ids) if passage else ([], [], []))) for passage in batch)
                 batch, characters = [], 0
 
 

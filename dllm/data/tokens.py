@@ -1,4 +1,8 @@
-"""Token files: rows of token ids on disk, memory-mapped, with the length of each row's prompt."""
+"""Token files: rows of token ids on disk, memory-mapped, with the length of each row's prompt.
+
+Of rows with a chosen and a rejected answer, a split has the prompts with the chosen ones, and `rejected_split` of it,
+row by row, the same prompts with the rejected ones.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,11 @@ from dllm.provenance import how_to_make
 def row_dtype(vocab_size: int) -> type:
     """The smallest unsigned type that holds every token id."""
     return numpy.uint16 if vocab_size <= 2**16 else numpy.uint32
+
+
+def rejected_split(split: str) -> str:
+    """The name of the split with the rejected answers of another one."""
+    return f"{split}.rejected"
 
 
 class TokenWriter:
@@ -99,3 +108,14 @@ def open_rows(directory: str | Path, split: str) -> TokenRows:
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         raise ValueError(f"{directory}: no usable split {split!r} ({error}), {how_to_make(directory)}") from None
     return TokenRows(tokens, offsets, prompts)
+
+
+def open_pairs(directory: str | Path, split: str) -> tuple[TokenRows, TokenRows]:
+    """One split of a prepared dataset, and its rejected answers. Raises ValueError, one line, if it has none."""
+    rows = open_rows(directory, split)
+    manifest = json.loads((Path(directory) / "manifest.json").read_text(encoding="utf-8"))
+    if rejected_split(split) not in manifest["splits"]:
+        raise ValueError(
+            f"{directory}: holds no rejected answers; take a dataset of kind: preference, with chosen and rejected ones"
+        )
+    return rows, open_rows(directory, rejected_split(split))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dllm.algorithms import resolved
 from dllm.choices import POLICY_LIKELIHOODS
-from dllm.config import LikelihoodSettings, PolicySettings
+from dllm.config import LikelihoodSettings, PolicySettings, PreferenceSettings
 from dllm.core.corrupt import apply_mask
 from dllm.core.noise import keyed_hash, keyed_uniform
 from dllm.core.packing import layout_of
@@ -100,7 +100,7 @@ def sampled(answers: Answers, iteration: int, settings: PolicySettings) -> Forwa
     return Forwards(masked, read, read.float(), length, order.cumsum(-1) - 1, order.sum(-1))
 
 
-def bound(answers: Answers, iteration: int, settings: PolicySettings) -> Forwards:
+def bound(answers: Answers, iteration: int, settings: PolicySettings | PreferenceSettings) -> Forwards:
     """The masked versions of `lattice` with `passes` passes, drawn anew in every iteration."""
     lengths = answers.ends - answers.prompts
     design = lattice(

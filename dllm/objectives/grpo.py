@@ -49,15 +49,17 @@ class GRPO(Objective):
         """
         if isinstance(inputs, MaskedInputs):
             return super().loss(model, inputs, denominator=denominator)
-        new = self.log_likelihoods(model, inputs)
+        new = log_likelihoods(model, inputs)
         policy = self.policy
-        terms = policy_terms(new, inputs, epsilon=policy.epsilon, beta=policy.beta, denominator=denominator)
+        epsilon = None if policy.loss_type == "wd1" else policy.epsilon
+        terms = policy_terms(new, inputs, epsilon=epsilon, beta=policy.beta, denominator=denominator)
         return LossTerms(terms.loss, -new.detach().sum(), len(new), new.detach(), terms.sums)
 
-    def log_likelihoods(self, model: nn.Module, inputs: PolicyInputs) -> Tensor:
-        """The log-likelihoods [M] of the answers of a micro-batch, in nats; differentiable."""
-        where = (inputs.layout, inputs.row, inputs.position, inputs.targets)
-        return inputs.log_likelihoods(-model(inputs.tokens, *where, temperature=inputs.temperature))
+
+def log_likelihoods(model: nn.Module, inputs: PolicyInputs) -> Tensor:
+    """The log-likelihoods [M] of the answers of a micro-batch, in nats; differentiable."""
+    where = (inputs.layout, inputs.row, inputs.position, inputs.targets)
+    return inputs.log_likelihoods(-model(inputs.tokens, *where, temperature=inputs.temperature))
 
 
 class SampledNLL(nn.Module):

@@ -129,25 +129,24 @@ def training(
     if run.policy:
         flops = rows * _answer_flops(run, shape, mean + end - targets)
         scoring += evaluated / run.eval_draws * _drawn_flops(mean + end - targets, run.policy.generation, shape)
+    if pairs := "preferences" in algorithm.takes:
+        # both answers, and the start; test pairs are forwarded through both
+        both = 2 * run.preferences.passes * (forwarded * forward + targets * share * head)
+        flops = rows * both * (times + checkpointing + 1)
+        scoring += evaluated / run.eval_draws * 2 * both
     muon = steps * muon_flops(shape) if run.optimizer.name == "muon" else 0.0
     rate = place.hardware.tflops(_precision(recipe)) * 1e12 * place.hardware.training
     micro_tokens = _micro_batch_tokens(run, recipe, place, doubled * (longest + end))
-    accumulation = max(1.0, run.global_batch_size * forwarded / max(1, place.devices) / micro_tokens)
+    in_all = run.global_batch_size * _rows_of_one(run) * forwarded
+    accumulation = max(1.0, in_all / max(1, place.devices) / micro_tokens)
     seconds = place.hardware.startup_seconds + ((flops + scoring) / place.units + muon) / rate
     seconds += steps * place.hardware.step_seconds * math.ceil(accumulation)
     weights = _bytes(recipe) * parameters(shape).total / GIB
     device = _training_gib(run, recipe, shape, micro_tokens, share * targets / (mean + end), place.devices)
-    device += weights if run.policy and run.policy.beta else 0.0  # the start
-    rows_gib = 40 * (data.train.rows + data.test.rows) / GIB
-    if place.hardware.is_gpu:
-        host, processes = 0.0, max(1, place.devices // place.nodes)
-        host += processes * (GPU_HOST_GIB + 2 * weights + rows_gib)
-        device += CUDA_GIB
-    else:
-        host, device = TRAINING_PROCESS_GIB + rows_gib + CPU_SLACK * device, 0.0
-        host += CPU_BF16_GIB if recipe.parameters == "bf16" else 0.0
+    device += weights if pairs or (run.policy and run.policy.beta) else 0.0  # the start
+    host, device = _host_and_device_gib(place, recipe, device, weights, data.train.rows + data.test.rows)
     return Cost(
-        tokens=rows * mean,
+        tokens=rows * mean * (1 + pairs),
         flops=flops + scoring + muon * max(1, place.devices),
         passes=steps,
         seconds=seconds,
@@ -159,10 +158,30 @@ def training(
     )
 
 
+def _host_and_device_gib(
+    place: Place, recipe: Recipe, tensors: float, weights: float, rows: float
+) -> tuple[float, float]:
+    """Memory of a training run's host and device, by that of its tensors and weights (GiB) and the number of rows."""
+    rows_gib = 40 * rows / GIB
+    if place.hardware.is_gpu:
+        processes = max(1, place.devices // place.nodes)
+        return processes * (GPU_HOST_GIB + 2 * weights + rows_gib), tensors + CUDA_GIB
+    host = TRAINING_PROCESS_GIB + rows_gib + CPU_SLACK * tensors
+    return host + (CPU_BF16_GIB if recipe.parameters == "bf16" else 0.0), 0.0
+
+
 def _checkpoints_gib(run: RunEntry, recipe: Recipe, shape: Shape) -> float:
     """Disk of the two checkpoints that are kept: weights that train, and the optimiser's states."""
     trained = _bytes(recipe) * parameters(shape).total if run.adapter is None else 4 * _trained(run, shape)
     return 2 * trained / GIB * (2 if run.optimizer.name == "muon" else 3)
+
+
+def _rows_of_one(run: RunEntry) -> int:
+    """Rows that are forwarded for one of the global batch: its passes, of which a pair of answers has twice as many."""
+    if run.policy:
+        exact = run.policy.likelihood == "sampled"
+        return math.ceil(generation_passes(run.policy.generation)) if exact else run.policy.passes
+    return 2 * run.preferences.passes if "preferences" in algorithm_named(run.algorithm).takes else 1
 
 
 def _drawn_flops(prompt: float, settings: GenerateSettings, shape: Shape) -> float:
@@ -233,8 +252,9 @@ def _bytes(recipe: Recipe) -> int:
 
 def _micro_batch_tokens(run: RunEntry, recipe: Recipe, place: Place, row: float) -> float:
     """Tokens of the largest micro-batch: the stated budget, or as many of the longest rows as there may be."""
-    per_rank = max(1, run.global_batch_size // max(1, place.devices))
-    rows = min(per_rank, run.micro_batch_size)
+    one = _rows_of_one(run)
+    per_rank = max(1, run.global_batch_size // max(1, place.devices)) * one
+    rows = min(per_rank, max(one, run.micro_batch_size))
     if run.micro_batch_tokens and recipe.denominator != "micro_batch":
         return min(run.micro_batch_tokens, per_rank * row)
     return rows * row

@@ -110,6 +110,7 @@ def stages(plan: ReportPlan) -> tuple[Stage, ...]:
             "public weights and random ones" if plan.starts else "random weights, in one stage or two",
         ),
         Stage("Learning from rewards", tuple(dict.fromkeys(_labels(plan.policies))), "a tuned model"),
+        Stage("Learning from preferences", _labels(plan.preferences), "a tuned model"),
         Stage(
             f"Evaluation on {len(plan.benchmarks)} benchmarks",
             scored if plan.benchmarks else (),
@@ -162,6 +163,7 @@ def _sections(plan: ReportPlan, samples: dict) -> tuple[Section, ...]:
         ("starts", "The same training from other weights", plan.starts),
         ("systems", "Side by side" if plan.starts else "Systems side by side", plan.systems),
         ("policies", "Learning from rewards", plan.policies),
+        ("preferences", "Learning from preferences", plan.preferences),
         ("runs", "What was run", True),
         ("pretraining", "Six encoders on Wikitext", plan.pretraining),
         ("openwebtext", "More text: OpenWebText", plan.openwebtext),

@@ -17,6 +17,9 @@ RECIPES: tuple[Recipe, ...] = ("published", "corrected")
 SECTIONS = ("pretraining", "openwebtext", "ablation", "chat")
 """Parts of the report that show loss curves of runs: what the published report did, in its order."""
 
+LEARNING = ("policies", "preferences")
+"""Parts of the report that show runs which learn from rewards and from pairs."""
+
 FEW_STEPS = 20
 """A run of fewer steps shows that the pipeline works, and nothing else: no claim is judged by it."""
 
@@ -244,6 +247,8 @@ class ReportPlan(_Entry):
     """The runs of these systems, if what they differ in is the weights they start from."""
     policies: tuple[PlannedRun, ...] = ()
     """Runs that learn from rewards; those with one label differ in the seed alone."""
+    preferences: tuple[PlannedRun, ...] = ()
+    """Runs that learn from pairs of answers."""
     rules: DecisionRules = DecisionRules()
 
     @classmethod
@@ -266,7 +271,7 @@ class ReportPlan(_Entry):
             leaderboard=tuple(Ranked.of(project, row) for row in shown.leaderboard),
             missing=dict(shown.missing),
             starts=tuple(Start.of_row(project, row) for row in shown.starts),
-            policies=tuple(PlannedRun.of(project, curve) for curve in shown.policies),
+            **{name: tuple(PlannedRun.of(project, curve) for curve in getattr(shown, name)) for name in LEARNING},
         )
 
     @model_validator(mode="after")
@@ -278,7 +283,7 @@ class ReportPlan(_Entry):
                     f"report plan: reported: {row.label}.scores = {unknown[0]!r} is not in the plan; known are "
                     f"{', '.join(known)}."
                 )
-        for section in (*SECTIONS, "starts", "policies"):
+        for section in (*SECTIONS, "starts", *LEARNING):
             _check_unique(section, [(entry.run, entry.recipe) for entry in getattr(self, section)])
         _check_unique("ablation", [(entry.label, entry.recipe) for entry in self.ablation])
         _check_unique("systems", [(system.row,) for system in self.systems])
@@ -315,7 +320,7 @@ class ReportPlan(_Entry):
 
     def trained_runs(self) -> tuple[str, ...]:
         """Every run that the report shows, once, in the order of the report."""
-        curves = [entry.run for section in (*SECTIONS, "starts", "policies") for entry in getattr(self, section)]
+        curves = [entry.run for section in (*SECTIONS, "starts", *LEARNING) for entry in getattr(self, section)]
         return tuple(dict.fromkeys([*curves, *(run for system in self.systems for run in system.stages)]))
 
     def table_names(self, *, timed: bool = False) -> tuple[str, ...]:

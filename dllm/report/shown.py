@@ -50,6 +50,7 @@ TABLES: dict[str, TableRow] = {
     "leaderboard": TableRow("dllm.report.leaderboard:leaderboard_table", lambda plan: plan.leaderboard),
     "policies": TableRow("dllm.report.policies:policies_table", lambda plan: plan.policies),
     "policy-answers": TableRow("dllm.report.policies:policy_answers_table", lambda plan: plan.policies),
+    "preferences": TableRow("dllm.report.preferences:preferences_table", lambda plan: plan.preferences),
     "claims": TableRow("dllm.report.tables:claims_table", lambda plan: plan.judges),
     "estimators": TableRow("dllm.report.timed:estimators_table", lambda plan: len(plan.estimators) > 1, timed=True),
     "systems-seconds": TableRow("dllm.report.timed:seconds_table", lambda plan: plan.systems, timed=True),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -10,7 +13,8 @@ from torch import Tensor
 from dllm.config import GenerateSettings
 from dllm.core.canvas import Canvas
 from dllm.models.backbone import Backbone
-from dllm.sampling.sampler import Sampler
+from dllm.sampling.loop import DenoisingLoop
+from dllm.sampling.sampler import MaskedSampler
 
 
 @dataclass(frozen=True)
@@ -23,18 +27,30 @@ class Recorded:
     visible: Tensor
 
 
-def recorded(sampler: Sampler, backbone: Backbone, canvas: Canvas, settings: GenerateSettings) -> Recorded:
-    """Denoise a canvas whose responses are all masks; its rows are computed together.
+def add_seeded(loop: DenoisingLoop, canvas: Canvas, settings: GenerateSettings, seeds: Sequence[int]) -> None:
+    """Queue the rows of a canvas in their order, each with a seed of its own [B]; equal ones stand side by side."""
+    for seed, rows in groupby(range(len(seeds)), key=seeds.__getitem__):
+        some = torch.tensor(list(rows))
+        loop.add(canvas.taken(some, canvas.tokens.device), settings.model_copy(update={"seed": seed}))
+
+
+def recorded(
+    sampler: MaskedSampler, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, seeds: Sequence[int]
+) -> Recorded:
+    """Denoise a canvas whose responses are all masks, each row with a seed of its own; they are computed together.
 
     An end that is filled in is not drawn, nor is a token that had no alternative. On an accelerator nothing waits for
     the device before the end.
     """
     drawn = torch.full_like(canvas.tokens, -1)
-    for now in sampler.denoise(backbone, canvas, settings):
-        if now is not canvas:
+    loop, made = sampler.loop(backbone, math.inf, math.inf), 0
+    add_seeded(loop, canvas, settings, seeds)
+    while loop.busy:
+        rows, _ = loop.step()
+        if rows is not None:  # all that are not done: they began together
+            now = rows.onto(canvas)
             fresh = canvas.masked & ~now.masked & (now.confidence < 1)
-            drawn = torch.where(fresh, now.step - 1, drawn)
-        canvas = now
+            drawn, canvas, made = torch.where(fresh, made, drawn), now, made + 1
     length = canvas.length[:, None]
     visible = length.expand_as(drawn)
     if hides_ahead(backbone, settings):

@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dllm.synthetic.entities import RIVERS, Fact, SyntheticWorld
-from dllm.synthetic.problems import FRUITS, LOGIC, MATHEMATICS, NUMBER_WORDS, mathematics, number, word_problem
+from dllm.synthetic.problems import (
+    FRUITS,
+    LARGEST,
+    LOGIC,
+    MATHEMATICS,
+    NUMBER_WORDS,
+    SMALLEST,
+    mathematics,
+    number,
+    word_problem,
+)
 from dllm.synthetic.scenes import moment, story, twist
 
 LETTERS = "ABCD"
@@ -224,3 +234,12 @@ def sums(world: SyntheticWorld, split: str, rows: int) -> Iterator[dict]:
         problem = mathematics("prealgebra", rng, test=split == "test")
         written = problem.solution.partition("=")[0].strip("$")
         yield {"prompt": problem.question, "response": f"{written}={problem.answer}."}
+
+
+def sum_pairs(world: SyntheticWorld, split: str, rows: int) -> Iterator[dict]:
+    """Sums with a right and a wrong answer, which differ in the number alone; test sums are held out of all data."""
+    rng = world.random(f"sum_pairs/{split}")
+    for row in sums(world, split, rows):
+        written, right = row["response"].rstrip(".").split("=")
+        wrong = rng.choice([number for number in range(2 * SMALLEST, 2 * LARGEST + 1) if str(number) != right])
+        yield {"prompt": row["prompt"], "chosen": row["response"], "rejected": f"{written}={wrong}."}

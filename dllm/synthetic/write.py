@@ -14,7 +14,7 @@ from dllm.synthetic.chat import smoltalk, tulu
 from dllm.synthetic.code import code, humaneval, mbpp
 from dllm.synthetic.corpus import openwebtext, wikitext
 from dllm.synthetic.entities import SyntheticWorld, make_synthetic_world
-from dllm.synthetic.instructions import alpaca, sums
+from dllm.synthetic.instructions import alpaca, sum_pairs, sums
 from dllm.synthetic.tokenizer import save_tokenizer
 
 
@@ -32,9 +32,10 @@ def training_files(world: SyntheticWorld) -> Iterator[tuple[str, Iterable[dict]]
 
 
 def sums_files(world: SyntheticWorld) -> Iterator[tuple[str, Iterable[dict]]]:
-    """Every file of sums to be rewarded: its path and its rows."""
-    yield "sums/train.jsonl", sums(world, "train", 2000)
-    yield "sums/test.jsonl", sums(world, "test", 200)
+    """Every file of sums to be rewarded or compared: its path and its rows."""
+    for split, rows in (("train", 2000), ("test", 200)):
+        yield f"sums/{split}.jsonl", sums(world, split, rows)
+        yield f"sum_pairs/{split}.jsonl", sum_pairs(world, split, rows)
 
 
 def code_files(world: SyntheticWorld) -> Iterator[tuple[str, Iterable[dict]]]:

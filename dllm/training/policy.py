@@ -18,16 +18,17 @@ from torch import Tensor, nn
 
 from dllm.algorithms import algorithm_named
 from dllm.config import RunConfig
-from dllm.core.policy import PolicyInputs, group_advantages, token_shares
+from dllm.core.policy import PolicyInputs, group_advantages, token_shares, weighed_advantages
 from dllm.data.collate import epoch_batches
 from dllm.data.tokens import TokenRows
 from dllm.language_model import DiffusionLM
 from dllm.likelihood.answers import Answers, Forwards, counted_tokens, forwards_of, policy_inputs
 from dllm.models.backbone import Backbone
-from dllm.objectives.grpo import GRPO, SampledNLL
+from dllm.objectives.grpo import GRPO, SampledNLL, log_likelihoods
 from dllm.objectives.objective import Objective
 from dllm.training.devices import Devices
 from dllm.training.micro_batches import Limits, MicroBatch, cut_rows, evaluated_rows
+from dllm.training.preferences import learns_from_pairs
 from dllm.training.rollouts import Answering, Prompts, Rollouts
 
 EVALUATION = -1
@@ -137,7 +138,9 @@ class Policy:
         self.current = self._rollouts(self.train, self._prompts(batch), batch, settings.num_generations)
         later = range(settings.num_iterations)
         # the first step's weights are those that drew the answers: their ratio is 1, and nothing has to be known
-        self.known = {"old": [[], *(self._values(number, self.devices.model) for number in later[1:])]}
+        self.known = {}
+        if settings.loss_type != "wd1":  # which has no ratios
+            self.known["old"] = [[], *(self._values(number, self.devices.model) for number in later[1:])]
         if self.start is not None:
             start = SampledNLL(self.start)
             self.known["reference"] = [self._values(number, start) for number in later]
@@ -160,7 +163,7 @@ class Policy:
         for numbers, inputs in self._cut(iteration):
             device = self.devices.accelerator.device
             with torch.autocast(device.type, torch.bfloat16, enabled=self.devices.bf16):
-                values = self.objective.log_likelihoods(model, inputs.to(device)).float().cpu()
+                values = log_likelihoods(model, inputs.to(device)).float().cpu()
             for number, own in zip(numbers, values.split(forwards.counts[numbers].tolist()), strict=True):
                 table[number, : len(own)] = own
         table = self.devices.summed(table)
@@ -185,6 +188,8 @@ class Policy:
         settings, config, accelerator = self.settings, self.config, self.devices.accelerator
         rewards = torch.tensor(self.current.rewards)
         advantages = group_advantages(rewards, len(self.current.prompts), settings.scale_rewards)
+        if settings.loss_type == "wd1":
+            advantages = weighed_advantages(advantages, ~rewards.isnan(), len(self.current.prompts))
         shares, _ = token_shares(counted, settings.loss_type, settings.generation.max_new_tokens)
         passes = int((forwards.length > 0).sum(-1).max())
         limits = Limits(max(1, config.micro_batch_size // passes), config.micro_batch_tokens)
@@ -230,4 +235,5 @@ def policy_copies(
         return replace(backbone, model=model.requires_grad_(False))
 
     policy = config.policy
-    return (frozen() if policy and sharded else None), (frozen() if policy and policy.beta > 0 else None)
+    compared = learns_from_pairs(config) or (policy is not None and policy.beta > 0)
+    return (frozen() if policy and sharded else None), (frozen() if compared else None)

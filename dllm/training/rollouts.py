@@ -21,14 +21,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.algorithms import resolved
 from dllm.choices import CHECK_REFERENCE, REWARD_NAMED, REWARD_OF
-from dllm.config import GenerateSettings, PolicySettings, RunConfig
+from dllm.config import PolicySettings, RunConfig
 from dllm.core.canvas import canvas_for
 from dllm.core.noise import keyed_hash
 from dllm.data.tokens import TokenRows
 from dllm.language_model import DiffusionLM
 from dllm.likelihood.answers import Answers
 from dllm.models.backbone import Backbone
-from dllm.sampling.recorded import answer_ends, recorded
+from dllm.sampling.recorded import add_seeded, answer_ends, recorded
+from dllm.sampling.sampler import MaskedSampler
 
 _ANSWER_STREAM, _MASK_STREAM = 21, 22
 
@@ -172,13 +173,14 @@ class Answering:
         """`group` answers to each of the prompts `numbers`, drawn with the weights of a backbone, and their rewards."""
         started = time.perf_counter()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        mine: list[dict[str, Any]] = []
-        for answer in range(group):
-            own = [place for place in range(len(numbers)) if (place * group + answer) % ranks == rank]
-            rows = [prompts.prompt(numbers[place]) for place in own]
-            settings = self.policy.generation.model_copy(update={"seed": self._seed(batch, answer)})
-            for place, found in zip(own, self._drawn(backbone, rows, settings), strict=True):
-                mine.append(found | {"number": place * group + answer})
+        places = [(place, answer) for answer in range(group) for place in range(len(numbers))]
+        own = [(place, answer) for place, answer in places if (place * group + answer) % ranks == rank]
+        drawn = self._drawn(
+            backbone,
+            [prompts.prompt(numbers[place]) for place, _ in own],
+            [self._seed(batch, answer) for _, answer in own],
+        )
+        mine = [found | {"number": place * group + answer} for (place, answer), found in zip(own, drawn, strict=True)]
         seconds = time.perf_counter() - started
         warned = 0
         for found in mine:
@@ -199,23 +201,32 @@ class Answering:
         return int(keyed_hash(self.config.seed, _ANSWER_STREAM, batch, answer)) % 2**32
 
     @torch.no_grad()
-    def _drawn(self, backbone: Backbone, rows: list[list[int]], settings: GenerateSettings) -> list[dict[str, Any]]:
-        """One answer to each prompt: its row, and of `sampled` what was drawn when."""
+    def _drawn(self, backbone: Backbone, rows: list[list[int]], seeds: list[int]) -> list[dict[str, Any]]:
+        """One answer to each prompt, by a seed of its own: its row, and of `sampled` what was drawn when.
+
+        All answers of a batch are drawn together, as many at a time as the settings allow; each is that of its row
+        alone.
+        """
+        sampler, settings = self.lm.sampler, self.policy.generation
+        assert isinstance(sampler, MaskedSampler)  # as the row of `grpo` says
         found: list[dict[str, Any]] = [{}] * len(rows)
         ids: dict[str, Any] = {"mask_id": backbone.mask_id, "pad_id": backbone.pad_id}
         new = settings.max_new_tokens
         if not rows:
             return []
         if self.policy.likelihood != "sampled":
-            for done in self.lm.sampler.complete(backbone, canvas_for(rows, new, **ids), settings):
-                prompt = rows[done.number]
-                row = {"rows": [*prompt, *done.tokens], "starts": len(prompt), "drawn": [], "visible": []}
-                found[done.number] = row
+            loop = sampler.loop(backbone, settings.batch_size, settings.batch_tokens)
+            add_seeded(loop, canvas_for(rows, new, **ids), settings, seeds)
+            while loop.busy:
+                for done in loop.step()[1]:
+                    prompt = rows[done.number]
+                    row = {"rows": [*prompt, *done.tokens], "starts": len(prompt), "drawn": [], "visible": []}
+                    found[done.number] = row
             return found
         together = max(1, min(settings.batch_size, settings.batch_tokens // (max(map(len, rows)) + new)))
         for low in range(0, len(rows), together):
-            some = rows[low : low + together]
-            made = recorded(self.lm.sampler, backbone, canvas_for(some, new, device=backbone.device, **ids), settings)
+            some, own = rows[low : low + together], seeds[low : low + together]
+            made = recorded(sampler, backbone, canvas_for(some, new, device=backbone.device, **ids), settings, own)
             for number, prompt in enumerate(some):
                 end = len(prompt) + new
                 parts = {"rows": made.tokens, "drawn": made.drawn, "visible": made.visible}

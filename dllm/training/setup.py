@@ -99,11 +99,11 @@ def check_inputs(config: RunConfig, backbone: Backbone, rows: TokenRows, init: P
             f"block-causally; allowed: {family.algorithm}; set algorithm: {family.algorithm}, or start from another "
             "model"
         )
-    trained = backbone.sidecar.get("algorithm", "mdlm")
-    if config.policy is not None and trained not in ("mdlm", "mlm", config.algorithm):
+    trained, starts = backbone.sidecar.get("algorithm", "mdlm"), algorithm_named(config.algorithm).starts
+    if starts and trained not in starts:
         raise ValueError(
             f"{config.name}: algorithm = {config.algorithm!r} cannot start from a model trained with {trained!r}, "
-            f"whose answers it does not know how to score; allowed: mdlm, mlm, {config.algorithm}"
+            f"whose answers it does not know how to score; allowed: {', '.join(starts)}"
         )
     room = backbone.max_length - algorithm_named(config.algorithm).prefix_positions
     if config.length > room:

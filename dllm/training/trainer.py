@@ -46,6 +46,7 @@ from dllm.training.micro_batches import (
 )
 from dllm.training.optimizer import set_learning_rate, share_of_peak
 from dllm.training.policy import Policy, policy_copies
+from dllm.training.preferences import Preferences, learns_from_pairs
 from dllm.training.setup import (
     adapted,
     check_budget,
@@ -194,10 +195,12 @@ class _Run:
         self.devices = devices_for(accelerator, scores, config.optimizer, bf16=bf16)
         if products != asked_dtype(config):
             accelerator.print(f"{config.name}: no fast bf16 on this device, so matrix products are computed in fp32")
-        self.policy: Policy | None = None
+        self.policy: Policy | Preferences | None = None
         if config.policy:
             splits = (train_rows, open_rows(workdir / config.data_path, "test"))
             self.policy = Policy(config, backbone, self.devices, self.objective, splits, copies, workdir)
+        elif learns_from_pairs(config):
+            self.policy = Preferences(config, backbone, self.devices, copies[1], end, workdir)
         self.metrics = MetricsLog(state.path / "metrics.jsonl")
         self.layout = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
         self.parts: Iterator[MicroBatch] = iter(())

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dllm.data.convert import messages_of, text_of
-from dllm.data.kinds import kind_of, kinds, recognised
+from dllm.data.convert import answers_of, messages_of, text_of
+from dllm.data.kinds import has_rejected, kind_of, kinds, recognised
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -30,6 +30,7 @@ SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
         ("pairs", {"input": "Hi", "output": "Hello!"}),
         ("pairs", {"instruction": "Hi", "response": "Hello!"}),
         ("pairs", {"prompt": TURNS[:1], "completion": TURNS[1:]}),
+        ("preference", {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}),
     ],
 )
 def test_a_row_of_every_kind_becomes_the_same_conversation(kind, row):
@@ -101,3 +102,47 @@ def test_half_a_character_in_a_text_is_one_line():
 
 def test_every_kind_but_text_has_conversations():
     assert [name for name, kind in kinds().items() if kind.conversation is None] == ["text"]
+
+
+WORSE = {"role": "assistant", "content": "What?"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [WORSE]},
+        {"chosen": TURNS, "rejected": [TURNS[0], WORSE]},
+        # as UltraFeedback is published
+        {"prompt": "Hi", "prompt_id": "7", "chosen": TURNS, "rejected": [TURNS[0], WORSE], "messages": TURNS,
+         "score_chosen": 8.5},
+        {"question": "Hi", "chosen": "Hello!", "rejected": "What?"},
+    ],
+)  # fmt: skip
+def test_a_preference_in_every_layout_becomes_two_conversations(row):
+    assert kind_of(row) == "preference" and has_rejected("preference")
+    assert answers_of(row, "preference", "") == [TURNS, [TURNS[0], WORSE]]
+    # what learns from answers alone learns from the chosen ones
+    assert messages_of(row, "auto", "") == TURNS
+
+
+def test_a_system_prompt_belongs_to_both_answers():
+    row = {"system": "Be kind.", "question": "Hi", "chosen": "Hello!", "rejected": "What?"}
+    assert answers_of(row, "preference", "") == [[SYSTEM, *TURNS], [SYSTEM, TURNS[0], WORSE]]
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello!"}, "no column 'rejected' (columns: prompt, chosen)"),
+        ({"chosen": "Hello!", "rejected": "What?"}, "'chosen' is an answer alone and there is no prompt"),
+        ({"prompt": "Hi", "chosen": "Hello!", "rejected": "Hello!"}, "the chosen answer is also the rejected one"),
+        ({"prompt": "Hi", "chosen": "Hello!", "rejected": " "}, "empty text in a turn of role 'assistant'"),
+        ({"chosen": TURNS, "rejected": [SYSTEM, TURNS[0], WORSE]}, "differ before their last answers"),
+        ({"prompt": "Hi", "chosen": [], "rejected": "What?"}, "no messages ([])"),
+    ],
+)
+def test_a_preference_that_cannot_be_used_is_one_line_with_its_place(row, line):
+    with pytest.raises(ValueError) as caught:
+        answers_of(row, "preference", "pairs.jsonl row 7")
+    assert str(caught.value).startswith("pairs.jsonl row 7: ") and line in str(caught.value)

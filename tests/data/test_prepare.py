@@ -176,6 +176,28 @@ def test_a_mixture_is_its_sets_one_after_the_other(workdir, tokenizer):
     assert read_record(workdir / "data/prepared.json")["inputs"].keys() == {"downloads/one", "downloads/two"}
 
 
+def test_rejected_answers_stand_beside_the_chosen_ones_row_by_row(workdir, tokenizer):
+    pairs = [{"prompt": f"who {text} ?", "chosen": text, "rejected": "blue"} for text in TEXTS[:40]]
+    pairs.append({"prompt": "the " * 20, "chosen": "a", "rejected": "cat"})  # no room for an answer
+    part = add_dataset(workdir, "pairs", {"train": pairs}, kind="preference", test_share=0.25)
+    manifest = prepare(config_of(part), workdir)
+    for split in ("train", "test"):
+        chosen, rejected = open_rows(workdir / "data/prepared", split), rows_in(workdir, f"{split}.rejected")
+        assert len(chosen) == len(rejected) == manifest["splits"][f"{split}.rejected"]["rows"]
+        for number, worse in enumerate(rejected):
+            prompt = chosen.row(number)[: chosen.prompts[number]].tolist()
+            text = tokenizer.decode(prompt, skip_special_tokens=True)
+            turns = [{"role": "user", "content": text[text.index("who") : text.index("?") + 1]}]
+            whole = encode_chat(
+                tokenizer, [*turns, {"role": "assistant", "content": "blue"}], add_generation_prompt=False
+            )
+            assert list(worse) == whole[:16] and worse[: len(prompt)] == tuple(prompt)
+    assert sum(manifest["splits"][split]["rows"] for split in ("train", "test")) == 40
+    # with conversations beside it, the mixture has no rejected answers
+    manifest = prepare(config_of(part, answers(workdir), name="mixed"), workdir)
+    assert sorted(manifest["splits"]) == ["test", "train"]
+
+
 def test_the_first_rows_of_the_shuffled_train_split_are_a_sample_of_it(workdir):
     part = answers(workdir, texts=TEXTS[:900])
     prepare(config_of(part), workdir)

@@ -7,8 +7,9 @@ import torch
 
 from dllm.config import GenerateSettings, Recipe
 from dllm.core.canvas import canvas_for
-from dllm.core.policy import group_advantages, token_shares
+from dllm.core.policy import group_advantages, token_shares, weighed_advantages
 from dllm.objectives.grpo import GRPO, SampledNLL
+from dllm.objectives.grpo import log_likelihoods as of_module
 from dllm.sampling.recorded import answer_ends, recorded
 from dllm.sampling.sampler import MaskedSampler
 from tests.oracles import enumerated_nelbo
@@ -26,7 +27,7 @@ def gradient(backbone, settings, inputs, denominator: float = 1.0):
 
 
 def log_likelihoods(backbone, settings, inputs):
-    return GRPO(Recipe(), settings).log_likelihoods(SampledNLL(backbone), inputs)
+    return of_module(SampledNLL(backbone), inputs)
 
 
 @pytest.mark.parametrize(("temperature", "steps"), [(1.0, 3), (0.7, 2)])
@@ -52,11 +53,26 @@ def test_what_is_recorded_of_the_sampler_is_drawn_as_often_as_it_is_probable():
     counts = dict.fromkeys(every, 0)
     canvas = canvas_for([PROMPT], 3, mask_id=MASK, pad_id=PAD)
     for seed in range(draws):
-        drawn = recorded(MaskedSampler(), backbone, canvas, settings.model_copy(update={"seed": seed}))
+        drawn = recorded(MaskedSampler(), backbone, canvas, settings, [seed])
         counts[(*drawn.tokens[0, 1:].tolist(), *drawn.drawn[0, 1:].tolist())] += 1
     for key, p in every.items():
         # four standard errors of a share, over eight of them
         assert abs(counts[key] / draws - p) < 4 * (p * (1 - p) / draws) ** 0.5
+
+
+def test_rows_with_seeds_of_their_own_are_drawn_together_as_alone():
+    backbone, settings = table_backbone(), policy_settings().generation
+    prompts, seeds = [[0], [1], [0], [1]], [5, 5, 9, 9]
+    ids = {"mask_id": MASK, "pad_id": PAD}
+    together = recorded(MaskedSampler(), backbone, canvas_for(prompts, 3, **ids), settings, seeds)
+    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        alone = recorded(MaskedSampler(), backbone, canvas_for([prompt], 3, **ids), settings, [seed])
+        for name, part in vars(alone).items():
+            assert torch.equal(part[0], vars(together)[name][number])
+        (done,) = MaskedSampler().complete(
+            backbone, canvas_for([prompt], 3, **ids), settings.model_copy(update={"seed": seed})
+        )
+        assert done.tokens == alone.tokens[0, 1:].tolist()
 
 
 def test_bound_is_on_average_the_bound_of_the_answer_per_token():
@@ -178,9 +194,34 @@ def test_advantages_leave_out_what_has_no_reward():
 
 def test_every_kind_of_loss_weighs_tokens_as_it_says():
     tokens = torch.tensor([1, 4])
-    for kind, shares, denominator in (("grpo", [1, 0.25], 2), ("dapo", [1, 1], 5), ("dr_grpo", [0.1, 0.1], 2)):
+    kinds = (("grpo", [1, 0.25], 2), ("dapo", [1, 1], 5), ("dr_grpo", [0.1, 0.1], 2), ("wd1", [1, 1], 2))
+    for kind, shares, denominator in kinds:
         given, divisor = token_shares(tokens, kind, 10)
         assert given.tolist() == pytest.approx(shares) and divisor == denominator
+
+
+def test_weights_of_wd1_add_up_to_nothing_and_leave_out_what_has_no_reward():
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0, 0.0])
+    known = torch.tensor([True, False, True, True, True, True])
+    # of two answers that are 1 and -1: softmax is 1 / (1 + exp(-2)), and the two of a sign differ by tanh 1
+    assert weighed_advantages(advantages, known, 2).tolist() == pytest.approx([3 * 0.761594, 0, -3 * 0.761594, 0, 0, 0])
+    assert weighed_advantages(advantages, ~known, 2)[:3].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_wd1_has_the_analytic_gradient_of_its_two_terms_whatever_the_old_weights():
+    backbone, settings = table_backbone(length=2), policy_settings(loss_type="wd1")
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0]), 1, "none")
+    weights = weighed_advantages(advantages, torch.ones(3, dtype=torch.bool), 1)
+    inputs = inputs_of(answers_of(PROMPT, [[1], [0], [0]]), settings, weights.tolist())
+    given = gradient(backbone, settings, dataclasses.replace(inputs, old=torch.full((3,), -9.0)), 3.0)
+    logits = backbone.model.logits_of(torch.tensor([[0, MASK]])).detach()[0, 1]
+    p = logits.masked_fill(torch.arange(PAD + 1) == MASK, -torch.inf).softmax(-1)
+    up, down = advantages.softmax(0), (-advantages).softmax(0)
+    expected = torch.zeros_like(p)
+    for token, more, less in zip((1, 0, 0), up, down, strict=True):
+        expected -= (more - less) * (torch.nn.functional.one_hot(torch.tensor(token), PAD + 1) - p)
+    rows = given.flatten(0, 1)
+    assert torch.allclose(rows[rows.abs().sum(-1) > 0], expected[None], atol=1e-6)
 
 
 def test_an_answer_counts_up_to_the_end_of_the_block_in_which_it_ends():
@@ -192,7 +233,7 @@ def test_an_answer_counts_up_to_the_end_of_the_block_in_which_it_ends():
 def test_a_pass_saw_no_further_than_the_end_of_its_block():
     backbone = table_backbone(length=5, sidecar={"response_end": "block"})
     settings = GenerateSettings(max_new_tokens=4, block_size=2, temperature=1.0, early_stop=False)
-    drawn = recorded(MaskedSampler(), backbone, canvas_for([PROMPT], 4, mask_id=MASK, pad_id=PAD), settings)
+    drawn = recorded(MaskedSampler(), backbone, canvas_for([PROMPT], 4, mask_id=MASK, pad_id=PAD), settings, [0])
     assert drawn.visible[0, 1:].tolist() == [3, 3, 5, 5] and sorted(drawn.drawn[0, 1:].tolist()) == [0, 1, 2, 3]
 
 
@@ -202,7 +243,7 @@ def test_in_blocks_sampled_is_still_the_probability_of_what_was_drawn():
         max_new_tokens=4, block_size=2, temperature=1.0, early_stop=False, reveal_rule="entropy"
     )
     settings = policy_settings(generation=generation)
-    drawn = recorded(MaskedSampler(), backbone, canvas_for([PROMPT], 4, mask_id=MASK, pad_id=PAD), generation)
+    drawn = recorded(MaskedSampler(), backbone, canvas_for([PROMPT], 4, mask_id=MASK, pad_id=PAD), generation, [0])
     response, passes = drawn.tokens[:, 1:].tolist(), drawn.drawn[:, 1:].tolist()
     answers = dataclasses.replace(answers_of(PROMPT, response, passes), visible=drawn.visible)
     values = log_likelihoods(backbone, settings, inputs_of(answers, settings))

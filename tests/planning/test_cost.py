@@ -244,6 +244,26 @@ def test_a_set_without_estimates_is_not_planned_until_it_is_counted(tmp_path):
     assert prepared(config, tmp_path, 1000) is None
 
 
+def test_a_pair_costs_both_answers_forward_and_backward_and_forward_through_the_start():
+    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(), True, 64_000, 2)
+
+    def cost(**changes):
+        return training(a_run(algorithm="dpo", **changes), EXACT, SHAPE, chats, ONE_GPU)
+
+    plain = training(a_run(algorithm="mdlm"), EXACT, SHAPE, chats, ONE_GPU)
+    # sixteen passes, four times forward instead of three
+    assert cost().flops == pytest.approx(plain.flops * 16 * 4 / 3)
+    assert cost(preferences={"passes": 16}).flops == pytest.approx(2 * cost().flops)
+    # the start is kept beside the model; micro-batches of more rows than a pair has are as large as any
+    more = (
+        cost(micro_batch_size=32).device_gib
+        - training(
+            a_run(algorithm="mdlm", micro_batch_size=32, global_batch_size=32), EXACT, SHAPE, chats, ONE_GPU
+        ).device_gib
+    )
+    assert more == pytest.approx(4 * parameters(SHAPE).total / 2**30)
+
+
 def test_answers_that_are_rewarded_cost_their_passes_and_a_share_of_being_drawn():
     """FLOPs of `grpo` by its passes, its reuse of answers and the start that it is compared with."""
     chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(), True, 64_000, 2)

@@ -104,10 +104,11 @@ def test_a_run_that_is_killed_between_two_steps_on_the_same_answers_goes_on_to_t
     assert same_weights(weights(workdir, "cut"), weights(workdir, "whole"))
 
 
-@pytest.mark.parametrize("likelihood", ["sampled", "bound"])
-def test_the_cut_into_micro_batches_does_not_change_a_run(workdir, likelihood):  # noqa: F811
+@pytest.mark.parametrize(("likelihood", "loss_type"), [("sampled", "grpo"), ("bound", "grpo"), ("d1", "wd1")])
+def test_the_cut_into_micro_batches_does_not_change_a_run(workdir, likelihood, loss_type):  # noqa: F811
+    policy = {"likelihood": likelihood, "loss_type": loss_type}
     for name, size in (("whole", 200), ("cut", 6)):
-        train(policy_run(name, micro_batch_size=size, policy={"likelihood": likelihood}), workdir, quiet=True)
+        train(policy_run(name, micro_batch_size=size, policy=policy), workdir, quiet=True)
     assert_same_policy(workdir, "whole", "cut")
 
 
