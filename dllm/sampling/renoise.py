@@ -28,7 +28,7 @@ from dllm.config import GenerateSettings
 from dllm.core.canvas import Canvas, Completion, Ended, Progress
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.models.backbone import Backbone
-from dllm.models.diffusion_gemma import Prefix
+from dllm.models.diffusion_gemma import Prefix, process_steps
 from dllm.sampling.reveal import propose_tokens, token_confidence, token_noise
 from dllm.sampling.rows import NO_REVISING, reject_options
 from dllm.sampling.sampler import Sampler
@@ -38,9 +38,9 @@ NO_TOKEN = -1
 
 _START_STREAM, _NEW_STREAM = 16, 17
 
-PASSES, STABLE_PASSES, MEAN_ENTROPY = 48, 1, 0.005
-"""Of a model whose generation_config.json does not say: most passes of a canvas; for how many its most probable tokens
-must stay the same, and what their mean entropy (nats) must be below, for it to end earlier. As in transformers."""
+STABLE_PASSES, MEAN_ENTROPY = 1, 0.005
+"""Of a model whose generation_config.json does not say: for how many passes the most probable tokens of a canvas must
+stay the same, and what their mean entropy (nats) must be below, for it to end early. As in transformers."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Renoising:
         if settings.steps is not None and settings.steps < canvases:
             raise ValueError(f"steps = {settings.steps} is less than the {canvases} canvases of a row; give one each")
         return cls(
-            passes=said("max_denoising_steps", PASSES) if settings.steps is None else settings.steps // canvases,
+            passes=process_steps(backbone) if settings.steps is None else settings.steps // canvases,
             hot=settings.temperature,
             cold=settings.temperature / 2,
             entropy_bound=settings.entropy_bound,

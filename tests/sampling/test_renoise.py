@@ -178,13 +178,13 @@ def one_line(action) -> str:
 
 
 def test_what_it_cannot_do_is_one_line(lm, directory, tmp_path):
-    assert "has no objective; it is sampled and scored only" in one_line(lambda: lm.algorithm.part("objective"))
     from dllm.exporting.export import export
     from dllm.models.inferred import entry_settings
     from tests.training.conftest import entry_for
 
-    for start in (lambda: load_backbone(directory, entry=entry_for("llama")), lambda: entry_settings(directory)):
-        assert "is sampled and scored, and not trained" in one_line(start)
+    other = entry_for("llama")
+    assert "are <mask>, <eos>, own; set them in the entry" in one_line(lambda: load_backbone(directory, entry=other))
+    assert "and not by `dllm tune`" in one_line(lambda: entry_settings(directory))
     assert "renoise fills no masks" in one_line(lambda: lm.infill(["a [MASK]"]))
     assert "give them this directory" in one_line(lambda: export(directory, output=tmp_path / "out"))
     for options, words in {
