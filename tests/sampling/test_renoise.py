@@ -33,11 +33,9 @@ VISION = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A tiny random checkpoint as the class saves it, with a tokenizer."""
+def save_tiny(place):
+    """A tiny random checkpoint as the class saves it, with a tokenizer; returns its directory."""
     torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("gemma")
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<eos>", "<turn|>", "<mask>"]})
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token = "<eos>"
@@ -50,6 +48,11 @@ def directory(tmp_path_factory):
         DiffusionGemmaForBlockDiffusion(config).save_pretrained(place)
     tokenizer.save_pretrained(place)
     return place
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.fixture(scope="module")
