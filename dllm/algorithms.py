@@ -52,6 +52,9 @@ class Algorithm:
     predicted: float | str = 0.5
     """Share of the targets that a training step predicts, for planning; or the run's setting that says it."""
 
+    previews: float = 0.0
+    """Forward passes of the targets without a gradient, before that of a training step, for planning."""
+
     recipe_allows: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Switches of a recipe -> the values that it may have."""
 
@@ -177,6 +180,7 @@ _ROWS = (
         module="dllm.objectives.renoise:trained_module",
         blocks="trained",
         predicted=1.0,
+        previews=1.0,
         recipe_allows=_ALL_TIMES,
     ),
     Algorithm(

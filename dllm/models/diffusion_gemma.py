@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 
 from dllm.config import ModelEntry
-from dllm.families import Family
+from dllm.families import RENOISING_PASSES, Family
 from dllm.models.backbone import Backbone
 from dllm.models.tokenizers import read_tokenizer
 
 NO_MASK = -1
 """The id of the mask token of a model that has none."""
-
-PASSES = 48
-"""Most passes of a canvas, of a model whose generation_config.json does not say. As in transformers."""
 
 TWINS = ("model.decoder", "model.encoder.language_model")
 """The text part that is trained, and the other that has the same weights."""
@@ -135,7 +132,7 @@ def new_diffusion_gemma(settings: dict[str, Any], tokenizer: Any) -> Any:
 def process_steps(backbone: Backbone) -> int:
     """N, the passes of the process that scores and training know: the most that the checkpoint takes for a canvas."""
     stated = getattr(getattr(backbone.model, "generation_config", None), "max_denoising_steps", None)
-    return stated or PASSES
+    return stated or RENOISING_PASSES
 
 
 class Prefix:
