@@ -264,7 +264,8 @@ def _stock(config: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(config.get("architectures") or []), None)
     family = next((family for family in FAMILIES.values() if first in family.architectures), None)
     if family is None:
-        return config | config.get("text_config", {}) | {"model_type": config.get("model_type", "unknown")}
+        text: dict[str, Any] = config.get("text_config") or {}
+        return {**config, **text, "model_type": config.get("model_type", "unknown")}
     stated = {stock: config[name] for name, stock in family.settings.items() if config.get(name) is not None}
     return family.fixed | stated | family.also(config) | {"model_type": family.stock}
 
@@ -272,7 +273,7 @@ def _stock(config: dict[str, Any]) -> dict[str, Any]:
 def _has(kind: str, size: str) -> bool:
     """Whether a size means something of an architecture."""
     gemma = "diffusion_gemma"
-    only = {"window": ("modernbert", gemma), "token_types": ("bert", "roberta")}
+    only: dict[str, tuple[str, ...]] = {"window": ("modernbert", gemma), "token_types": ("bert", "roberta")}
     only |= {"global_head_width": (gemma,), "global_kv_heads": (gemma,)}
     experts = ("experts", "active_experts", "expert_intermediate", "shared_experts", "dense_layers")
     return kind in only.get(size, ("qwen3_moe", "glm4_moe", gemma) if size in experts else (kind,))
