@@ -70,11 +70,10 @@ def load_backbone(
     published = None if sidecar else published
     if published is not None:
         refuse_other_routing(published, str(path_or_hub_id))
-    config = stock_config_of(directory, published)
-    if published is not None:
         decoding = published_decoding(published, str(path_or_hub_id), directory)
         sidecar = published.sidecar() | ({"generation": decoding} if decoding else {})
         check_entry(entry, published, directory)
+    config = stock_config_of(directory, published)
     family = entry.family if entry else sidecar.get("family") or _family(config)
     model = _model(directory, config, family, dtype, causal, published)
     if entry is None and sidecar:

@@ -117,8 +117,7 @@ def training(
     targets = data.train.targets / max(1.0, data.train.rows) + end
     width, doubled = min(run.length, data.train.weighted_length + end), 2 if algorithm.blocks == "trained" else 1
     forward, head = forward_flops(shape, width, causal=causal), head_flops(shape)
-    checkpointing = run.activation_checkpointing
-    times = TRAINING if run.adapter is None else TRAINING - 1
+    checkpointing, times = run.activation_checkpointing, TRAINING - (run.adapter is not None)
     forwarded = forwarded_tokens(run, recipe, mean + end, targets)
     flops = rows * (forwarded * forward * (times + checkpointing) + targets * share * head * times)
     flops += rows * algorithm.previews * targets * (forward + head)
