@@ -34,7 +34,8 @@ class Algorithm:
     instead: str = ""
     """What to do where a part is not there: the end of the error line."""
     takes: tuple[str, ...] = ()
-    """Settings of the run that the objective takes beside the recipe; `max_length` and `vocab_size` are the model's."""
+    """Settings of the run that the objective takes beside the recipe; `max_length`, `vocab_size`, `passes` and `bos_id`
+    are the model's."""
     module: str | type | None = None
     """Makes the module that is trained, where that is more than the model; see `objectives.edit_flows`."""
     save: str | type | None = None
@@ -53,6 +54,9 @@ class Algorithm:
 
     starts: tuple[str, ...] = ()
     """Algorithms of the models that training may start from; none: any."""
+
+    previews: float = 0.0
+    """Forward passes of the targets without a gradient, before that of a training step, for planning."""
 
     recipe_allows: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Switches of a recipe -> the values that it may have."""
@@ -186,11 +190,15 @@ _ROWS = (
     Algorithm(
         "renoise",
         "renoised canvases",
-        objective=None,
+        objective="dllm.objectives.renoise:Renoise",
         sampler="dllm.sampling.renoise:RenoisingSampler",
         scorer="dllm.likelihood.renoise:RenoisingScorer",
-        instead="it is sampled and scored only: start from another model",
+        takes=("vocab_size", "passes", "bos_id"),
+        module="dllm.objectives.renoise:trained_module",
         blocks="trained",
+        predicted=1.0,
+        previews=1.0,
+        recipe_allows=_ALL_TIMES,
     ),
     Algorithm(
         "expand",

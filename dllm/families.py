@@ -256,6 +256,9 @@ DIFFUSION_GEMMA = Family(
     loader="dllm.models.diffusion_gemma:load",
 )
 
+RENOISING_PASSES = 48
+"""Most passes of a canvas, of a DiffusionGemma whose generation_config.json does not say. As in transformers."""
+
 SDAR = Family(
     name="SDAR",
     architectures=("SDARForCausalLM",),

@@ -165,7 +165,9 @@ class DiffusionLM:
     def holes(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts with mask tokens that are to be filled. Raises ValueError as `infill`."""
         if isinstance(self.sampler, EditSampler) or self.backbone.mask_id < 0:
-            raise ValueError(f"{self.algorithm.name} fills no masks; use `generate`, or `edits` instead of `infill`")
+            instead = "use `generate`, or `edits` instead of `infill`"
+            instead = instead if isinstance(self.sampler, EditSampler) else "use `generate`"
+            raise ValueError(f"{self.algorithm.name} fills no masks; {instead}")
         _check_list(texts, "texts")
         tokenizer, mask = self.backbone.tokenizer, self.backbone.tokenizer.mask_token
         rows = encode_marked(tokenizer, [marked(tokenizer, text, but=(mask,)) for text in texts])

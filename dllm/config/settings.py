@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from dllm.algorithms import ALGORITHMS, algorithm_named
 from dllm.choices import ESTIMATORS, REMASKING, REVEAL_RULES, ROW_KINDS
-from dllm.families import FAMILIES
+from dllm.families import FAMILIES, OWN_CLASS
 from dllm.schedules import KAPPAS, SCHEDULES
 
 LARGEST = 2**53
@@ -86,7 +86,7 @@ RevealRuleName = Annotated[str, AfterValidator(known(REVEAL_RULES)), names_schem
 RemaskingName = Annotated[str, AfterValidator(known(REMASKING, "none")), names_schema(REMASKING, "none")]
 EstimatorName = Annotated[str, AfterValidator(known(ESTIMATORS, "auto")), names_schema(ESTIMATORS, "auto")]
 ScheduleName = Annotated[str, AfterValidator(known(SCHEDULES)), names_schema(SCHEDULES)]
-FamilyName = Annotated[str, AfterValidator(known(FAMILIES)), names_schema(FAMILIES)]
+FamilyName = Annotated[str, AfterValidator(known(FAMILIES | OWN_CLASS)), names_schema(FAMILIES | OWN_CLASS)]
 READ_OTHERWISE = ("auto", "benchmark", "world")
 """Kinds of datasets whose rows are not read by a function of their own."""
 

@@ -22,6 +22,8 @@ class Shape(Settings):
     token_types: int = option(0, "kinds of segments with an embedding of their own", ge=0)
     window: int | None = option(None, "positions that a local layer sees", gt=0)
     global_every: int = option(1, "one layer in this many sees all positions; the others are local", gt=0)
+    global_head_width: int | None = option(None, "size of a head in those layers; none means the same", gt=0)
+    global_kv_heads: int | None = option(None, "heads of keys, which are the values too, in those layers", gt=0)
     tied: bool = option(True, "the embedding is the output matrix too")
     experts: int | None = option(None, "experts of a feed-forward part that chooses among them", gt=0)
     active_experts: int = option(0, "how many of them a token passes", ge=0)

@@ -29,13 +29,14 @@ from torch import Tensor
 from dllm.config import LikelihoodSettings
 from dllm.core.canvas import Score
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
+from dllm.core.renoise import step_divergence
 from dllm.likelihood.racing import Estimates, Question, Verdict, race, scores_of
 from dllm.likelihood.requests import Rows
 from dllm.likelihood.scorer import check_requests
 from dllm.likelihood.systematic import check_settings, greedy_matches, neighbour_noise
 from dllm.models.backbone import Backbone
-from dllm.models.diffusion_gemma import Prefix
-from dllm.sampling.renoise import NO_TOKEN, PASSES, RenoisingSampler
+from dllm.models.diffusion_gemma import Prefix, process_steps
+from dllm.sampling.renoise import NO_TOKEN, RenoisingSampler
 
 _LEVEL, _PLACE, _TOKEN = range(3)
 
@@ -100,8 +101,9 @@ class RenoisingScorer:
         noise = numpy.zeros((len(prompts), most, budget - 1))
         for request, (prompt, target, whose) in enumerate(zip(prompts, targets, like, strict=True)):
             key = keyed_hash(settings.seed, token_hash(torch.tensor(list(whose), dtype=torch.long)))
+            given = list(prompt) or [backbone.tokenizer.bos_token_id]  # before the second canvas, too
             for number, begin in enumerate(range(0, len(target), size)):
-                before, text = [*prompt, *target[:begin]], list(target[begin : begin + size])
+                before, text = [*given, *target[:begin]], list(target[begin : begin + size])
                 values = _values(backbone, before, text, keyed_hash(key, number), settings)
                 nats[request] += values.mean()
                 noise[request, number] = neighbour_noise(values)
@@ -130,14 +132,8 @@ def _values(
             prefix.read(before)
         logits = prefix.predict(noised[some].to(backbone.device))
         for level, seen, found in zip(levels[some].tolist(), noised[some], logits, strict=True):
-            values.append(steps * float(step_divergence(found, seen, target, level, steps).sum()))
+            values.append(steps * float(token_divergences(found, seen, target, level, steps).sum()))
     return numpy.array(values)
-
-
-def process_steps(backbone: Backbone) -> int:
-    """N, the passes of the process: the most that the checkpoint takes for a canvas."""
-    stated = getattr(getattr(backbone.model, "generation_config", None), "max_denoising_steps", None)
-    return stated or PASSES
 
 
 def noise_levels(key: Tensor, steps: int, budget: int) -> Tensor:
@@ -154,33 +150,15 @@ def noised_canvases(target: Tensor, levels: Tensor, steps: int, vocabulary: int,
     return torch.where(kept, target, drawn)
 
 
-def step_divergence(logits: Tensor, seen: Tensor, target: Tensor, level: int, steps: int) -> Tensor:
-    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) [S] of each token of a canvas, float64 nats, t = n/N and s = (n - 1)/N.
-
-    logits [S, V] predict x_0 from x_t, `seen` [S]; target [S] is x_0. With u = (1 - alpha) / V and [..] 1 where true:
-    q(x_s = j | x_t = z, x_0 = x) = f_j (alpha_s [j = x] + u_s) / (alpha_t [x = z] + u_t), where f_j, the probability of
-    z after j, is in the model's distribution too.
-    """
+def token_divergences(logits: Tensor, seen: Tensor, target: Tensor, level: int, steps: int) -> Tensor:
+    """`core.renoise.step_divergence` of each token of a canvas [S], float64 nats, at one level; logits [S, V]."""
     height = max(1, _HELD // logits.shape[-1])
     parts = [slice(low, low + height) for low in range(0, len(seen), height)]
-    return torch.cat([_divergence(logits[part], seen[part], target[part], level, steps) for part in parts])
-
-
-def _divergence(logits: Tensor, seen: Tensor, target: Tensor, level: int, steps: int) -> Tensor:
-    vocabulary = logits.shape[-1]
-    alpha_t, alpha_s = 1 - level / steps, 1 - (level - 1) / steps
-    u_t, u_s = ((1 - alpha) / vocabulary for alpha in (alpha_t, alpha_s))
-    kept = alpha_t / alpha_s
-    p = logits.cpu().double().softmax(-1)  # there are devices without float64
-    seen, target = seen.cpu()[:, None], target.cpu()[:, None]
-    at_seen, at_target = (torch.zeros_like(p).scatter_(1, index, 1.0) for index in (seen, target))
-    p_seen = p.gather(1, seen)
-    other = p_seen / (alpha_t + u_t) + (1 - p_seen) / u_t
-    of_model = alpha_s * p / (alpha_t * at_seen + u_t) + u_s * other
-    of_truth = (alpha_s * at_target + u_s) / (alpha_t * at_seen.gather(1, target) + u_t)
-    q = (kept * at_seen + (1 - kept) / vocabulary) * of_truth
-    divergence: Tensor = (torch.special.xlogy(q, of_truth) - torch.special.xlogy(q, of_model)).sum(-1)
-    return divergence
+    levels = torch.full((len(seen),), level)
+    # on the host: there are devices without float64
+    return torch.cat(
+        [step_divergence(logits[x].cpu().double(), seen[x].cpu(), target[x].cpu(), levels[x], steps) for x in parts]
+    )
 
 
 def _check(backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings) -> None:

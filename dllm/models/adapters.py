@@ -51,13 +51,15 @@ def attach_adapter(
 
     Tokens that the model was given when it was loaded train their embeddings too. `qlora` first quantizes the layers
     that are targets, one by one on the device, where the model then is (nf4, double quantization); bf16: their
-    products. Raises ValueError, one line, for targets that the model has not, for a missing package, and if the model
-    is not bidirectional.
+    products. Of two parts that share their weights (`Backbone.twins`) both have the same adapter, and no other part
+    has one. Raises ValueError, one line, for targets that the model has not, for a missing package, and if the model is
+    not bidirectional.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     model = backbone.model
-    names = target_names(model, settings.targets)
+    first_twin, other_twin = backbone.twins or ("", "")
+    names = target_names(model, settings.targets, inside=first_twin)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if settings.kind == "qlora":
@@ -68,28 +70,30 @@ def attach_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, model, ADAPTER)
+    for name in names if backbone.twins else ():
+        _replace(model, other_twin + name.removeprefix(first_twin), model.get_submodule(name))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     first, end = backbone.new_tokens
     if end > first:
         _train_rows(model, first, end)
-    if not causal and not is_bidirectional(model, backbone.tokenizer.all_special_ids):
+    if not causal and not backbone.twins and not is_bidirectional(model, backbone.tokenizer.all_special_ids):
         raise ValueError(f"{type(model).__name__} attends to the left only with an adapter; train without one")
     return backbone
 
 
-def target_names(model: nn.Module, targets: list[str] | None) -> list[str]:
+def target_names(model: nn.Module, targets: list[str] | None, *, inside: str = "") -> list[str]:
     """Full names of the linear layers inside a model's layers that `targets` name by their ends; None: all of them.
 
-    Raises ValueError, one line, for a target that is not one of them.
+    inside: the part of the model that is looked at. Raises ValueError, one line, for a target that is not one of them.
     """
-    inside = [
+    linear = [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and any(part.isdigit() for part in name.split("."))
+        if type(module) is nn.Linear and name.startswith(inside) and any(part.isdigit() for part in name.split("."))
     ]
-    known = sorted({_end(name) for name in inside})
+    known = sorted({_end(name) for name in linear})
     if not known:
         raise ValueError(f"{type(model).__name__} has no linear layer for an adapter")
     for target in targets or []:
@@ -97,7 +101,7 @@ def target_names(model: nn.Module, targets: list[str] | None) -> list[str]:
             raise ValueError(
                 f"adapter.targets: {target!r} is not one of its linear layers; allowed: {', '.join(known)}"
             )
-    return [name for name in inside if targets is None or _end(name) in targets]
+    return [name for name in linear if targets is None or _end(name) in targets]
 
 
 def _end(name: str) -> str:
@@ -145,8 +149,12 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     """
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in list(model.named_modules()):
+    done: dict[int, nn.Module] = {}  # two parts of a model may share a layer
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoraLayer):
+            if id(layer) in done:
+                _replace(model, name, done[id(layer)])
+                continue
             lora: Any = layer
             weight = _plain(lora.base_layer.weight).cpu()  # one by one: whole, they may not fit the device
             outputs, inputs = weight.shape
@@ -156,6 +164,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
             if merged.bias is not None:  # a four-bit layer casts it to the precision of its products
                 merged.bias = nn.Parameter(lora.base_layer.bias.to(weight))
             _replace(model, name, merged)
+            done[id(layer)] = merged
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrizations: Any = module.parametrizations
@@ -188,7 +197,7 @@ def save_adapter(model: nn.Module, state: dict[str, Tensor], directory: str | Pa
     lora = {
         f"base_model.model.{name.replace(f'.{ADAPTER}', '')}": value.contiguous()
         for name, value in state.items()
-        if ".lora_" in name
+        if name.partition(".lora_")[0] in config.target_modules  # once, where two parts share a layer
     }
     save_file(lora, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     rows = next((value for name, value in state.items() if name.endswith("parametrizations.weight.0.rows")), None)

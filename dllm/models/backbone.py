@@ -48,6 +48,9 @@ class Backbone:
     The LM head is not one of the layers: scores are as precise as their hidden states."""
     packable: bool | None = None
     """Whether the model's class can compute packed rows. None: it is tried out, once, here."""
+    twins: tuple[str, str] | None = None
+    """Names of two parts of the model that share their weights, of which an adapter names the first; None: it has no
+    such parts, and its doors are those below. Its loader has then tested what it attends to."""
 
     def __post_init__(self) -> None:
         if self.packable is None:

@@ -1,8 +1,9 @@
-"""DiffusionGemma: the class that transformers has under this name, with a tokenizer, as a backbone that is sampled.
+"""DiffusionGemma: the class that transformers has under this name, with a tokenizer, as a backbone.
 
 An encoder reads what is there causally, a decoder with the same weights predicts a canvas of random tokens behind it.
 It fills in no masks, and the doors of other backbones (`hidden`, `logits`, `nll`) are none of this one: `Prefix`
-is. Pictures are not read; the vision tower is loaded all the same.
+is, and `renoise_loss.RenoiseLoss` in training. Pictures are not read; the vision tower is loaded all the same, and
+never trained.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 
 from dllm.config import ModelEntry
-from dllm.families import Family
+from dllm.families import RENOISING_PASSES, Family
 from dllm.models.backbone import Backbone
 from dllm.models.tokenizers import read_tokenizer
 
 NO_MASK = -1
 """The id of the mask token of a model that has none."""
+
+TWINS = ("model.decoder", "model.encoder.language_model")
+"""The text part that is trained, and the other that has the same weights."""
 
 
 def load(
@@ -33,33 +37,27 @@ def load(
     dtype: torch.dtype | None,
     entry: ModelEntry | None,
     causal: bool,
+    sidecar: dict[str, Any],
 ) -> Backbone:
     """The checkpoint in a directory as a backbone, in evaluation mode.
 
-    Raises ValueError, one line, for a damaged checkpoint, a tokenizer of another one, and where it is to be trained.
+    sidecar: what training noted beside it; empty if dLLM did not train it. Raises ValueError, one line, for a damaged
+    checkpoint, a tokenizer of another one, special tokens of an entry that are not its own, and where it is to be
+    trained causally.
     """
-    from safetensors import SafetensorError
-    from transformers import DiffusionGemmaForBlockDiffusion
-
-    if entry is not None or causal:
+    if causal:
         raise ValueError(
-            f"{directory}: {family.name} is sampled and scored, and not trained: dllm has no objective for it; start "
-            "from another model"
+            f"{directory}: {family.name} is trained with algorithm: {family.algorithm} only, and not causally; set "
+            "that, or start from another model"
         )
-    stock: Any = DiffusionGemmaForBlockDiffusion
-    try:
-        model, report = stock.from_pretrained(
-            directory, config=config, dtype=dtype or torch.float32, output_loading_info=True
+    noted = sidecar or family.sidecar()
+    tokens = (noted["special_tokens"]["mask"], noted["special_tokens"]["eos"], noted["chat_template"])
+    if entry is not None and entry.special != tokens:
+        raise ValueError(
+            f"{directory}: mask_token, end_token, chat_template of the model's entry are {', '.join(entry.special)}, "
+            f"and those of this {family.name} are {', '.join(tokens)}; set them in the entry"
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{directory}: the weights cannot be loaded ({first}); fetch them again") from None
-    for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "have")):
-        if found := sorted(report[kind]):
-            raise ValueError(
-                f"{directory}: the weights {what} {found[0]} ({len(found)} in all), so that this is another kind of "
-                f"checkpoint than {family.name}, or a damaged one: fetch it again"
-            )
+    model = _with_weights(directory, family, config, dtype or torch.float32)
     text = model.config.get_text_config()
     tokenizer: Any = read_tokenizer(directory)
     if len(tokenizer) > text.vocab_size:
@@ -69,7 +67,7 @@ def load(
         )
     model = model.to(device).eval()
     _test_itself(model, directory)
-    eos = tokenizer.convert_tokens_to_ids(family.end_token)
+    eos = tokenizer.convert_tokens_to_ids(tokens[1])
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -80,9 +78,61 @@ def load(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos,
         vocab_size=text.vocab_size,
         max_length=text.max_position_embeddings,
-        sidecar=family.sidecar() | {"block_size": model.config.canvas_length},
+        sidecar=noted | {"block_size": model.config.canvas_length},
         packable=False,
+        twins=TWINS,
     )
+
+
+def _with_weights(directory: Path, family: Family, config: Any, dtype: torch.dtype | str) -> Any:
+    """The class with the weights in a directory; ValueError, one line, where they are not exactly its own."""
+    from safetensors import SafetensorError
+    from transformers import DiffusionGemmaForBlockDiffusion
+
+    stock: Any = DiffusionGemmaForBlockDiffusion
+    try:
+        model, report = stock.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",  # which takes the patterns of training as they are
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{directory}: the weights cannot be loaded ({first}); fetch them again") from None
+    for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "have")):
+        if found := sorted(report[kind]):
+            raise ValueError(
+                f"{directory}: the weights {what} {found[0]} ({len(found)} in all), so that this is another kind of "
+                f"checkpoint than {family.name}, or a damaged one: fetch it again"
+            )
+    return model
+
+
+def new_diffusion_gemma(settings: dict[str, Any], tokenizer: Any) -> Any:
+    """The class with random weights: settings as config.json has them, but for the tokens, which are the tokenizer's.
+
+    Raises ValueError, one line, for settings that the class does not take.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    tokens = {key: tokenizer.eos_token_id for key in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    tokens["vocab_size"] = -(-len(tokenizer) // 8) * 8
+    try:
+        sizes = {key: value for key, value in settings.items() if key != "model_type"}
+        config = DiffusionGemmaConfig(**sizes | {"text_config": settings["text_config"] | tokens})
+        return DiffusionGemmaForBlockDiffusion(config)
+    except (StrictDataclassError, ValueError, TypeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"new: no diffusion_gemma can be made of these settings ({reason[:200]})") from None
+
+
+def process_steps(backbone: Backbone) -> int:
+    """N, the passes of the process that scores and training know: the most that the checkpoint takes for a canvas."""
+    stated = getattr(getattr(backbone.model, "generation_config", None), "max_denoising_steps", None)
+    return stated or RENOISING_PASSES
 
 
 class Prefix:

@@ -28,7 +28,10 @@ def entry_settings(directory: Path, prediction: str | None = None) -> dict[str, 
     """
     sidecar, family = read_sidecar(directory), family_of(directory)
     if family is not None and family.loader is not None:
-        raise ValueError(f"{directory}: {family.name} is sampled and scored, and not trained; start from another model")
+        raise ValueError(
+            f"{directory}: {family.name} is trained by an experiment with algorithm: {family.algorithm} "
+            "(docs/checkpoints.md), and not by `dllm tune`: write one, or start from another model"
+        )
     known = sidecar or (family.sidecar() if family else {})
     settings = sidecar_settings(known) if known else _of_stock_class(directory, prediction)
     if prediction is not None and prediction != settings["prediction"] and known:

@@ -17,8 +17,9 @@ from torch import nn
 from dllm.algorithms import resolved
 from dllm.config import ModelEntry
 from dllm.core.precision import has_fast_bf16, hold_products_in_bf16
-from dllm.families import FAMILIES, Family
+from dllm.families import FAMILIES, OWN_CLASS, Family
 from dllm.models.backbone import Backbone
+from dllm.models.diffusion_gemma import new_diffusion_gemma
 from dllm.models.edit_heads import load_edit_heads
 from dllm.models.hidden import COUNTS_FROM_PADDING, base_of
 from dllm.models.published import (
@@ -61,18 +62,18 @@ def load_backbone(
     a model that turns out not to be bidirectional.
     """
     directory = local_directory(path_or_hub_id, revision)
-    sidecar = read_sidecar(directory)
-    published = None if sidecar else family_of(directory)
+    sidecar, published = read_sidecar(directory), family_of(directory)
+    if published is not None and published.loader is not None:  # trained or not, it keeps its class
+        check_entry(entry, published, directory)
+        options: Any = {"device": device, "dtype": dtype, "entry": entry, "causal": causal, "sidecar": sidecar}
+        return resolved(published.loader)(directory, published, stock_config_of(directory, published), **options)
+    published = None if sidecar else published
     if published is not None:
         refuse_other_routing(published, str(path_or_hub_id))
-    config = stock_config_of(directory, published)
-    if published is not None and published.loader is not None:
-        options: Any = {"device": device, "dtype": dtype, "entry": entry, "causal": causal}
-        return resolved(published.loader)(directory, published, config, **options)
-    if published is not None:
         decoding = published_decoding(published, str(path_or_hub_id), directory)
         sidecar = published.sidecar() | ({"generation": decoding} if decoding else {})
         check_entry(entry, published, directory)
+    config = stock_config_of(directory, published)
     family = entry.family if entry else sidecar.get("family") or _family(config)
     model = _model(directory, config, family, dtype, causal, published)
     if entry is None and sidecar:
@@ -222,12 +223,16 @@ def save_stand_in(entry: ModelEntry, tokenizer, directory: Path) -> None:
     """
     from transformers import AutoModelForCausalLM
 
-    family = FAMILIES[entry.published]
+    family = (FAMILIES | OWN_CLASS)[entry.published]
     template = chat_template(family.template or "bert").replace("[/Answer]", family.end_of_turn)
     special = [family.mask_token, family.end_token, family.end_of_turn, *re.findall(r"<\|\w+\|>", template)]
     tokenizer.add_special_tokens({"additional_special_tokens": list(dict.fromkeys(special))})
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token = family.end_token
     tokenizer.mask_token, tokenizer.chat_template = family.mask_token, template
+    tokenizer.save_pretrained(directory)
+    if family.loader is not None:
+        _drawn(entry.seed, lambda: new_diffusion_gemma(entry.new or {}, tokenizer)).save_pretrained(directory)
+        return
     vocabulary = next(name for name, stock in family.settings.items() if stock == "vocab_size")
     raw = dict(entry.new) | {
         "architectures": [family.architectures[0]],
@@ -238,10 +243,8 @@ def save_stand_in(entry: ModelEntry, tokenizer, directory: Path) -> None:
     }
     config = stock_config(family, raw)
     config.initializer_range = raw.get("initializer_range") or raw.get("init_std") or config.initializer_range
-    directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     save_published(_drawn(entry.seed, lambda: AutoModelForCausalLM.from_config(config)), directory, like=directory)
-    tokenizer.save_pretrained(directory)
 
 
 def local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:

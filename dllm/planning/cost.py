@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dllm.algorithms import algorithm_named
 from dllm.config import BenchmarkSize, GenerateSettings, Recipe, RunEntry, Scorer, Shape
 from dllm.core.memory import logits_at_once
+from dllm.families import DIFFUSION_GEMMA, RENOISING_PASSES
 from dllm.planning.data import Prepared
 from dllm.planning.hardware import Hardware
 from dllm.planning.passes import generation_passes, question_passes
@@ -116,10 +117,10 @@ def training(
     targets = data.train.targets / max(1.0, data.train.rows) + end
     width, doubled = min(run.length, data.train.weighted_length + end), 2 if algorithm.blocks == "trained" else 1
     forward, head = forward_flops(shape, width, causal=causal), head_flops(shape)
-    checkpointing = run.activation_checkpointing
-    times = TRAINING if run.adapter is None else TRAINING - 1
+    checkpointing, times = run.activation_checkpointing, TRAINING - (run.adapter is not None)
     forwarded = forwarded_tokens(run, recipe, mean + end, targets)
     flops = rows * (forwarded * forward * (times + checkpointing) + targets * share * head * times)
+    flops += rows * algorithm.previews * targets * (forward + head)
     evaluated = _evaluated_rows(run, data, test_rows) * run.eval_draws
     test_mean = data.test.tokens / max(1.0, data.test.rows)
     test_share = data.test.targets / max(1.0, data.test.tokens)
@@ -375,6 +376,24 @@ def generated_answers(
         scored=documents * passes * (block + 1) / 2,
         batches=batches * passes,
         length=row,
+    )
+
+
+def renoised_answers(prompt: float, documents: int, settings: GenerateSettings) -> Answers:
+    """Free answers in canvases of random tokens, row by row, without an early end: each pass forwards one canvas.
+
+    What is before a canvas is read once. A canvas has the published size, or that of the answer if this is smaller.
+    """
+    new = settings.max_new_tokens
+    size = min(new, DIFFUSION_GEMMA.block_size or new)
+    canvases = math.ceil(new / size)
+    passes = settings.steps or canvases * RENOISING_PASSES
+    return Answers(
+        passes=documents * (passes + canvases),
+        tokens=documents * (prompt + (canvases - 1) * size + passes * size),
+        scored=documents * passes * size,
+        batches=documents * (passes + canvases),
+        length=prompt + new,
     )
 
 

@@ -29,7 +29,17 @@ from dllm.config import (
     prepare_configs,
     prepared_name,
 )
-from dllm.planning.cost import GIB, Cost, Place, generated_answers, likelihood_answers, scoring, training
+from dllm.families import DIFFUSION_GEMMA
+from dllm.planning.cost import (
+    GIB,
+    Cost,
+    Place,
+    generated_answers,
+    likelihood_answers,
+    renoised_answers,
+    scoring,
+    training,
+)
 from dllm.planning.data import COMPRESSED, TEXT_BYTES, Prepared, prepared
 from dllm.planning.hardware import Hardware, hardware
 from dllm.planning.shapes import differences, is_known, parameters, shape_of, translated
@@ -339,6 +349,8 @@ class _Planner:
         sampler = overlaid(benchmark.generation, entry.generation)
         if size.choices:
             answers = likelihood_answers(size, documents, scorer, causal=causal, rows=sampler.batch_size)
+        elif shape.model_type == DIFFUSION_GEMMA.stock:
+            answers = renoised_answers(size.prompt_tokens, documents, sampler)
         else:
             hides = self._hides(entry.checkpoint, sampler.ahead)
             answers = generated_answers(size.prompt_tokens, documents, sampler, causal=causal, hides=hides)

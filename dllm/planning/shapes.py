@@ -64,9 +64,9 @@ def forward_flops(shape: Shape, length: float, *, causal: bool = False) -> float
     seen = length / 2 if causal else length
     wide = global_layers(shape)
     local = shape.layers - wide
-    attention = 4 * head_width(shape) * shape.heads
-    positions = wide * seen + local * min(seen, shape.window or seen)
-    return 2 * active_parameters(shape).layers + attention * positions
+    near = head_width(shape) * min(seen, shape.window or seen)
+    attention = 4 * shape.heads * (wide * (shape.global_head_width or head_width(shape)) * seen + local * near)
+    return 2 * active_parameters(shape).layers + attention
 
 
 def head_flops(shape: Shape) -> float:
@@ -157,6 +157,21 @@ def _experts(shape: Shape) -> Parameters:
     return Parameters(head, layers, head, head if shape.tied else 0)
 
 
+def _diffusion_gemma(shape: Shape) -> Parameters:
+    """The text part: a dense and a sparse feed-forward part in each layer, and what conditions a canvas on the last.
+
+    Encoder and decoder share their weights; the vision tower is not counted.
+    """
+    d, inner, wide = shape.width, 3 * shape.width * shape.intermediate, global_layers(shape)
+    near, far = head_width(shape), shape.global_head_width or head_width(shape)
+    attention = 2 * d * near * (shape.heads + (shape.kv_heads or shape.heads)) + 2 * near
+    globally = d * far * (2 * shape.heads + (shape.global_kv_heads or shape.kv_heads or shape.heads)) + 2 * far
+    experts = (shape.experts or 0) * (3 * d * shape.expert_intermediate + d + 1) + d
+    layers = (shape.layers - wide) * attention + wide * globally + shape.layers * (inner + experts + 7 * d)
+    head = shape.vocabulary * d
+    return Parameters(head, layers + d + inner + d, head, head if shape.tied else 0)
+
+
 COUNTS: dict[str, Callable[[Shape], Parameters]] = {
     "bert": _bert,
     "roberta": _bert,
@@ -168,6 +183,7 @@ COUNTS: dict[str, Callable[[Shape], Parameters]] = {
     "qwen3": _llama,
     "qwen3_moe": _experts,
     "glm4_moe": _experts,
+    "diffusion_gemma": _diffusion_gemma,
 }
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -183,13 +199,15 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vocabulary": ("embedding_size", "vocab_size"),
     "positions": ("max_position_embeddings", "n_positions", "max_sequence_length"),
     "token_types": ("type_vocab_size",),
-    "window": ("local_attention",),
+    "window": ("local_attention", "sliding_window"),
     "tied": ("tie_word_embeddings", "weight_tying"),
     "experts": ("num_experts", "n_routed_experts", "num_local_experts"),
-    "active_experts": ("num_experts_per_tok",),
+    "active_experts": ("num_experts_per_tok", "top_k_experts"),
     "expert_intermediate": ("moe_intermediate_size",),
     "shared_experts": ("n_shared_experts",),
     "dense_layers": ("first_k_dense_replace",),
+    "global_head_width": ("global_head_dim",),
+    "global_kv_heads": ("num_global_key_value_heads",),
 }
 """Our name of a size: what configurations of transformers, and that of LLaDA, call it."""
 
@@ -209,6 +227,8 @@ STANDARD: dict[str, dict[str, Any]] = {
     "glm4_moe": {"layers": 46, "width": 4096, "heads": 96, "kv_heads": 8, "head_width": 128, "intermediate": 10944}
     | {"tied": False, "experts": 128, "active_experts": 8, "expert_intermediate": 1408, "shared_experts": 1}
     | {"dense_layers": 1},
+    "diffusion_gemma": {"layers": 30, "width": 2304, "heads": 8, "kv_heads": 4, "head_width": 256, "intermediate": 9216}
+    | {"positions": 131_072, "window": 512, "global_every": 6, "global_head_width": 512},
 }
 """What the configuration classes of transformers take for a size that is not stated."""
 
@@ -229,7 +249,7 @@ def translated(config: dict[str, Any]) -> Shape:
             sizes[ours] = stated
     sizes.setdefault("intermediate", 4 * sizes["width"])
     sizes.setdefault("vocabulary", UNKNOWN_VOCABULARY)
-    if kind == "modernbert" and config.get("layer_types"):
+    if "window" in sizes and config.get("layer_types"):
         wide = config["layer_types"].count("full_attention")
         sizes["global_every"] = max(1, round(len(config["layer_types"]) / max(1, wide)))
     if kind == "modernbert" and config.get("global_attn_every_n_layers"):
@@ -244,16 +264,19 @@ def _stock(config: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(config.get("architectures") or []), None)
     family = next((family for family in FAMILIES.values() if first in family.architectures), None)
     if family is None:
-        return config
+        text: dict[str, Any] = config.get("text_config") or {}
+        return {**config, **text, "model_type": config.get("model_type", "unknown")}
     stated = {stock: config[name] for name, stock in family.settings.items() if config.get(name) is not None}
     return family.fixed | stated | family.also(config) | {"model_type": family.stock}
 
 
 def _has(kind: str, size: str) -> bool:
     """Whether a size means something of an architecture."""
-    only = {"window": ("modernbert",), "token_types": ("bert", "roberta")}
+    gemma = "diffusion_gemma"
+    only: dict[str, tuple[str, ...]] = {"window": ("modernbert", gemma), "token_types": ("bert", "roberta")}
+    only |= {"global_head_width": (gemma,), "global_kv_heads": (gemma,)}
     experts = ("experts", "active_experts", "expert_intermediate", "shared_experts", "dense_layers")
-    return kind in only.get(size, ("qwen3_moe", "glm4_moe") if size in experts else (kind,))
+    return kind in only.get(size, ("qwen3_moe", "glm4_moe", gemma) if size in experts else (kind,))
 
 
 def differences(stated: Shape, measured: Shape) -> list[str]:

@@ -28,7 +28,7 @@ from dllm.config import GenerateSettings
 from dllm.core.canvas import Canvas, Completion, Ended, Progress
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.models.backbone import Backbone
-from dllm.models.diffusion_gemma import Prefix
+from dllm.models.diffusion_gemma import Prefix, process_steps
 from dllm.sampling.reveal import propose_tokens, token_confidence, token_noise
 from dllm.sampling.rows import NO_REVISING, reject_options
 from dllm.sampling.sampler import Sampler
@@ -38,9 +38,9 @@ NO_TOKEN = -1
 
 _START_STREAM, _NEW_STREAM = 16, 17
 
-PASSES, STABLE_PASSES, MEAN_ENTROPY = 48, 1, 0.005
-"""Of a model whose generation_config.json does not say: most passes of a canvas; for how many its most probable tokens
-must stay the same, and what their mean entropy (nats) must be below, for it to end earlier. As in transformers."""
+STABLE_PASSES, MEAN_ENTROPY = 1, 0.005
+"""Of a model whose generation_config.json does not say: for how many passes the most probable tokens of a canvas must
+stay the same, and what their mean entropy (nats) must be below, for it to end early. As in transformers."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Renoising:
         if settings.steps is not None and settings.steps < canvases:
             raise ValueError(f"steps = {settings.steps} is less than the {canvases} canvases of a row; give one each")
         return cls(
-            passes=said("max_denoising_steps", PASSES) if settings.steps is None else settings.steps // canvases,
+            passes=process_steps(backbone) if settings.steps is None else settings.steps // canvases,
             hot=settings.temperature,
             cold=settings.temperature / 2,
             entropy_bound=settings.entropy_bound,
@@ -92,13 +92,24 @@ class Renoising:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A row after a pass: tokens and confidences of its response, NO_TOKEN and 0 where nothing is accepted."""
+    """A row after a pass: tokens and confidences of its response, NO_TOKEN and 0 where nothing is accepted.
+
+    final: how many of the tokens belong to finished canvases.
+    """
 
     tokens: list[int]
     confidence: list[float]
+    final: int
     passes: int
     computed: int
     done: bool
+
+
+@dataclass(frozen=True)
+class RenoisedCanvas(Canvas):
+    """A canvas that knows what of it stays; final [B]: the position before which nothing of a row changes any more."""
+
+    final: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,7 @@ class RenoisingSampler(Sampler):
         """See `Sampler.denoise`. Tokens that a pass accepts are shown, and may be gone after the next."""
         rows = self._rows(backbone, canvas, settings, ended)
         yield canvas
+        canvas = RenoisedCanvas(**vars(canvas))
         last: list[_Draft | None] = [None] * len(rows)
         for drafts in zip_longest(*(row.drafts() for row in rows)):
             last = [new or old for new, old in zip(drafts, last, strict=True)]
@@ -127,7 +139,7 @@ class RenoisingSampler(Sampler):
     ) -> Iterator[Completion]:
         """See `Sampler.complete`: one row after the other."""
         for row in self._rows(backbone, canvas, settings, ended):
-            *_, last = [_Draft([], [], 0, 0, done=True), *row.drafts()]
+            *_, last = [_Draft([], [], 0, 0, 0, done=True), *row.drafts()]
             yield Completion(row.number, last.tokens, last.passes, last.computed)
 
     def _rows(self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, ended: Ended | None) -> list[_Row]:
@@ -182,12 +194,12 @@ class _Row:
             self.passes, self.computed = self.passes + bool(read), self.computed + read
             for tokens, sure, final in self._canvas(prefix, len(self.prompt) + len(finished)):
                 if not final:
-                    yield self._draft(finished + tokens, confidence + sure, done=False)
+                    yield self._draft(finished + tokens, confidence + sure, len(finished), done=False)
             unread = tokens
             known = finished + tokens
             finished, confidence = self._cut(known, confidence + sure)
             done = number + 1 == self.canvases or finished != known or self._stops(finished, len(tokens))
-            yield self._draft(finished, confidence, done=done)
+            yield self._draft(finished, confidence, len(finished), done=done)
             if done:
                 return
 
@@ -238,12 +250,13 @@ class _Row:
         response = known + [NO_TOKEN] * (self.room - len(known))
         return self.ended(Progress(self.number, response, len(known), min(new, len(known))))
 
-    def _draft(self, tokens: list[int], confidence: list[float], *, done: bool) -> _Draft:
+    def _draft(self, tokens: list[int], confidence: list[float], final: int, *, done: bool) -> _Draft:
         missing = max(0, self.room - len(tokens))
         fill, sure = (self.backbone.eos_id, 1.0) if done else (NO_TOKEN, 0.0)
         return _Draft(
             tokens[: self.room] + [fill] * missing,
             confidence[: self.room] + [sure] * missing,
+            self.room if done else min(final, self.room),
             self.passes,
             self.computed,
             done,
@@ -262,15 +275,16 @@ def _accepted(entropy: Tensor, bound: float) -> Tensor:
     return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, ranked.cumsum(0) - ranked <= bound)
 
 
-def _shown(canvas: Canvas, drafts: list[_Draft | None]) -> Canvas:
+def _shown(canvas: RenoisedCanvas, drafts: list[_Draft | None]) -> RenoisedCanvas:
     """The canvas with rows as their drafts say (None: as they are)."""
     tokens, confidence, done = canvas.tokens.clone(), canvas.confidence.clone(), canvas.done.clone()
+    final = canvas.start.clone()
     for row, draft in enumerate(drafts):
         if draft is not None:
             place = slice(int(canvas.start[row]), int(canvas.length[row]))
             tokens[row, place] = torch.tensor(draft.tokens, device=tokens.device)
             confidence[row, place] = torch.tensor(draft.confidence, device=tokens.device)
-            done[row] = draft.done
+            done[row], final[row] = draft.done, canvas.start[row] + draft.final
     known = [draft for draft in drafts if draft is not None]
     return replace(
         canvas,
@@ -281,4 +295,5 @@ def _shown(canvas: Canvas, drafts: list[_Draft | None]) -> Canvas:
         step=canvas.step + 1,
         nfe=max(draft.passes for draft in known),
         computed=sum(draft.computed for draft in known),
+        final=final,
     )

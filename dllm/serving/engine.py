@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from threading import Condition, Lock, Thread
-from typing import Any
 
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import Completion
 from dllm.language_model import DiffusionLM, Prompt
 from dllm.sampling.loop import DenoisingLoop
+from dllm.sampling.renoise import RenoisingSampler
 from dllm.sampling.rows import RunningRows
 from dllm.sampling.sampler import MaskedSampler
 from dllm.serving.events import Closed, Event, Finished, Full, Scored, Stats, TooLong
@@ -24,6 +24,7 @@ from dllm.serving.requests import (
     Request,
     Row,
     answer_rows,
+    canvas_events,
     edit_events,
     host_rows,
     infill_events,
@@ -131,7 +132,7 @@ class Engine:
         """`n` answers, with the seeds settings.seed, settings.seed + 1, ...: a `Finished` of each.
 
         snapshots: also a `Snapshot` after every pass. `batch_size` and `batch_tokens` of the settings do not count.
-        A model whose sampler does not reveal masks sends `Edited` instead, and gives one answer to a request.
+        A model whose sampler does not reveal masks gives one answer to a request; one that edits sends `Edited`.
         """
         request = Request(on_event, snapshots)
         if n < 1:
@@ -145,10 +146,14 @@ class Engine:
                 raise ValueError(
                     f"n = {n}: a model of {name} gives one answer to a request; ask again with another seed"
                 )
+            elif isinstance(self.model.sampler, RenoisingSampler):
+                (row,) = answer_rows(self.model, prompt, settings, n)
+                canvases = self.model.sampler.denoise(self.model.backbone, row.canvas, settings, ended=row.ended)
+                request.job = lambda: canvas_events(row, canvases, self._piece, request.asked)
             else:
                 canvas = self.model.canvas([prompt], settings)
-                canvases: Any = self.model.sampler.denoise(self.model.backbone, canvas, settings)
-                request.job = lambda: edit_events(self.model, canvases, prompt, settings, request.asked)
+                drafts = self.model.sampler.denoise(self.model.backbone, canvas, settings)
+                request.job = lambda: edit_events(self.model, drafts, prompt, settings, request.asked)
         return self._submit(request)
 
     def infill(self, text: str, settings: GenerateSettings, *, on_event: OnEvent, snapshots: bool = False) -> Handle:

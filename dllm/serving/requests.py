@@ -14,6 +14,7 @@ from dllm.config import GenerateSettings
 from dllm.core.canvas import Canvas, Completion, Ended, Progress, infill_canvas
 from dllm.language_model import DiffusionLM, Prompt, is_chat
 from dllm.sampling.edits import EditCanvas, edit_pieces
+from dllm.sampling.renoise import RenoisedCanvas
 from dllm.serving.events import Edited, Event, Finished, Snapshot
 
 OnEvent = Callable[[int, Event], None]
@@ -225,6 +226,20 @@ def infill_events(model: DiffusionLM, tokens: list[int], settings: GenerateSetti
             yield Edited(canvas.step, (("kept", text),), text)
     seconds = time.monotonic() - asked
     yield Finished(text, given, len(ids) - given, canvas.nfe, "length", seconds, tuple(ids))
+
+
+def canvas_events(
+    row: Row, canvases: Iterator[Canvas], piece: Callable[[tuple[int, ...]], str], asked: float
+) -> Iterator[Event]:
+    """The events of a row whose sampler writes one canvas after the other, from the row after every pass."""
+    first = canvas = next(canvases)
+    for canvas in canvases:
+        final = int(canvas.final[0]) if isinstance(canvas, RenoisedCanvas) and canvas.final is not None else 0
+        states = (canvas.tokens, canvas.masked, canvas.confidence)
+        tokens, masked, confidence = (state[0].tolist() for state in states)
+        yield row.snapshot(tokens, masked, confidence, final=final, piece=piece)
+    done = Completion(0, canvas.responses()[0], canvas.nfe - first.nfe, canvas.computed - first.computed)
+    yield row.finish(done, time.monotonic() - asked)
 
 
 def host_rows(tensors: tuple[Tensor, Tensor, Tensor], lengths: Sequence[int]) -> Iterator[tuple[list, list, list]]:

@@ -119,14 +119,16 @@ def write_artifact(trained: Trained, weights: dict[str, Tensor], workdir: Path) 
 def _write_model(trained: Trained, state: dict[str, Tensor], workdir: Path, scratch: Path) -> None:
     """Write the stock model and its tokenizer; of a run with an adapter, the adapter and the merged model."""
     config, model = trained.config, trained.backbone.model
-    if config.adapter is None:
+    if all(parameter.requires_grad for parameter in model.parameters()):
         model.save_pretrained(scratch / "model", state_dict=state)
     else:
-        save_adapter(model, state, scratch / "adapter")
         # the start once more, as it was: under a back-end with shards, this process holds a part of it only
         whole = adapted(config, start_of(config, workdir), trained.devices.accelerator.device).model
         whole.load_state_dict(state, strict=False)
-        merge_adapter(whole).save_pretrained(scratch / "model")
+        if config.adapter is not None:
+            save_adapter(model, state, scratch / "adapter")
+            whole = merge_adapter(whole)
+        whole.save_pretrained(scratch / "model")
     trained.backbone.tokenizer.save_pretrained(scratch / "model")
 
 

@@ -18,6 +18,7 @@ from dllm.data.collate import ResponseEnd
 from dllm.data.tokens import TokenRows
 from dllm.models.adapters import attach_adapter
 from dllm.models.backbone import Backbone, TokenNLL
+from dllm.models.diffusion_gemma import process_steps
 from dllm.models.load import load_backbone
 from dllm.models.published import family_of
 from dllm.numbers import environment_number
@@ -30,6 +31,7 @@ def objective_of(config: RunConfig, backbone: Backbone, *, exact: bool = False) 
     recipe = config.recipe.model_copy(update=bound) if exact else config.recipe
     algorithm = algorithm_named(config.algorithm)
     known = {"max_length": backbone.max_length, "vocab_size": backbone.vocab_size, **vars(config)}
+    known |= {"passes": process_steps(backbone), "bos_id": getattr(backbone.tokenizer, "bos_token_id", None)}
     return algorithm.part("objective")(recipe, **{name: known[name] for name in algorithm.takes})
 
 

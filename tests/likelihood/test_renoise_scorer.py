@@ -12,7 +12,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from dllm.config import GenerateSettings, LikelihoodSettings
 from dllm.core.canvas import canvas_for
 from dllm.likelihood.racing import Question
-from dllm.likelihood.renoise import RenoisingScorer, step_divergence
+from dllm.likelihood.renoise import RenoisingScorer, token_divergences
 from dllm.models.backbone import Backbone
 from dllm.models.diffusion_gemma import Prefix
 from dllm.sampling.renoise import RenoisingSampler
@@ -94,7 +94,7 @@ def test_the_divergence_of_a_pass_is_that_of_bayes_rule(level):
     seen, target = (torch.randint(WORDS, (40,), generator=generator) for _ in range(2))
     logits = 3 * torch.randn(40, WORDS, generator=generator)
     q, p = posterior(level), logits.double().softmax(-1).numpy()
-    found = step_divergence(logits, seen, target, level, STEPS)
+    found = token_divergences(logits, seen, target, level, STEPS)
     for i in range(40):
         truth, model = q[target[i], seen[i]], p[i] @ q[:, seen[i], :]
         expected = (truth[truth > 0] * numpy.log(truth[truth > 0] / model[truth > 0])).sum()
@@ -110,7 +110,7 @@ def test_with_the_true_posterior_the_mean_bound_is_the_entropy():
         joint = data[:, None] * noise
         logits = torch.tensor(joint / joint.sum(0)).T.log()
         for x, z in product(range(WORDS), repeat=2):
-            term = step_divergence(logits[z][None], torch.tensor([z]), torch.tensor([x]), level, STEPS).item()
+            term = token_divergences(logits[z][None], torch.tensor([z]), torch.tensor([x]), level, STEPS).item()
             total += joint[x, z] * term
     assert total == pytest.approx(-(data * numpy.log(data)).sum(), abs=1e-9)
 
@@ -138,6 +138,14 @@ def test_a_longer_target_is_the_sum_of_its_canvases_each_given_those_before(back
     score = RenoisingScorer().nelbo(backbone, [PROMPT], [[2, 1, 3]], LikelihoodSettings(budget=600, seed=3))[0]
     assert abs(score.nats - first[STATES.index((2, 1))] - second[3]) < 4 * score.standard_error
     assert score.passes == 2 * 601
+
+
+def test_a_text_without_a_prompt_is_behind_a_start_token_in_all_its_canvases(backbone):
+    settings, text = LikelihoodSettings(budget=10), [2, 1, 3]
+    alone = RenoisingScorer().nelbo(backbone, [[]], [text], settings)[0].nats
+    start = [backbone.tokenizer.bos_token_id]
+    behind = RenoisingScorer()._estimates(backbone, [start], [text], settings, [[]])[0]  # with the same random numbers
+    assert alone == behind[0]
 
 
 def test_a_score_depends_on_the_seed_and_not_on_the_other_requests_or_the_batches(backbone):

@@ -7,7 +7,7 @@ import torch
 
 from dllm.chat.settings import chat_generation
 from dllm.config import GenerateSettings, load_project
-from dllm.families import FAMILIES, LLADA2
+from dllm.families import FAMILIES, LLADA2, OWN_CLASS
 from dllm.language_model import load
 from dllm.models.load import load_backbone, save_stand_in
 from dllm.models.published import family_of, published_decoding, read_tensors, refuse_other_routing
@@ -47,7 +47,25 @@ def saved(entries, name, directory):
 
 
 def test_every_published_family_has_a_stand_in(entries):
-    assert set(entries) == set(FAMILIES) == set(NAMES)
+    assert set(entries) == {*FAMILIES, *OWN_CLASS} and set(FAMILIES) == set(NAMES)
+
+
+def test_a_stand_in_of_a_class_of_its_own_is_that_class_with_its_tokens(entries, tmp_path):
+    entry = entries["DiffusionGemma"]
+    directories = [tmp_path / "model", tmp_path / "again"]
+    for directory in directories:
+        save_stand_in(entry, word_tokenizer(), directory)
+    backbone = load_backbone(directories[0], entry=entry)
+    assert type(backbone.model).__name__ == "DiffusionGemmaForBlockDiffusion"
+    assert backbone.sidecar["block_size"] == entry.new["canvas_length"] and backbone.tokenizer.eos_token == "<eos>"
+    ids = encode_chat(backbone.tokenizer, CHAT, add_generation_prompt=False)
+    assert backbone.tokenizer.convert_tokens_to_ids("<turn|>") in ids
+    first, second = (dict(read_tensors(directory)) for directory in directories)
+    assert all(torch.equal(value, second[key]) for key, value in first.items()), "the seed decides"
+    wrong = entry.model_copy(update={"new": entry.new | {"text_config": {"hidden_size": "wide"}}})
+    with pytest.raises(ValueError, match="no diffusion_gemma can be made of these settings") as fault:
+        save_stand_in(wrong, word_tokenizer(), tmp_path / "wrong")
+    assert "\n" not in str(fault.value)
 
 
 @pytest.mark.parametrize("name", NAMES)

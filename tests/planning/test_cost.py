@@ -24,6 +24,7 @@ from dllm.planning.cost import (
     forwarded_tokens,
     generated_answers,
     likelihood_answers,
+    renoised_answers,
     scoring,
     training,
     training_steps,
@@ -280,3 +281,21 @@ def test_answers_that_are_rewarded_cost_their_passes_and_a_share_of_being_drawn(
     once = 8 * steps * 64 * forward_flops(SHAPE, 64, causal=False)
     # drawn once; three times as much forward and backward; and the head
     assert 4 * once < drawn < 4 * once + 4 * 8 * steps * 33 * head_flops(SHAPE)
+
+
+@pytest.mark.parametrize(("prompt", "targets"), [(7, 5), (7, 16), (20, 33)])
+def test_canvases_are_counted_as_their_objective_forwards_them_and_a_preview_on_top(prompt, targets):
+    from dllm.objectives.renoise import Renoise
+
+    recipe, length = Recipe(block_size=16), prompt + targets
+    counted = Renoise(recipe).forward_lengths(numpy.array([length]), numpy.array([prompt]))[0]
+    assert forwarded_tokens(a_run(algorithm="renoise"), recipe, length, targets) == counted
+
+
+def test_answers_in_canvases_forward_a_canvas_a_pass_and_what_is_before_it_once():
+    settings = GenerateSettings(max_new_tokens=512)
+    answers = renoised_answers(100, 3, settings)
+    passes = 2 * 48
+    assert (answers.passes, answers.tokens) == (3 * (passes + 2), 3 * (100 + 256 + passes * 256))
+    short = renoised_answers(100, 1, settings.model_copy(update={"max_new_tokens": 16, "steps": 8}))
+    assert (short.passes, short.tokens, short.scored) == (9, 100 + 8 * 16, 8 * 16)

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DiffusionGemmaConfig,
+    DiffusionGemmaForBlockDiffusion,
+)
 
 from dllm.config import ModelEntry, Shape, load_project
 from dllm.planning.shapes import (
@@ -30,6 +36,7 @@ ENTRIES = {
     **{"llada": "llada-8b-base", "llada_moe": "llada-moe-7b-instruct", "llada2": "llada2-mini"},
     **{"dream": "dream-7b-base", "rnd1": "rnd1-base"},
 }
+LEADERBOARD = load_project(ROOT / "config", ROOT / "config/leaderboard.yaml").models
 each_published = pytest.mark.parametrize("name", PAPER)
 
 
@@ -195,3 +202,25 @@ def test_muon_flops_are_those_of_its_iterations():
 def test_a_hub_model_without_a_shape_has_none_and_an_unknown_class_is_a_guess():
     assert shape_of(ModelEntry(hub="a/b", revision="0" * 40)) is None
     assert not is_known(translated({"model_type": "something-new", "hidden_size": 64, "num_attention_heads": 2}))
+
+
+def test_diffusion_gemma_has_the_parameters_of_its_class_and_of_what_was_published():
+    """Encoder and decoder share their weights, and of the vision tower, which the plan leaves out, 572,792,112 are."""
+    shape = LEADERBOARD["diffusiongemma-26b-a4b-it"].shape
+    text = {
+        "hidden_size": 2816, "num_hidden_layers": 30, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512, "intermediate_size": 2112,
+        "moe_intermediate_size": 704, "num_experts": 128, "top_k_experts": 8, "sliding_window": 1024,
+    }  # fmt: skip
+    vision = {
+        "model_type": "gemma4_vision", "hidden_size": 1152, "num_hidden_layers": 27, "intermediate_size": 4304,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 72,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig(text_config=text, vision_config=vision))
+    written = sum(p.numel() for name, p in model.named_parameters() if "vision" not in name)
+    assert parameters(shape).total == written
+    assert counted(model) == LEADERBOARD["diffusiongemma-26b-a4b-it"].parameters
+    stated = translated({"model_type": "diffusion_gemma", "text_config": text | {"vocab_size": 262144}})
+    assert stated == shape.model_copy(update={"positions": stated.positions}) and is_known(shape)
+    assert active_parameters(shape).total < 4e9

@@ -33,11 +33,9 @@ VISION = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A tiny random checkpoint as the class saves it, with a tokenizer."""
+def save_tiny(place):
+    """A tiny random checkpoint as the class saves it, with a tokenizer; returns its directory."""
     torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("gemma")
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<eos>", "<turn|>", "<mask>"]})
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.bos_token = "<eos>"
@@ -50,6 +48,11 @@ def directory(tmp_path_factory):
         DiffusionGemmaForBlockDiffusion(config).save_pretrained(place)
     tokenizer.save_pretrained(place)
     return place
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +181,13 @@ def one_line(action) -> str:
 
 
 def test_what_it_cannot_do_is_one_line(lm, directory, tmp_path):
-    assert "has no objective; it is sampled and scored only" in one_line(lambda: lm.algorithm.part("objective"))
     from dllm.exporting.export import export
     from dllm.models.inferred import entry_settings
     from tests.training.conftest import entry_for
 
-    for start in (lambda: load_backbone(directory, entry=entry_for("llama")), lambda: entry_settings(directory)):
-        assert "is sampled and scored, and not trained" in one_line(start)
+    other = entry_for("llama")
+    assert "are <mask>, <eos>, own; set them in the entry" in one_line(lambda: load_backbone(directory, entry=other))
+    assert "and not by `dllm tune`" in one_line(lambda: entry_settings(directory))
     assert "renoise fills no masks" in one_line(lambda: lm.infill(["a [MASK]"]))
     assert "give them this directory" in one_line(lambda: export(directory, output=tmp_path / "out"))
     for options, words in {
