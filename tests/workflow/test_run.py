@@ -6,58 +6,15 @@ import shutil
 import pytest
 import yaml
 
-from dllm.config import read_yaml
 from tests.workflow.conftest import ROOT, planned, snakemake
+from tests.workflow.rehearsal import KEPT_RUNS, overlays, reference
 
 pytestmark = pytest.mark.slow
-
-KEPT_RUNS = {"modernbert-large": 6, "alpaca-untuned": 4, "chat-large": 6}
-KEPT_BENCHMARKS = ("mmlu", "gsm8k")
-
-
-def small_overlay(workdir, **runs) -> dict:
-    """The laptop configuration cut down to one base, two fine-tunings and two benchmarks, a few steps each."""
-    files = ("laptop", "experiments", "benchmarks", "reported")
-    laptop, experiments, benchmarks, reported = (read_yaml(ROOT / f"config/{name}.yaml") for name in files)
-    every_run = {**experiments["runs"], **{k: v for k, v in laptop["runs"].items() if v}}
-    chat = {k: v for k, v in experiments["runs"]["chat-base"].items() if k != "epochs"} | laptop["runs"]["chat-base"]
-    untuned = experiments["runs"]["alpaca-untuned"] | laptop["runs"]["alpaca-untuned"]
-    base = laptop["runs"]["bert-base"]
-    settings = {"evaluations": 2, "eval_rows": 20, "eval_draws": 1, "global_batch_size": 8, "micro_batch_size": 8}
-    bodies = {
-        "modernbert-large": base | {"init": "modernbert-large-untrained"},
-        "alpaca-untuned": untuned,
-        "chat-large": chat | {"init": "modernbert-large"},
-    }
-    dropped = {name: None for name in every_run if name not in KEPT_RUNS}
-    kept = {
-        name: {k: v for k, v in body.items() if v is not None and k != "like"}
-        | settings
-        | {"steps": KEPT_RUNS[name], "like": None}
-        for name, body in bodies.items()
-    }
-    for name, changes in runs.items():
-        kept[name] = kept[name] | changes
-    return {
-        "workdir": str(workdir),
-        "runs": dropped | kept,
-        "benchmarks": {n: {"documents": 4} if n in KEPT_BENCHMARKS else None for n in benchmarks["benchmarks"]},
-        "evaluations": {n: None for n in (*benchmarks["evaluations"], *laptop["evaluations"]) if n != "chat-large"},
-        "reported": {n: None for n in reported["reported"]},
-        "speed": {"chat-large": {"documents": 2, "steps": [8, 4]}},
-        "report": {
-            "pretraining": [], "openwebtext": [],
-            "ablation": [{"run": "alpaca-untuned", "label": "untuned"}],
-            "chat": [{"run": "chat-large", "label": "chat"}],
-        },
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, worker_id):
     """A copy of the finished small work directory, and its overlay file."""
-    from tests.workflow.rehearsal import overlays, reference
-
     source = reference(tmp_path_factory, worker_id)
     home = source.parent.parent / f"copy-of-{source.parent.name}"  # as deep, for command lines lead to the repository
     shutil.copytree(source, home / "work", symlinks=True)
