@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dllm.cli import warm
-from dllm.cli.ask import VARIABLE
 from dllm.config import DatasetEntry, ModelEntry, download_configs, load_project
 from tests.hub_commands import hub_environment, run_commands
 from tests.hub_layouts import DATASETS, MODELS, write_hub
 from tests.loopback_hub import LoopbackHub
-from tests.workflow.conftest import BIN, ROOT
+from tests.workflow.conftest import BIN, ROOT, warm_jobs
 from workflow.warm import of_jobs
 
 pytestmark = pytest.mark.slow  # 180 jobs: minutes of CPU
@@ -66,18 +64,12 @@ def rehearse(home: Path, hub: LoopbackHub, *names: str) -> tuple[Path, subproces
     rows = {row: {"benchmarks": FEW_TASKS} for name in names for row in ASKED_LITTLE[name]}
     content = {"workdir": str(home / "work"), "evaluations": rows}
     overlay.write_text(yaml.safe_dump(pins(hub, *names) | content))
-    environment = hub_environment(hub.url, home / "home", PATH=f"{BIN}:{os.environ['PATH']}")
+    environment = hub_environment(hub.url, home / "home", PATH=f"{BIN}:{os.environ['PATH']}", PYTHONPATH=str(ROOT))
     files = [*(f"config/{name}.yaml" for name in (*names, "smoke")), str(overlay)]
     command = [str(BIN / "snakemake"), "--cores", "1", "--keep-going", "--quiet", "host", "reason", "--configfile"]
     # for jobs with and without the hub
-    servers = [warm.start(of_jobs(environment, offline) | {"PYTHONPATH": str(ROOT)}) for offline in (0, 1)]
-    environment |= {VARIABLE: " ".join(name for _, name in servers), "PYTHONPATH": str(ROOT)}
-    try:
-        done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True)
-    finally:
-        for server, _ in servers:
-            server.stdin.close()
-            server.wait()
+    with warm_jobs(*(of_jobs(environment, offline) for offline in (0, 1))) as names:
+        done = subprocess.run([*command, *files], cwd=ROOT, env=environment | names, capture_output=True, text=True)
     return home / "work-rehearsal", done
 
 
