@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.conftest import BIN, ROOT, snakemake
+from tests.workflow.conftest import BIN, ROOT, snakemake, variables, warm_jobs
 from tests.workflow.rehearsal import overlays, reference, results
+from workflow.warm import of_jobs
 
 pytestmark = pytest.mark.slow
 
@@ -30,23 +31,23 @@ def test_a_graph_killed_at_eight_moments_ends_with_the_same_numbers(tmp_path, tm
     snakemake("--unlock", overlays=files)
     seconds = time.monotonic() - started
     kills = 0
-    while kills < KILLS:
-        if killed(options, files, seconds * moments.uniform(*SHARES)):
-            kills += 1
+    with warm_jobs(of_jobs(variables())) as names:  # it alone survives, and its jobs do not
+        while kills < KILLS:
             # as `--unlock` does, which takes as long as a start
             shutil.rmtree(tmp_path / "work/.snakemake/locks", ignore_errors=True)
-        else:  # finished in between: the next kills hit another run
-            check(tmp_path / "work", whole)
-            shutil.rmtree(tmp_path / "work")
-    snakemake("--unlock", overlays=files)
-    snakemake(*options, overlays=files)
+            if killed(options, files, variables() | names, seconds * moments.uniform(*SHARES)):
+                kills += 1
+            else:  # finished in between: the next kills hit another run
+                check(tmp_path / "work", whole)
+                shutil.rmtree(tmp_path / "work")
+        snakemake("--unlock", overlays=files)
+        snakemake(*options, overlays=files, **names)
     check(tmp_path / "work", whole)
 
 
-def killed(options: list[str], files: list[Path], seconds: float) -> bool:
+def killed(options: list[str], files: list[Path], environment: dict[str, str], seconds: float) -> bool:
     """Run Snakemake and kill it and all its jobs after so many seconds; False if it finished before."""
     command = [str(BIN / "snakemake"), *options, "--configfile", *map(str, files)]
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     running = subprocess.Popen(
         command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
