@@ -1,8 +1,30 @@
-"""The order of the tests."""
+"""How many tests run at a time, and in which order."""
+
+import os
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+LONGEST = (
+    "workflow/test_smoke.py",
+    "cache/test_clone.py",
+    "workflow/test_kills.py",
+    "slurm/test_slurm.py",
+    "training/test_backends.py",
+    "cache/test_remotes.py",
+)
+"""Files of minutes. Those of one test or two come after others: a worker has its next file before it ends one."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for processes that wait, too. A worker takes about 1.2 GiB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores + 1, 8)
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Files with slow tests first, the longest of which are in workflow/, so that two workers end at the same time."""
+    """The longest files first, then those with slow tests, so that the workers end at the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
+    first = {HERE / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: str(item.path), reverse=True)
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (first.get(item.path, len(first)), item.path not in slow))

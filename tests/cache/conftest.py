@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dllm.config import read_yaml
-from tests.workflow.test_run import small_overlay
+from tests.workflow.rehearsal import small_overlay
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent

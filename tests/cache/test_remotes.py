@@ -21,10 +21,17 @@ from tests.cache.conftest import WORK, Checkout, copy_sources, dvc_command
 CACHE = "python ../../workflow/cache.py"
 
 
-@pytest.fixture
-def project(tmp_path) -> Checkout:
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Checkout:
     """A repository without results, and an empty remote beside it."""
-    return copy_sources(tmp_path / "project")
+    return copy_sources(tmp_path_factory.mktemp("fresh") / "project")
+
+
+@pytest.fixture
+def project(fresh, tmp_path) -> Checkout:
+    """A copy of both, for the configuration of DVC names the remote by its place beside it."""
+    shutil.copytree(fresh.path.parent, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return Checkout(tmp_path / "project")
 
 
 def make_dataset(project: Checkout, name: str, files: int = 3) -> None:

@@ -4,21 +4,46 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from dllm.cli import warm
+from dllm.cli.ask import VARIABLE
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
 
-def snakemake(*arguments: str, overlays=(), check: bool = True) -> subprocess.CompletedProcess:
-    """Run Snakemake in the repository root with the laptop configuration and overlays on top."""
+def variables() -> dict[str, str]:
+    """The environment of Snakemake."""
+    found = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"}
+    found.pop("CI", None)
+    return found
+
+
+@contextmanager
+def warm_jobs(*environments: dict[str, str]) -> Iterator[dict[str, str]]:
+    """What to add to the environment of Snakemake: the names of processes, one for each environment of jobs.
+
+    Several runs share them; alone, each starts one of its own and loads all packages again.
+    """
+    started = [found for environment in environments if (found := warm.start(environment))]
+    try:
+        yield {VARIABLE: " ".join(name for _, name in started)} if started else {}
+    finally:
+        for process, _ in started:
+            process.stdin.close()
+            process.wait()
+
+
+def snakemake(*arguments: str, overlays=(), check: bool = True, **more: str) -> subprocess.CompletedProcess:
+    """Run Snakemake in the repository root with the laptop configuration and overlays on top; `more` are variables."""
     files = [str(path) for path in overlays]
     command = [str(BIN / "snakemake"), *arguments, *(["--configfile", *files] if files else [])]
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "200"}
-    environment.pop("CI", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=variables() | more, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -5,12 +5,53 @@ from pathlib import Path
 
 import yaml
 
+from dllm.config import read_yaml
 from dllm.provenance import file_lock
 from tests.workflow.conftest import ROOT, snakemake
-from tests.workflow.test_run import small_overlay
+
+KEPT_RUNS = {"modernbert-large": 6, "alpaca-untuned": 4, "chat-large": 6}
+KEPT_BENCHMARKS = ("mmlu", "gsm8k")
 
 TIMES = ("wall_seconds", "tokens_per_second", "provenance", "model_seconds")
 """What differs between two identical runs."""
+
+
+def small_overlay(workdir, **runs) -> dict:
+    """The laptop configuration cut down to one base, two fine-tunings and two benchmarks, a few steps each."""
+    files = ("laptop", "experiments", "benchmarks", "reported")
+    laptop, experiments, benchmarks, reported = (read_yaml(ROOT / f"config/{name}.yaml") for name in files)
+    every_run = {**experiments["runs"], **{k: v for k, v in laptop["runs"].items() if v}}
+    chat = {k: v for k, v in experiments["runs"]["chat-base"].items() if k != "epochs"} | laptop["runs"]["chat-base"]
+    untuned = experiments["runs"]["alpaca-untuned"] | laptop["runs"]["alpaca-untuned"]
+    base = laptop["runs"]["bert-base"]
+    settings = {"evaluations": 2, "eval_rows": 20, "eval_draws": 1, "global_batch_size": 8, "micro_batch_size": 8}
+    bodies = {
+        "modernbert-large": base | {"init": "modernbert-large-untrained"},
+        "alpaca-untuned": untuned,
+        "chat-large": chat | {"init": "modernbert-large"},
+    }
+    dropped = {name: None for name in every_run if name not in KEPT_RUNS}
+    kept = {
+        name: {k: v for k, v in body.items() if v is not None and k != "like"}
+        | settings
+        | {"steps": KEPT_RUNS[name], "like": None}
+        for name, body in bodies.items()
+    }
+    for name, changes in runs.items():
+        kept[name] = kept[name] | changes
+    return {
+        "workdir": str(workdir),
+        "runs": dropped | kept,
+        "benchmarks": {n: {"documents": 4} if n in KEPT_BENCHMARKS else None for n in benchmarks["benchmarks"]},
+        "evaluations": {n: None for n in (*benchmarks["evaluations"], *laptop["evaluations"]) if n != "chat-large"},
+        "reported": {n: None for n in reported["reported"]},
+        "speed": {"chat-large": {"documents": 2, "steps": [8, 4]}},
+        "report": {
+            "pretraining": [], "openwebtext": [],
+            "ablation": [{"run": "alpaca-untuned", "label": "untuned"}],
+            "chat": [{"run": "chat-large", "label": "chat"}],
+        },
+    }  # fmt: skip
 
 
 def overlays(home: Path) -> list[Path]:

@@ -94,7 +94,6 @@ def test_planning_twice_writes_nothing_new(tmp_path):
     ("overlay", "line"),
     [
         ("runs: {chat-base: {init: nobody}}", "runs.chat-base.init = 'nobody' is neither a model nor a run."),
-        ("runs: {chat-base: {lenght: 3}}", "runs.chat-base.lenght is not a setting. Did you mean 'length'?"),
         ("runs: [1", "not valid JSON or YAML"),
         ("workdir: config/laptop.yaml", "`workdir` must be a directory that can be written"),
     ],

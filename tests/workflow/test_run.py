@@ -6,63 +6,19 @@ import shutil
 import pytest
 import yaml
 
-from dllm.config import read_yaml
 from tests.workflow.conftest import ROOT, planned, snakemake
+from tests.workflow.rehearsal import KEPT_RUNS, overlays, reference
 
 pytestmark = pytest.mark.slow
 
-KEPT_RUNS = {"modernbert-large": 6, "alpaca-untuned": 4, "chat-large": 6}
-KEPT_BENCHMARKS = ("mmlu", "gsm8k")
-
-
-def small_overlay(workdir, **runs) -> dict:
-    """The laptop configuration cut down to one base, two fine-tunings and two benchmarks, a few steps each."""
-    files = ("laptop", "experiments", "benchmarks", "reported")
-    laptop, experiments, benchmarks, reported = (read_yaml(ROOT / f"config/{name}.yaml") for name in files)
-    every_run = {**experiments["runs"], **{k: v for k, v in laptop["runs"].items() if v}}
-    chat = {k: v for k, v in experiments["runs"]["chat-base"].items() if k != "epochs"} | laptop["runs"]["chat-base"]
-    untuned = experiments["runs"]["alpaca-untuned"] | laptop["runs"]["alpaca-untuned"]
-    base = laptop["runs"]["bert-base"]
-    settings = {"evaluations": 2, "eval_rows": 20, "eval_draws": 1, "global_batch_size": 8, "micro_batch_size": 8}
-    bodies = {
-        "modernbert-large": base | {"init": "modernbert-large-untrained"},
-        "alpaca-untuned": untuned,
-        "chat-large": chat | {"init": "modernbert-large"},
-    }
-    dropped = {name: None for name in every_run if name not in KEPT_RUNS}
-    kept = {
-        name: {k: v for k, v in body.items() if v is not None and k != "like"}
-        | settings
-        | {"steps": KEPT_RUNS[name], "like": None}
-        for name, body in bodies.items()
-    }
-    for name, changes in runs.items():
-        kept[name] = kept[name] | changes
-    return {
-        "workdir": str(workdir),
-        "runs": dropped | kept,
-        "benchmarks": {n: {"documents": 4} if n in KEPT_BENCHMARKS else None for n in benchmarks["benchmarks"]},
-        "evaluations": {n: None for n in (*benchmarks["evaluations"], *laptop["evaluations"]) if n != "chat-large"},
-        "reported": {n: None for n in reported["reported"]},
-        "speed": {"chat-large": {"documents": 2, "steps": [8, 4]}},
-        "report": {
-            "pretraining": [], "openwebtext": [],
-            "ablation": [{"run": "alpaca-untuned", "label": "untuned"}],
-            "chat": [{"run": "chat-large", "label": "chat"}],
-        },
-    }  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished small work directory, its overlay files, and what was printed."""
-    home = tmp_path_factory.mktemp("run")
-    overlay = home / "small.yaml"
-    content = small_overlay(home / "work")
-    content["evaluations"]["chat-large"] = {"compare": None, "close_to": None}
-    overlay.write_text(yaml.safe_dump(content))
-    done = snakemake("--cores", "2", overlays=[ROOT / "config/laptop.yaml", overlay])
-    return home, overlay, done
+def finished(tmp_path_factory, worker_id):
+    """A copy of the finished small work directory, and its overlay file."""
+    source = reference(tmp_path_factory, worker_id)
+    home = source.parent.parent / f"copy-of-{source.parent.name}"  # as deep, for command lines lead to the repository
+    shutil.copytree(source, home / "work", symlinks=True)
+    return home, overlays(home)[1]
 
 
 def plan_with(home, overlay, changes: dict | None = None) -> list[tuple[str, str]]:
@@ -72,17 +28,14 @@ def plan_with(home, overlay, changes: dict | None = None) -> list[tuple[str, str
         changed = home / "changed.yaml"
         changed.write_text(yaml.safe_dump({"runs": changes}))
         files.append(changed)
-    jobs = [(rule, target) for rule, target, _ in planned(overlays=files)]
-    if changes is not None:
-        planned(overlays=files[:-1])  # puts the configs of the finished run back
-    return jobs
+    return [(rule, target) for rule, target, _ in planned(overlays=files)]
 
 
 REPORT_RULES = {"tables", "figures", "claims", "page"}
 
 
 def test_a_second_call_says_there_is_nothing_to_be_done(finished):
-    home, overlay, _ = finished
+    home, overlay = finished
     again = snakemake("--cores", "1", overlays=[ROOT / "config/laptop.yaml", overlay])
     assert "Nothing to be done" in again.stdout + again.stderr
 
@@ -95,7 +48,7 @@ def test_the_report_is_there_and_self_contained(finished):
 
 
 def test_a_deleted_evaluation_is_redone_with_the_report_and_nothing_else(finished):
-    home, overlay, _ = finished
+    home, overlay = finished
     result = home / "work/evals/chat-large/mmlu.json"
     saved = shutil.copy2(result, home / "mmlu.json")
     result.unlink()
@@ -106,27 +59,27 @@ def test_a_deleted_evaluation_is_redone_with_the_report_and_nothing_else(finishe
 
 
 def test_a_changed_learning_rate_redoes_that_run_and_what_depends_on_it(finished):
-    home, overlay, _ = finished
+    home, overlay = finished
     jobs = plan_with(home, overlay, {"alpaca-untuned": {"optimizer": {"learning_rate": 0.001}}})
     assert [target for rule, target in jobs if rule == "train"] == ["alpaca-untuned"]
     assert {rule for rule, _ in jobs} == {"train"} | REPORT_RULES
 
 
 def test_where_a_run_is_launched_is_no_reason_to_run_it_again(finished):
-    home, overlay, _ = finished
+    home, overlay = finished
     elsewhere = {"launch": "ddp", "resources": {"nodes": 2, "gpus_per_node": 4, "cpus_per_task": 8}}
     assert plan_with(home, overlay, {"alpaca-untuned": elsewhere}) == []
 
 
 def test_a_changed_start_redoes_everything_that_starts_from_it(finished):
-    home, overlay, _ = finished
+    home, overlay = finished
     jobs = plan_with(home, overlay, {"modernbert-large": {"seed": 43}})
     assert {target for rule, target in jobs if rule == "train"} == set(KEPT_RUNS)
     assert {"evaluate", "sample", "speed"} <= {rule for rule, _ in jobs}
 
 
 def test_forcing_a_run_again_gives_the_same_bytes_and_so_the_same_tables(finished):
-    home, overlay, _ = finished
+    home, overlay = finished
     work = home / "work"
 
     def digests() -> dict:
