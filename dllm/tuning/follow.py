@@ -29,7 +29,7 @@ from dllm.config import (
     run_configs,
     write_when_changed,
 )
-from dllm.data.convert import messages_of
+from dllm.data.convert import messages_of, text_of
 from dllm.data.download import download
 from dllm.data.prepare import prepare
 from dllm.language_model import load
@@ -300,7 +300,7 @@ def _question(source: Source, number: int, where: str) -> tuple[Any, str, str]:
     """(prompt for the model, its words as shown, the answer in the data) of a row."""
     row = source.rows[number]
     if source.is_text:
-        words = row["text"].split()
+        words = text_of(row, where).split()
         half = min(16, len(words) // 2)
         if not half:
             raise ValueError(f"{where}: too short to be continued")

@@ -53,7 +53,7 @@ def find_data(names: Sequence[str], known: dict[str, str], wished: Entry) -> dic
     datasets: dict[str, Entry] = {}
     for name in names:
         path = Path(name).expanduser()
-        if path.exists() or any(letter in name for letter in "*?["):
+        if name and path.exists() or any(letter in name for letter in "*?["):
             files.append(str(path.absolute()))
         elif name in entries:
             datasets[name] = entries[name]

@@ -163,7 +163,9 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here, capsys, monkeypatch):
     [
         (("tyo", "chats.jsonl"), "MODEL = 'tyo' is neither a directory, nor a hub id such as"),
         (("toy-bert", "chat.jsonl"), "DATA = 'chat.jsonl' is neither a file, nor a hub dataset"),
+        (("toy-bert", ""), "DATA = '' is neither a file, nor a hub dataset"),
         (("toy-bert", "no/*.jsonl"), "datasets.data.files"),
+        (("toy-bert", "empty"), "a directory without files that are read; allowed: .jsonl"),
         (("toy-bert", "chats.jsonl", "notes.txt"), "holds both texts and conversations"),
         (("toy-bert", "toy-bert/vocab.bin"), "is neither a file"),
         (("toy-bert", "strange.csv"), "strange: rows with the columns titel, inhalt are of no known kind; allowed: "),
