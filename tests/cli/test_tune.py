@@ -124,6 +124,23 @@ def test_entries_of_the_configuration_are_used_by_name_and_several_datasets_are_
     assert "prepared 32 rows to train on" in out and Path("results/chat-fresh/data/data--toy--48").is_dir()
 
 
+def test_datasets_of_one_name_are_all_used_and_a_name_too_long_for_a_file_is_shortened(here, capsys):
+    sets = {"data": {"files": ["chats.jsonl"]}, "d" * 50: {"files": ["chats.jsonl"]}}
+    (here / "config").mkdir()
+    (here / "config/models.yaml").write_text("models: {}")
+    (here / "config/datasets.yaml").write_text(yaml.safe_dump({"datasets": sets}))
+    file = f"{'D' * 240}.jsonl"
+    (here / file).write_bytes((here / "chats.jsonl").read_bytes())
+    words = ("toy-bert", "data", "d" * 50, file, "--show-config")
+    status, out, err = tune(capsys, *words)
+    assert status == 0, err
+    assert yaml.safe_load(out)["datasets"]["data-2"] == {"mix": ["data", "d" * 50, f"{'d' * 50}-2"]}
+    for name in ("x" * 100, "data"):
+        os.rename("toy-bert" if name.startswith("x") else "x" * 100, name)
+        status, out, err = tune(capsys, name, file, *SHORT)
+        assert status == 0, err
+
+
 def test_an_encoder_without_a_head_is_given_one_and_that_is_said_in_one_line(here, capsys):
     from transformers import AutoModel
 
