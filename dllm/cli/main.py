@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
@@ -70,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (that of the process by default) and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = " ".join(["dllm", *words[:1]]) if words and words[0] in VERBS else "dllm"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character still gets the line
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = None
         if arguments is None and os.environ.get("DLLM_WARM"):

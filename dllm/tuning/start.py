@@ -31,7 +31,7 @@ def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry],
     path = Path(name).expanduser()
     if path.is_dir():
         directory = checkpoint_directory(str(path), Path.cwd(), "MODEL")
-        return slug(_own_name(path)), {slug(_own_name(path)): {"path": str(directory.resolve())}}, directory
+        return slug(_own_name(path)), {slug(_own_name(path)): {"path": _as_text(directory.resolve())}}, directory
     entries = _entries("models")
     if name in entries:
         taken = {name: entries[name]}
@@ -61,7 +61,7 @@ def find_data(
     for name in names:
         path = Path(name).expanduser()
         if name and path.exists() or any(letter in name for letter in "*?["):
-            files.append(str(path.absolute()))
+            files.append(_as_text(path.absolute()))
         elif name in entries:
             datasets[name] = entries[name]
         elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
@@ -97,6 +97,17 @@ def free_name(name: str, taken: Iterable[str]) -> str:
     """The name, with a number where others have it."""
     numbered = (f"{name}-{number}" if number > 1 else name for number in count(1))
     return next(other for other in numbered if other not in {*taken})
+
+
+def _as_text(path: Path) -> str:
+    """A path as it stands in a config. Raises ValueError, one line, for one that is no text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{str(path)!r}: this path is no text in UTF-8; rename it, or set PYTHONUTF8=1 if the locale is not UTF-8"
+        ) from None
+    return str(path)
 
 
 def _own_name(path: Path) -> str:

@@ -199,12 +199,14 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here, capsys, monkeypatch):
         (("toy-bert", "chats.jsonl", "--prediction", "next"), "prediction = 'next' is for causal models"),
         (("chats.jsonl", "chats.jsonl"), "MODEL = 'chats.jsonl' is neither a directory"),
         (("empty", "chats.jsonl"), "no checkpoint there"),
+        (("toy-bert", os.fsdecode(b"caf\xe9.jsonl")), "caf\\udce9.jsonl': this path is no text in UTF-8; rename it"),
     ],
 )
 def test_what_cannot_work_says_why_in_one_line(here, capsys, words, line):
     (here / "strange.csv").write_text("titel,inhalt\na,b\n")
     (here / "empty.jsonl").write_text("\n")
     (here / "empty").mkdir()
+    (here / os.fsdecode(b"caf\xe9.jsonl")).write_text("{}")
     assert line in error_of(capsys, *words)
 
 
