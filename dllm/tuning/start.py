@@ -53,7 +53,8 @@ def find_data(
 ) -> dict[str, Entry]:
     """The dataset entries of what a user calls data: files together are one, each hub dataset or entry is one.
 
-    wished: settings of the files and hub datasets; taken: names that mean something else. Raises ValueError, one line, as above.
+    wished: settings of the files and hub datasets; taken: names that mean something else. Raises ValueError, one
+    line, as above.
     """
     entries, files = _entries("datasets"), []
     datasets: dict[str, Entry] = {}
