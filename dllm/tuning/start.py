@@ -77,8 +77,8 @@ def find_data(
         datasets[free_name(slug(name.split("/")[1]), [*datasets, *taken])] = entry
     if files:
         stated = {key: value for key, value in wished.items() if key != "config"}
-        entry = {"files": files, "drop_unusable": True} | stated
-        datasets[free_name(slug(Path(files[0]).name.split(".")[0]), [*datasets, *taken])] = entry
+        own: Entry = {"files": files, "drop_unusable": True} | stated
+        datasets[free_name(slug(Path(files[0]).name.split(".")[0]), [*datasets, *taken])] = own
     return datasets
 
 
