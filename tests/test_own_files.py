@@ -141,6 +141,11 @@ def test_relative_paths_start_from_the_repository_and_do_not_name_it(tmp_path):
             "datasets.chats.files = '/nowhere/*.jsonl': no such",
         ),
         ({"datasets": {"chats": {"files": []}}}, "datasets.chats.files = []"),
+        ({"datasets": {"chats": {"files": ["/dev/null"]}}}, "'/dev/null': neither a file nor a directory; allowed: "),
+        (
+            {"datasets": {"chats": {"files": [str(Path(__file__).parent / "slurm")]}}},
+            "/slurm': a directory without files that are read; allowed: .jsonl",
+        ),
         ({"datasets": {"chats": {"hub": "a/b", "revision": "0" * 40}}}, "needs exactly one of `hub`, `files`, `world`"),
         ({"datasets": {"chats": {"test_split": "test"}}}, "`files`, which have no splits"),
         (

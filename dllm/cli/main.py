@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
@@ -69,6 +70,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (that of the process by default) and return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     name = " ".join(["dllm", *words[:1]]) if words and words[0] in VERBS else "dllm"
     try:
         status = None
@@ -100,6 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         _say(name, f"error: {bug_line(error)}")
         return 70
+
+
+def _open_streams() -> None:
+    """Let standard streams that were closed, or that cannot show a character, take every line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character still gets the line
+            stream.reconfigure(errors="backslashreplace")
 
 
 def bug_line(error: Exception) -> str:

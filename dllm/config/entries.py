@@ -36,7 +36,10 @@ from dllm.config.settings import (
 )
 from dllm.config.shape import Shape
 
-NAME = re.compile(r"^[a-z0-9]+([.-][a-z0-9]+)*$")
+LONGEST_NAME = 80
+"""Letters of an entry's name: names of two entries and more become one file name, which has 255 at most."""
+
+NAME = re.compile(rf"^(?=.{{1,{LONGEST_NAME}}}$)[a-z0-9]+([.-][a-z0-9]+)*$")
 REVISION = re.compile(r"^[0-9a-f]{40}$")
 
 HardwareName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "rtx-4090", "cpu"]

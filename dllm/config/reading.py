@@ -269,6 +269,9 @@ def _describe(error: ValidationError, model: type[BaseModel], origin: Origin) ->
     location = problem["loc"]
     key = ".".join(str(part) for part in location)
     where = f"{origin(location)}: {key}" if key else origin(location)
+    if location and location[-1] == "[key]":
+        section = ".".join(map(str, location[:-2]))
+        return f"{origin(location)}: {section}: the name {problem['input']!r} is no text; write it in quotes"
     if location and location[-1] in REMOVED:
         return f"{where} was removed: {REMOVED[str(location[-1])]}"
     if problem["type"] == "extra_forbidden":

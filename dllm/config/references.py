@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.algorithms import algorithm_named
-from dllm.config.entries import NAME, DatasetEntry, Project
+from dllm.config.entries import LONGEST_NAME, NAME, DatasetEntry, Project
 from dllm.config.policy import own_reward
 from dllm.config.settings import GenerateSettings, did_you_mean, overlaid
 
@@ -95,7 +95,7 @@ def _unusable_names(project: Project) -> Iterator[Problem]:
     for section in ("models", "datasets", "runs", "benchmarks", "evaluations"):
         for name in getattr(project, section):
             if not NAME.match(name):
-                allowed = "lower-case letters, digits, '.' and '-', because it becomes a file name"
+                allowed = f"{LONGEST_NAME} lower-case letters, digits, '.' and '-' at most; it becomes a file name"
                 yield _at(section, name, says=f"is not a usable name; allowed: {allowed}")
     for name in sorted(set(project.models) & set(project.runs)):
         yield (

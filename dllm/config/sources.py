@@ -37,6 +37,9 @@ def dataset_files(patterns: Iterable[str], root: Path, where: str) -> list[Path]
             paths = [whole]
         else:
             paths = sorted(path for path in map(Path, glob.glob(str(whole), recursive=True)) if path.is_file())
+        if not paths and whole.exists():
+            what = "a directory without files that are read" if whole.is_dir() else "neither a file nor a directory"
+            raise ValueError(f"{where} = {pattern!r}: {what}; allowed: {', '.join(DATA_FILES)}, also as .gz")
         if not paths:
             raise ValueError(f"{where} = {pattern!r}: no such file ({whole}); check the path")
         for path in paths:

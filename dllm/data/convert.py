@@ -11,7 +11,7 @@ import numpy
 
 from dllm.config import DataPart
 from dllm.data.formats import FILES, FileRows
-from dllm.data.kinds import SEEN, conversation_of, has_rejected, recognised, rejected_conversation_of
+from dllm.data.kinds import SEEN, conversation_of, has_rejected, named_plainly, recognised, rejected_conversation_of
 from dllm.models.literal_text import check_text
 from dllm.models.tokenizers import encode_texts
 
@@ -76,7 +76,7 @@ def kind_of_part(part: DataPart, rows: FileRows) -> tuple[str, str]:
 
 def text_of(row: dict, where: str) -> str:
     """The text of a pretraining row (it may be empty: Wikitext has empty lines)."""
-    text = row.get("text")
+    text = named_plainly(row).get("text")
     if not isinstance(text, str):
         raise ValueError(f"{where}: no text (column 'text' = {text!r}); a text dataset needs one string per row")
     check_text(text, where)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,12 @@ FILES = "files"
 
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 """Errors of reading a .gz file that was cut off, or that is not one."""
+
+LIST_OF_OBJECTS = re.compile(r"\s*\[\s*(\{|$)")
+"""How the first line of a list of objects begins."""
+
+DELIMITERS = ",;\t|"
+"""What may part the fields of a csv file: spreadsheets write the semicolon where the comma is a decimal point."""
 
 BLOCK_ROWS, BLOCK_BYTES = 1024, 2**22
 """Rows of a parquet file that are read at a time, and about how many bytes they may have."""
@@ -194,6 +201,12 @@ def read_jsonl(path: str | Path) -> Stream:
     return Stream(lambda: _lines(path), lambda item: _parsed(path, *item))
 
 
+def _jsonl(path: Path) -> Sequence[Row]:
+    """The rows of a JSON-lines file, or of a file that is one list of objects in truth."""
+    _, first = next(_lines(path), (0, ""))
+    return _json(path) if LIST_OF_OBJECTS.match(first) else read_jsonl(path)
+
+
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that are not blank, with their numbers."""
     with _opened(path) as file:
@@ -241,7 +254,11 @@ def _all_objects(values: list, *, empty: bool = False) -> bool:
     return (empty or bool(values)) and all(isinstance(value, dict) for value in values)
 
 
-def _csv(path: Path, delimiter: str = ",") -> Stream:
+def _csv(path: Path, delimiters: str = DELIMITERS) -> Stream:
+    """The rows of a table; its fields are parted by that one of `delimiters` which the header has most often."""
+    with _opened(path, newline="") as file:
+        header = file.readline()
+    delimiter = max(delimiters, key=header.count)
     return Stream(lambda: _records(path, delimiter), _second)
 
 
@@ -289,8 +306,8 @@ def _paragraphs(path: Path) -> Iterator[Iterator[str]]:
 
 
 FORMATS: dict[str, Callable[[Path], Sequence[Row]]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".json": _json,
     ".parquet": Table,
     ".csv": _csv,

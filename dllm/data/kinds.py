@@ -33,8 +33,8 @@ SYSTEM = ("system", "system_prompt")
 """Names of columns, the first that a row has counts."""
 
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-ROLES |= {"model": "assistant", "developer": "system"}
-"""What others call the roles."""
+ROLES |= dict.fromkeys(("model", "ai", "bing", "bard"), "assistant") | {"developer": "system"}
+"""What others call the roles, in small or capital letters."""
 
 SEEN = 100
 """Rows that are looked at to say what a dataset holds."""
@@ -65,7 +65,7 @@ def recognised(rows: Iterable[Row], name: str) -> tuple[str, str]:
     for row in rows:
         columns |= dict.fromkeys(row)
         if kind := kind_of(row):
-            found.setdefault(kind, kinds()[kind].columns(row))
+            found.setdefault(kind, kinds()[kind].columns(named_plainly(row)))
     if not found:
         raise ValueError(
             f"{name}: rows with the columns {', '.join(columns) or '(none)'} are of no known kind; allowed: "
@@ -79,7 +79,14 @@ def recognised(rows: Iterable[Row], name: str) -> tuple[str, str]:
 
 def kind_of(row: Row) -> str | None:
     """The first kind whose columns a row has, or None."""
+    row = named_plainly(row)
     return next((name for name, kind in kinds().items() if kind.columns(row)), None)
+
+
+def named_plainly(row: Row) -> Row:
+    """A row with its columns in small letters, without blanks around them; of two alike, the plain one counts."""
+    plain = {name.strip().lower(): value for name, value in row.items() if isinstance(name, str)}
+    return row if plain.keys() == row.keys() else {**plain, **row}
 
 
 def conversation_of(row: Row, kind: str, where: str) -> list[dict]:
@@ -91,14 +98,14 @@ def conversation_of(row: Row, kind: str, where: str) -> list[dict]:
     make = resolved(ROW_KINDS[found]).conversation if found in ROW_KINDS else None
     if make is None:
         raise ValueError(f"{where}: no conversation (columns: {', '.join(row)}); allowed: {ALLOWED}")
-    return _checked(make(row, where), where)
+    return _checked(make(named_plainly(row), where), where)
 
 
 def rejected_conversation_of(row: Row, kind: str, where: str) -> list[dict]:
     """The turns of the conversation of a row whose last answer is the worse one; otherwise as `conversation_of`."""
     make = resolved(ROW_KINDS[kind]).rejected
     assert make is not None  # such a kind has one
-    return _checked(make(row, where), where)
+    return _checked(make(named_plainly(row), where), where)
 
 
 def _checked(turns: list[dict], where: str) -> list[dict]:
@@ -135,7 +142,10 @@ def _turn(turn: Mapping, where: str) -> dict:
     named = "role" if turn.get("role") is not None else "from"
     role = turn.get(named)
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    return {"role": ROLES.get(role, role) if isinstance(role, str) else role, "content": _content(content, where)}
+    return {
+        "role": ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role,
+        "content": _content(content, where),
+    }
 
 
 def _content(content: Any, where: str) -> Any:

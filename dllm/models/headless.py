@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from dllm.models.published import published_config
 
@@ -13,10 +15,10 @@ SEED = 0
 
 
 def lacks_head(directory: Path) -> bool:
-    """Whether a checkpoint's config.json names a class of an encoder without an LM head, or none at all."""
+    """Whether config.json names a class of an encoder without an LM head, none at all, or DeBERTa's other head."""
     config = published_config(directory)
     name = (config.get("architectures") or [""])[0] if config else "ForMaskedLM"
-    return name == "ElectraForPreTraining" or not name.endswith(HAS_HEAD)
+    return name == "ElectraForPreTraining" or not name.endswith(HAS_HEAD) or config.get("legacy") is False
 
 
 def give_head(directory: Path) -> str | None:
@@ -40,6 +42,8 @@ def give_head(directory: Path) -> str | None:
             f"class for model_type = {config.model_type!r}; take another encoder, or a causal model"
         )
     config.tie_word_embeddings = True
+    if hasattr(config, "legacy"):
+        config.legacy = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model, report = AutoModelForMaskedLM.from_pretrained(
@@ -54,11 +58,37 @@ def give_head(directory: Path) -> str | None:
     if not report["missing_keys"]:
         return None
     before = (config.architectures or [f"this {config.model_type}"])[0]
+    taken = hasattr(config, "legacy") and _take_deberta_head(directory, model)
     for path in [*directory.glob("*.safetensors*"), *directory.glob("pytorch_model*.bin*")]:
         path.unlink()
     (directory / "config.json").unlink()  # it may be a second name of somebody's file, which must stay as it is
     model.save_pretrained(directory)
+    if taken:
+        return f"{before} was saved with its LM head under other names, which is taken"
     return (
         f"{before} was saved without an LM head: it is given one on its tied embeddings, which training has to teach "
         "first"
     )
+
+
+def _take_deberta_head(directory: Path, model: Any) -> bool:
+    """Copy the LM head that DeBERTa's authors store as `lm_predictions`: the same function as the stock head.
+
+    False if the checkpoint has none.
+    """
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    config = deepcopy(model.config)
+    config.legacy = False
+    stored, report = AutoModelForMaskedLM.from_pretrained(
+        directory, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        return False
+    head, own = stored.lm_predictions.lm_head, model.cls.predictions
+    own.transform.dense.load_state_dict(head.dense.state_dict())
+    own.transform.LayerNorm.load_state_dict(head.LayerNorm.state_dict())
+    with torch.no_grad():
+        own.bias.copy_(head.bias)
+    return True

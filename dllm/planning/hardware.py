@@ -57,9 +57,7 @@ TABLE: dict[str, Hardware] = {
 def hardware(name: str, utilisation: float | None = None) -> Hardware:
     """The entry of `TABLE`, with another training utilisation if given. Raises ValueError for an unknown name."""
     if name not in TABLE:
-        raise ValueError(
-            f"hardware = {name!r} is not known; allowed: {', '.join(HARDWARE)}. {did_you_mean(name, HARDWARE)}"
-        )
+        raise ValueError(f"hardware = {name!r} is not known. {did_you_mean(name, HARDWARE)}")
     machine = TABLE[name]
     if utilisation is None:
         return machine

@@ -29,7 +29,7 @@ from dllm.config import (
     run_configs,
     write_when_changed,
 )
-from dllm.data.convert import messages_of
+from dllm.data.convert import messages_of, text_of
 from dllm.data.download import download
 from dllm.data.prepare import prepare
 from dllm.language_model import load
@@ -41,7 +41,7 @@ from dllm.training.artifact import input_paths
 from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
 from dllm.tuning.look import Source, facts_of, held_out, open_source
-from dllm.tuning.start import Entry, find_data, find_model, tokenizer_datasets
+from dllm.tuning.start import Entry, find_data, find_model, free_name, tokenizer_datasets
 
 EXAMPLES = 3
 """Held-out answers that are shown."""
@@ -97,13 +97,14 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
         found = entry_settings(place, wishes.prediction)
         models[name] |= {key: value for key, value in found.items() if value != ModelEntry.model_fields[key].default}
     run = f"chat-{name}"
-    datasets = find_data(wishes.data, _pins(wishes), wishes.dataset)
+    tokenizers = tokenizer_datasets(models)
+    datasets = find_data(wishes.data, _pins(wishes), wishes.dataset, tokenizers)
     datasets = {f"{key}-data" if key in models else key: entry for key, entry in datasets.items()}
     data = next(iter(datasets))
     if len(datasets) > 1:
-        data = "data"
-        datasets[data] = {"mix": [key for key in datasets if key != data]}
-    datasets |= tokenizer_datasets(models)
+        data = free_name("data", datasets)
+        datasets[data] = {"mix": [*datasets]}
+    datasets |= tokenizers
     output = wishes.output or Path("results") / run
     overlay: Entry = {"replaces": "all", "workdir": str(output), "models": models, "datasets": datasets}
     overlay["recipes"] = {"tune": {"response_end": "one"} if wishes.algorithm == "edit_flows" else {}}
@@ -300,7 +301,7 @@ def _question(source: Source, number: int, where: str) -> tuple[Any, str, str]:
     """(prompt for the model, its words as shown, the answer in the data) of a row."""
     row = source.rows[number]
     if source.is_text:
-        words = row["text"].split()
+        words = text_of(row, where).split()
         half = min(16, len(words) // 2)
         if not half:
             raise ValueError(f"{where}: too short to be continued")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ ENTRIES = Path("config")
 LOOKED_AT = ["*.json", "*.txt", "*.model", "*.jinja"]
 """Files of a hub model that are fetched before its entry is known: config and tokenizer."""
 
+LONGEST_SLUG = 50
+"""Letters that are taken of a file's or a model's name; other names are made with it."""
+
 
 def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry], Path | None]:
     """(name of the entry, entries it takes, where its config and tokenizer are) of what a user calls a model.
@@ -27,7 +31,7 @@ def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry],
     path = Path(name).expanduser()
     if path.is_dir():
         directory = checkpoint_directory(str(path), Path.cwd(), "MODEL")
-        return slug(_own_name(path)), {slug(_own_name(path)): {"path": str(directory.resolve())}}, directory
+        return slug(_own_name(path)), {slug(_own_name(path)): {"path": _as_text(directory.resolve())}}, directory
     entries = _entries("models")
     if name in entries:
         taken = {name: entries[name]}
@@ -44,30 +48,37 @@ def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry],
     return slug(name.split("/")[1]), {slug(name.split("/")[1]): entry}, _glance(name, commit)
 
 
-def find_data(names: Sequence[str], known: dict[str, str], wished: Entry) -> dict[str, Entry]:
+def find_data(
+    names: Sequence[str], known: dict[str, str], wished: Entry, taken: Iterable[str] = ()
+) -> dict[str, Entry]:
     """The dataset entries of what a user calls data: files together are one, each hub dataset or entry is one.
 
-    wished: settings of the files and hub datasets. Raises ValueError, one line, as above.
+    wished: settings of the files and hub datasets; taken: names that mean something else. Raises ValueError, one
+    line, as above.
     """
     entries, files = _entries("datasets"), []
     datasets: dict[str, Entry] = {}
+    repositories: dict[str, Entry] = {}
     for name in names:
         path = Path(name).expanduser()
-        if path.exists() or any(letter in name for letter in "*?["):
-            files.append(str(path.absolute()))
+        if name and path.exists() or any(letter in name for letter in "*?["):
+            files.append(_as_text(path.absolute()))
         elif name in entries:
             datasets[name] = entries[name]
         elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
             entry = {"hub": name, "revision": known.get(name) or _newest(name, "dataset"), "kind": "auto"}
-            datasets[slug(name.split("/")[1])] = entry | {"drop_unusable": True} | wished
+            repositories[name] = entry | {"drop_unusable": True} | wished
         else:
             raise ValueError(
                 f"DATA = {name!r} is neither a file, nor a hub dataset such as HuggingFaceTB/smoltalk, nor an entry of "
                 f"{ENTRIES / 'datasets.yaml'}. {did_you_mean(name, entries)}"
             )
+    for name, entry in repositories.items():
+        datasets[free_name(slug(name.split("/")[1]), [*datasets, *taken])] = entry
     if files:
         stated = {key: value for key, value in wished.items() if key != "config"}
-        datasets[slug(Path(files[0]).name.split(".")[0])] = {"files": files, "drop_unusable": True} | stated
+        own: Entry = {"files": files, "drop_unusable": True} | stated
+        datasets[free_name(slug(Path(files[0]).name.split(".")[0]), [*datasets, *taken])] = own
     return datasets
 
 
@@ -79,8 +90,25 @@ def tokenizer_datasets(models: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def slug(text: str) -> str:
-    """A text as the name of an entry: lower-case letters, digits, dots and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "data"
+    """A text as the name of an entry: lower-case letters, digits and hyphens, and not too long for a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST_SLUG].strip("-") or "data"
+
+
+def free_name(name: str, taken: Iterable[str]) -> str:
+    """The name, with a number where others have it."""
+    numbered = (f"{name}-{number}" if number > 1 else name for number in count(1))
+    return next(other for other in numbered if other not in {*taken})
+
+
+def _as_text(path: Path) -> str:
+    """A path as it stands in a config. Raises ValueError, one line, for one that is no text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{str(path)!r}: this path is no text in UTF-8; rename it, or set PYTHONUTF8=1 if the locale is not UTF-8"
+        ) from None
+    return str(path)
 
 
 def _own_name(path: Path) -> str:

@@ -211,3 +211,10 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_the_module_runs_like_the_command():
     done = run_dllm("trian")
     assert (done.returncode, done.stderr) == (2, "dllm: error: 'trian' is not a verb of dllm. Did you mean 'train'?\n")
+
+
+def test_a_closed_standard_output_is_no_bug(verb, monkeypatch):
+    verb(lambda args: print("a line"))
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", None)
+        assert not main(["train"])

@@ -124,6 +124,23 @@ def test_entries_of_the_configuration_are_used_by_name_and_several_datasets_are_
     assert "prepared 32 rows to train on" in out and Path("results/chat-fresh/data/data--toy--48").is_dir()
 
 
+def test_datasets_of_one_name_are_all_used_and_a_name_too_long_for_a_file_is_shortened(here, capsys):
+    sets = {"data": {"files": ["chats.jsonl"]}, "d" * 50: {"files": ["chats.jsonl"]}}
+    (here / "config").mkdir()
+    (here / "config/models.yaml").write_text("models: {}")
+    (here / "config/datasets.yaml").write_text(yaml.safe_dump({"datasets": sets}))
+    file = f"{'D' * 240}.jsonl"
+    (here / file).write_bytes((here / "chats.jsonl").read_bytes())
+    words = ("toy-bert", "data", "d" * 50, file, "--show-config")
+    status, out, err = tune(capsys, *words)
+    assert status == 0, err
+    assert yaml.safe_load(out)["datasets"]["data-2"] == {"mix": ["data", "d" * 50, f"{'d' * 50}-2"]}
+    for name in ("x" * 100, "data"):
+        os.rename("toy-bert" if name.startswith("x") else "x" * 100, name)
+        status, out, err = tune(capsys, name, file, *SHORT)
+        assert status == 0, err
+
+
 def test_an_encoder_without_a_head_is_given_one_and_that_is_said_in_one_line(here, capsys):
     from transformers import AutoModel
 
@@ -163,7 +180,9 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here, capsys, monkeypatch):
     [
         (("tyo", "chats.jsonl"), "MODEL = 'tyo' is neither a directory, nor a hub id such as"),
         (("toy-bert", "chat.jsonl"), "DATA = 'chat.jsonl' is neither a file, nor a hub dataset"),
+        (("toy-bert", ""), "DATA = '' is neither a file, nor a hub dataset"),
         (("toy-bert", "no/*.jsonl"), "datasets.data.files"),
+        (("toy-bert", "empty"), "a directory without files that are read; allowed: .jsonl"),
         (("toy-bert", "chats.jsonl", "notes.txt"), "holds both texts and conversations"),
         (("toy-bert", "toy-bert/vocab.bin"), "is neither a file"),
         (("toy-bert", "strange.csv"), "strange: rows with the columns titel, inhalt are of no known kind; allowed: "),
@@ -180,12 +199,14 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here, capsys, monkeypatch):
         (("toy-bert", "chats.jsonl", "--prediction", "next"), "prediction = 'next' is for causal models"),
         (("chats.jsonl", "chats.jsonl"), "MODEL = 'chats.jsonl' is neither a directory"),
         (("empty", "chats.jsonl"), "no checkpoint there"),
+        (("toy-bert", os.fsdecode(b"caf\xe9.jsonl")), "caf\\udce9.jsonl': this path is no text in UTF-8; rename it"),
     ],
 )
 def test_what_cannot_work_says_why_in_one_line(here, capsys, words, line):
     (here / "strange.csv").write_text("titel,inhalt\na,b\n")
     (here / "empty.jsonl").write_text("\n")
     (here / "empty").mkdir()
+    (here / os.fsdecode(b"caf\xe9.jsonl")).write_text("{}")
     assert line in error_of(capsys, *words)
 
 

@@ -95,6 +95,21 @@ def test_a_json_file_may_be_json_lines_in_truth(tmp_path):
     assert list(read_file(tmp_path / "a.json")) == ROWS
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_called_json_lines_may_be_one_list_in_truth(tmp_path, indent):
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps(ROWS, indent=indent))
+    assert list(read_file(tmp_path / "a.jsonl")) == ROWS
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_the_fields_of_a_csv_file_may_be_parted_as_a_spreadsheet_does(tmp_path, delimiter):
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ROWS[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    assert list(read_file(tmp_path / "a.csv")) == ROWS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [

@@ -31,6 +31,10 @@ SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
         ("pairs", {"instruction": "Hi", "response": "Hello!"}),
         ("pairs", {"prompt": TURNS[:1], "completion": TURNS[1:]}),
         ("preference", {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}),
+        ("pairs", {"Question": "Hi", " Answer ": "Hello!"}),
+        ("alpaca", {"Instruction": "Hi", "INPUT": "", "Output": "Hello!"}),
+        ("sharegpt", {"Conversations": [{"from": "Human", "value": "Hi"}, {"from": "GPT", "value": "Hello!"}]}),
+        ("messages", {"messages": [{"role": "User", "content": "Hi"}, {"role": "AI", "content": "Hello!"}]}),
     ],
 )
 def test_a_row_of_every_kind_becomes_the_same_conversation(kind, row):
@@ -97,7 +101,7 @@ def test_a_row_that_cannot_be_used_is_one_line_with_its_place(row, line):
 def test_half_a_character_in_a_text_is_one_line():
     with pytest.raises(ValueError, match="notes row 1: character 1 \\(U\\+D83D\\) is no text"):
         text_of({"text": "a\ud83d"}, "notes row 1")
-    assert text_of({"text": "a😀"}, "") == "a😀"
+    assert text_of({"text": "a😀"}, "") == text_of({"Text": "a😀"}, "") == "a😀"
 
 
 def test_every_kind_but_text_has_conversations():

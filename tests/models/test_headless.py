@@ -48,6 +48,25 @@ def test_masked_lm_classes_of_every_family_load_and_give_their_own_logits(tmp_pa
     assert parameters(tmp_path) == pytest.approx(sum(p.numel() for p in backbone.model.parameters()), rel=0.1)
 
 
+@pytest.mark.parametrize("told", [True, False])
+@torch.no_grad()
+def test_the_head_that_a_deberta_has_under_the_names_of_its_authors_is_taken(tmp_path, told):
+    new = new_of("deberta-v2") | {"legacy": False, "hidden_act": "gelu"}
+    make_model(tmp_path, entry_for().model_copy(update={"new": new}))
+    stored = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    stored.lm_predictions.lm_head.bias.normal_()
+    stored.save_pretrained(tmp_path)
+    if not told:  # as deberta-v3-base and others are on the hub
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["legacy"], config["architectures"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert give_head(tmp_path).endswith(" was saved with its LM head under other names, which is taken")
+    assert not lacks_head(tmp_path) and give_head(tmp_path) is None
+    tokens = torch.arange(5, 17)[None]
+    model = load_backbone(tmp_path, entry=entry_for()).model
+    torch.testing.assert_close(model(input_ids=tokens).logits, stored.eval()(input_ids=tokens).logits)
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "albert", "electra"])
 def test_an_encoder_without_a_head_keeps_its_layers_and_is_given_a_head_on_its_embeddings(tmp_path, kind):
     make_model(tmp_path, entry_for().model_copy(update={"new": new_of(kind)}))
