@@ -252,7 +252,7 @@ def test_the_systems_of_both_sizes_are_planned_whole(overlays):
     assert set(plan.runs) - stages == {run for run in plan.runs if run.startswith("sums")}  # they learn from rewards
     if "laptop" in overlays:
         assert systems["encoder-edits"].stages == ("encoder-base", "encoder-mdlm", "encoder-edits")
-        assert {s.algorithm for s in systems.values()} == {"ar", "mdlm", "hybrid", "bd3lm", "edit_flows"}
+        assert {s.algorithm for s in systems.values()} == {"ar", "mdlm", "hybrid", "bd3lm", "edit_flows", "renoise"}
         assert plan.evaluations["encoder-edits", "facts"].generation.temperature > 0
         assert all(c.dataset is None or c.dataset.hub is None for c in plan.downloads.values())
     else:
