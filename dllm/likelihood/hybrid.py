@@ -174,7 +174,9 @@ def _terms(process: HybridNoise, log_p: Tensor, target: Tensor, seen: Tensor, le
     count, mass = (
         torch.zeros(len(log_p), _BINS).double().scatter_add(1, bins, x) for x in (torch.ones_like(log_p), log_p.exp())
     )
-    spread = (count[..., None] * (mass / count.clamp(min=1))[..., None].div(rho).log1p()).sum(1)
+    full = count.nonzero(as_tuple=True)
+    each = count[full][:, None] * (mass[full] / count[full])[:, None].div(rho).log1p()
+    spread = each.new_zeros(len(log_p), len(rho)).index_add_(0, full[0], each)
     kl, other = divergences(at_target, at_seen, (seen == target)[:, None], spread, rho)
     of_kl, of_other = process.weights(levels, seen[:, None], target[:, None])
     return of_kl * kl + of_other * other
