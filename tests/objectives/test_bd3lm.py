@@ -304,7 +304,7 @@ def block_bound(backbone, prompt, target, size, bound=raw_bound):
 @pytest.mark.parametrize("prompt", [[], [1, 0]])
 @pytest.mark.parametrize("options", [{}, {"corruption": "bernoulli", "time_floor": 1e-5, "schedule": "cosine"}])
 def test_drawn_noise_gives_the_sum_of_the_blocks_bounds_in_expectation(prompt, options):
-    backbone, rows, target = tabular_backbone(3, seed=2), 20_000, [2, 0, 1, 1, 2]
+    backbone, rows, target = tabular_backbone(3, seed=2), 8_000, [2, 0, 1, 1, 2]
     batch = repeated(prompt + target, rows, len(prompt))
     noise = row_noise(5, 0, batch.sample_ids, batch.tokens.shape[1])
     terms = terms_of(backbone, batch, noise, rows, normalisation="batch", block_size=2, **options)
@@ -374,7 +374,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("case", "prediction"), STOCK)
 def test_sampling_with_the_cache_is_sampling_without_it_token_for_token(case, prediction, anchor):
     backbone = backbone_of(case, prediction, block_anchor=anchor)
-    for options in OPTIONS:
+    for options in OPTIONS if case == "modernbert" else OPTIONS[-4:]:  # rules know nothing of layers
         with_cache = sampled(block_sampler(), backbone, canvas_of(backbone), options)
         with no_cache():
             without = sampled(block_sampler(), backbone, canvas_of(backbone), options)
