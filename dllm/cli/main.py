@@ -110,7 +110,9 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character still gets the line
+        # a terminal that cannot show a character still gets the line; a stream that can do that already is left, since
+        # Python asks for its place in a file, which it has not in a job of a warm process
+        if isinstance(stream, TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
 
 
