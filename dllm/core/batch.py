@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -38,18 +38,28 @@ class Noise:
     place: Tensor
 
 
-class Inputs(Protocol):
-    """What an algorithm makes of a batch on the host, and all that its loss needs on the device."""
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What an algorithm makes of a batch on the host, and all that its loss needs on the device: a dataclass of it.
+
+    Tensors and layouts among its fields are what is moved; numbers of the host stay as they are.
+    """
 
     def to(self, device: torch.device | str) -> Self:
         """The same inputs on a device; the host does not wait for the copy if they are in pinned memory."""
+        return self._with(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
         """The same inputs in page-locked memory: a copy from there to a CUDA device does not block."""
+        return self._with(lambda value: value.pin_memory())
+
+    def _with(self, change: Callable[[Any], Any]) -> Self:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(v) for name, v in parts.items() if isinstance(v, Tensor | Layout)})
 
 
 @dataclass(frozen=True, eq=False)
-class MaskedInputs:
+class MaskedInputs(Inputs):
     """Rows whose cross-entropy is taken at N chosen tokens.
 
     tokens [B, L] long, as the model sees them; layout: the rows without their padding; row, position, targets [N]
@@ -64,14 +74,6 @@ class MaskedInputs:
     targets: Tensor
     weight: Tensor
     share: Tensor
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same inputs on a device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
-    def pin_memory(self) -> Self:
-        """The same inputs in page-locked memory."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
     def at_targets(self, values: Tensor) -> Tensor:
         """Weights or shares [B] as they count at the targets: [N]."""
@@ -104,7 +106,7 @@ class LossTerms:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class TargetInputs(Inputs, Protocol):
+class TargetInputs(Protocol):
     """Inputs whose loss is a weighted sum over N targets; the weights are those of rows, or of single targets."""
 
     tokens: Tensor

@@ -8,14 +8,14 @@ Source: Havasi et al. 2025 (arXiv:2506.09018).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dllm.core.batch import Noise
+from dllm.core.batch import Inputs, Noise
 from dllm.core.noise import keyed_hash, keyed_uniform
 from dllm.core.packing import Layout, layout_of
 
@@ -261,7 +261,7 @@ def span_targets(tokens: Tensor, spans: Spans, which: Tensor) -> Ragged:
 
 
 @dataclass(frozen=True, eq=False)
-class EditInputs:
+class EditInputs(Inputs):
     """Rows on their way from x_0 to x_1, and the edits they still need.
 
     tokens [B, L] long: x_t behind a front token; layout: its T tokens laid end to end; time [B]; insertable, editable
@@ -285,18 +285,6 @@ class EditInputs:
     weight: Tensor
     share: Tensor
     width: int
-
-    def to(self, device: torch.device | str) -> EditInputs:
-        """The same inputs on a device."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
-
-    def pin_memory(self) -> EditInputs:
-        """The same inputs in page-locked memory."""
-        return self._each(lambda value: value.pin_memory())
-
-    def _each(self, change: Callable[[Any], Any]) -> EditInputs:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: change(v) for n, v in values.items() if not isinstance(v, int)})
 
 
 def row_keys(noise: Noise) -> Tensor:

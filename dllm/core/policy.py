@@ -6,17 +6,18 @@ Preferences between two answers are learnt from the same inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dllm.core.batch import Inputs
 from dllm.core.packing import Layout
 
 
 @dataclass(frozen=True, eq=False)
-class PolicyInputs:
+class PolicyInputs(Inputs):
     """R rows that are forwarded for B answers, and how M log-likelihoods come of their N chosen tokens.
 
     tokens [R, L] long, as the model sees them; layout: the rows without their padding; row, position, targets [N] long;
@@ -40,18 +41,6 @@ class PolicyInputs:
     share: Tensor
     old: Tensor | None = None
     reference: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same inputs on a device."""
-        return self._with(lambda x: x.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """The same inputs in page-locked memory."""
-        return self._with(lambda x: x.pin_memory())
-
-    def _with(self, change: Any) -> Self:
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: change(v) for k, v in parts.items() if isinstance(v, Tensor | Layout)})
 
     def log_likelihoods(self, log_p: Tensor) -> Tensor:
         """[M] from the log-probabilities [N] of the targets; every sum has a fixed order on every device."""

@@ -8,15 +8,15 @@ Source: von Ruette et al. 2025 (arXiv:2503.04482).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm.config import Recipe, RunConfig
-from dllm.core.batch import Batch, LossTerms, Noise
+from dllm.core.batch import Batch, Inputs, LossTerms, Noise
 from dllm.core.corrupt import apply_mask, corrupted
 from dllm.core.hybrid import LEAST, MOST, HybridNoise
 from dllm.core.losses import row_shares
@@ -29,7 +29,7 @@ from dllm.schedules import SCHEDULES
 
 
 @dataclass(frozen=True, eq=False)
-class HybridInputs:
+class HybridInputs(Inputs):
     """Rows of noised tokens [B, L], their layout, and N targets.
 
     row, position, targets [N] long: where the clean tokens are predicted; rho, kl, other [N]: of their levels and
@@ -46,14 +46,6 @@ class HybridInputs:
     kl: Tensor
     other: Tensor
     share: Tensor
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same inputs on a device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
-    def pin_memory(self) -> Self:
-        """The same inputs in page-locked memory."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ self-conditioning); Austin et al. 2021 (arXiv:2107.03006) for the bound; Chen et
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from numpy import ndarray
 from torch import Tensor
 
 from dllm.config import Recipe, RunConfig
-from dllm.core.batch import Batch, LossTerms, Noise
+from dllm.core.batch import Batch, Inputs, LossTerms, Noise
 from dllm.core.corrupt import block_levels
 from dllm.core.edits import row_keys
 from dllm.core.losses import row_shares
@@ -36,7 +35,7 @@ _TOKEN, _CONDITION = range(2)
 
 
 @dataclass(frozen=True, eq=False)
-class RenoiseInputs:
+class RenoiseInputs(Inputs):
     """Clean rows for the encoder, noised responses for the decoder, and M targets.
 
     given [B, E], start, count [B], seen [B, T], conditioned [B], row, place, targets, level [M]: as in
@@ -53,14 +52,6 @@ class RenoiseInputs:
     targets: Tensor
     level: Tensor
     share: Tensor
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same inputs on a device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
-    def pin_memory(self) -> Self:
-        """The same inputs in page-locked memory."""
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
 
 @dataclass(frozen=True)

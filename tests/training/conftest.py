@@ -13,6 +13,7 @@ from dllm.data.prepare import prepare
 from dllm.models.load import new_model
 from dllm.models.tokenizers import load_tokenizer
 from dllm.provenance import write_record
+from dllm.training import trainer
 
 WORDS = "the a cat dog sun moon sees likes red blue one two [Question] [/Question] [Answer] [/Answer] who ?".split()
 SIZES = {
@@ -104,3 +105,18 @@ def metrics_of(workdir: Path, run: str) -> list[dict]:
     """The deterministic part of a run's metrics."""
     rows = [json.loads(line) for line in (workdir / "runs" / run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
+
+def train_until(config: RunConfig, workdir: Path, *, step: int) -> None:
+    """Train a run that is killed before a step, the first being 0."""
+    unhindered = trainer._Run._step
+
+    def killed(self, number):
+        if number == step:
+            raise KeyboardInterrupt
+        return unhindered(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Run, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(config, workdir, quiet=True)

@@ -19,7 +19,7 @@ from dllm.models.self_tests import is_bidirectional
 from dllm.training import trainer
 from dllm.training.trainer import train
 from tests.plain_forward import hidden_states, logits_at
-from tests.training.conftest import entry_for, make_model, metrics_of, run_config
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_until
 
 KINDS = [
     "lora",
@@ -100,17 +100,11 @@ def test_the_adapter_is_one_that_peft_loads(workdir):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_with_an_adapter_resumes_to_the_same_bits(workdir, kind, monkeypatch):
+def test_a_killed_run_with_an_adapter_resumes_to_the_same_bits(workdir, kind):
     settings = {"adapter": AdapterSettings(kind=kind, rank=4, dropout=0.1), "optimizer": RATE}
     settings |= start(workdir, "llama", mask=False, hidden_size=64, tie_word_embeddings=True)
     train(run_config("whole", **settings), workdir, quiet=True)
-    step = trainer._Run._step
-    monkeypatch.setattr(
-        trainer._Run, "_step", lambda self, n: step(self, n) if n < 3 else (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        train(run_config("cut", **settings), workdir, quiet=True)
-    monkeypatch.undo()
+    train_until(run_config("cut", **settings), workdir, step=3)
     (checkpoint,) = (workdir / ".work").glob("cut-*/step-2")
     saved = load_file(checkpoint / "model.safetensors")
     rows = {name for name in saved if name.endswith(".rows")}

@@ -21,10 +21,9 @@ from dllm.language_model import DiffusionLM
 from dllm.models.edit_heads import HEADS_FILE, save_edit_heads
 from dllm.models.load import SIDECAR, load_backbone
 from dllm.objectives.edit_flows import trained_module
-from dllm.training import trainer
 from dllm.training.optimizer import build_optimizers
 from dllm.training.trainer import train
-from tests.training.conftest import entry_for, make_model, metrics_of, run_config
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_until
 from tests.training.test_trainer import in_two_processes
 
 STARTS = EditSettings(starts=["empty", "masked", "noisy"], masks=6, schedule="linear", adapter_rank=8)
@@ -88,20 +87,10 @@ def test_a_trained_run_samples_edits_and_chats(workdir):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_resumes_to_the_same_bits(workdir, optimizer, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bits(workdir, optimizer):
     settings = OptimizerSettings(name=optimizer, learning_rate=3e-3)
     train(edit_config("whole", optimizer=settings), workdir, quiet=True)
-    step = trainer._Run._step
-
-    def killed(self, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(trainer._Run, "_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(edit_config("cut", optimizer=settings), workdir, quiet=True)
-    monkeypatch.undo()
+    train_until(edit_config("cut", optimizer=settings), workdir, step=3)
     train(edit_config("cut", optimizer=settings), workdir, quiet=True)
     assert metrics_of(workdir, "cut") == metrics_of(workdir, "whole")
     assert_equal(weights(workdir, "cut"), weights(workdir, "whole"))

@@ -11,7 +11,7 @@ from dllm.config import AdapterSettings, GenerateSettings, OptimizerSettings, Po
 from dllm.language_model import load
 from dllm.training import trainer
 from dllm.training.trainer import train
-from tests.training.conftest import metrics_of, run_config, workdir  # noqa: F401
+from tests.training.conftest import metrics_of, run_config, train_until, workdir  # noqa: F401
 from tests.training.test_backends import in_two_processes as in_shards
 from tests.training.test_trainer import in_two_processes, same_weights, weights
 
@@ -84,21 +84,11 @@ def test_the_reward_of_held_out_prompts_rises(workdir, likelihood):  # noqa: F81
     assert answer[0].tokens <= 6
 
 
-def test_a_run_that_is_killed_between_two_steps_on_the_same_answers_goes_on_to_the_same_bits(workdir, monkeypatch):  # noqa: F811
+def test_a_run_that_is_killed_between_two_steps_on_the_same_answers_goes_on_to_the_same_bits(workdir):  # noqa: F811
     policy = {"num_iterations": 3, "beta": 0.1, "likelihood": "d1"}
     train(policy_run("whole", steps=5, evaluations=5, policy=policy), workdir, quiet=True)
-    step = trainer._Run._step
-
-    def killed(self, number):
-        if number == 4:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(trainer._Run, "_step", killed)
     cut = policy_run("cut", steps=5, evaluations=5, policy=policy)
-    with pytest.raises(KeyboardInterrupt):
-        train(cut, workdir, quiet=True)
-    monkeypatch.undo()
+    train_until(cut, workdir, step=4)
     train(cut, workdir, quiet=True)
     assert metrics_of(workdir, "cut") == metrics_of(workdir, "whole")
     assert same_weights(weights(workdir, "cut"), weights(workdir, "whole"))

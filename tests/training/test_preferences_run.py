@@ -20,7 +20,7 @@ from dllm.config import (
 from dllm.data.prepare import prepare
 from dllm.training import trainer
 from dllm.training.trainer import train
-from tests.training.conftest import WORDS, entry_for, metrics_of, run_config, workdir  # noqa: F401
+from tests.training.conftest import WORDS, entry_for, metrics_of, run_config, train_until, workdir  # noqa: F401
 from tests.training.test_backends import in_two_processes as in_shards
 from tests.training.test_policy_run import SIDECAR
 from tests.training.test_trainer import in_two_processes, same_weights, weights
@@ -73,20 +73,10 @@ def test_chosen_answers_of_held_out_pairs_become_likelier(workdir):  # noqa: F81
     assert steps[0]["reward_margin"] == 0 < steps[-1]["reward_margin"]
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_bits(workdir, monkeypatch):  # noqa: F811
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(workdir):  # noqa: F811
     train(pairs_run("whole", steps=5, evaluations=5), workdir, quiet=True)
-    step = trainer._Run._step
-
-    def killed(self, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(trainer._Run, "_step", killed)
     cut = pairs_run("cut", steps=5, evaluations=5)
-    with pytest.raises(KeyboardInterrupt):
-        train(cut, workdir, quiet=True)
-    monkeypatch.undo()
+    train_until(cut, workdir, step=3)
     train(cut, workdir, quiet=True)
     assert metrics_of(workdir, "cut") == metrics_of(workdir, "whole")
     assert same_weights(weights(workdir, "cut"), weights(workdir, "whole"))

@@ -15,7 +15,7 @@ from dllm.provenance import write_record
 from dllm.training import trainer
 from dllm.training.trainer import train
 from tests.sampling.test_renoise import TEXT, VISION
-from tests.training.conftest import metrics_of, run_config
+from tests.training.conftest import metrics_of, run_config, train_until
 
 NEW = {
     "model_type": "diffusion_gemma", "canvas_length": 4, "vision_config": VISION,
@@ -104,15 +104,9 @@ def test_the_loss_of_the_test_rows_is_their_score(workdir, start):
     assert abs(nats / count - final["loss"]) < 5 * error**0.5 / count
 
 
-def test_a_killed_run_resumes_to_the_same_bits_and_micro_batches_do_not_matter(workdir, start, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bits_and_micro_batches_do_not_matter(workdir, start):
     train(run_config("whole", **start), workdir, quiet=True)
-    step = trainer._Run._step
-    monkeypatch.setattr(
-        trainer._Run, "_step", lambda self, n: step(self, n) if n < 3 else (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        train(run_config("cut", **start), workdir, quiet=True)
-    monkeypatch.undo()
+    train_until(run_config("cut", **start), workdir, step=3)
     train(run_config("cut", **start), workdir, quiet=True)
     whole, cut = ((workdir / f"runs/{run}/model/model.safetensors").read_bytes() for run in ("whole", "cut"))
     assert whole == cut and metrics_of(workdir, "whole") == metrics_of(workdir, "cut")

@@ -20,7 +20,7 @@ from dllm.training import trainer
 from dllm.training.optimizer import build_optimizers, share_of_peak
 from dllm.training.trainer import Interrupted, make_plan, train
 from tests.plain_forward import plain_hidden
-from tests.training.conftest import entry_for, make_model, metrics_of, run_config
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_until
 
 
 def weights(workdir, run):
@@ -58,20 +58,10 @@ def test_two_equal_runs_are_equal_to_the_bit(workdir):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_resumes_to_the_same_bits(workdir, optimizer, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bits(workdir, optimizer):
     settings = OptimizerSettings(name=optimizer, learning_rate=3e-3)
     train(run_config("whole", optimizer=settings), workdir, quiet=True)
-    step = trainer._Run._step
-
-    def killed(self, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(trainer._Run, "_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(run_config("cut", optimizer=settings), workdir, quiet=True)
-    monkeypatch.undo()
+    train_until(run_config("cut", optimizer=settings), workdir, step=3)
     train(run_config("cut", optimizer=settings), workdir, quiet=True)
     assert metrics_of(workdir, "cut") == metrics_of(workdir, "whole")
     assert same_weights(weights(workdir, "cut"), weights(workdir, "whole"))
@@ -96,15 +86,9 @@ def test_sigterm_saves_the_step_and_ends_with_a_failure(workdir, monkeypatch):
     assert same_weights(weights(workdir, "cut"), weights(workdir, "whole"))
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(workdir, monkeypatch):
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(workdir):
     train(run_config("whole"), workdir, quiet=True)
-    step = trainer._Run._step
-    monkeypatch.setattr(
-        trainer._Run, "_step", lambda self, n: step(self, n) if n < 5 else (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        train(run_config("cut"), workdir, quiet=True)
-    monkeypatch.undo()
+    train_until(run_config("cut"), workdir, step=5)
     (state,) = (workdir / ".work").glob("cut-*")
     newest = max(state.glob("step-*"), key=lambda p: int(p.name[5:]))
     (newest / "model.safetensors").write_bytes(b"torn")
