@@ -425,12 +425,15 @@ class Engine:
         request.over = not request.open
 
     def _result(self, request: Request, index: int, event: Finished | Scored) -> None:
-        """A result, and whether it is the last one of its request."""
-        request.tell(index, event)
+        """A result, and whether it is the last one of its request.
+
+        It is counted before it is told: who has the answer finds it in the counts.
+        """
         self._count(tokens=event.tokens if isinstance(event, Finished) else 0)
         if request.open == [] or request.job is not None:
             self._count(finished=1)
             self._seconds += 0.1 * (event.seconds - self._seconds)
+        request.tell(index, event)
 
     def _fail(self, request: Request, error: Exception) -> None:
         """Tell a request why it has no answer."""
