@@ -500,7 +500,14 @@ def rewards() -> str:
         both = f"{value['reward_before']:.2f} | {value['reward_after']:.2f} | {rise}"
         bounds = f"{value['bound_before']:.3f} | {value['bound_after']:.3f}"
         lines.append(f"| `{run['run']}` | {run['steps']} | {both} | {bounds} |")
-    note = "Reward: the mean of one answer to each of some held-out prompts. The rise stands with its standard error."
+    project = _project("laptop", "systems")
+    run = project.runs[runs[0]["run"]]
+    least = min(float(row["rise"]) / float(row["rise_standard_error"]) for row in runs)
+    note = (
+        f"Reward: the mean of {run.policy.num_generations_eval} answers to each of "
+        f"{project.datasets[run.data].test_documents} held-out prompts. The rise stands with its standard error over "
+        f"prompts; the smallest is {least:.1f} of its standard errors."
+    )
     return "\n".join([*lines, "", note])
 
 

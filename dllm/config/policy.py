@@ -25,6 +25,7 @@ class PolicySettings(Settings):
     )
     reward_weights: list[float] | None = option(None, "what each reward counts; none: 1")
     num_generations: int = option(8, "answers to a prompt, a group; it divides `global_batch_size`", le=2**16)
+    num_generations_eval: int = option(1, "answers to each held-out prompt in an evaluation", gt=0, le=2**16)
     num_iterations: int = option(1, "optimiser steps on the answers of one batch of prompts", gt=0, le=MANY)
     likelihood: PolicyLikelihoodName = option(
         "sampled",

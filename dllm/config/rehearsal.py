@@ -109,7 +109,7 @@ def _preferences(entry: RunEntry, most: Rehearsal) -> PreferenceSettings:
 
 
 def _policy(settings: PolicySettings, most: Rehearsal) -> PolicySettings:
-    less = {"num_generations": 2, "passes": _least(settings.passes, most.passes)}
+    less = {"num_generations": 2, "num_generations_eval": 1, "passes": _least(settings.passes, most.passes)}
     return _changed(settings, generation=_generation(settings.generation, most), **less)
 
 

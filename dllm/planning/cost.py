@@ -129,7 +129,8 @@ def training(
     scoring = evaluated * (scored * forward + test_targets * share * head)
     if run.policy:
         flops = rows * _answer_flops(run, shape, mean + end - targets)
-        scoring += evaluated / run.eval_draws * _drawn_flops(mean + end - targets, run.policy.generation, shape)
+        drawn = evaluated / run.eval_draws * run.policy.num_generations_eval
+        scoring += drawn * _drawn_flops(mean + end - targets, run.policy.generation, shape)
     if pairs := "preferences" in algorithm.takes:
         # both answers, and the start; test pairs are forwarded through both
         both = 2 * run.preferences.passes * (forwarded * forward + targets * share * head)

@@ -105,8 +105,8 @@ def policies_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
         )
     columns = ("Likelihood", "Steps", "Reward before", "after", "Rise", "Bound before", "after", "KL", "Clipped, %")
     note = (
-        "Reward: mean of one answer to each held-out prompt, drawn as in training, with 95 % intervals. Bound: nats "
-        "per token of held-out chat, which is not rewarded. KL: per log-likelihood, from the start, in the last "
+        "Reward: mean of answers to held-out prompts, drawn as in training, with 95 % intervals over prompts. Bound: "
+        "nats per token of held-out chat, which is not rewarded. KL: per log-likelihood, from the start, in the last "
         "step. Clipped: share of the ratios, over all steps."
     )
     caption = "Learning from rewards: each run before and after."

@@ -85,22 +85,25 @@ class Policy:
             yield from self._parts(iteration)
 
     def evaluate(self, *, final: bool) -> dict[str, Any]:
-        """Rewards of answers to test prompts, one each, and a few of the answers."""
+        """Rewards of answers to test prompts, `num_generations_eval` to each, and the first answer to a few."""
         numbers = self.test.numbers[evaluated_rows(self.config, len(self.test.numbers), final=final)]
-        rollouts = self._rollouts(self.test, numbers.tolist(), EVALUATION, 1)
+        group = self.settings.num_generations_eval
+        rollouts = self._rollouts(self.test, numbers.tolist(), EVALUATION, group)
         if not any(rollouts.ended):
             raise ValueError(
-                f"{self.config.name}: none of {len(numbers)} answers ends within policy.generation.max_new_tokens = "
-                f"{self.settings.generation.max_new_tokens}; raise it, or start from a model trained on answers"
+                f"{self.config.name}: none of {len(rollouts.ended)} answers ends within "
+                f"policy.generation.max_new_tokens = {self.settings.generation.max_new_tokens}; raise it, or start "
+                "from a model trained on answers"
             )
         tokenizer = self.backbone.tokenizer
+        firsts = zip(numbers[:SHOWN].tolist(), rollouts.texts[::group], rollouts.rewards[::group], strict=False)
         shown = [
             {
                 "prompt": tokenizer.decode(self.test.prompt(number), skip_special_tokens=True).strip(),
                 "answer": text,
                 "reward": reward if reward == reward else None,
             }
-            for number, text, reward in zip(numbers[:SHOWN].tolist(), rollouts.texts, rollouts.rewards, strict=False)
+            for number, text, reward in firsts
         ]
         return rollouts.numbers() | {"samples": shown}
 

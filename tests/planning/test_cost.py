@@ -283,6 +283,16 @@ def test_answers_that_are_rewarded_cost_their_passes_and_a_share_of_being_drawn(
     assert 4 * once < drawn < 4 * once + 4 * 8 * steps * 33 * head_flops(SHAPE)
 
 
+def test_each_answer_to_a_held_out_prompt_costs_the_same():
+    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(100, 6_400, 3_200, 64, 64), True, 64_000, 2)
+
+    def flops(answers: int) -> float:
+        policy = {"reward_funcs": ["number"], "num_generations": 4, "num_generations_eval": answers}
+        return training(a_run(algorithm="grpo", policy=policy), EXACT, SHAPE, chats, ONE_GPU).flops
+
+    assert flops(3) - flops(2) == pytest.approx(flops(2) - flops(1)) and flops(2) > flops(1)
+
+
 @pytest.mark.parametrize(("prompt", "targets"), [(7, 5), (7, 16), (20, 33)])
 def test_canvases_are_counted_as_their_objective_forwards_them_and_a_preview_on_top(prompt, targets):
     from dllm.objectives.renoise import Renoise

@@ -84,6 +84,19 @@ def test_the_reward_of_held_out_prompts_rises(workdir, likelihood):  # noqa: F81
     assert answer[0].tokens <= 6
 
 
+def test_more_answers_to_each_held_out_prompt_are_averaged_and_the_first_ones_stay(workdir):  # noqa: F811
+    groups = {1: [], 4: []}
+    for group, rewards in groups.items():
+        config = policy_run(f"of-{group}", steps=1, policy={"num_generations_eval": group, "num_iterations": 1})
+        train(config, workdir, quiet=True)
+        rewards += metrics_of(workdir, config.name)[:1]
+    (one,), (four,) = groups.values()
+    assert one["samples"] == four["samples"]
+    # eight prompts, and rewards are whole numbers, so that the mean is a multiple of an eighth, or of a thirty-second
+    assert one["reward"] * 8 % 1 == 0 and four["reward"] * 32 % 1 == 0
+    assert 0 < four["reward_standard_error"] < one["reward_standard_error"]
+
+
 def test_a_run_that_is_killed_between_two_steps_on_the_same_answers_goes_on_to_the_same_bits(workdir):  # noqa: F811
     policy = {"num_iterations": 3, "beta": 0.1, "likelihood": "d1"}
     train(policy_run("whole", steps=5, evaluations=5, policy=policy), workdir, quiet=True)
