@@ -6,6 +6,7 @@
 # This file loads and checks the configuration and names the targets; the rules stand in workflow/rules, one verb each.
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,13 @@ ROOT = Path(workflow.basedir)
 OVERLAYS = [Path(path) for path in workflow.configfiles] or [
     ROOT / "config" / "laptop.yaml"
 ]
+
+if not shutil.which(
+    "dllm"
+):  # the environment is not activated: its commands are those beside its Python
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
 
 try:
     PLAN = make_plan(load_project(ROOT / "config", *OVERLAYS))

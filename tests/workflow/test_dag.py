@@ -117,3 +117,13 @@ def test_a_work_directory_of_somebody_else_is_named_before_anything_runs(monkeyp
         with pytest.raises(PermissionError) as error:
             check_writable(tmp_path)
         assert Path(error.value.filename) == closed
+
+
+@pytest.mark.slow
+def test_a_job_runs_also_where_the_environment_is_not_activated(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"workdir: {tmp_path / 'work'}\n")
+    target = "downloads/bert-base-untrained.json"
+    overlays = [ROOT / "config/laptop.yaml", path]
+    snakemake(target, "--nolock", "--cores", "1", overlays=overlays, PATH=os.defpath)
+    assert (tmp_path / "work" / target).is_file()
