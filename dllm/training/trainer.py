@@ -206,6 +206,8 @@ class _Run:
         self.parts: Iterator[MicroBatch] = iter(())
         self._pins = accelerator.device.type == "cuda"
         """Whether inputs go through page-locked memory."""
+        self.evaluated: tuple[Any, dict[str, Any]] = (None, {})
+        """What was evaluated last, and what it gave."""
         self.tokens = 0
         self.started = time.perf_counter()
         self.wall_before = 0.0
@@ -299,11 +301,21 @@ class _Run:
         """Log the loss bound per target token on the test split, in nats, with its standard error over rows.
 
         The last evaluation (`final`) reads the whole split, or `test_rows` rows of it, with the fixed noise, whatever
-        the recipe says, so that the runs of an ablation are compared on equal masks.
+        the recipe says, so that the runs of an ablation are compared on equal masks. Where the one before it, at the
+        same step, has read just that, its numbers are logged again.
         """
+        drawn = self.config.recipe.eval_noise == "drawn" and not final
+        what = (step, drawn, final and self.config.eval_rows is not None)
+        if self.evaluated[0] != what:
+            rewarded = self.policy.evaluate(final=final) if self.policy else {}
+            self.evaluated = (what, self._bound(step, drawn=drawn, final=final) | rewarded)
+        split = {"split": "final" if final else "eval"}
+        self._log({"step": step, "epoch": step / self.plan.steps_per_epoch} | split | self.evaluated[1])
+
+    def _bound(self, step: int, *, drawn: bool, final: bool) -> dict[str, Any]:
+        """The bound on the test split's rows; drawn: with masks of this step's own."""
         config, split, devices = self.config, self.test_split, self.devices
         rows = split.ended(evaluated_rows(config, len(split.rows), final=final))
-        drawn = config.recipe.eval_noise == "drawn" and not final
         if not drawn:
             split = replace(split, objective=objective_of(config, self.backbone, exact=True))
         # published fault F6: other masks at every evaluation
@@ -324,18 +336,8 @@ class _Run:
         targets = torch.from_numpy(rows.targets).double()
         mean = float(sums.sum() / targets.sum())
         spread = (sums - mean * targets).square().sum().sqrt() / targets.sum()
-        self._log(
-            {
-                "step": step,
-                "epoch": step / self.plan.steps_per_epoch,
-                "split": "final" if final else "eval",
-                "loss": mean,
-                "standard_error": float(spread),
-                "targets": int(targets.sum()),
-                "rows": len(rows.numbers),
-                **(self.policy.evaluate(final=final) if self.policy else {}),
-            }
-        )
+        read = {"targets": int(targets.sum()), "rows": len(rows.numbers)}
+        return {"loss": mean, "standard_error": float(spread)} | read
 
     def _resume(self) -> int:
         """Load the newest checkpoint that can be loaded and return its step (0: none).

@@ -44,6 +44,25 @@ def test_a_run_leaves_weights_metrics_provenance_and_a_record(workdir):
     assert not list((workdir / ".work").glob("run-*")), "resumable state goes when the artifact is there"
 
 
+def test_what_was_evaluated_at_the_last_step_is_not_evaluated_again(workdir, monkeypatch):
+    read = []
+    parts_of = trainer.evaluation_micro_batches
+
+    def counted(split, config, rows, **settings):
+        read.append(len(rows.numbers))
+        return parts_of(split, config, rows, **settings)
+
+    monkeypatch.setattr(trainer, "evaluation_micro_batches", counted)
+    train(run_config("all"), workdir, quiet=True)
+    *_, last, final = metrics_of(workdir, "all")
+    every = last["rows"]
+    assert read == [every] * 4 and {**last, "split": "final"} == final
+    train(run_config("first", eval_rows=5), workdir, quiet=True)
+    train(run_config("drawn", recipe={"eval_noise": "drawn"}), workdir, quiet=True)
+    # fewer rows, and masks of a step's own, are not what the last evaluation reads
+    assert read[4:] == [5, 5, 5, 5, every] + [every] * 5
+
+
 def test_training_lowers_the_loss(workdir):
     train(run_config(steps=60, optimizer=OptimizerSettings(name="muon", learning_rate=3e-3)), workdir, quiet=True)
     losses = [row["loss"] for row in metrics_of(workdir, "run") if row["split"] == "eval"]
