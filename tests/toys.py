@@ -154,9 +154,8 @@ class ToyBackbone(Backbone):
     def head_logits(self, rows: Tensor) -> Tensor:
         return rows.float()
 
-    def nll(self, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(hidden, layout, row, position)
-        return nn.functional.cross_entropy(logits, targets, reduction="none")
+    def nll(self, rows: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head_logits(rows), targets, reduction="none")
 
     def _block_by_block(self, tokens: Tensor, layout: Layout, part: Layout) -> Tensor:
         rows, taken, pattern, base = [], [], layout.blocks.pattern, 0

@@ -46,6 +46,7 @@ def set_up_torch() -> None:
 
     check_threads(os.environ)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # 2 % of a step
     transformers.utils.logging.disable_progress_bar()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns of the CPU

@@ -190,15 +190,14 @@ def _nll(backbone: Backbone, batch: PackedBatch) -> Tensor:
     """-log p [N] of what a batch asks for, on the device: fp32, without the mask token."""
     device = backbone.device
     layout = batch.layout.to(device)
-    hidden = backbone.hidden(batch.tokens.to(device, non_blocking=True), layout)
     height, places = max(1, HEAD_LOGITS // backbone.vocab_size), len(batch.row)
     bounds = torch.searchsorted(batch.place, torch.arange(0, places + height, height)).tolist()
     moved = (x.to(device, non_blocking=True) for x in (batch.row, batch.position, batch.place, batch.token))
     row, position, place, token = moved
+    hidden = backbone.hidden_at(batch.tokens.to(device, non_blocking=True), layout, row, position)
     parts = []
     for low, begin, end in zip(range(0, places, height), bounds, bounds[1:], strict=False):
-        here = slice(low, low + height)
-        logits = backbone.logits(hidden, layout, row[here], position[here])
+        logits = backbone.head_logits(hidden[low : low + height])
         logits[:, backbone.mask_id] = -torch.inf
         number = place[begin:end] - low
         parts.append(logits.logsumexp(-1)[number] - logits[number, token[begin:end]])

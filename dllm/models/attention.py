@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm.models.kernels import kernel_for
+from dllm.models.last_layer import at_places, is_last
 from dllm.models.packed_batch import PackedBatch, Window
 
 NAME = "dllm"
@@ -72,7 +73,8 @@ def attention(
     kernel = kernel_for(packed, q, dropout, window, stored=stored is not None)
     with torch.autocast(where, enabled=False):
         out = kernel(q, k, v, stored, packed, window, {"dropout_p": dropout, "scale": scaling})
-    return out[None].to(given), None
+    out = out[None].to(given)
+    return out if packed.read is None or not is_last(module) else at_places(out, packed.read), None
 
 
 def _window_of(module: nn.Module, is_causal: bool | None, sliding_window: int | None) -> Window:

@@ -16,7 +16,7 @@ from dllm.models.heads import head_logits, head_nll
 from dllm.models.hidden import packed_hidden, padded_hidden
 from dllm.models.kv_cache import KVCache
 from dllm.models.packed_batch import PackedBatch
-from dllm.models.self_tests import can_pack
+from dllm.models.self_tests import can_pack, can_shorten
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Backbone:
     The LM head is not one of the layers: scores are as precise as their hidden states."""
     packable: bool | None = None
     """Whether the model's class can compute packed rows. None: it is tried out, once, here."""
+    shortens: bool | None = None
+    """Whether its last layer can be computed where it is read alone; likewise."""
     twins: tuple[str, str] | None = None
     """Names of two parts of the model that share their weights, of which an adapter names the first; None: it has no
     such parts, and its doors are those below. Its loader has then tested what it attends to."""
@@ -55,6 +57,8 @@ class Backbone:
     def __post_init__(self) -> None:
         if self.packable is None:
             object.__setattr__(self, "packable", can_pack(self.model))
+        if self.shortens is None:
+            object.__setattr__(self, "shortens", self.packable and can_shorten(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -73,10 +77,7 @@ class Backbone:
         Raises ValueError if tokens and layout disagree, for a part that the cache cannot complete, and for rows that
         attend block-causally if the class cannot be packed.
         """
-        if tokens.shape != (layout.rows, layout.width):
-            raise ValueError(
-                f"tokens {list(tokens.shape)} are not the {layout.rows} rows x {layout.width} of the layout"
-            )
+        _check_shape(tokens, layout)
         part = part or layout
         if self.packable:
             computed = layout if cache is None else part
@@ -93,16 +94,29 @@ class Backbone:
             attention = torch.arange(layout.width, device=tokens.device) < layout.cu_seqlens.diff()[:, None]
         return part.pack(padded_hidden(self.model, attention, compute=self.compute, input_ids=tokens))
 
+    def hidden_at(self, tokens: Tensor, layout: Layout, row: Tensor, position: Tensor) -> Tensor:
+        """The last hidden states [N, D] that score the tokens at `position` [N] of `row` [N] of `tokens` [B, L].
+
+        On a CPU the last layer is computed for them alone: the same states, up to rounding, for less time.
+        Raises ValueError as `hidden` does.
+        """
+        places = self.read_at(layout, row, position)
+        if not (self.shortens and tokens.device.type == "cpu" and 0 < len(places) < layout.tokens):
+            return self.hidden(tokens, layout).index_select(0, places)
+        _check_shape(tokens, layout)
+        batch = PackedBatch(layout, layout, read=places)
+        return packed_hidden(self.model, batch, compute=self.compute, input_ids=layout.pack(tokens)[None])
+
     def logits(self, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor) -> Tensor:
         """fp32 logits [N, V] that score the tokens at `position` [N] of `row` [N], from hidden states [T, D]."""
         return self.head_logits(hidden.index_select(0, self.read_at(layout, row, position)))
 
-    def nll(self, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
-        """-log p [N], fp32 nats, of `targets` [N] at `position` [N] of `row` [N], from hidden states [T, D].
+    def nll(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """-log p [N], fp32 nats, of `targets` [N] under the logits of hidden states [N, D].
 
         Logits [N, V] that exceed a budget of memory exist a part at a time (`models.heads.head_nll`).
         """
-        return head_nll(self.model, hidden.index_select(0, self.read_at(layout, row, position)), targets)
+        return head_nll(self.model, rows, targets)
 
     def head_logits(self, rows: Tensor) -> Tensor:
         """fp32 logits [N, V] that the LM head makes of hidden states [N, D]."""
@@ -117,6 +131,11 @@ class Backbone:
         return layout.index(row, position)
 
 
+def _check_shape(tokens: Tensor, layout: Layout) -> None:
+    if tokens.shape != (layout.rows, layout.width):
+        raise ValueError(f"tokens {list(tokens.shape)} are not the {layout.rows} rows x {layout.width} of the layout")
+
+
 class TokenNLL(nn.Module):
     """A backbone as the module that is trained: `forward` returns the nll of targets at chosen positions.
 
@@ -129,4 +148,4 @@ class TokenNLL(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout, row: Tensor, position: Tensor, targets: Tensor) -> Tensor:
         """-log p [N], fp32 nats, of `targets` [N] at `position` [N] of `row` [N] of `tokens` [B, L]."""
-        return self.backbone.nll(self.backbone.hidden(tokens, layout), layout, row, position, targets)
+        return self.backbone.nll(self.backbone.hidden_at(tokens, layout, row, position), targets)

@@ -41,6 +41,7 @@ def packed_hidden(
 ) -> Tensor:
     """Last hidden states [T, D] of `input_ids` [1, T] or `inputs_embeds` [1, T, D], the positions of `batch.part`.
 
+    Of a batch with `read`, for which the model must have passed `self_tests.can_shorten`, those places: [N, D].
     The model must have our attention (`models.attention.choose`). compute: as in `padded_hidden`.
     """
     (given,) = inputs.values()

@@ -16,12 +16,13 @@ class PackedBatch:
     """The positions that a packed forward computes, and what else they may see.
 
     layout: all positions of the rows; part: those of this pass (`layout` itself without a cache); calls: attention
-    calls of this pass so far, which name a layer even where several share one module. Not a dataclass, so that wrappers
+    calls of this pass so far, which name a layer even where several share one module; read: places [N] at which alone
+    the last hidden states are read, in this order (`models.last_layer`), or None. Not a dataclass, so that wrappers
     which rebuild the arguments of a forward leave it whole.
     """
 
-    def __init__(self, layout: Layout, part: Layout, cache: KVCache | None = None) -> None:
-        self.layout, self.part, self.cache = layout, part, cache
+    def __init__(self, layout: Layout, part: Layout, cache: KVCache | None = None, read: Tensor | None = None) -> None:
+        self.layout, self.part, self.cache, self.read = layout, part, cache, read
         self.calls = 0
         if cache is not None:
             cache.start_pass(layout, part)

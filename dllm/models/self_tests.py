@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm.core.packing import layout_of
+from dllm.core.packing import Layout, layout_of
 from dllm.models.attention import choose
 from dllm.models.heads import head_logits
 from dllm.models.hidden import base_of, packed_hidden, padded_hidden
@@ -83,26 +83,55 @@ def can_pack(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _packed_equals_padded(model: nn.Module) -> bool:
-    embedding, parameter = model.get_input_embeddings(), next(model.parameters())
-    if parameter.is_meta or not isinstance(getattr(embedding, "embedding_dim", None), int):
+    if (drawn := _drawn_rows(model)) is None:
         return False
-    window = getattr(model.config, "sliding_window", None) or 0
-    lengths = (3, window + 3 if window <= 128 else 7)
-    layout = layout_of(lengths, device=parameter.device)
-    generator = torch.Generator().manual_seed(0)
-    # embedded rows rather than tokens: hooks on the embedding, which expect the caller's batch, stay out of it
-    embedded = torch.randn(2, layout.width, embedding.embedding_dim, generator=generator)
-    embedded = embedded.to(parameter.device, parameter.dtype)
-    attention = torch.arange(layout.width, device=parameter.device) < layout.cu_seqlens.diff()[:, None]
+    layout, embedded = drawn
+    attention = torch.arange(layout.width, device=embedded.device) < layout.cu_seqlens.diff()[:, None]
     try:
-        with _evaluating(model), torch.autocast(parameter.device.type, enabled=False):
+        with _evaluating(model), torch.autocast(embedded.device.type, enabled=False):
             padded = layout.pack(padded_hidden(model, attention, inputs_embeds=embedded)).float()
             batch = PackedBatch(layout, layout)
             packed = packed_hidden(model, batch, inputs_embeds=layout.pack(embedded)[None]).float()
     except (TypeError, ValueError, IndexError, RuntimeError):
         return False  # it does not take the arguments of a packed forward, or their shapes
-    tolerance = 5e-3 if parameter.dtype == torch.float32 else 5e-2  # TF32 and half precision differ by shapes
-    return packed.shape == padded.shape and bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
+    return _agree(packed, padded, embedded.dtype)
+
+
+@torch.no_grad()
+def can_shorten(model: nn.Module) -> bool:
+    """Whether the last layer of a model that packs can be computed where it is read alone (`models.last_layer`)."""
+    if (drawn := _drawn_rows(model)) is None:
+        return False
+    layout, embedded = drawn
+    packed, places = layout.pack(embedded)[None], torch.tensor([1, layout.tokens - 1, 4], device=embedded.device)
+    try:
+        with _evaluating(model), torch.autocast(embedded.device.type, enabled=False):
+            whole = packed_hidden(model, PackedBatch(layout, layout), inputs_embeds=packed).float()
+            batch = PackedBatch(layout, layout, read=places)
+            short = packed_hidden(model, batch, inputs_embeds=packed).float()
+    except (TypeError, ValueError, IndexError, RuntimeError, StopIteration):
+        return False  # its layers are put together in another way
+    return _agree(short, whole.index_select(0, places), embedded.dtype)
+
+
+def _drawn_rows(model: nn.Module) -> tuple[Layout, Tensor] | None:
+    """Two rows, one longer than a narrow sliding window, as embeddings [2, L, D]; None for a model without weights.
+
+    Embedded rows rather than tokens: hooks on the embedding, which expect the caller's batch, stay out of it.
+    """
+    embedding, parameter = model.get_input_embeddings(), next(model.parameters())
+    if parameter.is_meta or not isinstance(getattr(embedding, "embedding_dim", None), int):
+        return None
+    window = getattr(model.config, "sliding_window", None) or 0
+    layout = layout_of((3, window + 3 if window <= 128 else 7), device=parameter.device)
+    generator = torch.Generator().manual_seed(0)
+    embedded = torch.randn(2, layout.width, embedding.embedding_dim, generator=generator)
+    return layout, embedded.to(parameter.device, parameter.dtype)
+
+
+def _agree(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = 5e-3 if dtype == torch.float32 else 5e-2  # TF32 and half precision differ by shapes
+    return ours.shape == expected.shape and bool((ours - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 @contextmanager

@@ -49,13 +49,28 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
-    """The matrix [M, N] with all singular values near 1, by Newton-Schulz iteration in the matrix's own dtype."""
+    """The matrix [M, N] with all singular values near 1, by Newton-Schulz iteration in the matrix's own dtype.
+
+    Each step multiplies the matrix by a polynomial in its Gram matrix G, which commutes with G. Where one side is at
+    least twice the other, the steps are therefore taken on G alone, G <- p(G)^2 G, and the product of all p(G) is
+    applied to the matrix at the end: fewer operations.
+    """
     a, b, c = coefficients
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / wide.norm().clamp(min=epsilon)
-    for _ in range(steps):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    short = 2 * wide.shape[0] <= wide.shape[1] and wide.dtype == torch.float32
+    gram = wide @ wide.T
+    whole = None
+    for left in reversed(range(steps)):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # p(G) - a
+        if not short:
+            wide = torch.addmm(wide, factor, wide, beta=a)
+            gram = wide @ wide.T if left else gram
+            continue
+        factor.diagonal().add_(a)
+        whole = factor if whole is None else whole @ factor
+        gram = factor @ (gram @ factor) if left else gram
+    wide = wide if whole is None else whole @ wide
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 

@@ -73,6 +73,7 @@ def scores_for(config: RunConfig, backbone: Backbone) -> nn.Module:
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if config.compile:
         model.base_model.compile(dynamic=True)  # in place: names of weights stay as they are
+        backbone = replace(backbone, shortens=False)  # its rows are no plain tensors
     module = resolved(algorithm_named(config.algorithm).module)
     return (module(config, backbone) if module else TokenNLL(backbone)).train()
 

@@ -146,7 +146,7 @@ def everything(monkeypatch, model, chunk, *, autocast=False):
     model.zero_grad()
     backbone = door(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        nll = backbone.nll(backbone.hidden(tokens, layout), layout, row, position, targets)
+        nll = backbone.nll(backbone.hidden_at(tokens, layout, row, position), targets)
     (nll * torch.linspace(-1, 2, len(nll))).sum().backward()
     return nll.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -208,7 +208,7 @@ def test_the_chunked_head_takes_no_target_at_all(monkeypatch):
     layout = layout_of(LENGTHS)
     none = torch.zeros(0, dtype=torch.long)
     hold(monkeypatch, 4)
-    nll = door(model).nll(door(model).hidden(tokens, layout), layout, none, none, none)
+    nll = door(model).nll(door(model).hidden_at(tokens, layout, none, none), none)
     nll.sum().backward()
     assert nll.shape == (0,) and not model.cls.predictions.decoder.weight.grad.any()
 
