@@ -146,12 +146,12 @@ def _bounds(
     row, position = where.nonzero(as_tuple=True)
     device = backbone.device
     layout = layout_of(length.tolist(), tokens.shape[1], device=device)
-    hidden = backbone.hidden(z.to(device), layout)
+    hidden = backbone.hidden_at(z.to(device), layout, row.to(device), position.to(device))
     levels, widths = _grid()
     sums = torch.zeros(len(rows), _GRID, dtype=torch.float64)
     for part in torch.split(torch.arange(len(row)), _SCORED):
         at = row[part], position[part]
-        log_p = text_log_p(backbone, backbone.logits(hidden, layout, *(x.to(device) for x in at))).cpu().double()
+        log_p = text_log_p(backbone, backbone.head_logits(hidden[part])).cpu().double()
         sums.index_add_(0, at[0], _terms(process, log_p, tokens[at], z[at], levels))
     probability = _log_probability(process, tokens, z, where, levels)
     share = torch.softmax(probability + widths.log(), -1)

@@ -30,8 +30,7 @@ class HybridLoss(nn.Module):
 
         tokens [B, L] are what the model sees; rho [N].
         """
-        hidden = self.backbone.hidden(tokens, layout)
-        states = hidden.index_select(0, self.backbone.read_at(layout, row, position))
+        states = self.backbone.hidden_at(tokens, layout, row, position)
         seen = tokens[row, position]
         height = max(1, HEAD_LOGITS // self.backbone.vocab_size)
         if len(states) <= height:

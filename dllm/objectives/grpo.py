@@ -92,14 +92,13 @@ class SampledNLL(nn.Module):
         Logits that exceed the budget of memory are computed in pieces, and again in the backward pass.
         """
         backbone = self.backbone
-        hidden = backbone.hidden(tokens, layout)
+        rows = backbone.hidden_at(tokens, layout, row, position)
 
         def nll(some: Tensor, wanted: Tensor) -> Tensor:
             logits = backbone.head_logits(some) / temperature
             barred = torch.arange(logits.shape[-1], device=logits.device) == backbone.mask_id
             return nn.functional.cross_entropy(logits.masked_fill(barred, -torch.inf), wanted, reduction="none")
 
-        rows = hidden.index_select(0, backbone.read_at(layout, row, position))
         height = logits_at_once(backbone.vocab_size, 4, rows.device.type)
         if len(rows) <= height:
             return nll(rows, targets)
