@@ -14,7 +14,8 @@ from dllm.config import DataPart, DatasetEntry, EvaluationConfig, ModelEntry, Pr
 from dllm.data.convert import answers_of, kind_of_part, place_of, read_rows, text_of
 from dllm.data.download import PICKLED
 from dllm.evaluation.evaluate import check_metrics
-from dllm.evaluation.task_files import build_requests, cards_read_once, declared_metrics, load_tasks
+from dllm.evaluation.tables import cards_read_once
+from dllm.evaluation.task_files import build_requests, declared_metrics, load_tasks
 from dllm.models.load import WEIGHTS, check_entry, longest_row, stock_config_of
 from dllm.models.published import family_of, is_encoder, published_config
 from dllm.models.tokenizers import check_same_tokenizer, read_tokenizer, set_up_tokenizer

@@ -6,7 +6,6 @@ where the data come from. In a template, {LM_EVAL_TASKS} is lm-eval's directory 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -15,13 +14,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from dllm.config import EvaluationConfig, did_you_mean, digest
 from dllm.evaluation.code_tasks import metric_names, sandboxed_scoring, scored_by_programs
+from dllm.evaluation.tables import tables_read_once
 from dllm.provenance import directory_digest, how_to_make
 
 OURS = Path(__file__).parent / "tasks"
@@ -57,12 +57,15 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
     if data is not None and not data.is_dir():
         raise ValueError(f"{config.benchmark}: data = {config.data!r} is not in {workdir}, {how_to_make(data)}")
     datasets.disable_progress_bars()
+    compile_templates_once()
     # our files override lm-eval's on purpose: 70 lines of a log that say nothing
     logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)
+    reading: AbstractContextManager = nullcontext()
     if data is not None:
         # the cache of `datasets` knows a file by path and time only and would return old rows after a change
-        content = content_digest(data)
-        datasets.config.HF_DATASETS_CACHE = (workdir / ".work" / "datasets" / content[:16]).resolve()
+        arrow = (workdir / ".work" / "datasets" / content_digest(data)[:16]).resolve()
+        datasets.config.HF_DATASETS_CACHE = arrow
+        reading = tables_read_once(data, arrow)
     rendered_root = workdir / ".work" / "tasks"
     if config.task_directory is not None:
         directories = [render(template_directory(config.task_directory, workdir), data, rendered_root)]
@@ -78,7 +81,9 @@ def load_tasks(config: EvaluationConfig, workdir: str | Path) -> dict:
         pins = pinned(manager.task_index, config.task, data, config.revision)
         directories = [*directories, write_files(pins, rendered_root)]
         manager = TaskManager(include_path=directories, include_defaults=len(directories) == 1)
-    loaded = _load(manager, config)
+    loaded = _load(manager, config, reading)
+    for task in loaded["tasks"].values():
+        _keep_documents(task)
     check_documents(loaded, config)
     for task in loaded["tasks"].values():
         if config.shots is not None:
@@ -114,6 +119,14 @@ def seed_examples(tasks: dict, seed: int) -> None:
     """Start the draw of examples afresh, so that building the requests again gives the same prompts."""
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed)
+
+
+def compile_templates_once() -> None:
+    """Let lm-eval compile a template once, in this process; it does so for every document, and again for its answer."""
+    from lm_eval.utils import env
+
+    if not hasattr(env.from_string, "cache_info"):
+        env.from_string = lru_cache(maxsize=1024)(env.from_string)  # type: ignore[method-assign]
 
 
 def build_requests(tasks: dict, config: EvaluationConfig, lm) -> dict[str, list]:
@@ -300,34 +313,15 @@ def write_files(files: dict[str, str], root: Path) -> Path:
     return target
 
 
-@contextmanager
-def cards_read_once() -> Iterator[None]:
-    """Inside, `datasets` parses the card of a directory once, and not for each of the tasks that read from it.
+def _keep_documents(task: Any) -> None:
+    """Let a task make its documents once; lm-eval makes them anew wherever it counts or names them."""
+    for name in ("training_docs", "validation_docs", "test_docs"):
+        setattr(task, name, cache(getattr(task, name)))
 
-    A card with dozens of configurations takes half a second of CPU, and a group has dozens of tasks.
-    """
-    from datasets import load
 
-    original: Any = load.DatasetCard
-
-    class Cards(original):
-        """Cards by path; what is changed in one is not seen in the next."""
-
-        @classmethod
-        def load(cls, path, *more, **options):
-            return copy.deepcopy(parsed(path)) if Path(path).is_file() else original.load(path, *more, **options)
-
-    parsed = lru_cache(maxsize=8)(original.load)
-    load.DatasetCard = Cards
+def _load(manager, config: EvaluationConfig, reading: AbstractContextManager) -> dict:
     try:
-        yield
-    finally:
-        load.DatasetCard = original
-
-
-def _load(manager, config: EvaluationConfig) -> dict:
-    try:
-        with sandboxed_scoring(), cards_read_once():
+        with sandboxed_scoring(), reading:
             return manager.load([config.task])
     except Exception as error:  # what is wrong with a file comes as an error of whoever reads it
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

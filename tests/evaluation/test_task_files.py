@@ -164,18 +164,20 @@ def test_what_overrides_lm_evals_files_on_purpose_is_not_told(workdir, caplog):
     assert "overrides existing task" not in caplog.text
 
 
-def test_the_card_of_a_benchmark_is_parsed_once_for_all_its_tasks(tmp_path, monkeypatch):
-    import datasets.load
-    import huggingface_hub.repocard
+def test_a_task_makes_its_documents_once(workdir, monkeypatch):
+    write_dataset(workdir / "math", DATASETS["EleutherAI/hendrycks_math"])
+    config = evaluation("minerva_math", task_directory=None, data="math", shots=1, expected_documents=7 * 3)
+    task = next(iter(load_tasks(config, workdir)["tasks"].values()))
+    first = list(task.eval_docs)
+    monkeypatch.setattr(task.config, "process_docs", None)  # which a second time would need
+    assert list(task.eval_docs) == first and "answer" in first[0]
 
-    from dllm.evaluation.task_files import cards_read_once
 
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
-    parsed, parse = [], huggingface_hub.repocard.yaml.safe_load
-    monkeypatch.setattr(huggingface_hub.repocard.yaml, "safe_load", lambda text: parsed.append(text) or parse(text))
-    before = datasets.load.DatasetCard
-    with cards_read_once():
-        first = datasets.load.DatasetCard.load(str(tmp_path / "README.md")).data
-        first.license = "changed"
-        assert datasets.load.DatasetCard.load(str(tmp_path / "README.md")).data.license == "mit"
-    assert len(parsed) == 1 and datasets.load.DatasetCard is before
+def test_a_template_is_compiled_once():
+    from lm_eval.utils import apply_template, env
+
+    task_files.compile_templates_once()
+    task_files.compile_templates_once()
+    before = env.from_string.cache_info().misses
+    assert [apply_template("a {{ b }} of c", {"b": i}) for i in (1, 2, 3)] == ["a 1 of c", "a 2 of c", "a 3 of c"]
+    assert env.from_string.cache_info().misses == before + 1
