@@ -12,10 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir) / "workflow"))
 from dllm.config import ConfigError, load_project
+from dllm.surroundings import check_surroundings
 from snakemake.exceptions import WorkflowError
 from cache import Cache, record_of
 from plan import PLACES, check_writable, make_plan, one_of
 from remaining import say_remaining
+from waiting import wait_for_jobs
 from warm import start_warm
 
 ROOT = Path(workflow.basedir)
@@ -31,6 +33,7 @@ if not shutil.which(
     )
 
 try:
+    check_surroundings()
     PLAN = make_plan(load_project(ROOT / "config", *OVERLAYS))
     PROJECT = PLAN.project
     PLAN.write(ROOT / PROJECT.workdir)
@@ -46,6 +49,7 @@ except OSError as fault:
 workdir: ROOT / PROJECT.workdir
 
 
+wait_for_jobs(workflow)
 CACHE = Cache(PROJECT.cache, f"{PLAN.path_to_root}/workflow/cache.py")
 
 
