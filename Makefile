@@ -22,6 +22,10 @@ INSTALLED := $(VENV)/.installed
 $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
   $(if $(filter-out $(abspath $(dir $(stamp))),$(shell cat $(stamp) 2>/dev/null)),$(shell rm -f $(stamp))))
 export PATH := $(abspath $(BIN)):$(PATH)
+# without a home that can be written, what Snakemake and the hub's client keep stands in the clone
+ifeq ($(XDG_CACHE_HOME)$(shell [ -w "$$HOME" ] && [ -d "$$HOME" ] && echo home),)
+export XDG_CACHE_HOME := $(abspath .cache)
+endif
 
 MADE := results/laptop/downloads
 # neither Slurm nor other processes, and no model of more than toy size

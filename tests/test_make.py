@@ -1,5 +1,6 @@
 """The Makefile in a directory of its own, with stand-ins for the programs that it calls."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -91,3 +92,15 @@ def test_the_environment_of_a_clone_that_was_moved_is_made_again(clone):
     assert (moved / ".venv/.installed").read_text() == str(moved / ".venv")
     (moved / "made").unlink()
     assert make(moved, "install").returncode == 0 and not (moved / "made").exists(), "once"
+
+
+@pytest.mark.parametrize(
+    ("variables", "kept"),
+    [({"HOME": "."}, ""), ({"HOME": "/dev/null"}, ".cache"), ({}, ".cache"), ({"XDG_CACHE_HOME": "/elsewhere"}, "x")],
+)
+def test_without_a_home_that_can_be_written_caches_stand_in_the_clone(clone, variables, kept):
+    script(clone / ".venv/bin/snakemake", 'printf %s "$XDG_CACHE_HOME" > cache')
+    found = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")} | variables
+    subprocess.run(["make", "report"], cwd=clone, env=found, capture_output=True)
+    expected = {"": "", ".cache": str(clone / ".cache"), "x": "/elsewhere"}
+    assert (clone / "cache").read_text() == expected[kept]

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import yaml
 
+from dllm.surroundings import check_surroundings
+
 PLAIN = ("NO", "MULTI_GPU")
 """What accelerate calls one process and data parallelism; one process of these needs no launcher."""
 
@@ -29,6 +31,7 @@ def main() -> int:
     """Turn this process into the launcher, or into `dllm` itself where one process is enough."""
     args = parser().parse_args()
     try:
+        check_surroundings()
         command, environment = plan(args, dict(os.environ))
     except ValueError as error:
         print(f"launch: error: {error}", file=sys.stderr)

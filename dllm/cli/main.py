@@ -19,6 +19,8 @@ from traceback import extract_tb
 from types import ModuleType
 from typing import Any, NoReturn
 
+from dllm.surroundings import check_surroundings
+
 VERBS = (
     *("tune", "plan", "check", "download", "prepare", "train", "evaluate", "lm-eval", "sample", "speed", "chat"),
     *("serve", "report", "export", "push"),
@@ -175,11 +177,13 @@ def _dispatch(words: list[str]) -> int:
         raise UsageError(f"{verb!r} is not {what} of dllm. {hint}")
     module = verb_module(verb)
     if getattr(module, "PASSES_ON", False) and rest not in (["-h"], ["--help"]):
+        check_surroundings()
         return module.run(argparse.Namespace(arguments=rest))
     try:
         args = verb_parser(verb, module).parse_args(rest)
     except SystemExit as end:  # argparse leaves this way after --help
         return int(end.code or 0)
+    check_surroundings()
     return module.run(args)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dllm.surroundings import unusable_cache
+
 
 class HubUnreachable(ValueError):
     """No answer from the hub: no network, or a broken connection."""
@@ -50,6 +52,10 @@ def one_line_errors(pin: str, name: str, what: str, *, failed: str = "the downlo
             raise ValueError(f"{pin}: the hub refuses access ({status}); set HF_TOKEN to a valid token") from None
         raise _unreachable(pin, failed, error) from None
     except HfHubHTTPError.__bases__ as error:  # type: ignore[misc]  # every error of the HTTP library, and OSError
+        if why := unusable_cache(error):
+            raise ValueError(f"{pin}: {why}") from None
+        if isinstance(error, OSError) and error.filename:  # of this disk: no other network would help
+            raise
         raise _unreachable(pin, failed, error) from None
 
 

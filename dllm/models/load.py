@@ -36,6 +36,7 @@ from dllm.models.published import (
 from dllm.models.self_tests import head_is_whole, is_bidirectional
 from dllm.models.tokenizers import chat_template, read_tokenizer, set_up_tokenizer
 from dllm.provenance import how_to_make
+from dllm.surroundings import unusable_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -259,6 +260,8 @@ def local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(str(path_or_hub_id), revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if why := unusable_cache(error):
+            raise ValueError(f"{path_or_hub_id}: {why}") from None
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{path_or_hub_id}: neither a directory here nor available from the hub ({first}); "
