@@ -49,7 +49,6 @@ except OSError as fault:
 workdir: ROOT / PROJECT.workdir
 
 
-wait_for_jobs(workflow)
 CACHE = Cache(PROJECT.cache, f"{PLAN.path_to_root}/workflow/cache.py")
 
 
@@ -62,6 +61,7 @@ include: "workflow/rules/track.smk"
 
 
 onstart:
+    wait_for_jobs(workflow)
     start_warm(workflow)
     say_remaining(workflow, PLAN)
 

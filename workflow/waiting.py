@@ -13,7 +13,7 @@ def wait_for_jobs(workflow) -> None:
     another such series at each job that ends: of a graph of 190 jobs that takes five minutes, a hundred seconds of CPU.
     Without one it looks when a job has ended.
     """
-    settings = workflow.scheduling_settings  # None where jobs are planned and not run
-    limit = settings and settings.max_jobs_per_timespan
-    if limit and (limit.max_jobs, limit.timespan) == DEFAULT:
-        settings.max_jobs_per_timespan = None
+    scheduler = workflow.scheduler
+    limited = scheduler.job_rate_limiter  # None where nothing is run
+    if limited and (limited._limit.max_jobs, limited.timespan) == DEFAULT:
+        scheduler.job_rate_limiter = None
