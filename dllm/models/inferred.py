@@ -94,10 +94,14 @@ def described(directory: Path) -> str:
 
 
 def parameters(directory: Path) -> int:
-    """Parameters of a checkpoint, by the headers of its files of weights."""
+    """Parameters of a checkpoint, by the headers of its files of weights. Raises ValueError for a damaged one."""
     total = 0
     for path in directory.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length) if length < path.stat().st_size else "")
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{path}: no file of weights, or a damaged one; fetch or train it again") from None
     return total or sum(path.stat().st_size for path in directory.glob("pytorch_model*.bin")) // 4

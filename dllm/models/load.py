@@ -34,7 +34,7 @@ from dllm.models.published import (
     stock_tensors,
 )
 from dllm.models.self_tests import head_is_whole, is_bidirectional
-from dllm.models.tokenizers import chat_template, read_tokenizer, set_up_tokenizer
+from dllm.models.tokenizers import chat_template, first_sentence, read_tokenizer, set_up_tokenizer
 from dllm.provenance import how_to_make
 from dllm.surroundings import unusable_cache
 
@@ -276,7 +276,11 @@ def _test_itself(model: nn.Module, directory: Path, causal: bool, special: list[
             f"{directory}: {type(model).__name__} attends to the left only although is_causal is off; "
             "diffusion needs a bidirectional model: use another attention implementation or transformers >= 5.2"
         )
-    if not head_is_whole(model, special):
+    try:
+        whole = head_is_whole(model, special)
+    except FloatingPointError as error:
+        raise ValueError(f"{directory}: {error}; its weights are damaged, or its training diverged") from None
+    if not whole:
         raise ValueError(
             f"{directory}: the LM head of {type(model).__name__} is more than its last linear layer, so that its "
             "logits would be wrong; add its model type to dllm.models.heads.HEADS"
@@ -323,8 +327,7 @@ def check_entry(entry: ModelEntry | None, published: Family, directory: Path) ->
 
 def stock_config_of(directory: Path, published: Family | None):
     """The configuration of a checkpoint as transformers' class. Raises ValueError, one line, if there is none."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     if not (directory / "config.json").exists():
         step = how_to_make(directory, "so this is not a checkpoint directory")
@@ -345,10 +348,18 @@ def stock_config_of(directory: Path, published: Family | None):
             f"checkpoint is never run; allowed beside those: {', '.join(FAMILIES)}; a further family "
             "is a row in dllm/families.py"
         )
+    return plain_config_of(directory)
+
+
+def plain_config_of(directory: Path):
+    """The configuration in a directory as transformers reads it. Raises ValueError, one line, if it cannot."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{directory}/config.json: cannot be used ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{directory}/config.json: cannot be used ({first_sentence(error)})") from None
 
 
 def _family(config) -> Literal["encoder", "decoder"]:
@@ -381,6 +392,11 @@ def _model(
     except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{directory}: the weights cannot be loaded ({first}); fetch or train them again") from None
+    except (ArithmeticError, AssertionError, LookupError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{directory}: no model can be built of its config.json and weights ({why}); fetch it again"
+        ) from None
     if missing := sorted(report["missing_keys"]):  # transformers only warns, and draws them at random
         raise ValueError(
             f"{directory}: the weights lack {missing[0]} ({len(missing)} in all) that {type(model).__name__} needs; "

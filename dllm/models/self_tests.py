@@ -39,9 +39,14 @@ def is_bidirectional(model: nn.Module, special: Collection[int] = ()) -> bool:
 
 @torch.no_grad()
 def head_is_whole(model: nn.Module, special: Collection[int] = ()) -> bool:
-    """Whether our hidden states and head make the logits of the class's own forward; special as above."""
+    """Whether our hidden states and head make the logits of the class's own forward; special as above.
+
+    Raises FloatingPointError if those are no finite numbers.
+    """
     tokens = ordinary_tokens(model, 8, special)[None]
     expected = model(input_ids=tokens).logits[0].float()
+    if not expected.isfinite().all():
+        raise FloatingPointError(f"the logits of {type(model).__name__} are no finite numbers")
     try:
         ours = head_logits(model, padded_hidden(model, input_ids=tokens)[0]).float()
     except (AttributeError, RuntimeError):  # no such layers, or of other sizes

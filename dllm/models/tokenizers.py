@@ -38,6 +38,7 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises ValueError, one line, if there is none.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     if not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         # transformers would make one up from config.json, without any words
@@ -49,12 +50,18 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     options = {"trust_remote_code": False} if kind == "AutoTokenizer" else {}
     try:
         tokenizer = getattr(transformers, kind).from_pretrained(str(path), **options)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        first = str(error).splitlines()[0]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+        first = first_sentence(error)
         raise ValueError(f"{path}: no usable tokenizer ({first}); fetch or train the checkpoint again") from None
     if family and family.template:
         tokenizer.chat_template = chat_template(family.template)
     return tokenizer
+
+
+def first_sentence(error: Exception) -> str:
+    """What a library says is wrong: its first line, and the next one where that only announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _is_plain(path: Path) -> bool:

@@ -34,7 +34,7 @@ from dllm.data.download import download
 from dllm.data.prepare import prepare
 from dllm.language_model import load
 from dllm.models.inferred import described, entry_settings, parameters
-from dllm.models.load import longest_row
+from dllm.models.load import longest_row, plain_config_of
 from dllm.models.tokenizers import load_tokenizer
 from dllm.provenance import cores, file_lock, read_record
 from dllm.training.artifact import input_paths
@@ -230,12 +230,10 @@ def _sources(project: Project, data: str) -> Iterator[Source]:
 
 
 def _positions(directory: Path) -> int:
-    from transformers import AutoConfig
-
     from dllm.models.published import family_of, published_config, stock_config
 
     family = family_of(directory)
-    config = stock_config(family, published_config(directory)) if family else AutoConfig.from_pretrained(directory)
+    config = stock_config(family, published_config(directory)) if family else plain_config_of(directory)
     return longest_row(config)
 
 

@@ -1,6 +1,7 @@
 """Loading checkpoints and making new ones: what is there is read, what is not is one line."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dllm.core.packing import layout_of
+from dllm.models.inferred import parameters
 from dllm.models.load import load_backbone, longest_row, new_model, read_sidecar
 from dllm.models.self_tests import ordinary_tokens
-from dllm.models.tokenizers import load_tokenizer
+from dllm.models.tokenizers import load_tokenizer, read_tokenizer
 from tests.models.own_ids import SPECIAL, save_with_own_ids
 from tests.plain_forward import hidden_states
 from tests.stock import KINDS, save_stock, stock_entry
@@ -118,6 +120,54 @@ def test_weights_of_another_size_are_one_line(copy):
 def test_a_damaged_config_is_one_line(copy, content):
     (copy / "config.json").write_text(content)
     assert "config.json: cannot be used" in line_of(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 0}, {"hidden_size": 0}, {"hidden_act": "nope"}, {"pad_token_id": 10**9}],
+)
+def test_a_config_that_describes_no_model_is_one_line(copy, changes):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    assert "no model can be built of its config.json and weights (" in line_of(copy)
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": "x"}, {"hidden_size": None}, {"layer_norm_eps": "small"}])
+def test_a_value_of_another_type_in_a_config_is_named_also_by_who_reads_the_tokenizer(copy, changes):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    (name,) = changes
+    assert f"config.json: cannot be used (Validation error for field '{name}'" in line_of(copy)
+    with pytest.raises(ValueError, match=f"no usable tokenizer .Validation error for field '{name}': TypeError: Field"):
+        read_tokenizer(copy)
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"weight_map": null}', '{"weight_map": []}'])
+def test_a_damaged_index_of_shards_is_one_line(copy, content):
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text(content)
+    assert re.search("no model can be built of its config.json and weights|weights cannot be loaded", line_of(copy))
+
+
+def test_a_shard_that_is_missing_is_named(copy):
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
+    weights = load_file(copy / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00002-of-00002.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors" in line_of(copy)
+
+
+def test_weights_that_are_no_numbers_are_one_line(copy):
+    path = copy / "model.safetensors"
+    save_file({name: weights * float("nan") for name, weights in load_file(path).items()}, path, {"format": "pt"})
+    assert "the logits of BertForMaskedLM are no finite numbers; its weights are damaged" in line_of(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 50, (10**18).to_bytes(8, "little") + b"{}", b"\2\0\0\0\0\0\0\0[]"])
+def test_the_size_of_damaged_weights_is_one_line(copy, content):
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors: no file of weights, or a damaged one"):
+        parameters(copy)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"special_tokens": {"mask": 3, "eos": "[PAD]"}}', "\udcff"])
