@@ -160,6 +160,8 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
         ("- 1\n", "holds list, not a mapping"),
         ("", "holds nothing, not a mapping"),
         ("a: 1\na: 2\n", "key 'a' stands twice"),
+        ("a: " + "9" * 5000, "x.yaml: not valid YAML: a value cannot be read .Exceeds the limit"),
+        ("a: 2026-13-45\n", "x.yaml: not valid YAML: a value cannot be read .month must be in 1..12.; put quotes"),
         ("? [1, 2]\n: 3\n", "x.yaml:1: not valid YAML: a key that is no word"),
         ("[" * 600, "nested too deeply"),
         ("\udcff", "is no text in UTF-8"),

@@ -95,6 +95,8 @@ def read_yaml(path: str | Path) -> Mapping:
         raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply for a configuration; see docs/configuration.md") from None
+    except (ValueError, ArithmeticError, TypeError, AttributeError) as error:  # a date, a number, a tag of YAML's own
+        raise ConfigError(f"{path}: not valid YAML: a value cannot be read ({error}); put quotes around it") from None
     if not isinstance(content, dict):
         what = "nothing" if content is None else type(content).__name__
         raise ConfigError(f"{path}: holds {what}, not a mapping; see docs/configuration.md")

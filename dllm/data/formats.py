@@ -325,6 +325,12 @@ def _opened(path: str | Path, newline: str | None = None):
 
 def _not_utf8(path: str | Path) -> str:
     with open(path, "rb") as file:
-        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    found = "UTF-16" if wide else "not UTF-8"
-    return f"{found} text; save it as UTF-8, or download it again if it is damaged"
+        begin = file.read(4)
+    if begin.startswith(b"\x1f\x8b") and not str(path).lower().endswith(".gz"):
+        return "compressed; add .gz to its name"
+    wide = "UTF-32" if begin in UTF_32 else "UTF-16" if begin[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
+    return f"{wide} text; save it as UTF-8, or download it again if it is damaged"
+
+
+UTF_32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
+"""Byte order marks, of which the first begins as one of UTF-16."""
