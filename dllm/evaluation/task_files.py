@@ -126,7 +126,7 @@ def compile_templates_once() -> None:
     from lm_eval.utils import env
 
     if not hasattr(env.from_string, "cache_info"):
-        env.from_string = lru_cache(maxsize=1024)(env.from_string)  # type: ignore[method-assign]
+        env.from_string = lru_cache(maxsize=1024)(env.from_string)
 
 
 def build_requests(tasks: dict, config: EvaluationConfig, lm) -> dict[str, list]:
