@@ -129,8 +129,15 @@ def draw_sizes(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         line = axes.plot(x, rows["nats"], look.marker, color=look.color, markerfacecolor=face)[0]
         line.set(linestyle="-", linewidth=1.2, markersize=6.5)
     for row in frame.itertuples():
-        at = {"xy": (row.parameters, row.nats), "xytext": (15, 0), "textcoords": "offset points"}
-        axes.annotate(row.label, **at, va="center", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 1})
+        axes.annotate(
+            row.label,
+            (row.parameters, row.nats),
+            xytext=(15, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            bbox={"fc": "white", "ec": "none", "pad": 1},
+        )
     axes.set(xscale="log", xlabel="parameters", ylabel="bound, nats per answer")
     axes.set_xticks(sorted(set(frame["parameters"])), [quantity(n) for n in sorted(set(frame["parameters"]))])
     axes.xaxis.set_minor_locator(NullLocator())
