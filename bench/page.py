@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,11 +16,11 @@ from bench.cases import read
 from dllm.numbers import duration, wilson_interval
 from dllm.provenance import write_atomically
 from dllm.report.page import as_data_uri
-from dllm.report.style import INK, QUIET, RC, WIDTH, looks
+from dllm.report.style import INK, PALETTE, QUIET, RC, WIDTH, looks
 
 HERE = Path(__file__).resolve().parent
 STYLE = HERE.parent / "dllm" / "report" / "templates" / "page.css"
-OURS, THEIRS, MISSED = "#0072B2", "#D55E00", "#9c3b1b"
+OURS, MISSED = PALETTE[0], "#9c3b1b"
 
 
 def build(out: Path) -> Path:
@@ -38,7 +39,7 @@ def build(out: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(ratio=ratio, amount=amount, verdict=verdict, duration=duration)
+    environment.filters.update(ratio=ratio, amount=amount, work=work, verdict=verdict, duration=duration)
     content = environment.get_template("page.html.jinja").render(
         style=STYLE.read_text(encoding="utf-8"),
         cases=cases,
@@ -79,6 +80,11 @@ def amount(value: float, unit: str) -> str:
     return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
 
 
+def work(row: dict) -> str:
+    """What a row compares, with its unit where that is not a time."""
+    return row["name"] if row["unit"] in ("s", "ms per useful token") else f"{row['name']}, {row['unit']}"
+
+
 def verdict(row: dict) -> str:
     """`reached`, `missed`, or nothing without a target."""
     return "" if not row["target"] else "reached" if row["ratio"] >= row["target"] else "missed"
@@ -99,7 +105,8 @@ def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
     figures = {
         "ratios": (
             "Every comparison: median of theirs over median of ours, with the interquartile range of the paired "
-            "ratios. Upright marks are the targets. Right of 1, ours is faster or smaller.",
+            "ratios, outside of which that quotient may lie. Upright marks are the targets. Right of 1, ours is faster "
+            "or smaller.",
             _ratios(cases),
             _rows_csv(cases),
         )
@@ -128,7 +135,7 @@ def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
 
 def _ratios(cases: dict) -> Figure:
     rows = [row for case in cases.values() for row in case["rows"]]
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.44 * max(1, len(rows))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.56 * max(1, len(rows))), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         color = MISSED if verdict(row) == "missed" else OURS
@@ -137,7 +144,7 @@ def _ratios(cases: dict) -> Figure:
         if row["target"]:
             axes.plot([row["target"]] * 2, [place - 0.32, place + 0.32], color=INK, linewidth=1.4)
         axes.annotate(
-            f"{ratio(row['ratio'])} x",
+            f"{ratio(row['ratio'])} ×",
             (max(row["high"], row["ratio"], row["target"] or 0), place),
             xytext=(7, 0),
             textcoords="offset points",
@@ -147,8 +154,8 @@ def _ratios(cases: dict) -> Figure:
     axes.axvline(1, color=QUIET, linewidth=1)
     axes.set(xscale="log", ylim=(len(rows) - 0.4, -0.6), xlabel="times less with ours")
     axes.set_xlim(right=axes.get_xlim()[1] * 1.6)
-    labels = [f"{_cut(row['name'], 78)}\nagainst {_cut(row['against'], 74)}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    labels = ["\n".join(fill(part, 66) for part in (work(row), f"against {row['against']}")) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", visible=False)
@@ -163,13 +170,12 @@ def _panels(curves: list[dict]) -> Figure:
     for axes in every[len(curves) :]:
         axes.set_visible(False)
     for axes, curve in zip(every, curves, strict=False):
-        for number, (label, values) in enumerate(curve["lines"].items()):
-            color = OURS if label == "ours" else THEIRS
+        for (label, values), look in zip(curve["lines"].items(), looks(curve["lines"]).values(), strict=True):
             low, high = curve["low"][label], curve["high"][label]
             below = [max(0.0, v - bound) for v, bound in zip(values, low, strict=True)]
             above = [max(0.0, bound - v) for v, bound in zip(values, high, strict=True)]
-            marker = "os^D"[number % 4]
-            axes.errorbar(curve["x"], values, yerr=[below, above], color=color, marker=marker, label=label)
+            style = {"color": look.color, "marker": look.marker, "label": label}
+            axes.errorbar(curve["x"], values, yerr=[below, above], **style)
         axes.set(xscale="log", yscale="log", title=curve["title"], xlabel=curve["x_label"], ylabel=curve["y_label"])
         axes.set_xticks(curve["x"], [f"{x:g}" for x in curve["x"]])
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -282,7 +288,3 @@ def _csv(head: list[str], rows: list[list]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([head, *rows])
     return text.getvalue()
-
-
-def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"

@@ -292,14 +292,25 @@ def real_summary() -> str:
     """The first result on real weights in a few lines: figure, what was trained on what, and the findings."""
     with open(ROOT / "results/real-weights/tables/systems.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    with open(ROOT / "results/real-weights/report/systems-seconds.csv", encoding="utf-8", newline="") as file:
+        minutes = sorted(float(row["training_seconds"]) / 60 for row in csv.DictReader(file))
+    took = f"{minutes[0]:.0f} to {minutes[-1]:.0f}"
     sizes = sorted({int(row["parameters"]) for row in rows})
     encoders = " and ".join(f"{size / 1e6:.1f}" for size in sizes)
     trained = sum(split["train_rows"] for split in _real("data.json")["sources"])
-    found = [claim["findings"][0]["because"] for claim in _real("claims.json")["claims"]]
+    judged = [f"{claim['claim'][:-1]}: {claim['verdict']}." for claim in _real("claims.json")["claims"]]
+    bounds = [
+        f"| {row['label']} | {int(row['steps']):,} | {float(row['nats']):.1f} "
+        f"[{float(row['nats_low']):.1f}, {float(row['nats_high']):.1f}] |"
+        for row in rows
+    ]
+    table = "\n".join(["| training from | steps | bound, nats per answer |", "|---|---:|---:|", *bounds])
     picture = "![Loss on held-out answers against steps, by start](results/real-weights/figures/starts.png)"
     return (
         f"A first result on real weights, in the sizes that were at hand: encoders of {encoders} million parameters, "
-        f"{trained:,} rows of real conversations, minutes of one CPU core. {' '.join(found)}\n"
+        f"{trained:,} rows of real conversations, {took} minutes of one CPU core for each run.\n"
+        f"{' '.join(judged)}\n\n{table}\n\n"
+        "The bound is that on -log p of a held-out answer, lower is better, with its 95 % interval; one seed each.\n"
         "Models this small learn what an answer looks like, and hardly to answer: what they say, and what the run can "
         f"and cannot show, is in [docs/small.md](docs/small.md).\n\n{picture}"
     )

@@ -1,5 +1,8 @@
 """DiffusionLM: texts and conversations in, texts and scores out, the same alone and in a batch."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,6 +36,17 @@ def test_every_public_name_exists():
     assert all(getattr(dllm, name) is not None for name in dllm.__all__)
     with pytest.raises(AttributeError, match="DiffusionLM"):
         dllm.lload  # noqa: B018
+
+
+def test_the_program_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
+    (place,) = re.findall(r'dllm\.load\("(.*?)"\)', program)
+    save_toy(tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.split("\n")
+    assert any(line.startswith("0 ") for line in printed) and float(printed[-2].split()[0]) > 0
 
 
 CHANGES = [

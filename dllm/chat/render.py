@@ -137,4 +137,5 @@ def legend(*, colours: bool = True) -> Text:
 def status(step: int, passes: int, tokens: int, seconds: float) -> Text:
     """The line under an answer: steps, forward passes, tokens per second."""
     rate = tokens / seconds if seconds > 0 else 0.0
-    return Text(f"step {step} · {passes} passes · {tokens} tokens · {seconds:.1f} s · {rate:.0f} tokens/s", "dim")
+    counted = f"{passes} pass{'es' * (passes != 1)} · {tokens} token{'s' * (tokens != 1)}"
+    return Text(f"step {step} · {counted} · {seconds:.1f} s · {rate:.0f} tokens/s", "dim")

@@ -158,7 +158,7 @@ class Command:
 COMMANDS = {
     "help": Command("/help", "this list", _help),
     "steps": Command("/steps N", "forward passes per answer; auto is one token per pass", _steps),
-    "block": Command("/block N", "tokens per block; the leftmost unfinished block is denoised first", _block),
+    "block": Command("/block N", "tokens per block; they go from left to right", _block),
     "temperature": Command("/temperature T", "0 takes the most probable token, 1 draws", _temperature),
     "reset": Command("/reset", "forget what was said", _reset),
     "system": Command("/system TEXT", "set the system prompt (empty: none) and start anew", _system),

@@ -43,6 +43,8 @@ class Checked:
     directory: where its files, cut short, are.
 
     rows: of the files that were cut. counts: of each split; of a benchmark its tasks and documents.
+
+    absent: it was never downloaded. result: what the table says where nothing is wrong.
     """
 
     kind: str
@@ -55,13 +57,15 @@ class Checked:
     counts: Rows = field(default_factory=dict)
     licence: str = ""
     note: str = ""
+    absent: bool = False
+    result: str = "works"
     errors: list[str] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
         """Its line of the table: kind, name, repository, commit, size, rows, licence, result."""
         size = "" if self.bytes is None else f"{self.bytes / 1e6:,.1f} MB"
         rows = ", ".join(f"{split} {'?' if n is None else f'{n:,}'}" for split, n in self.counts.items())
-        result = f"wrong: {len(self.errors)}" if self.errors else "works"
+        result = f"wrong: {len(self.errors)}" if self.errors else "not downloaded" if self.absent else self.result
         more = f"; {self.note}" if self.note else ""
         return self.kind, self.name, self.repository, self.commit[:8], size, rows, self.licence, result + more
 
@@ -173,8 +177,8 @@ def _asked(config: EvaluationConfig, scratch: Path, seen: dict[str, Checked]) ->
         one.note = "lm-eval fetches its data itself: not looked at"
         if config.revision is None:
             one.errors.append("its data is not pinned, and evaluations run offline; give it a `dataset`")
-    elif data.errors:
-        one.note = f"not asked before {data.name} works"
+    elif data.errors or data.absent:
+        one.result = f"not asked before {data.name} works"
     else:
         one.directory, one.commit = data.directory, data.commit
         one.add(task_errors(config, scratch, data.rows, one.counts))
@@ -275,10 +279,13 @@ def _downloaded(config: DownloadConfig, scratch: Path, workdir: Path) -> tuple[D
     entry = _entry(config)
     directory = workdir / "downloads" / config.name
     one = Checked(config.what, config.name, entry.hub or "not from the hub", entry.revision or "", directory)
+    one.absent = not Path(f"{directory}.json").exists()
+    if one.absent:
+        return config, one
     try:
         record = read_record(f"{directory}.json")
     except ValueError as error:
-        one.errors.append(f"not downloaded ({str(error).removeprefix(f'{directory}')})")
+        one.errors.append(str(error))
         return config, one
     found = directory_digest(directory, VOLATILE)
     one.bytes, one.licence = found["bytes"], stated_licence(directory) or ""

@@ -262,7 +262,7 @@ def _greet(console: Console, title: tuple[str, str], session: Session) -> None:
     name, about = title
     console.print(f"{name}", style="bold", markup=False, end="")
     console.print(f"  {about}", style="dim", markup=False)
-    console.print(f"{described(session.settings)}; /help lists the commands", style="dim", markup=False)
+    console.print(f"{described(session.settings)}; /help: commands", style="dim", markup=False)
     console.print(legend(colours=not console.no_color))
 
 

@@ -57,9 +57,12 @@ def run(args: argparse.Namespace) -> int:
     found.sort(key=lambda one: order.index(one.name))
     _print([("kind", "name", "repository", "commit", "size", "rows", "licence", "result"), *(x.cells() for x in found)])
     wrong = [f"{one.name} ({one.repository}): {error}" for one in found for error in one.errors]
+    absent = [one.name for one in found if one.absent]
+    if absent:
+        wrong.append(f"not downloaded below {workdir}: {', '.join(absent)}; the workflow fetches them")
     if wrong:
         print("\n".join(["", *wrong]))
-        broken = sum(bool(one.errors) for one in found)
+        broken = sum(bool(one.errors or one.absent) for one in found)
         raise ValueError(f"{broken} of {len(pins)} do not work; the lines above say why")
     return 0
 

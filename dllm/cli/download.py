@@ -8,14 +8,19 @@ from pathlib import Path
 
 HELP = "fetch a pinned model or dataset, verified (or make the laptop's stand-in)"
 EXAMPLES = """examples:
-  dllm download configs/downloads/pocket-world.yaml
+  cd results/laptop && dllm download configs/downloads/pocket-world.yaml
+      what the workflow runs; the record is downloads/pocket-world.json there
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("config", help="resolved download config, written by the workflow below configs/downloads/")
-    parser.add_argument("--workdir", default=".", help="work directory that holds downloads/ (default: here)")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="resolved download config, written by the workflow below configs/downloads/"
+    )
+    parser.add_argument(
+        "--workdir", default=".", metavar="DIR", help="work directory that holds downloads/ (default: here)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

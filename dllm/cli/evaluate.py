@@ -11,7 +11,7 @@ from dllm.numbers import environment_number
 HELP = "score a checkpoint on benchmarks"
 EXAMPLES = """examples:
   dllm evaluate results/laptop/configs/evals/chat-large/mmlu.yaml
-      one benchmark; writes results/laptop/evals/chat/mmlu.json and mmlu.samples.jsonl
+      one benchmark; writes results/laptop/evals/chat-large/mmlu.json and mmlu.samples.jsonl
   dllm evaluate results/laptop/configs/evals/chat-large/*.yaml
       several, in one process: the model is loaded once
   accelerate launch --num_processes 8 -m dllm evaluate results/paper/configs/evals/chat-large/mmlu.yaml
@@ -24,9 +24,15 @@ A killed evaluation goes on where it was: start the same command again."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dllm evaluate`."""
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="resolved evaluation config (YAML)")
+    parser.add_argument(
+        "configs",
+        nargs="+",
+        metavar="CONFIG",
+        help="resolved evaluation config, written by the workflow below configs/evals/",
+    )
     parser.add_argument(
         "--workdir",
+        metavar="DIR",
         help="work directory (default: the one whose `configs` holds the config, else here)",
     )
     parser.add_argument(
@@ -34,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--merge", action="store_true", help="score the stored answers; do not compute any")
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda or cuda:1 (default: an accelerator if there is one)"
+        "--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:1 (default: an accelerator if there is one)"
     )
 
 

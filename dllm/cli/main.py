@@ -32,13 +32,13 @@ RENAMED = {"pins": "check"}
 
 EXAMPLES = """examples:
   dllm chat                              talk to the largest chat model below results/
-  dllm chat chat-large                   talk to the run of this name
+  dllm chat chat-large                   talk to the run of this name, here one of `make report`
   dllm sample chat-large "Hello!"        print one answer
   dllm tune MODEL chats.jsonl            make a chatbot of a model and a file
-  dllm train configs/runs/chat-large.yaml  train one run
+  dllm serve                             the same behind OpenAI's API and a page
   dllm plan config/paper.yaml            what the full reproduction would cost
   dllm check config/paper.yaml           whether all that it takes from the hub is there and fits
-  dllm VERB --help                       what a verb takes
+  dllm VERB --help                       what a verb takes; dllm --version prints the version
 
 DLLM_DEBUG=1 shows the traceback of an error, NO_COLOR=1 turns colours off."""
 

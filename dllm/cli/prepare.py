@@ -7,14 +7,19 @@ from pathlib import Path
 
 HELP = "tokenize, split and pack a dataset into token files"
 EXAMPLES = """examples:
-  dllm prepare configs/data/alpaca--world--96.yaml
+  cd results/laptop && dllm prepare configs/data/alpaca--world--96.yaml
+      what the workflow runs; the rows are below data/ there
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("config", help="resolved data config, written by the workflow below configs/data/")
-    parser.add_argument("--workdir", default=".", help="work directory that holds downloads/ and data/ (default: here)")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="resolved data config, written by the workflow below configs/data/"
+    )
+    parser.add_argument(
+        "--workdir", default=".", metavar="DIR", help="work directory that holds downloads/ and data/ (default: here)"
+    )
     parser.add_argument(
         "--processes", type=int, metavar="N", help="processes that tokenize (default: one for each core it may use)"
     )

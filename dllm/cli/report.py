@@ -6,8 +6,10 @@ import argparse
 
 HELP = "build tables, figures, claims, page or leaderboard from finished runs"
 EXAMPLES = """examples:
-  dllm report tables configs/report.yaml
-  dllm report page configs/report.yaml --workdir results/laptop
+  cd results/laptop && dllm report tables configs/report.yaml
+      tables/, from the runs and scores that are there
+  dllm report page results/laptop/configs/report.yaml --workdir results/laptop
+      report/index.html and report.md, after tables, figures and claims
   dllm report leaderboard results/leaderboard/configs/report.yaml --workdir results/leaderboard
       the leaderboard of what is scored so far; empty cells say what they would take
 """
@@ -17,8 +19,10 @@ PARTS = ("tables", "figures", "claims", "page", "leaderboard")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("part", choices=PARTS, help="what to build")
-    parser.add_argument("config", help="report plan, written by the workflow as configs/report.yaml")
-    parser.add_argument("--workdir", default=".", help="work directory with runs/ and evals/ (default: here)")
+    parser.add_argument("config", metavar="CONFIG", help="report plan, written by the workflow as configs/report.yaml")
+    parser.add_argument(
+        "--workdir", default=".", metavar="DIR", help="work directory with runs/ and evals/ (default: here)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

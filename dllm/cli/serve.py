@@ -77,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
         )
     where = address(made, args.host)
     names = ", ".join(one.id for one in served)
-    run_server(server, made, grace=args.time_limit, ready=lambda: print(f"{names}: {where}", flush=True))
+
+    def ready() -> None:
+        print(f"{names}: {where}", flush=True)
+        _say("a page for the browser at this address, the API below /v1, its parameters at /docs; Ctrl-C ends it")
+
+    run_server(server, made, grace=args.time_limit, ready=ready)
     return 0
 
 

@@ -7,15 +7,24 @@ from collections.abc import MutableMapping
 
 HELP = "train one run from its resolved config, resuming where it was interrupted"
 EXAMPLES = """examples:
-  accelerate launch --config_file config/accelerate/cpu.yaml -m dllm train configs/runs/chat-large.yaml
-  dllm train configs/runs/chat-large.yaml --tracker tensorboard
+  cd results/laptop && dllm train --replace configs/runs/chat-large.yaml
+      one process; the run is below runs/ there
+  dllm train results/laptop/configs/runs/chat-large.yaml --workdir results/laptop --tracker tensorboard
+      the same from elsewhere, with curves for TensorBoard
+  accelerate launch --config_file config/accelerate/ddp.yaml --num_processes 8 -m dllm train \\
+      results/paper/configs/runs/chat-large.yaml --workdir results/paper
+      a process for each of eight GPUs
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("config", help="resolved run config, written by the workflow below configs/runs/")
-    parser.add_argument("--workdir", default=".", help="work directory that holds data/ and runs/ (default: here)")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="resolved run config, written by the workflow below configs/runs/"
+    )
+    parser.add_argument(
+        "--workdir", default=".", metavar="DIR", help="work directory that holds data/ and runs/ (default: here)"
+    )
     parser.add_argument("--tracker", choices=("tensorboard", "wandb"), help="also log to TensorBoard or W&B")
     parser.add_argument(
         "--replace", action="store_true", help="train again even if a run of this name is finished, and replace it"

@@ -50,7 +50,7 @@ DATA_OPTIONS: Options = {
         "kind",
         str,
         "KIND",
-        "how rows are read: messages, sharegpt, alpaca, pairs, text (default: by the columns)",
+        "how rows are read: messages, preference, sharegpt, alpaca, pairs, text (default: by the columns)",
     ),
     "subset": ("config", str, "NAME", "configuration of a hub dataset"),
     "rows": ("rows", int, "N", "train on so many rows only"),

@@ -1,10 +1,8 @@
-"""Claims as verdicts computed from the data, each with its rule: the published ones, and two on starts."""
+"""The published claims as verdicts computed from the data, each with its rule; those on starts are in `starts`."""
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations, pairwise
+from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -12,39 +10,12 @@ import pandas as pd
 from dllm.numbers import duration
 from dllm.report.format import fixed, in_words, interval, joined, signed_interval
 from dllm.report.load import final_losses, read_provenance, read_speed, scores
-from dllm.report.plan import FEW_STEPS, RECIPES, ReportPlan, ResultRow
-from dllm.report.starts import starts_frame
+from dllm.report.plan import RECIPES, ReportPlan, ResultRow
+from dllm.report.starts import STARTS_CLAIMS
 from dllm.report.statistics import Estimate, Verdict, all_of, decide_below, decide_within
+from dllm.report.verdicts import Claim, ClaimRow, Finding, claim_of, unless_truncated, without_verdict
 
 MODERNBERT = "modernbert"
-
-ClaimRow = tuple[Callable[..., "Claim"], Callable[[Path, ReportPlan], tuple]]
-"""The function that decides a claim, and what it reads for it."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One part of a claim, decided on the runs of one recipe."""
-
-    part: str
-    recipe: str
-    verdict: Verdict
-    because: str
-    """One sentence with the numbers."""
-    timed: bool = False
-    """True if the numbers are wall times, which differ from one machine, and one day, to the next."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One published claim, its rule of decision and what was found. number: its place in `CLAIMS`, from 1."""
-
-    number: int = 0
-    claim: str
-    rule: str
-    verdict: Verdict
-    findings: tuple[Finding, ...]
-    caveat: str = ""
 
 
 def build_claims(workdir: Path, plan: ReportPlan, out: Path) -> tuple[Path, ...]:
@@ -91,8 +62,8 @@ def encoder_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
                 f"{signed_interval(lead.value, lead.low, lead.high, 3)}."
             )
             finding = Finding(part, recipe, decide_below(lead, 0.0), because)
-            findings.append(_unless_truncated(finding, runs))
-    return _claim(
+            findings.append(unless_truncated(finding, runs))
+    return claim_of(
         "Of six encoders trained on Wikitext-103 with the masked diffusion objective, ModernBERT has the lowest loss.",
         "Holds if the lowest ModernBERT loss is at least 2 combined standard errors below the lowest loss of any other "
         "encoder, fails if it is as far above, and is undecided between. The training loss, of which the claim speaks, "
@@ -120,9 +91,9 @@ def openwebtext_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
             if run["first_eval_step"] > 0.05 * run["steps"]:
                 verdict = "undecided"
                 because += " The first evaluation comes too late to see the start of the run."
-            findings.append(_unless_truncated(Finding("evaluation loss", recipe, verdict, because), run.to_frame().T))
+            findings.append(unless_truncated(Finding("evaluation loss", recipe, verdict, because), run.to_frame().T))
     margin = fixed(100 * plan.rules.hardly_lower, 0)
-    return _claim(
+    return claim_of(
         "Further training of ModernBERT-large on OpenWebText hardly lowers the loss.",
         f"Holds if the relative fall of the evaluation loss is below {margin} % by 2 combined standard errors, fails "
         "if it is above by as much, and is undecided between, or if the first evaluation comes after 5 % of the run.",
@@ -150,9 +121,9 @@ def ablation_claim(losses: pd.DataFrame, plan: ReportPlan) -> Claim:
                 f"{_percent_interval(widest, signed=True)} %; {within} of {len(pairs)} lie surely within the margin."
             )
             finding = Finding(f"{name} loss", recipe, all_of([pair[0] for pair in pairs]), because)
-            findings.append(_unless_truncated(finding, runs))
+            findings.append(unless_truncated(finding, runs))
     margin = fixed(100 * plan.rules.same_loss, 0)
-    return _claim(
+    return claim_of(
         "Alpaca tuning from three starts (untuned, after Wikitext, after OpenWebText) ends at nearly the same training "
         "and evaluation loss.",
         f"A pair of starts counts as the same if its relative difference, widened by 2 combined standard errors, stays "
@@ -178,9 +149,9 @@ def chat_claim(score_frame: pd.DataFrame, plan: ReportPlan) -> Claim:
         of_row = [Finding("above chance", row.recipe, verdict, because)]
         if row.close_to:
             of_row.append(_closeness(own, row, plan))
-        findings += [_without_verdict(finding, [row.label]) if row.truncated else finding for finding in of_row]
+        findings += [without_verdict(finding, [row.label]) if row.truncated else finding for finding in of_row]
     points = fixed(plan.rules.close_points, 0)
-    return _claim(
+    return claim_of(
         "Instruction tuning alone turns ModernBERT into a chat model, and the large one comes close to Qwen1.5-0.5B.",
         "Above chance: holds if the 95 % interval lies above chance on more than half of the benchmarks, fails "
         f"otherwise. Close: a score is close if its interval lies above the published one less {points} points, and "
@@ -195,7 +166,7 @@ def cost_claim(provenance: dict | None, speed: pd.DataFrame | None, plan: Report
     """Claim 5, from the wall time of the large chat run and from the timed generation."""
     rules = plan.rules
     low, high = rules.halving
-    return _claim(
+    return claim_of(
         "The large chat model costs about 50 GPU hours (A100), and half the diffusion steps take about half the time.",
         f"Cost: wall time × devices, within a factor {fixed(rules.gpu_hours_factor)} of {fixed(rules.gpu_hours, 0)} "
         "hours; undecided on other hardware. Steps: holds if every halving of the steps divides the time by "
@@ -203,64 +174,6 @@ def cost_claim(provenance: dict | None, speed: pd.DataFrame | None, plan: Report
         [_training_cost(provenance, plan), _halving(speed, plan)],
         "Wall times belong to one machine and one day.",
     )
-
-
-def pretraining_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
-    """Of what a run starts from: does the pretrained start end lower than random weights of the same architecture?"""
-    rows = {row["run"]: row for _, row in starts.iterrows()}
-    findings = []
-    for start in (start for start in plan.starts if start.twin):
-        pretrained, random = rows[start.twin], rows[start.run]
-        finding = _lower(pretrained, random)
-        if not math.isnan(pretrained["passed"]):
-            step, last = int(pretrained["passed"]), int(random["steps"])
-            finding = replace(
-                finding, because=f"{finding.because} At step {step} of {last} it is as low as the other ends."
-            )
-        findings.append(_unless_truncated(finding, pd.DataFrame([pretrained, random])))
-    return _claim(
-        "Pretrained weights give a chatbot a lower held-out bound than random weights of the same architecture.",
-        f"{_LOWER_RULE} Both had the same data, steps and noise.",
-        findings,
-        _ONE_SEED,
-    )
-
-
-def size_claim(starts: pd.DataFrame, plan: ReportPlan) -> Claim:
-    """Of pretrained starts with as many steps: has each next larger one a lower bound?"""
-    pretrained = starts[starts["start"] == "pretrained"].sort_values("parameters")
-    pairs = [
-        (larger, smaller)
-        for _, same in pretrained.groupby("steps", sort=False)
-        for (_, smaller), (_, larger) in pairwise(same.iterrows())
-        if larger["parameters"] > smaller["parameters"]
-    ]
-    return _claim(
-        "A larger pretrained encoder gives a lower held-out bound than the next smaller one.",
-        f"{_LOWER_RULE} One pair that fails makes the claim fail.",
-        [_unless_truncated(_lower(a, b), pd.DataFrame([a, b])) for a, b in pairs],
-        f"{_ONE_SEED} The encoders may differ in more than their size.",
-    )
-
-
-_LOWER_RULE = (
-    "Holds if the bound on a held-out answer is at least 2 combined standard errors below the other one, fails if it "
-    "is as far above, and is undecided between."
-)
-_ONE_SEED = (
-    "All runs meet the same answers and noise, so their errors are partly shared and the combined one is cautious. One "
-    "seed each: how much another seed would move a bound is not in these intervals."
-)
-
-
-def _lower(one: pd.Series, other: pd.Series) -> Finding:
-    """Whether the bound of one start ends below that of another."""
-    gap = Estimate(one["nats"], one["nats_standard_error"]) - Estimate(other["nats"], other["nats_standard_error"])
-    because = (
-        f"{one['label']} ends at {fixed(one['nats'])} and {other['label']} at {fixed(other['nats'])} nats per answer: "
-        f"a difference of {signed_interval(gap.value, gap.low, gap.high)}."
-    )
-    return Finding("bound", "", decide_below(gap, 0.0), because)
 
 
 def short_answer(workdir: Path, plan: ReportPlan, claims: tuple[Claim, ...]) -> list[str]:
@@ -304,28 +217,6 @@ _VERB = {
     "does not hold": ("does not hold", "do not hold"),
     "undecided": ("is undecided", "are undecided"),
 }
-
-
-def _claim(claim: str, rule: str, findings: list[Finding], caveat: str = "", deciding=None) -> Claim:
-    """If there are corrected runs, they alone decide."""
-    if not findings:
-        findings = [Finding("runs", "", "undecided", "The plan has no runs that could decide it.")]
-    deciding = deciding or findings
-    corrected = [finding for finding in deciding if finding.recipe != "published"]
-    verdict = all_of([finding.verdict for finding in corrected or deciding])
-    return Claim(claim=claim, rule=rule, verdict=verdict, findings=tuple(findings), caveat=caveat)
-
-
-def _unless_truncated(finding: Finding, runs: pd.DataFrame) -> Finding:
-    """The finding, undecided if one of the runs that it rests on was truncated."""
-    if "truncated" not in runs or not runs["truncated"].any():
-        return finding
-    return _without_verdict(finding, runs[runs["truncated"].astype(bool)]["label"].tolist())
-
-
-def _without_verdict(finding: Finding, labels: list[str]) -> Finding:
-    cut = f"{joined(labels)} stopped early or after fewer than {FEW_STEPS} steps, which decides nothing."
-    return replace(finding, verdict="undecided", because=f"{finding.because} {cut}")
 
 
 def _by_recipe(losses: pd.DataFrame):
@@ -395,7 +286,7 @@ def _training_cost(provenance: dict | None, plan: ReportPlan) -> Finding:
         return Finding(part, "", "undecided", "The plan has no chat run.", timed=True)
     truncated = {entry.run for entry in plan.chat if entry.truncated} | {r.run for r in plan.results if r.truncated}
     if provenance["run"] in truncated:
-        return _without_verdict(Finding(part, "", "undecided", "", timed=True), [provenance["run"]])
+        return without_verdict(Finding(part, "", "undecided", "", timed=True), [provenance["run"]])
     hours = provenance["wall_seconds"] * int(provenance.get("processes") or 1) / 3600
     machine = ", ".join(str(provenance[key]) for key in ("hardware", "device") if provenance.get(key))
     because = f"{provenance['run']} took {fixed(hours)} device hours ({machine})."
@@ -438,8 +329,3 @@ CLAIMS: tuple[ClaimRow, ...] = (
     (cost_claim, lambda workdir, plan: (_chat_provenance(workdir, plan), _speed(workdir, plan))),
 )
 """The published claims in their order."""
-
-STARTS_CLAIMS: tuple[ClaimRow, ...] = (
-    (pretraining_claim, lambda workdir, plan: (starts_frame(workdir, plan),)),
-    (size_claim, lambda workdir, plan: (starts_frame(workdir, plan),)),
-)

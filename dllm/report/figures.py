@@ -59,26 +59,28 @@ def draw_scores(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     looks_of = looks(keys)
     benchmarks = list(dict.fromkeys(frame["benchmark_label"]))
     step = 0.18 if len(keys) < 7 else 0.145
-    band = step * len(keys) + 0.22
-    figure = Figure(figsize=(WIDTH, 1.75 + 0.95 * band * len(benchmarks)))
+    scored = {name: [key for key in keys if key in set(rows["run"])] for name, rows in frame.groupby("benchmark_label")}
+    bands = [step * len(scored[benchmark]) + 0.22 for benchmark in benchmarks]
+    middles = [-sum(bands[:place]) - band / 2 for place, band in enumerate(bands)]
+    figure = Figure(figsize=(WIDTH, 1.75 + 0.95 * sum(bands)))
     axes = figure.subplots()
-    for place, benchmark in enumerate(benchmarks):
+    for place, (benchmark, band, middle) in enumerate(zip(benchmarks, bands, middles, strict=True)):
         rows = frame[frame["benchmark_label"] == benchmark]
-        middle = -place * band
         if place % 2:
             axes.axhspan(middle - band / 2, middle + band / 2, color="#f6f7f9", linewidth=0, zorder=0)
         chance = rows["chance"].dropna()
         if len(chance):
             axes.plot([chance.iloc[0]] * 2, [middle - band / 2, middle + band / 2], color=INK, linewidth=1.4, zorder=2)
         for row in rows.itertuples():
-            look, y = looks_of[row.run], middle + step * ((len(keys) - 1) / 2 - keys.index(row.run))
+            here = scored[benchmark]
+            look, y = looks_of[row.run], middle + step * ((len(here) - 1) / 2 - here.index(row.run))
             axes.plot([row.low, row.high], [y, y], color=look.color, linewidth=1.5, zorder=3)
             face = "white" if row.against_chance in ("near", "below") else look.color
             axes.plot(row.value, y, look.marker, color=look.color, markerfacecolor=face, markersize=5.5, zorder=4)
             if not pd.isna(row.reported):
                 axes.plot(row.reported, y, "x", color=INK, markersize=6, markeredgewidth=1.5, zorder=5)
-    axes.set_yticks([-place * band for place in range(len(benchmarks))], benchmarks)
-    axes.set_ylim(-(len(benchmarks) - 0.5) * band, band / 2)
+    axes.set_yticks(middles, benchmarks)
+    axes.set_ylim(-sum(bands), 0)
     axes.set_xlim(left=min(-1.0, frame["low"].min() - 1))
     axes.set_xlabel("score, per cent")
     axes.tick_params(axis="y", labelsize=10, labelcolor=INK)

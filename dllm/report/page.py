@@ -24,7 +24,7 @@ from dllm.report.templating import environment, style_sheet
 from dllm.report.trace import trace
 
 VERDICT_SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
-_INTERVAL = re.compile(r"^(.*?) (\[.*\])(.*)$", re.DOTALL)
+_INTERVAL = re.compile(r"^(.*?) (\[[-−+]?[\d.]+, [-−+]?[\d.]+\])(.*)$", re.DOTALL)
 
 
 class Section(NamedTuple):

@@ -57,27 +57,34 @@ TABLES: dict[str, TableRow] = {
     "decoding": TableRow("dllm.report.timed:decoding_table", lambda plan: plan.speed, timed=True),
 }
 
+FINAL = (
+    "Evaluations on the way may read a part of the held-out rows; the title is about the final one, which reads them "
+    "all, as the table does."
+)
+"""What a caption says of curves."""
+
 FIGURES: dict[str, FigureRow] = {
     "pretraining": FigureRow(
         "dllm.report.curves:curves",
         "dllm.report.curves:draw_pretraining",
         lambda plan: plan.pretraining,
         "Masked diffusion training of the encoders on Wikitext-103. Above: training loss, running mean over a "
-        "twentieth of the run. Below: evaluation loss with 95 % intervals. Filled markers are the last size of a "
-        "family, hollow ones the first.",
+        "twentieth of the run. Below: evaluation loss with 95 % intervals. Hollow markers are the first size of a "
+        f"family, filled ones the second. {FINAL}",
     ),
     "openwebtext": FigureRow(
         "dllm.report.curves:curves",
         "dllm.report.curves:draw_openwebtext",
         lambda plan: plan.openwebtext,
         "Further training on OpenWebText. The faint line is every logged training loss, the band the 95 % interval of "
-        "the evaluation.",
+        f"the evaluation. {FINAL}",
     ),
     "ablation": FigureRow(
         "dllm.report.curves:curves",
         "dllm.report.curves:draw_ablation",
         lambda plan: plan.ablation,
-        "Alpaca tuning from three starts. Published recipe dashed, corrected recipe solid; each row has one scale.",
+        "Alpaca tuning from three starts. Published recipe dashed, corrected recipe solid; each row has one scale. "
+        f"Bands are 95 % intervals. {FINAL}",
     ),
     "ablation-final": FigureRow(
         "dllm.report.curves:ablation_final_frame",
@@ -90,7 +97,8 @@ FIGURES: dict[str, FigureRow] = {
         "dllm.report.curves:curves",
         "dllm.report.curves:draw_chat",
         lambda plan: plan.chat,
-        "Training of the chat models on tulu-3 and smoltalk.",
+        "Training of the chat models on tulu-3 and smoltalk. Left: training loss, running mean over a twentieth of the "
+        f"run. Right: evaluation loss with 95 % intervals. {FINAL}",
     ),
     "starts": FigureRow(
         "dllm.report.curves:curves",
@@ -98,7 +106,7 @@ FIGURES: dict[str, FigureRow] = {
         lambda plan: plan.starts,
         "The same training on the same chat data from each start. Left: training loss, running mean over a twentieth "
         "of the run. Right: loss on held-out answers with 95 % intervals. A token is one of an answer, or an end that "
-        "fills its block, which is easy.",
+        f"fills its block, which is easy. {FINAL}",
     ),
     "sizes": FigureRow(
         "dllm.report.starts:starts_frame",

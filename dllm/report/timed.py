@@ -46,10 +46,11 @@ def seconds_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     ]
     columns = ("System", "Training", *(f"{benchmark.label}, passes" for benchmark in benchmarks))
     columns += tuple(f"{benchmark.label}, ms" for benchmark in benchmarks)
-    note = (
-        "Training: of all stages. Passes: forward passes per question. Milliseconds of forward computation per "
-        f"question, many questions side by side. {WALL_TIMES}"
+    of_questions = (
+        " Passes: forward passes per question. Milliseconds of forward computation per question, many questions side "
+        "by side."
     )
+    note = f"Training: of all stages.{of_questions if benchmarks else ''} {WALL_TIMES}"
     return table_of(name, "What the systems take.", columns, rows, frame, note, folder="report")
 
 

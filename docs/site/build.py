@@ -29,7 +29,7 @@ IMAGES = (
 SHOWN = ("LICENSE", "bench/results", "results/showcase", "results/real-weights")
 """What pages link to without being pages: served as it is."""
 PROJECT = ("CONTRIBUTING", "CHANGELOG", "docs/lab-log", "docs/decisions/index", "results/README")
-"""Pages about the project. The other pages are the guide, in the order in which README.md links to them."""
+"""Pages about the project. The other pages are the guide, in the order of the table of README.md."""
 LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\(([^)\s]+)\)")
 
 
@@ -57,7 +57,8 @@ def copy_pages(source: Path) -> None:
             shutil.copyfile(path, place)
     shutil.move(source / "README.md", source / "index.md")
     with open(source / "index.md", "a", encoding="utf-8") as index:
-        named = re.findall(r"\]\((docs/[\w-]+)\.md", (ROOT / "README.md").read_text(encoding="utf-8"))
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        named = re.findall(r"^\| \[docs/[\w-]+\.md\]\((docs/[\w-]+)\.md", readme, re.M)
         guide = dict.fromkeys([*named, *(f"docs/{path.stem}" for path in sorted(ROOT.glob("docs/*.md")))])
         index.write(contents([page for page in guide if page not in PROJECT], caption="Guide"))
         index.write(contents(PROJECT, caption="Project"))

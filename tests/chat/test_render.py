@@ -69,4 +69,5 @@ def test_the_colours_are_told_apart_by_lightness_or_hue_and_explained():
 
 def test_the_status_line_counts_tokens_per_second():
     assert status(3, 6, 12, 2.0).plain == "step 3 · 6 passes · 12 tokens · 2.0 s · 6 tokens/s"
+    assert status(1, 1, 1, 1.0).plain.startswith("step 1 · 1 pass · 1 token · ")
     assert "0 tokens/s" in status(0, 0, 0, 0.0).plain

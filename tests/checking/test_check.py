@@ -204,7 +204,9 @@ def test_offline_a_damaged_file_and_a_missing_record_are_named(told):
         f"chats (some/chats): damaged: data/train-00001-of-00002.parquet; delete {record}, and the workflow fetches it "
         "again"
     )
-    assert lines.startswith("lines (some/lines): not downloaded (")
+    assert lines == f"not downloaded below {told.workdir}: lines; the workflow fetches them"
+    results = {line.split()[1]: line for line in output.splitlines() if line.startswith(("dataset ", "benchmark "))}
+    assert results["lines"].endswith("not downloaded") and "works" not in results["lines"]
 
 
 def test_the_old_name_of_the_command_is_refused_with_the_new_one(capsys):

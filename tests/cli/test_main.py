@@ -72,7 +72,7 @@ def test_the_version_is_the_packages(capsys):
         (["frobnicate"], f"dllm: error: 'frobnicate' is not a verb of dllm. Known: {', '.join(VERBS)}."),
         (["--hepl"], "dllm: error: '--hepl' is not an option of dllm. Did you mean '--help'?"),
         (["train", "x", "--workdri", "y"], "dllm train: error: unknown argument --workdri y. Did you mean --workdir?"),
-        (["train"], "dllm train: error: the following arguments are required: config; see dllm train --help"),
+        (["train"], "dllm train: error: the following arguments are required: CONFIG; see dllm train --help"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(words, line, capsys):

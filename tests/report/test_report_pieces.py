@@ -1,8 +1,10 @@
 """The film, the labels at line ends, the plan."""
 
+import re
 from dataclasses import replace
 
 import matplotlib
+import pandas as pd
 import pytest
 from fake_workdir import build_all, plan_dict, write_workdir
 from hypothesis import given
@@ -15,6 +17,7 @@ from dllm.report import claims, curves, figures, tables
 from dllm.report.film import frames, visible
 from dllm.report.load import final_losses, read_metrics, read_samples, scores
 from dllm.report.markup import fenced
+from dllm.report.page import split_interval
 from dllm.report.plan import ReportPlan
 from dllm.report.shown import FIGURES, TABLES, FigureRow, TableRow
 from dllm.report.style import RC, family_looks, spread
@@ -75,6 +78,34 @@ def test_published_curves_are_dashed_and_corrected_ones_solid(workdir, plan):
         styles.setdefault(axes.get_title(loc="left"), {line.get_linestyle() for line in lines})
     assert styles["Training loss, published"] == styles["Evaluation loss, published"] == {"--"}
     assert styles["Training loss, corrected"] == styles["Evaluation loss, corrected"] == {"-"}
+
+
+def test_the_title_of_curves_tells_the_final_loss_of_the_table_and_not_their_last_point(workdir, plan):
+    frame = curves.curves(workdir, plan, "ablation")
+    ends = frame[frame["split"] == "eval"].groupby(["label", "recipe"], as_index=False).last()
+    final = ends.assign(split="final", loss=ends["loss"] + 1)
+    with matplotlib.rc_context(RC):
+        without, with_final = (
+            curves.draw_ablation(shown, plan).texts[0].get_text() for shown in (frame, pd.concat([frame, final]))
+        )
+    numbers = [[float(number) for number in re.findall(r"\d+\.\d+", title)] for title in (without, with_final)]
+    assert numbers[0] and numbers[1] == pytest.approx([number + 1 for number in numbers[0]])
+
+
+def test_a_benchmark_takes_as_many_lines_of_the_scores_as_rows_are_scored_on_it(workdir, plan):
+    frame = scores(workdir, plan)
+    benchmark = frame["benchmark_label"].iloc[0]
+    fewer = frame[(frame["benchmark_label"] != benchmark) | (frame["run"] == frame["run"].iloc[0])]
+    with matplotlib.rc_context(RC):
+        drawn = [figures.draw_scores(shown, plan) for shown in (frame, fewer)]
+    missing = len(frame) - len(fewer)
+    spans = [-figure.axes[0].get_ylim()[0] for figure in drawn]
+    assert missing > 0 and (spans[0] - spans[1]) / missing in (pytest.approx(0.18), pytest.approx(0.145))
+
+
+def test_brackets_of_an_answer_are_no_interval():
+    assert 'class="interval"' in split_interval("−5.0 [−7.1, 3.0] ▲")
+    assert 'class="interval"' not in split_interval("a . [ answer ] [1, x]")
 
 
 def test_no_letter_of_a_figure_is_smaller_than_nine_points(workdir, plan):

@@ -51,7 +51,7 @@ def test_a_start_is_better_only_by_two_standard_errors(tmp_path, plan, random, p
 
 def test_it_is_said_when_the_pretrained_start_is_as_low_as_the_random_one_ends(tmp_path, plan):
     found = claims.judge(finished(tmp_path, random=4.0, pretrained=3.0, larger=2.5), plan)
-    assert "At step 180 of 900 it is as low as the other ends." in found[0].findings[0].because
+    assert "It reaches the other's final loss at step 180 of 900." in found[0].findings[0].because
 
 
 def test_runs_of_a_few_steps_decide_nothing(tmp_path, plan):
