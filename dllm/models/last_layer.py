@@ -42,7 +42,7 @@ class Rows(Tensor):
         rows = next(x for x in args if isinstance(x, cls))
         if function in (Tensor.reshape, Tensor.view):
             shape = list(args[1] if len(args) == 2 else args[1:])
-            shape[1] = len(rows.places) if shape[1] == rows.total else shape[1]
+            shape[1:2] = [len(rows.places)] if shape[:2] == [1, rows.total] else shape[1:2]
             args = (rows, shape)
         others = [isinstance(x, Tensor) and not isinstance(x, cls) and x.shape[:2] == (1, rows.total) for x in args]
         args = [x.index_select(1, rows.places) if other else x for x, other in zip(args, others, strict=True)]

@@ -23,6 +23,7 @@ from dllm.models.load import load_backbone
 from dllm.models.published import family_of
 from dllm.numbers import environment_number
 from dllm.objectives.objective import Objective
+from dllm.training.devices import cuts_weights
 
 
 def objective_of(config: RunConfig, backbone: Backbone, *, exact: bool = False) -> Objective:
@@ -73,7 +74,8 @@ def scores_for(config: RunConfig, backbone: Backbone) -> nn.Module:
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if config.compile:
         model.base_model.compile(dynamic=True)  # in place: names of weights stay as they are
-        backbone = replace(backbone, shortens=False)  # its rows are no plain tensors
+    if config.compile or cuts_weights():
+        backbone = replace(backbone, shortens=False)  # the compiler and DeepSpeed's layers expect plain tensors
     module = resolved(algorithm_named(config.algorithm).module)
     return (module(config, backbone) if module else TokenNLL(backbone)).train()
 

@@ -8,8 +8,9 @@ from dllm.core.packing import layout_of
 from dllm.models import attention as packed_attention
 from dllm.models.backbone import TokenNLL
 from dllm.models.hidden import base_of
+from dllm.models.last_layer import at_places
 from dllm.models.self_tests import can_shorten
-from dllm.training.setup import scores_for
+from dllm.training import setup
 from tests.models.families import CASES, ragged, stock_model
 from tests.models.test_attention import LENGTHS, ROUNDING, assert_same_gradients, gradients
 from tests.plain_forward import door
@@ -77,9 +78,18 @@ def test_tokens_that_are_not_those_of_the_layout_are_an_error():
         door(stock_model("bert")).hidden_at(torch.zeros(1, 3, dtype=torch.long), layout_of(LENGTHS), ROW, POSITION)
 
 
-def test_a_compiled_model_computes_its_last_layer_whole(monkeypatch):
+def test_rows_as_many_as_there_are_units_keep_their_shapes():
+    values = torch.randn(1, 32, 2, 16)
+    rows = at_places(values, torch.tensor([3, 1, 30]))
+    assert rows.reshape(1, 32, -1).shape == (1, 3, 32)
+    assert rows.reshape(-1, 32).shape == (3, 32)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_compiled_or_sharded_model_computes_its_last_layer_whole(sharded, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic: None)
+    monkeypatch.setattr(setup, "cuts_weights", lambda: sharded)
     for compiled in (False, True):
         config = RunConfig.model_construct(compile=compiled, activation_checkpointing=False, algorithm="mdlm")
-        scores = scores_for(config, door(stock_model("bert")))
-        assert isinstance(scores, TokenNLL) and scores.backbone.shortens == (not compiled)
+        scores = setup.scores_for(config, door(stock_model("bert")))
+        assert isinstance(scores, TokenNLL) and scores.backbone.shortens == (not compiled and not sharded)
