@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--device {args.device} is for a model of this process; leave it out, or --server")
     if args.api_key_file and not args.server:
         raise ValueError("--api-key-file is for --server; give both or neither")
+    if args.once is not None and not args.once.strip():
+        raise ValueError("--once is empty; give the message to answer, or leave it out to chat")
     console = Console(highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal
     talker, session, title = _remote(args) if args.server else _local(args, console, live)

@@ -217,7 +217,7 @@ class Api:
 
     async def docs(self, request: Request) -> Response:
         """`GET /docs`."""
-        return documentation()
+        return documentation(str(request.base_url).rstrip("/"))
 
 
 def _keywords(method: Callable[..., Any], *given: Any, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from importlib import resources
 from typing import Any
@@ -155,9 +155,9 @@ def _operation(one: Endpoint, parts: dict[Any, Any]) -> dict[str, Any]:
     return operation
 
 
-@cache
-def _page() -> tuple[str, str]:
-    """The page of the documentation, and its content security policy."""
+@lru_cache(maxsize=8)
+def _page(address: str) -> tuple[str, str]:
+    """The page of the documentation with examples that ask `address`, and its content security policy."""
     document = json.loads(openapi())
     schemas = document["components"]["schemas"]
     sections = [
@@ -187,7 +187,7 @@ def _page() -> tuple[str, str]:
     policy = (
         f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return page.render(info=document["info"], sections=sections, style=style), policy
+    return page.render(info=document["info"], sections=sections, style=style, address=address), policy
 
 
 def _rows(kind: type[BaseModel], schemas: dict[str, Any]) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ def _type(field: dict[str, Any]) -> str:
     return " ".join([field.get("type", "anything"), *limits])
 
 
-def documentation() -> Response:
-    """The page at `/docs`."""
-    page, policy = _page()
+def documentation(address: str) -> Response:
+    """The page at `/docs` of the server that was asked as `address`."""
+    page, policy = _page(address)
     return Response(page, headers={"content-security-policy": policy}, media_type="text/html")

@@ -79,6 +79,7 @@ def test_once_prints_the_bare_answer(here, capsys):
     [
         (["chat-tiy"], "Did you mean 'chat-toy'?"),
         (["--once", "Hello " * 99], "the message takes"),
+        (["--once", " "], "--once is empty"),
         (["--steps", "1"], "steps = 1 is less than the 2 blocks"),
         (["--temperature", "-1"], "--temperature -1.0: input should be greater"),
         (["--temperature", "inf"], "--temperature inf: input should be a finite number"),

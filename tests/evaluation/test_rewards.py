@@ -42,14 +42,18 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_has_examples():
+    assert set(EXAMPLES) == set(REWARDS)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_reward_of_the_table_gives_what_its_examples_say(name):
     prompt, reference, answers = EXAMPLES[name]
     check_reference(name, prompt, reference)
     assert {a: reward_named(name)(prompt, a, reference) for a in answers} == pytest.approx(answers)
 
 
-@pytest.mark.parametrize("name", [name for name in REWARDS if name != "code"])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "code"])
 def test_no_answer_stops_a_reward(name):
     prompt, reference, _ = EXAMPLES[name]
     hostile = [

@@ -316,6 +316,7 @@ def test_the_document_has_every_path_and_parameter(url):
 def test_the_page_of_the_documentation_asks_nobody_for_anything(url):
     page = ask(url, "/docs")
     assert page.status == 200 and "reveal_rule" in page.text
+    assert f"curl -N {url}/v1/score" in page.text
     policy = page.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
     assert "<script" not in page.text and "src=" not in page.text
