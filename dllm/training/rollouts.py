@@ -1,7 +1,8 @@
 """Answers of a model that is being trained, and their rewards.
 
-What is drawn is a function of the weights and of (seed, batch, prompt, number of the answer). Every process answers its
-share of the prompts and then knows all answers.
+What is drawn is a function of the weights and of (seed, batch, prompt, number of the answer), where the answers to a
+prompt that stands in a batch several times are numbered on, so that no two of them are drawn with the same noise. Every
+process answers its share of the prompts and then knows all answers.
 """
 
 from __future__ import annotations
@@ -173,12 +174,15 @@ class Answering:
         """`group` answers to each of the prompts `numbers`, drawn with the weights of a backbone, and their rewards."""
         started = time.perf_counter()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        places = [(place, answer) for answer in range(group) for place in range(len(numbers))]
+        texts = [tuple(prompts.prompt(number)) for number in numbers]
+        before = [texts[:place].count(text) for place, text in enumerate(texts)]
+        places = [(place, answer) for place in range(len(numbers)) for answer in range(group)]
+        places.sort(key=lambda each: before[each[0]] * group + each[1])  # equal seeds side by side
         own = [(place, answer) for place, answer in places if (place * group + answer) % ranks == rank]
         drawn = self._drawn(
             backbone,
-            [prompts.prompt(numbers[place]) for place, _ in own],
-            [self._seed(batch, answer) for _, answer in own],
+            [list(texts[place]) for place, _ in own],
+            [self._seed(batch, before[place] * group + answer) for place, answer in own],
         )
         mine = [found | {"number": place * group + answer} for (place, answer), found in zip(own, drawn, strict=True)]
         seconds = time.perf_counter() - started

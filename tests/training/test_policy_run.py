@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from dllm.config import AdapterSettings, GenerateSettings, OptimizerSettings, PolicySettings, write_when_changed
 from dllm.language_model import load
 from dllm.training import trainer
+from dllm.training.rollouts import Answering
 from dllm.training.trainer import train
 from tests.training.conftest import metrics_of, run_config, train_until, workdir  # noqa: F401
 from tests.training.test_backends import in_two_processes as in_shards
@@ -95,6 +96,21 @@ def test_more_answers_to_each_held_out_prompt_are_averaged_and_the_first_ones_st
     # eight prompts, and rewards are whole numbers, so that the mean is a multiple of an eighth, or of a thirty-second
     assert one["reward"] * 8 % 1 == 0 and four["reward"] * 32 % 1 == 0
     assert 0 < four["reward_standard_error"] < one["reward_standard_error"]
+
+
+def test_the_answers_to_a_prompt_that_stands_in_a_batch_twice_are_numbered_on(workdir, monkeypatch):  # noqa: F811
+    whole, found = Answering.rollouts, []
+
+    def doubled(self, backbone, prompts, numbers, batch, group):
+        if not found:
+            found.append(whole(self, backbone, prompts, [*numbers[:2], numbers[0]], batch, 2))
+            found.append(whole(self, backbone, prompts, numbers[:1], batch, 4))
+        return whole(self, backbone, prompts, numbers, batch, group)
+
+    monkeypatch.setattr(Answering, "rollouts", doubled)
+    train(policy_run(steps=1, policy={"num_iterations": 1}), workdir, quiet=True)
+    twice, once = found
+    assert twice.rows[:2] + twice.rows[4:] == once.rows and once.rows[:2] != once.rows[2:]
 
 
 def test_a_run_that_is_killed_between_two_steps_on_the_same_answers_goes_on_to_the_same_bits(workdir):  # noqa: F811
