@@ -121,7 +121,8 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """One line per system: its bound on an answer, and each score with its interval against chance."""
     benchmarks = plan.system_benchmarks()
     looks_of = looks(dict.fromkeys(frame["algorithm"]))
-    figure = Figure(figsize=(WIDTH, 1.5 + 0.3 * len(frame)))
+    lines = -(-(len(looks_of) + 1) // 6)  # of the legend
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.2 * lines + 0.3 * len(frame)))
     panels = figure.subplots(1, 1 + len(benchmarks), sharey=True, squeeze=False)[0]
     heights = range(len(frame) - 1, -1, -1)
     names = [("nats", "Bound", "nats per answer")]
@@ -148,9 +149,12 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         for name, look in looks_of.items()
     ]
     handles.append(Line2D([], [], color=INK, linewidth=1.3, label="chance"))
-    head(figure, _bound_title(frame), below=0.2)
+    head(figure, _bound_title(frame), below=0.2 * lines)
     figure.legend(
-        handles=handles, loc="upper left", ncols=len(handles), bbox_to_anchor=(0.0, 1 - 0.36 / figure.get_figheight())
+        handles=handles,
+        loc="upper left",
+        ncols=-(-len(handles) // lines),
+        bbox_to_anchor=(0.0, 1 - 0.36 / figure.get_figheight()),
     )
     figure.subplots_adjust(left=0.27, right=0.975, bottom=0.62 / figure.get_figheight(), wspace=0.12)
     return figure

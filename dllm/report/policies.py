@@ -37,7 +37,7 @@ def policies_frame(workdir: Path, plan: ReportPlan, name: str = "policies") -> p
 def draw_policies(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     """Reward, and the bound on other data, against steps: a thin line per run, a thick one for the mean of a label."""
     looks_of = looks(frame["label"])
-    figure = Figure(figsize=(WIDTH, 3.6))
+    figure = Figure(figsize=(WIDTH, 3.8))
     for axes, (column, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
         for label, rows in frame.groupby("label", sort=False):
             look = looks_of[label]
@@ -51,8 +51,13 @@ def draw_policies(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("steps")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    figure.axes[0].legend(loc="lower right")
-    head(figure, _ending(frame[frame["step"] == frame["step"].max()]))
+    head(figure, _ending(frame[frame["step"] == frame["step"].max()]), below=0.2)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="upper left",
+        ncols=len(looks_of),
+        bbox_to_anchor=(0.0, 1 - 0.36 / figure.get_figheight()),
+    )
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.15, wspace=0.16)
     return figure
 
