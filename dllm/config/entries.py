@@ -304,7 +304,7 @@ class SpeedSettings(Settings):
     steps: list[int] = option(..., "numbers of steps to compare", min_length=1)
     generation: GenerateSettings = option(GenerateSettings(), "sampler")
     options: dict[str, dict[str, Any]] = option(
-        DECODING_OPTIONS, "faster decoding to compare with the exact one: name -> what it changes of `generation`"
+        DECODING_OPTIONS, "other decoding to compare with the exact one: name -> what it changes of `generation`"
     )
 
     @model_validator(mode="after")

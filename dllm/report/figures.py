@@ -132,7 +132,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
             look = looks_of[row["algorithm"]]
             if not pd.isna(row[name]):
                 axes.plot([row[f"{name}_low"], row[f"{name}_high"]], [y, y], color=look.color, linewidth=1.6)
-                axes.plot(row[name], y, look.marker, color=look.color, markersize=6)
+                axes.plot(row[name], y, look.marker, color=look.color, markersize=6, clip_on=False, zorder=3)
         chance = frame.get(f"{name}_chance", pd.Series(dtype=float)).dropna()
         if len(chance):
             axes.axvline(chance.iloc[0], color=INK, linewidth=1.3, zorder=1)

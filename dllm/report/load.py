@@ -86,7 +86,11 @@ def read_speed(workdir: Path, run: str) -> pd.DataFrame:
 
 def read_decoding_options(workdir: Path, run: str) -> pd.DataFrame:
     """Ways to decode, the exact one first: passes, seconds, quality, and agreement with the exact decode."""
-    return pd.DataFrame(read_json(workdir, f"speed/{run}.json", "speed").get("options") or [])
+    path = f"speed/{run}.json"
+    options = read_json(workdir, path, "speed").get("options")
+    if not options:
+        raise ValueError(f"{path} has no options; rule 'speed' makes it again.")
+    return pd.DataFrame(options)
 
 
 def evaluation_costs(workdir: Path, plan: ReportPlan) -> pd.DataFrame:

@@ -54,7 +54,7 @@ TABLES: dict[str, TableRow] = {
     "claims": TableRow("dllm.report.tables:claims_table", lambda plan: plan.judges),
     "estimators": TableRow("dllm.report.timed:estimators_table", lambda plan: len(plan.estimators) > 1, timed=True),
     "systems-seconds": TableRow("dllm.report.timed:seconds_table", lambda plan: plan.systems, timed=True),
-    "decoding": TableRow("dllm.report.timed:decoding_table", lambda plan: plan.speed, timed=True),
+    "decoding": TableRow("dllm.report.decoding:decoding_table", lambda plan: plan.speed, timed=True),
 }
 
 FINAL = (
@@ -144,5 +144,12 @@ FIGURES: dict[str, FigureRow] = {
         lambda plan: plan.speed,
         "Generation with fewer denoising steps. Left: seconds for all answers, and the time in proportion to the steps "
         "(dotted). Right: quality at the same steps, with 95 % intervals. These are wall times of one machine.",
+    ),
+    "decoding": FigureRow(
+        "dllm.report.decoding:decoding_frame",
+        "dllm.report.decoding:draw_decoding",
+        lambda plan: plan.speed,
+        "Ways to decode, the exact one first: one token per pass, by confidence. The shaded stretch is its 95 % Wilson "
+        "interval; an interval beside it is drawn in the second colour.",
     ),
 }

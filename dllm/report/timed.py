@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dllm.numbers import duration
 from dllm.report.format import fixed, interval
-from dllm.report.load import evaluation_costs, read_decoding_options
+from dllm.report.load import evaluation_costs
 from dllm.report.plan import ReportPlan
 from dllm.report.systems import seconds_frame, systems_frame
 from dllm.report.tables import Table, table_of
@@ -52,23 +52,3 @@ def seconds_table(workdir: Path, plan: ReportPlan, name: str) -> Table:
     )
     note = f"Training: of all stages.{of_questions if benchmarks else ''} {WALL_TIMES}"
     return table_of(name, "What the systems take.", columns, rows, frame, note, folder="report")
-
-
-def decoding_table(workdir: Path, plan: ReportPlan, name: str) -> Table | None:
-    """Faster ways to decode next to the exact one: passes, speed, quality, agreement. None without measurements."""
-    frame = read_decoding_options(workdir, plan.speed)
-    if frame.empty:
-        return None
-    rows = []
-    for row in frame.itertuples():
-        speed = (fixed(row.nfe), f"{row.seconds:.2f}", f"{row.tokens_per_second:.0f}")
-        quality = interval(*(100 * x for x in (row.quality, row.quality_low, row.quality_high)))
-        agreement = (fixed(x if x is None else 100 * x) for x in (row.agreement, row.token_agreement))
-        rows.append((row.name, *speed, quality, *agreement))
-    columns = ("Decoding", "Passes", "Seconds", "Tokens/s", "Correct", "Same answer", "Same tokens")
-    note = (
-        "Passes per answer; seconds for all answers; tokens up to each answer's end. Same answer and same tokens: "
-        f"agreement in per cent with the exact decode, one token per pass. {WALL_TIMES}"
-    )
-    caption = "Faster ways to decode, next to the exact one."
-    return table_of(name, caption, columns, rows, frame, note, folder="report")
