@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import re
 import shutil
@@ -19,6 +20,8 @@ import subprocess
 import sys
 from html import escape
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,11 +65,22 @@ def show(workdir: Path, root: Path = ROOT, place: str = PLACE) -> None:
     readme.write_text(with_results(readme.read_text(encoding="utf-8"), workdir), encoding="utf-8")
 
 
+def in_few_colours(path: Path) -> bytes:
+    """A PNG of a palette: a figure takes a third of the bytes."""
+    written = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(written, "png", optimize=True)
+    return written.getvalue()
+
+
 def shown_files(workdir: Path, place: str = PLACE) -> dict[str, bytes]:
     """Path and content of every file that is shown. The page takes its figures from files, not out of itself."""
     patterns = SHOWN if place == PLACE else (*SHOWN, "samples/*.json", "overlay.yaml")
     paths = sorted(path for pattern in patterns for path in workdir.glob(pattern) if path.is_file())
-    files = {path.relative_to(workdir).as_posix(): path.read_bytes() for path in paths}
+    files = {
+        path.relative_to(workdir).as_posix(): in_few_colours(path) if path.suffix == ".png" else path.read_bytes()
+        for path in paths
+    }
     page = files["report/index.html"].decode()
     for name in files:
         if name.startswith("figures/") and name.endswith(".svg"):
