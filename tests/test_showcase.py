@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image, ImageChops
 
 from dllm.report.plan import ReportPlan
 from tests.report.fake_workdir import build_all, plan_dict, write_workdir
@@ -119,7 +120,7 @@ def test_other_scores_in_the_readme_are_noticed(repository):
             lambda root, run: change(run / "report/provenance.csv", git(root, "rev-parse", "HEAD"), 40 * "a"),
             "commit aaaaaaaa is not in this history",
         ),
-        (lambda root, run: (run / "figures/x.png").write_bytes(bytes(2_000_000)), r"the largest: figures/x\.png"),
+        (lambda root, run: (run / "figures/x.svg").write_text("x" * 2_000_000), r"the largest: figures/x\.svg"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_and_nothing_is_written(spoil, message, repository):
@@ -129,6 +130,19 @@ def test_what_cannot_be_shown_is_refused_and_nothing_is_written(spoil, message, 
         showcase().show(workdir, root)
     assert "\n" not in str(refused.value)
     assert not (root / showcase().PLACE).exists() and (root / "README.md").read_text() == README
+
+
+def test_images_are_shown_with_the_same_pixels_in_fewer_bytes(repository):
+    root, workdir = repository
+    drawn = Image.new("RGB", (640, 480), "white")
+    for shade in range(200):
+        drawn.paste((shade, 20, 255 - shade), (shade, shade, shade + 200, shade + 200))
+    drawn.convert("RGBA").save(workdir / "figures/x.png")
+    showcase().show(workdir, root)
+    shown = root / showcase().PLACE / "figures/x.png"
+    assert shown.stat().st_size < (workdir / "figures/x.png").stat().st_size
+    with Image.open(shown) as image:
+        assert image.mode == "P" and ImageChops.difference(image.convert("RGB"), drawn).getbbox() is None
 
 
 def test_columns_and_rows_that_are_mostly_dashes_are_left_out_and_the_columns_named():
