@@ -21,7 +21,7 @@ from dllm.likelihood.racing import Question, Verdict
 from dllm.models.backbone import Backbone
 from dllm.models.literal_text import encode_marked, marked
 from dllm.models.load import for_inference, load_backbone
-from dllm.models.tokenizers import chat_text, check_ids, check_messages, encode_chat, encode_text
+from dllm.models.tokenizers import chat_text, check_ids, check_messages, encode_chat, encode_text, overlap, rewritten
 from dllm.sampling.edits import EditCanvas, EditSampler, edit_canvas
 from dllm.sampling.expand import framed
 from dllm.sampling.sampler import Sampler
@@ -359,20 +359,22 @@ class DiffusionLM:
         """The beginning of `decode` of every response that begins with these tokens, which have no mask.
 
         What may still become a part of its end is left out: white space, the beginning of an end of turn or of a stop
-        string, and characters of which bytes may be missing.
+        string, what the tokenizer's decoder may rewrite, and characters of which bytes may be missing.
         """
         tokenizer, known = self.backbone.tokenizer, self._before_eos(tokens)
-        if len(known) == len(tokens):
-            # a byte that follows may change what the bytes before it are
-            while known and _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(known[-1]))):
-                known.pop()
+        goes_on = len(known) == len(tokens)
+        # a byte that follows may change what the bytes before it are
+        while goes_on and known and _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(known[-1]))):
+            known.pop()
         text = self._text(known)
-        if len(known) == len(tokens) and getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        if goes_on and getattr(tokenizer, "clean_up_tokenization_spaces", False):
             text = text[: -len(" do n't ")]  # a clean-up that needs more text can reach so far back
         ends = [len(text.rstrip("\ufffd"))]
         for mark in self._ends(stop):
             at = text.find(mark)
-            ends.append(at if at >= 0 else len(text) - _common(text, mark))
+            ends.append(at if at >= 0 else len(text) - overlap(text, mark))
+        if goes_on:
+            ends += [len(text) - overlap(text, mark) for mark in self._rewritten]
         return text[: min(ends)].rstrip()
 
     def answer_length(self, tokens: Sequence[int], stop: Sequence[str] = ()) -> int:
@@ -413,6 +415,10 @@ class DiffusionLM:
         decoded = self.backbone.tokenizer.decode(self._encode_text(self.end_of_turn), skip_special_tokens=True)
         return tuple(dict.fromkeys(mark for mark in (self.end_of_turn, decoded.strip()) if mark))
 
+    @cached_property
+    def _rewritten(self) -> tuple[str, ...]:
+        return rewritten(self.backbone.tokenizer)
+
     def _ends(self, stop: Sequence[str]) -> list[str]:
         return [*self._end_marks, *(mark for mark in stop if mark)]
 
@@ -437,11 +443,6 @@ class DiffusionLM:
 def is_chat(prompt: Prompt) -> bool:
     """Whether a prompt is a conversation."""
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
-
-
-def _common(text: str, mark: str) -> int:
-    """How many of the last characters of a text may be the first ones of a mark that is not in it."""
-    return max((size for size in range(1, len(mark)) if text.endswith(mark[:size])), default=0)
 
 
 def _check_list(values: Sequence[Any], name: str) -> None:

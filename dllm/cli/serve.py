@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"the package {package!r} is not installed; run: pip install 'dllm[serve]'") from None
         raise
     for name in ("batch_size", "batch_tokens", "queue", "time_limit", "body_limit"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a finite number above 0")
     key = read_key(args.api_key_file) if args.api_key_file else None
     is_local = args.host in LOOPBACK
     made = bound(args.host, args.port)

@@ -192,3 +192,16 @@ def check_ids(name: str, tokens: Sequence[int], vocabulary: int) -> None:
                 f"{name} has the token id {token} at position {position}; the model's vocabulary has {vocabulary} "
                 f"tokens: give ids from 0 to {vocabulary - 1}"
             )
+
+
+def rewritten(tokenizer) -> tuple[str, ...]:
+    """Strings that the tokenizer's decoder replaces in a joined text, wherever its tokens end."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
+    steps = (decoder or {}).get("decoders", [decoder or {}])
+    return tuple(step["pattern"]["String"] for step in steps if "String" in step.get("pattern", ()))
+
+
+def overlap(text: str, mark: str) -> int:
+    """How many of the last characters of a text may be the first ones of a mark that is not in it."""
+    return max((size for size in range(1, len(mark)) if text.endswith(mark[:size])), default=0)

@@ -3,6 +3,7 @@
 import itertools
 import random
 from concurrent.futures import Future
+from dataclasses import replace
 from threading import Event
 
 import pytest
@@ -12,6 +13,7 @@ import dllm
 from dllm.config import LikelihoodSettings
 from dllm.serving.engine import Engine, Turns
 from dllm.serving.events import Closed, Edited, Finished, Full, Scored, Snapshot, TooLong
+from dllm.synthetic.tokenizer import GLUE, MINIMUM_COUNT, make_tokenizer
 from tests.edit_checkpoint import save_edit_toy
 from tests.toys import LEARNT, save_toy, turns
 
@@ -187,6 +189,19 @@ def test_what_is_settled_is_the_beginning_of_every_text_that_goes_on(model):
         whole = model.decode(ids, stop)
         for known in range(13):
             assert whole.startswith(model.settled(ids[:known], stop))
+
+
+def test_what_a_decoder_may_still_take_away_is_not_settled(model):
+    tokenizer = make_tokenizer({"1+x is so, $x$ and (y) are not a sum.": MINIMUM_COUNT})
+    other = dllm.DiffusionLM(replace(model.backbone, tokenizer=tokenizer), model.algorithm)
+    rng, ids = random.Random(0), [token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids]
+    glued = tokenizer.convert_tokens_to_ids("+" + GLUE)
+    assert other.settled([glued]) == "+" and other.decode([glued]) == "+" + GLUE
+    for _ in range(200):
+        response = [rng.choice([glued, *ids]) for _ in range(12)]
+        whole = other.decode(response)
+        for known in range(13):
+            assert whole.startswith(other.settled(response[:known]))
 
 
 class Gate:

@@ -136,8 +136,10 @@ def test_what_cannot_be_served_is_one_line(checkpoint, tmp_path, capsys):
             (["--api-key-file", str(tmp_path / "none")], "No such file"),
             (["--api-key-file", str(tmp_path / "short")], "openssl rand"),
             (["--api-key-file", str(tmp_path / "words")], "openssl rand"),
-            (["--queue", "0"], "--queue 0: give a number above 0"),
+            (["--queue", "0"], "--queue 0: give a finite number above 0"),
             (["--time-limit", "-3"], "--time-limit -3.0"),
+            (["--time-limit", "nan"], "--time-limit nan"),
+            (["--time-limit", "inf"], "--time-limit inf"),
             (["--device", "gpu"], "--device gpu"),
         ):
             assert main(["serve", str(checkpoint), "--port", "0", *words]) == 2, words
