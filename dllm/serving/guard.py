@@ -25,6 +25,12 @@ NEEDS_KEY = ("/v1/", "/metrics")
 SAME_SITE = ("same-origin", "none")
 """What a browser says in `Sec-Fetch-Site` of a request that no other site made."""
 
+BODY_FOLLOWS = {"content-length", "transfer-encoding"}
+"""Headers of a request that has a body."""
+
+MOST_READ_OFF = 2**26
+"""Most bytes that are read of a body that is refused."""
+
 HEADERS = {
     "cache-control": "no-store",
     "cross-origin-resource-policy": "same-origin",
@@ -118,11 +124,14 @@ class Guard:
                 self._check_key(headers)
             if not asks:
                 return await self.app(scope, receive, send)
+            self._check_body(headers, scope["method"])
             self.gate.enter()
         except ApiError as error:
+            if BODY_FOLLOWS.intersection(headers) and "expect" not in headers:  # which waits to be asked for its body
+                await self._read_off(receive)
             return await error.response(close=True)(scope, receive, send)
         try:
-            body = await self._body(headers, receive)
+            body = await self._body(receive)
         except ApiError as error:
             self.gate.leave()
             return await error.response(close=True)(scope, receive, send)
@@ -143,32 +152,56 @@ class Guard:
         if not hmac.compare_digest(known, said) or kind.lower() != "bearer":
             raise ApiError(401, "no valid API key; send the header Authorization: Bearer KEY")
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body, or None if the client went away. Raises ApiError: too large, too slow, not JSON."""
-        most = self.limits.body
-        too_large = ApiError(413, f"the body is larger than {most} bytes; send less")
+    def _check_body(self, headers: Headers, method: str) -> None:
+        """What the head of a request says of its body."""
         stated = headers.get("content-length", "0")
-        if stated.isdecimal() and int(stated) > most:
-            raise too_large
+        if stated.isdecimal() and int(stated) > self.limits.body:
+            raise self._too_large()
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if method == "POST" and kind != "application/json":  # no path takes another method with a body
             raise ApiError(415, f"the content type is {kind or 'not stated'}; send application/json")
-        body = bytearray()
+        if (coding := headers.get("content-encoding", "identity")).lower() != "identity":
+            raise ApiError(415, f"the content encoding is {coding[:80]}; send the body as it is")
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self.limits.body} bytes; send less")
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """The whole body, or None if the client went away. Raises ApiError: too large, too slow."""
+        body, ended = bytearray(), False
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                while True:
+                while not ended and len(body) <= self.limits.body:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
-                    if len(body) > most:
-                        raise too_large
-                    if not message.get("more_body", False):
-                        return bytes(body)
+                    ended = not message.get("more_body", False)
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not arrive within {self.limits.body_seconds:g} s; send it again"
             ) from None
+        if len(body) <= self.limits.body:
+            return bytes(body)
+        if not ended:
+            await self._read_off(receive)
+        raise self._too_large()
+
+    async def _read_off(self, receive: Receive) -> None:
+        """Read what is left of a body that is refused, and forget it.
+
+        Many clients read no answer before they have sent all, and find a connection that is closed on them reset.
+        """
+        left = MOST_READ_OFF
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            pass
 
 
 def _is_host(name: str) -> bool:

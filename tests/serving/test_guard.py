@@ -109,6 +109,43 @@ def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(guarded):
     assert b" 413 " in raw(guarded.url, head.encode() + b"transfer-encoding: chunked\r\n\r\n" + parts)
 
 
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        (with_key(), 413),
+        ({}, 401),
+        (with_key(Host="evil.example"), 421),
+        (with_key(Origin="http://evil.example"), 403),
+        (with_key(**{"content-type": "text/plain"}), 413),
+    ],
+)
+def test_a_client_that_sends_all_before_it_reads_is_told_why_it_is_refused(guarded, headers, status):
+    large = json.dumps(HELLO | {"user": "x" * 2**24})
+    assert ask(guarded.url, CHAT, large, headers=headers).status == status
+
+
+def test_a_body_that_is_promised_and_does_not_come_is_not_waited_for_long(guarded):
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n"
+    for more in ("", "expect: 100-continue\r\n"):
+        assert raw(guarded.url, f"{head}{more}\r\n".encode()).startswith(b"HTTP/1.1 401 ")
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "DELETE", "PUT", "PATCH", "get"])
+def test_another_method_is_refused_as_such_whatever_its_body_is(guarded, method):
+    for path, allowed in ((CHAT, "POST"), ("/v1/models/toy", "GET"), ("/", "GET")):
+        answer = ask(guarded.url, path, method=method, headers=with_key())
+        assert answer.status == 405 and allowed in answer.headers["allow"]
+        assert answer.error["code"] == "method_not_allowed"
+    assert ask(guarded.url, "/v1/nothing", method=method, headers=with_key()).status == 404
+
+
+def test_a_body_that_is_packed_is_refused_by_name(guarded):
+    headers = with_key(**{"content-encoding": "gzip"})
+    answer = ask(guarded.url, CHAT, HELLO, headers=headers)
+    assert answer.status == 415 and "gzip" in answer.error["message"]
+    assert ask(guarded.url, CHAT, HELLO, headers=with_key(**{"content-encoding": "identity"})).status == 200
+
+
 def test_a_body_that_stalls_is_cut_off(guarded):
     head = (
         f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\n"
