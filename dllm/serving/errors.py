@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -30,6 +31,15 @@ CODES = {
 
 SETTING = re.compile(r"^(\w+) = ")
 """How our own one-line errors begin that concern a setting."""
+
+PLACE = re.compile(r"^(prompts|targets|texts|request )\[?(\d+)\]?(?=:| )")
+"""How our own one-line errors begin that concern one of several texts."""
+
+API_PLACES = {"prompts": "prompt", "texts": "text", "targets": "continuations[{}]", "request ": "continuations[{}]"}
+"""What a request calls the texts that the package knows by these names; of prompts the package sees one at a time."""
+
+TOO_LONG = re.compile(r"model's context.*tokens|exceed the model's|positions.*the model has")
+"""Our own errors that say that a text does not fit the model."""
 
 UNION_TAG = re.compile(r"str|int|float|bool|none|(list|dict|function|constrained|nullable)\b.*|[A-Z]\w*")
 """Parts of the place of an error that name a type, not a field."""
@@ -62,20 +72,20 @@ class ApiError(Exception):
 
 def mistake(error: ValueError) -> ApiError:
     """A mistake of the request that the package found: one line, which may begin with a setting."""
-    message = " ".join(str(error).split())
-    named = SETTING.match(message)
-    too_long = "model's context" in message and "tokens" in message
-    return ApiError(
-        400,
-        message,
-        param=named[1] if named else None,
-        code="context_length_exceeded" if too_long else None,
-    )
+    message = " ".join(str(error).split()).replace("max_new_tokens", "max_tokens")
+    param: str | None = None
+    if place := PLACE.match(message):
+        param = API_PLACES[place[1]].format(place[2])
+        message = f"{param}{message[place.end() :]}"
+    elif named := SETTING.match(message):
+        param = named[1]
+    code = "context_length_exceeded" if TOO_LONG.search(message) else None
+    return ApiError(400, message, param=param, code=code)
 
 
 def refusal(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body."""
-    problem: Any = error.errors(include_url=False, include_input=False)[0]
+    problem: Any = _telling(error.errors(include_url=False, include_input=False))
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON: {context.get('error', 'it cannot be read')}", code="invalid_json")
@@ -90,6 +100,15 @@ def refusal(error: ValidationError) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"{where} is missing", param=where, code="missing_parameter")
     return ApiError(400, f"{where}: {message}" if where else message, param=where or None)
+
+
+def _telling(problems: Sequence[Any]) -> Any:
+    """The first problem; of a value that may be of several types, the one that was found deepest in it."""
+    first = problems[0]["loc"]
+    if not first or not UNION_TAG.fullmatch(str(first[-1])):
+        return problems[0]
+    same = [problem for problem in problems if problem["loc"][: len(first) - 1] == first[:-1]]
+    return max(same, key=lambda problem: len(problem["loc"]))
 
 
 def _place(location: tuple[int | str, ...]) -> str:

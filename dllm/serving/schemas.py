@@ -64,7 +64,7 @@ class Request(Settings):
         if not isinstance(given, dict):
             return given
         given = {name: value for name, value in given.items() if value is not None}
-        for name in UNSUPPORTED.keys() & given.keys() - cls.model_fields.keys():
+        for name in [name for name in given if name in UNSUPPORTED and name not in cls.model_fields]:
             value = given.pop(name)
             if not any(
                 isinstance(value, bool) == isinstance(idle, bool) and value == idle for idle in UNSUPPORTED[name]
@@ -179,20 +179,21 @@ class ChatRequest(Answering):
 class CompletionRequest(Answering):
     """Texts to be continued, or the token ids of texts."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
-        min_length=1, description="a text, several, or token ids"
-    )
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="a text, several, or token ids")
 
     def prompts(self) -> list[str | list[int]]:
         """One or more prompts."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if isinstance(self.prompt[0], int):
+        if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
         return self.prompt  # type: ignore[return-value]
 
     @model_validator(mode="after")
-    def few_choices(self) -> CompletionRequest:
+    def some_prompts_and_few_choices(self) -> CompletionRequest:
+        empty = [f"prompt[{number}]" for number, prompt in enumerate(self.prompts()) if prompt == []]
+        if empty or self.prompt == []:
+            raise ValueError(f"{[*empty, 'prompt'][0]} is an empty list; give a text, or one token id at least")
         if (count := len(self.prompts()) * self.n) > MOST_CHOICES:
             raise ValueError(f"prompt and n ask for {count} texts; ask for {MOST_CHOICES} at most")
         return self

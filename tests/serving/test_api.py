@@ -215,6 +215,10 @@ def test_a_bug_is_an_error_of_the_server_in_the_same_shape(taught):
 # Refusals
 
 
+def said(content) -> list[dict]:
+    return [{"role": "user", "content": content}]
+
+
 @pytest.mark.parametrize(
     "wrong, param, code",
     [
@@ -247,6 +251,10 @@ def test_a_bug_is_an_error_of_the_server_in_the_same_shape(taught):
         ({"canvas": True}, None, "invalid_value"),
         ({"stop": [""]}, None, "invalid_value"),
         ({"model": "gpt"}, "model", "model_not_found"),
+        ({"messages": said([{"type": "image_url"}])}, "messages[0].content[0].type", "invalid_value"),
+        ({"messages": said([{"type": "text", "text": 3}])}, "messages[0].content[0].text", "invalid_value"),
+        ({"stop": ["a", 3]}, "stop[1]", "invalid_value"),
+        ({"tools": [{}], "store": True, "logprobs": True, "best_of": 2}, "tools", "unsupported_parameter"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(url, wrong, param, code):
@@ -256,6 +264,37 @@ def test_what_is_wrong_is_named(url, wrong, param, code):
     assert "\n" not in said.error["message"]
     if param:
         assert said.error["param"] == param and param.split("[")[0] in said.error["message"] + param
+
+
+@pytest.mark.parametrize(
+    "path, wrong, param, code",
+    [
+        ("completions", {"prompt": "Hello " * 900, "max_tokens": 4}, "prompt", "context_length_exceeded"),
+        ("completions", {"prompt": ["Hello", "Hello " * 900]}, "prompt", "context_length_exceeded"),
+        ("completions", {"prompt": [3, 10**6]}, "prompt", "invalid_value"),
+        ("completions", {"prompt": ["a", 3]}, "prompt[1]", "invalid_value"),
+        ("completions", {"prompt": []}, None, "invalid_value"),
+        ("completions", {"prompt": [[3], []]}, None, "invalid_value"),
+        ("score", {"continuations": ["a", ""]}, "continuations[1]", "invalid_value"),
+        ("score", {"continuations": ["a", "a " * 900]}, "continuations[1]", "context_length_exceeded"),
+        ("infill", {"text": "no hole"}, "text", "invalid_value"),
+    ],
+)
+def test_what_is_wrong_is_named_as_the_request_names_it(url, path, wrong, param, code):
+    said = ask(url, f"/v1/{path}", {"model": "toy"} | wrong)
+    assert said.status == 400 and said.error["code"] == code and said.error["param"] == param
+    words = said.error["message"]
+    assert words.startswith(param or "prompt") and "\n" not in words
+    for unknown in ("max_new_tokens", "prompts[", "targets[", "texts[", "request ", "messages"):
+        assert unknown not in words
+
+
+def test_an_empty_prompt_is_a_prompt_alone_and_among_others(url):
+    alone, among = (
+        ask(url, "/v1/completions", {"model": "toy", "prompt": prompt, "max_tokens": 4}).json
+        for prompt in ("", ["", "Who"])
+    )
+    assert alone["choices"][0]["text"] == among["choices"][0]["text"] and alone["usage"]["prompt_tokens"] == 0
 
 
 @pytest.mark.parametrize(

@@ -340,6 +340,27 @@ def test_a_stretch_of_an_answer_is_marked_and_written_anew(page, script):
     assert script.bodies[-1]["messages"][1]["content"] == "The tarnix filled filled in the meadow."
 
 
+def test_a_replay_ends_when_another_text_takes_its_place(page, script):
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    ask(page, QUESTION)
+    press(page, "Replay")
+    page.click(".play")
+    press(page, "Rewrite a part")
+    page.fill("#fill-text", "One[MASK]")
+    page.click("#fill-run")
+    press(page, "Put into the conversation")
+    page.wait_for_timeout(1500)
+    assert wrong == []
+
+
+def test_no_more_masks_are_put_than_the_field_allows(page):
+    page.click("#to-fill")
+    page.fill("#fill-masks", "999999999")
+    page.click("#fill-mask")
+    assert page.input_value("#fill-text") == "[MASK]" * 999
+
+
 def test_a_text_of_ones_own_is_filled_in_by_keys_alone(page, script):
     choose(page, a__max_tokens=9, a__steps=1)
     page.focus("#to-fill")

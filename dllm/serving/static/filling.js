@@ -62,7 +62,8 @@ export class Filling {
     // the space before a word is part of its token in many vocabularies, and of no importance in the others
     const from = value.slice(0, selectionStart).trimEnd().length;
     const to = Math.max(from, value.slice(0, selectionEnd).trimEnd().length);
-    const masks = this.facts.mask().repeat(Math.max(1, Number(this.masks.value) || 1));
+    const count = Math.min(Number(this.masks.max), Math.max(1, Number(this.masks.value) || 1));
+    const masks = this.facts.mask().repeat(count);
     this.area.setRangeText(masks, from, to, "end");
     this.area.focus();
     this.#edited();

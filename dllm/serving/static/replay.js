@@ -131,6 +131,7 @@ export class Replay {
     this.play.textContent = "Pause";
     this.#drawPass();
     this.playing = setInterval(() => {
+      if (!this.panel.isConnected) return this.#pause(); // another text may stand in its place
       this.range.value = Number(this.range.value) + 1;
       this.#drawPass();
       if (this.range.value === this.range.max) this.#pause();
