@@ -32,9 +32,14 @@ def bound(host: str, port: int) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(place)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--host {host} --port {port}: {reason}; take another port or host") from None
+        raise _taken(host, port, error) from None
     return made
+
+
+def _taken(host: str, port: int, error: Exception) -> ValueError:
+    """What is said of a place that cannot be had."""
+    reason = getattr(error, "strerror", None) or error
+    return ValueError(f"--host {host} --port {port}: {reason}; take another port or host")
 
 
 def address(made: socket.socket, host: str) -> str:
@@ -45,8 +50,14 @@ def address(made: socket.socket, host: str) -> str:
 def run_server(server: Server, made: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends what still runs.
 
-    grace: most seconds for what was begun; ready: called when requests are answered.
+    grace: most seconds for what was begun; ready: called when requests are answered. Raises ValueError, one line, if
+    another server began to listen at the same place since the socket was bound.
     """
+    try:
+        made.listen(BACKLOG)
+    except OSError as error:
+        host, port, *_ = made.getsockname()
+        raise _taken(host, port, error) from None
     for name in ("asyncio", "uvicorn.error"):  # which warn of every client that goes away or sends no HTTP
         logging.getLogger(name).setLevel(logging.ERROR)
     config = uvicorn.Config(

@@ -226,7 +226,9 @@ class EditRequest(Sampling, Given):
     """A draft to be made better, by a model that edits; it may answer a conversation or continue a text."""
 
     draft: str
-    max_tokens: int | None = Field(None, gt=0, le=MANY, description="most tokens of the edited text")
+    max_tokens: int | None = Field(
+        None, gt=0, le=MANY, description="most tokens of the edited text; a longer draft may stay as long"
+    )
 
     def changes(self) -> dict[str, Any]:
         """The settings of the sampler that the request names."""

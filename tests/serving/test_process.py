@@ -7,12 +7,15 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dllm.cli.main import main
+from dllm.serving.app import make_server
+from dllm.serving.run import bound, run_server
 from tests.serving.servers import TURNS, ask, process
 from tests.serving.test_faults import becomes
 from tests.toys import LEARNT, save_toy
@@ -146,6 +149,15 @@ def test_what_cannot_be_served_is_one_line(checkpoint, tmp_path, capsys):
             said = [part for part in capsys.readouterr().err.splitlines() if "loading" not in part]
             assert len(said) == 1 and said[0].startswith("dllm serve: error: ") and line in said[0], (words, said)
     assert main(["serve", str(tmp_path / "none"), "--port", "0"]) == 2
+
+
+def test_of_two_that_take_a_place_at_once_the_later_says_so_and_names_no_address():
+    first = bound("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with closing(first), closing(bound("127.0.0.1", port)) as second:
+        first.listen()
+        with pytest.raises(ValueError, match=f"--port {port}: Address already in use; take another port"):
+            run_server(make_server([]), second, grace=1.0, ready=pytest.fail)
 
 
 def test_without_its_packages_it_says_how_to_get_them(checkpoint):
