@@ -131,8 +131,11 @@ def plain(text: str) -> str:
 
 def _ask(url: str, path: str, key: str | None, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
     """A good answer, still to be read. Raises ValueError, one line, for any other, and ContextFull."""
-    parts = urlsplit(url)
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are no IPv6 address
+        parts = urlsplit("")
     if parts.scheme not in kinds or not parts.hostname:
         raise ValueError(f"--server {url}: give an address such as http://127.0.0.1:8000")
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})

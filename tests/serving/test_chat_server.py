@@ -115,6 +115,7 @@ def test_the_key_comes_from_a_file(taught, tmp_path, capsys):
     [
         (["--server", "http://127.0.0.1:1"], "is dllm serve running there?"),
         (["--server", "127.0.0.1:8000"], "give an address such as"),
+        (["--server", "http://[::1"], "--server http://[::1: give an address such as"),
         (["--server", "http://127.0.0.1:99999"], "is dllm serve running there?"),
         (["--server", "URL", "other"], "'other' is not a model of"),
         (["--server", "URL", "--device", "cpu"], "--device cpu is for a model of this process"),
