@@ -95,6 +95,11 @@ class Policy:
                 f"policy.generation.max_new_tokens = {self.settings.generation.max_new_tokens}; raise it, or start "
                 "from a model trained on answers"
             )
+        if all(reward != reward for reward in rollouts.rewards):
+            raise ValueError(
+                f"{self.config.name}: none of {len(rollouts.rewards)} answers has a reward; policy.reward_funcs = "
+                f"{self.settings.reward_funcs} raised for each, as the lines above say; mend the reward"
+            )
         tokenizer = self.backbone.tokenizer
         firsts = zip(numbers[:SHOWN].tolist(), rollouts.texts[::group], rollouts.rewards[::group], strict=False)
         shown = [

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from dllm.config import AdapterSettings, GenerateSettings, OptimizerSettings, PolicySettings, write_when_changed
 from dllm.language_model import load
+from dllm.models.backbone import Backbone
 from dllm.training import trainer
 from dllm.training.rollouts import Answering
 from dllm.training.trainer import train
@@ -163,6 +164,29 @@ def test_a_reward_that_raises_is_one_line_with_the_number_of_its_answer_and_cost
     (row, _) = [row for row in metrics_of(workdir, "run") if row["split"] == "train"]
     # the others have the reward that they would have without it
     assert row["reward"] == 1.0 and row["without_reward"] > 0
+
+
+def test_a_reward_that_raises_for_every_answer_is_one_line_before_the_first_step(workdir, monkeypatch):  # noqa: F811
+    (workdir / "mine.py").write_text("def never(prompt, answer, reference):\n    return answer.nothing\n")
+    monkeypatch.setattr(trainer._Run, "_step", None)
+    with pytest.raises(ValueError, match="none of 8 answers has a reward; policy.reward_funcs = .'mine.py:never'."):
+        train(policy_run(policy={"reward_funcs": ["mine.py:never"]}), workdir, quiet=True)
+
+
+@pytest.mark.parametrize("likelihood", ["sampled", "bound", "d1"])
+def test_answers_without_alternatives_train_nothing_and_stop_nothing(workdir, likelihood, monkeypatch):  # noqa: F811
+    def certain(logits_of):
+        def only_the_end(self, *args):
+            logits = logits_of(self, *args)
+            return logits.index_fill(-1, torch.tensor([self.eos_id]), 1e4)
+
+        return only_the_end
+
+    for name in ("head_logits", "logits"):
+        monkeypatch.setattr(Backbone, name, certain(getattr(Backbone, name)))
+    train(policy_run(policy={"likelihood": likelihood, "beta": 0.0}), workdir, quiet=True)
+    steps = [row for row in metrics_of(workdir, "run") if row["split"] == "train"]
+    assert [(row["loss"], row["reward"], row["ended"]) for row in steps] == [(0.0, 0.0, 1.0)] * len(steps)
 
 
 @pytest.mark.parametrize(
