@@ -26,6 +26,10 @@ def fussy(prompt, answer, reference):
     if "sun" in answer:
         raise LookupError("no sun, please")
     return 1.0
+
+
+def one(answer):
+    return 1.0
 """
 
 GENERATION = {"max_new_tokens": 6, "block_size": 6, "steps": 3, "reveal_rule": "entropy", "temperature": 1.0}
@@ -196,6 +200,15 @@ def test_answers_without_alternatives_train_nothing_and_stop_nothing(workdir, li
         ({"policy": {"reward_funcs": ["number"]}}, "reward 'number' cannot use the answer of row 0 as its reference"),
         ({"policy": {"reward_funcs": ["gone.py:red"]}}, "there is no such file"),
         (
+            {"micro_batch_tokens": 40, "policy": {"likelihood": "sampled"}},
+            "micro_batch_tokens = 40 is smaller than an answer, for which likelihood = 'sampled' forwards up to 3 rows",
+        ),
+        (
+            {"micro_batch_tokens": 40, "policy": {"likelihood": "d1"}},
+            "micro_batch_tokens = 40 is smaller than an answer, for which likelihood = 'd1' forwards up to 5 rows",
+        ),
+        ({"policy": {"reward_funcs": ["mine.py:one"]}}, "cannot be called with three texts"),
+        (
             {"policy": {"generation": GenerateSettings(**GENERATION | {"max_new_tokens": 23})}},
             "no prompt of data/alpaca",
         ),
@@ -227,6 +240,7 @@ def test_a_model_that_answers_in_another_way_is_no_start(workdir):  # noqa: F811
         ({"num_generations": 3}, "global_batch_size = 8 counts answers and does not divide"),
         ({"reward_funcs": ["nubmer"]}, "reward_funcs = 'nubmer' is not a reward; allowed: number, math"),
         ({"reward_weights": [1.0, 2.0]}, "state one weight for each"),
+        ({"reward_weights": [0.0]}, "count no reward"),
         ({"likelihood": "bound", "passes": 4}, "at least 5 are needed"),
         ({"generation": GenerateSettings(max_new_tokens=6)}, "temperature = 0 draws the same answer"),
         ({"generation": GenerateSettings(temperature=1.0)}, "generation.reveal_rule = 'confidence' with likelihood"),
