@@ -69,6 +69,8 @@ class PolicySettings(Settings):
             raise ValueError(
                 f"reward_weights = {weights} for {len(self.reward_funcs)} reward_funcs; state one weight for each"
             )
+        if weights is not None and not any(weights):
+            raise ValueError(f"reward_weights = {weights} count no reward; state one that is not 0, or leave them out")
         for name in self.reward_funcs:
             if name not in REWARDS and ".py:" not in name:
                 raise ValueError(

@@ -240,6 +240,18 @@ def _preferences(project: Project) -> Iterator[Problem]:
                 yield _at("runs", name, "data", says=says)
 
 
+def _starts(project: Project) -> Iterator[Problem]:
+    """What goes on from answers of a model starts from a run whose answers it knows how to score."""
+    for name, run in project.runs.items():
+        starts, before = algorithm_named(run.algorithm).starts, project.runs.get(run.init)
+        if starts and before is not None and before.algorithm not in starts:
+            says = (
+                f"= {run.init!r} is trained with {before.algorithm!r}, whose answers algorithm = {run.algorithm!r} "
+                f"does not know how to score; allowed: {', '.join(starts)}"
+            )
+            yield _at("runs", name, "init", says=says)
+
+
 def _parts(project: Project, data: str) -> list[DatasetEntry]:
     """The datasets that one is made of."""
     entry = project.datasets[data]
@@ -260,6 +272,7 @@ CHECKS: tuple[Callable[[Project], Iterator[Problem]], ...] = (
     _questions,
     _policies,
     _preferences,
+    _starts,
     _shown,
 )
 """What the existence of a name does not show."""

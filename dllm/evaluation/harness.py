@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import model_registry
@@ -26,7 +27,9 @@ from dllm.models.tokenizers import chat_template, chat_text
 from dllm.numbers import environment_number
 
 NAME = "dllm"
-ARGUMENTS = ("pretrained", "revision", "is_greedy", "generation.*", "likelihood.*", *Scorer.model_fields)
+SCORER = Scorer.model_fields.keys() - {"likelihood", "fewshot_as_multiturn"}
+"""Settings of a scorer that are arguments by their own names; examples as turns are an option of lm-eval."""
+ARGUMENTS = ("pretrained", "revision", "is_greedy", "generation.*", "likelihood.*", *sorted(SCORER))
 
 
 class DiffusionHarness(LM):
@@ -41,7 +44,7 @@ class DiffusionHarness(LM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         revision: str | None = None,
         is_greedy: str = "auto",
         device: str | None = None,
@@ -50,6 +53,11 @@ class DiffusionHarness(LM):
         **settings: Any,
     ):
         super().__init__()
+        if not pretrained or not isinstance(pretrained, str):
+            raise ValueError(
+                f"model_args: pretrained = {pretrained!r}; allowed: a checkpoint directory, or with revision a "
+                "repository of the hub, as in --model_args pretrained=./my-bert"
+            )
         if environment_number("WORLD_SIZE", 1) > 1:
             raise ValueError("model dllm answers in one process; `accelerate launch -m dllm evaluate` shares the work")
         if is_greedy not in ("auto", "all"):
@@ -131,10 +139,9 @@ def parse_arguments(settings: dict[str, Any]) -> tuple[GenerateSettings, Scorer]
     for name, value in settings.items():
         part, dot, setting = name.partition(".")
         group = part if dot and part in ("generation", "likelihood") else ""
-        kind = Scorer.model_fields.keys() - {"likelihood", "fewshot_as_multiturn"}
-        if not group and name not in kind:
+        if not group and name not in SCORER:
             raise ValueError(f"model_args: {name} is not one of them. {did_you_mean(name, ARGUMENTS)}")
-        parts[group][setting or name] = value
+        parts[group][setting if group else name] = value
     if parts["likelihood"].get("rounds"):
         raise ValueError(
             "model_args: likelihood.rounds needs to know which metrics a task reads, which lm-eval does not tell; "
@@ -170,7 +177,10 @@ def _checkpoint(pretrained: str, revision: str | None) -> str:
 def _device(name: str | None) -> str:
     from dllm.core.devices import best_device, known_device
 
-    return str(known_device(name) if name else best_device())
+    # lm-eval says cuda:0 where nobody named a device, and leaves it to the model that there may be none
+    if name is None or name == "cuda:0" and not torch.cuda.is_available():
+        return str(best_device())
+    return str(known_device(name))
 
 
 def register() -> None:

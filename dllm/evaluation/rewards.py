@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import math
 import operator
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -22,7 +24,8 @@ from typing import Any
 from dllm.algorithms import resolved
 from dllm.choices import REWARDS
 
-_NUMBER = re.compile(r"-?(?:\d[\d,]*)(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<![\w)])[-\u2212]\$?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+"""A number; a minus sign behind a letter, digit or bracket is one between two numbers, as in `3-7`."""
 _LONGEST = 40
 """Most digits of a number: no arithmetic on what a model repeats without end."""
 
@@ -30,7 +33,7 @@ _LONGEST = 40
 def _last_number(text: str) -> Fraction | None:
     """The number behind the last `####` of a text, or its last one."""
     found = _NUMBER.findall(text.rpartition("####")[2]) or _NUMBER.findall(text)
-    digits = found[-1].replace(",", "") if found else ""
+    digits = found[-1].replace(",", "").replace("$", "").replace("\u2212", "-") if found else ""
     return Fraction(digits) if digits and len(digits) <= _LONGEST else None
 
 
@@ -47,6 +50,13 @@ def number(prompt: str, answer: str, reference: str) -> float:
     return float(_last_number(answer) == reference_number(prompt, reference))
 
 
+def _inside(boxed: str) -> str:
+    """What a box of a text holds; the benchmark also finds \\fbox, and does not open it."""
+    from lm_eval.tasks.minerva_math import utils
+
+    return str(utils.remove_boxed(boxed.replace("\\fbox", "\\boxed", 1) if boxed.startswith("\\fbox") else boxed))
+
+
 def reference_mathematics(prompt: str, reference: str) -> str:
     """The boxed answer, as the benchmark MATH normalises it."""
     from lm_eval.tasks.minerva_math import utils
@@ -54,7 +64,7 @@ def reference_mathematics(prompt: str, reference: str) -> str:
     boxed = utils.last_boxed_only_string(reference)
     if boxed is None:
         raise ValueError("there is no \\boxed{...} in it")
-    return str(utils.normalize_final_answer(utils.remove_boxed(boxed)))
+    return str(utils.normalize_final_answer(_inside(boxed)))
 
 
 def mathematics(prompt: str, answer: str, reference: str) -> float:
@@ -63,7 +73,7 @@ def mathematics(prompt: str, answer: str, reference: str) -> float:
 
     wanted = reference_mathematics(prompt, reference)
     boxed = utils.last_boxed_only_string(answer)
-    found = utils.remove_boxed(boxed) if boxed else utils.get_unnormalized_answer(answer)
+    found = _inside(boxed) if boxed else utils.get_unnormalized_answer(answer)
     return float(utils.is_equiv(utils.normalize_final_answer(found), wanted))
 
 
@@ -97,7 +107,7 @@ def _arithmetic(text: str) -> tuple[Fraction, Counter[Fraction]]:
 
 def _last_equation(text: str) -> tuple[str, str]:
     """Left and right side of the last `expression = number` of a text, or two empty strings."""
-    found = re.findall(r"([\d\s+\-*/()]{1,200})=\s*(-?\d{1,12})", text)
+    found = re.findall(r"([\d \t+\-*/()]{1,200})=[ \t]*(-?\d{1,12})(?!\.?\d)", text)
     return found[-1] if found else ("", "")
 
 
@@ -106,7 +116,15 @@ def reference_equation(prompt: str, reference: str) -> tuple[Fraction, Counter[F
     left, right = _last_equation(reference)
     if not right:
         raise ValueError("there is no equation such as (3 + 5) * 2 = 16 in it")
-    return Fraction(right), _arithmetic(left)[1]
+    try:
+        value, numbers = _arithmetic(left)
+    except ValueError as error:
+        raise ValueError(
+            f"there is no equation such as (3 + 5) * 2 = 16 in it, but {left.strip()!r}: {error}"
+        ) from None
+    if value != Fraction(right):
+        raise ValueError(f"there is an equation in it that is wrong: {left.strip()} = {right}")
+    return value, numbers
 
 
 def countdown(prompt: str, answer: str, reference: str) -> float:
@@ -121,9 +139,18 @@ def countdown(prompt: str, answer: str, reference: str) -> float:
 
 
 def _grid(text: str, symbols: str) -> str:
-    """The last sixteen cells in a row of a text, without spaces and frames; empty without such cells."""
-    found = re.findall(f"[{symbols}]{{16}}", re.sub(r"[\s|+-]", "", text))
-    return found[-1] if found else ""
+    """The last sixteen cells in a row of a text, without spaces and frames; empty without such cells.
+
+    Four lines of four are looked for first, and a point that ends a word is no cell: what is said before a puzzle is
+    not a part of it.
+    """
+    between = r"[\s|+-]*"
+    for within in (r"[ \t|]*", between):
+        row = within.join([f"[{symbols}]"] * 4)
+        found = re.findall(rf"(?<![\w.]){between.join([row] * 4)}(?![ \t|]*\d)", text)
+        if found:
+            return re.sub(r"[\s|+-]", "", found[-1])
+    return ""
 
 
 def reference_grid(prompt: str, reference: str) -> tuple[str, str]:
@@ -159,25 +186,25 @@ def code(prompt: str, answer: str, reference: str) -> float:
     """1 if the answer's program, or what is in its last code fence, passes the reference's tests in the sandbox."""
     from dllm.evaluation.sandbox import run_program
 
-    fenced = re.findall(r"```(?:python)?\n(.*?)```", answer, re.DOTALL)
+    fenced = re.findall(r"```\w*[ \t]*\n(.*?)```", answer, re.DOTALL)
     program = fenced[-1] if fenced else answer
     return float(run_program(f"{program}\n{reference_tests(prompt, reference)}").passed)
 
 
 _FORMS = {
     "####": re.compile(r"####\s*-?\d[\d,.]*\s*$"),
-    "\\boxed{": re.compile(r"\\boxed\{[^{}]+\}"),
-    "</answer>": re.compile(r"<answer>[^<]+</answer>\s*$"),
+    "\\boxed{": re.compile(r"\\boxed\{[^}]+\}"),
+    "</answer>": re.compile(r"<answer>(?:(?!</?answer>).)+</answer>\s*$", re.DOTALL),
     "```": re.compile(r"```[^`]+```"),
 }
 """Marks of an answer's form, and what an answer of that form has."""
 
 
 def reference_form(prompt: str, reference: str) -> list[str]:
-    """The marks that the reference has."""
-    marks = [mark for mark in _FORMS if mark in reference]
+    """The marks that the reference has, in a form that an answer could have."""
+    marks = [mark for mark in _FORMS if _FORMS[mark].search(reference)]
     if not marks:
-        raise ValueError(f"there is none of {', '.join(_FORMS)} in it")
+        raise ValueError(f"there is none of {', '.join(_FORMS)} in it as an answer has them")
     return marks
 
 
@@ -208,18 +235,40 @@ def _own(path: str, name: str) -> Callable[..., Any]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"reward_funcs = '{path}:{name}': there is no such file; check the path")
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+    called = f"reward_{file.stem}_{abs(hash(str(file.resolve())))}"
+    spec = importlib.util.spec_from_file_location(called, file)
     assert spec is not None and spec.loader is not None  # of a file that is there
     module = importlib.util.module_from_spec(spec)
+    sys.modules[called] = module  # where dataclasses look for the names of a class
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"reward_funcs = '{path}:{name}': the file cannot be read as Python ({said[:200]})") from None
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"reward_funcs = '{path}:{name}': the file has no function {name}")
+    if wrong := _cannot_be_called(found):
+        raise ValueError(
+            f"reward_funcs = '{path}:{name}': the function {wrong}; allowed: def {name}(prompt, answer, reference), "
+            "which returns a number"
+        )
     return found
+
+
+def _cannot_be_called(function: Callable[..., Any]) -> str:
+    """Why a function is no reward, "" if it may be one."""
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        return "returns no number but something that has to be waited for"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are not written in Python do not tell
+        return ""
+    try:
+        signature.bind("", "", "")
+    except TypeError:
+        return f"cannot be called with three texts, but takes {signature}"
+    return ""
 
 
 def reward_named(name: str) -> Callable[[str, str, str], float]:
@@ -242,8 +291,11 @@ def reward_of(
     total = 0.0
     for name, weight in zip(names, weights, strict=True):
         try:
-            value = float(reward_named(name)(prompt, answer, reference))
-        except Exception as error:  # rewards are a user's own functions, and answers are anything
+            given = reward_named(name)(prompt, answer, reference)
+            if isinstance(given, str | bytes | bytearray):
+                raise TypeError(f"{given!r:.40} is text and no number")
+            value = float(given)
+        except (Exception, SystemExit) as error:  # rewards are a user's own functions, and answers are anything
             said = " ".join(f"{type(error).__name__}: {error}".split())
             return math.nan, f"reward {name} raised {said[:200]}"
         if not math.isfinite(value):

@@ -89,15 +89,20 @@ class Forwards:
 
 
 def sampled(answers: Answers, iteration: int, settings: PolicySettings) -> Forwards:
-    """Every pass of the sampler, with the tokens that it drew."""
-    number = torch.arange(int(answers.drawn.max()) + 1)[None, :, None]
-    drawn = answers.drawn[:, None]
+    """Every pass of the sampler, with the tokens that it drew.
+
+    An answer without alternatives, of which nothing was drawn, has log-likelihood 0 and no gradient: its first token is
+    read and counts nothing.
+    """
+    certain = (answers.drawn < 0).all(-1, keepdim=True)
+    drawn = torch.where(certain & (answers.positions == answers.prompts[:, None]), 0, answers.drawn)
+    order = drawn >= 0
+    drawn, number = drawn[:, None], torch.arange(int(drawn.max()) + 1)[None, :, None]
     read = drawn == number
     length = (answers.visible[:, None] * read).amax(-1)
     response = answers.positions[:, None] >= answers.prompts[:, None, None]
     masked = response & ((drawn < 0) | (drawn >= number))
-    order = answers.drawn >= 0
-    return Forwards(masked, read, read.float(), length, order.cumsum(-1) - 1, order.sum(-1))
+    return Forwards(masked, read, (read & ~certain[:, None]).float(), length, order.cumsum(-1) - 1, order.sum(-1))
 
 
 def bound(answers: Answers, iteration: int, settings: PolicySettings | PreferenceSettings) -> Forwards:

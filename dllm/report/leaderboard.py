@@ -202,9 +202,16 @@ def board_content(workdir: Path, plan: ReportPlan, *, root: str) -> dict[str, An
 
 
 def read_planned(workdir: Path) -> dict[str, dict[str, Any]]:
-    """What the workflow planned for each cell; empty if it has not written that."""
+    """What the workflow planned for each cell; empty if it has not written that. Raises ValueError if it is no JSON."""
     path = Path(workdir) / PLANNED
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{PLANNED}:{error.lineno} is not JSON ({error.msg}); remove it: the workflow writes it anew"
+        ) from None
 
 
 def _column(benchmark: Benchmark, part: pd.DataFrame) -> dict[str, Any]:

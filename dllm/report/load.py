@@ -66,8 +66,12 @@ def read_provenance(workdir: Path, run: str) -> dict:
 
 
 def read_evaluation(workdir: Path, run: str, benchmark: str) -> dict:
-    """One evaluation: metrics, chance level, scorer settings, provenance."""
-    return read_json(workdir, f"evals/{run}/{benchmark}.json", "evaluate")
+    """One evaluation: metrics, chance level, scorer settings, provenance. Raises ValueError if one is missing."""
+    path = f"evals/{run}/{benchmark}.json"
+    record = read_json(workdir, path, "evaluate")
+    if missing := [name for name in ("metric", "metrics", "n", "scorer", "provenance") if name not in record]:
+        raise ValueError(f"{path} has no {', '.join(missing)}; rule 'evaluate' makes it again.")
+    return record
 
 
 def read_samples(workdir: Path, run: str) -> dict:

@@ -70,11 +70,25 @@ class Policy:
             devices.accelerator.print(
                 f"{config.name}: {left} prompts leave no room for {most} tokens, and are left out"
             )
+        self._check_limit()
         self.current: Rollouts | None = None
         self.known: dict[str, list[list[list[float]]]] = {}
         """`old` and `reference`: log-likelihoods, iteration by iteration and answer by answer."""
         self._order: tuple[int, Any] = (-1, None)
         self._layout: tuple[Any, Any] = (None, None)
+
+    def _check_limit(self) -> None:
+        """Raise ValueError, one line, if an answer may come that does not fit into a micro-batch, however late."""
+        most, policy, generation = self.config.micro_batch_tokens, self.settings, self.settings.generation
+        new = generation.max_new_tokens
+        passes = min(new, generation.steps or new) if policy.likelihood == "sampled" else policy.passes
+        row = int(self.train.rows.prompts[self.train.numbers].max()) + new
+        if most is not None and most < passes * row:
+            raise ValueError(
+                f"{self.config.name}: micro_batch_tokens = {most} is smaller than an answer, for which likelihood = "
+                f"{policy.likelihood!r} forwards up to {passes} rows of {row} tokens; allowed: {passes * row} and up; "
+                "raise it, or lower max_new_tokens"
+            )
 
     def micro_batches(self, first: int, last: int) -> Iterator[MicroBatch]:
         """This process' micro-batches of the steps `first` to `last` - 1; each is made when it is asked for."""
@@ -94,6 +108,11 @@ class Policy:
                 f"{self.config.name}: none of {len(rollouts.ended)} answers ends within "
                 f"policy.generation.max_new_tokens = {self.settings.generation.max_new_tokens}; raise it, or start "
                 "from a model trained on answers"
+            )
+        if all(reward != reward for reward in rollouts.rewards):
+            raise ValueError(
+                f"{self.config.name}: none of {len(rollouts.rewards)} answers has a reward; policy.reward_funcs = "
+                f"{self.settings.reward_funcs} raised for each, as the lines above say; mend the reward"
             )
         tokenizer = self.backbone.tokenizer
         firsts = zip(numbers[:SHOWN].tolist(), rollouts.texts[::group], rollouts.rewards[::group], strict=False)

@@ -6,11 +6,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+import torch
 
 from dllm.cli.main import main
 from dllm.config import Scorer
+from dllm.core.devices import best_device
 from dllm.evaluation.evaluate import answer_settings, evaluate_benchmark
-from dllm.evaluation.harness import parse_arguments
+from dllm.evaluation.harness import _device, parse_arguments
 from dllm.evaluation.task_files import render
 from tests.toys import save_toy
 
@@ -42,7 +44,7 @@ def by_lm_eval(workdir, task: str, *more: str, arguments=ARGUMENTS) -> tuple[dic
     out = Path(mkdtemp(dir=workdir))
     options = ["--include_path", str(tasks), "--tasks", task, "--output_path", str(out), "--log_samples"]
     model = ["--model", "dllm", "--model_args", f"pretrained={workdir / 'runs/toy/model'}", *arguments]
-    assert main(["lm-eval", *model, *options, "--device", "cpu", *more]) == 0
+    assert main(["lm-eval", *model, *options, *(["--device", "cpu"] if torch.cuda.is_available() else []), *more]) == 0
     (results,) = out.rglob("results_*.json")
     (samples,) = out.rglob("samples_*.jsonl")
     return json.loads(results.read_text()), {
@@ -114,7 +116,10 @@ def test_settings_are_those_of_a_configuration():
             "model_args: generation.stepz = 3: Extra inputs are not permitted. Did you mean 'steps'?",
         ),
         ("likelihood.budget=0", "model_args: likelihood.budget = 0: Input should be greater than 0"),
+        ("generation.=5", "model_args: generation. = 5: Extra inputs are not permitted."),
         ("temperature=0", "model_args: temperature is not one of them. Known: "),
+        ("likelihood=5", "model_args: likelihood is not one of them. Did you mean 'likelihood.*'?"),
+        ("fewshot_as_multiturn=1", "model_args: fewshot_as_multiturn is not one of them. Known: bf16_scores, gen"),
         ("likelihood.rounds=[4]", "model_args: likelihood.rounds needs to know which metrics a task reads"),
         ("is_greedy=some", "is_greedy = 'some'; allowed: auto, all"),
         ("revision=x", "give a directory"),
@@ -126,6 +131,23 @@ def test_a_wrong_argument_is_one_line_and_status_2(argument, line, toy, capsys):
     assert main(["lm-eval", *words, "--include_path", str(tasks)]) == 2
     (found,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("dllm")]
     assert line in found
+
+
+@pytest.mark.parametrize("arguments", ["generation.steps=4", "pretrained=5", "pretrained="])
+def test_a_model_without_a_checkpoint_is_one_line_and_status_2(arguments, toy, capsys):
+    tasks = render(toy / "tasks", toy / "data", toy / "rendered")
+    words = ["--model", "dllm", "--model_args", arguments, "--tasks", "few", "--include_path", str(tasks)]
+    assert main(["lm-eval", *words]) == 2
+    (found,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("dllm")]
+    assert "model_args: pretrained = " in found and "allowed: a checkpoint directory" in found
+
+
+def test_without_a_device_the_best_one_of_the_machine_is_taken(toy, monkeypatch):
+    """lm-eval itself says cuda:0 where nobody named a device."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _device("cuda:0") == _device(None) == str(best_device())
+    with pytest.raises(ValueError, match="cuda:1"):
+        _device("cuda:1")
 
 
 def test_several_processes_are_refused_with_what_to_do(monkeypatch):

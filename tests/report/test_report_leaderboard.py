@@ -113,6 +113,32 @@ def test_the_whole_report_leads_to_the_board_and_has_it_as_a_table(tmp_path):
     assert len(table) == 48 and "tokens_per_second" not in table and table["rank_low"].min() == 1
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "line"),
+    [
+        ("evals/chat-base/mmlu.json", "{", "evals/chat-base/mmlu.json:1 is not JSON"),
+        ("evals/chat-base/mmlu.json", '{"n": 3}', "has no metric, metrics, scorer, provenance; rule 'evaluate'"),
+        (leaderboard.PLANNED, "{", "configs/planned.json:1 is not JSON .*remove it"),
+    ],
+)
+def test_a_damaged_record_is_one_line_with_what_makes_it_again(tmp_path, file, text, line):
+    workdir = write_workdir(tmp_path / "work")
+    (workdir / "configs").mkdir()
+    (workdir / file).write_text(text)
+    with pytest.raises(ValueError, match=line):
+        build_leaderboard(workdir, board_plan(), workdir / "report")
+
+
+def test_a_benchmark_that_nobody_was_scored_on_is_a_column_of_open_cells(tmp_path):
+    workdir = write_workdir(tmp_path / "work")
+    for record in workdir.glob("evals/*/mmlu.json"):
+        record.unlink()
+    build_leaderboard(workdir, board_plan(), workdir / "report")
+    frame = board_frame(workdir, board_plan())
+    part = frame[frame["benchmark"] == "mmlu"]
+    assert len(part) and part["value"].isna().all() and frame["value"].notna().any()
+
+
 def test_a_report_without_a_board_says_what_to_name(tmp_path, capsys):
     (tmp_path / "report.yaml").write_text("title: x\n")
     assert main(["report", "leaderboard", str(tmp_path / "report.yaml"), "--workdir", str(tmp_path)]) == 2

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from dllm.config import AdapterSettings, GenerateSettings, OptimizerSettings, PolicySettings, write_when_changed
 from dllm.language_model import load
+from dllm.models.backbone import Backbone
 from dllm.training import trainer
 from dllm.training.rollouts import Answering
 from dllm.training.trainer import train
@@ -24,6 +25,10 @@ def red(prompt, answer, reference):
 def fussy(prompt, answer, reference):
     if "sun" in answer:
         raise LookupError("no sun, please")
+    return 1.0
+
+
+def one(answer):
     return 1.0
 """
 
@@ -165,12 +170,44 @@ def test_a_reward_that_raises_is_one_line_with_the_number_of_its_answer_and_cost
     assert row["reward"] == 1.0 and row["without_reward"] > 0
 
 
+def test_a_reward_that_raises_for_every_answer_is_one_line_before_the_first_step(workdir, monkeypatch):  # noqa: F811
+    (workdir / "mine.py").write_text("def never(prompt, answer, reference):\n    return answer.nothing\n")
+    monkeypatch.setattr(trainer._Run, "_step", None)
+    with pytest.raises(ValueError, match="none of 8 answers has a reward; policy.reward_funcs = .'mine.py:never'."):
+        train(policy_run(policy={"reward_funcs": ["mine.py:never"]}), workdir, quiet=True)
+
+
+@pytest.mark.parametrize("likelihood", ["sampled", "bound", "d1"])
+def test_answers_without_alternatives_train_nothing_and_stop_nothing(workdir, likelihood, monkeypatch):  # noqa: F811
+    def certain(logits_of):
+        def only_the_end(self, *args):
+            logits = logits_of(self, *args)
+            return logits.index_fill(-1, torch.tensor([self.eos_id]), 1e4)
+
+        return only_the_end
+
+    for name in ("head_logits", "logits"):
+        monkeypatch.setattr(Backbone, name, certain(getattr(Backbone, name)))
+    train(policy_run(policy={"likelihood": likelihood, "beta": 0.0}), workdir, quiet=True)
+    steps = [row for row in metrics_of(workdir, "run") if row["split"] == "train"]
+    assert [(row["loss"], row["reward"], row["ended"]) for row in steps] == [(0.0, 0.0, 1.0)] * len(steps)
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         ({"data": "text", "data_path": "data/text"}, "holds texts without prompts"),
         ({"policy": {"reward_funcs": ["number"]}}, "reward 'number' cannot use the answer of row 0 as its reference"),
         ({"policy": {"reward_funcs": ["gone.py:red"]}}, "there is no such file"),
+        (
+            {"micro_batch_tokens": 40, "policy": {"likelihood": "sampled"}},
+            "micro_batch_tokens = 40 is smaller than an answer, for which likelihood = 'sampled' forwards up to 3 rows",
+        ),
+        (
+            {"micro_batch_tokens": 40, "policy": {"likelihood": "d1"}},
+            "micro_batch_tokens = 40 is smaller than an answer, for which likelihood = 'd1' forwards up to 5 rows",
+        ),
+        ({"policy": {"reward_funcs": ["mine.py:one"]}}, "cannot be called with three texts"),
         (
             {"policy": {"generation": GenerateSettings(**GENERATION | {"max_new_tokens": 23})}},
             "no prompt of data/alpaca",
@@ -203,6 +240,7 @@ def test_a_model_that_answers_in_another_way_is_no_start(workdir):  # noqa: F811
         ({"num_generations": 3}, "global_batch_size = 8 counts answers and does not divide"),
         ({"reward_funcs": ["nubmer"]}, "reward_funcs = 'nubmer' is not a reward; allowed: number, math"),
         ({"reward_weights": [1.0, 2.0]}, "state one weight for each"),
+        ({"reward_weights": [0.0]}, "count no reward"),
         ({"likelihood": "bound", "passes": 4}, "at least 5 are needed"),
         ({"generation": GenerateSettings(max_new_tokens=6)}, "temperature = 0 draws the same answer"),
         ({"generation": GenerateSettings(temperature=1.0)}, "generation.reveal_rule = 'confidence' with likelihood"),

@@ -155,3 +155,11 @@ def test_a_dataset_without_rejected_answers_is_refused_with_the_configuration():
     wrong = {"runs": {"sums-preferred": {"data": "sums"}}}
     with pytest.raises(ValueError, match="sums-preferred.data = 'sums' has no rejected answers.*kind: preference"):
         load_project(ROOT / "config", ROOT / "config/laptop.yaml", ROOT / "config/systems.yaml", wrong)
+
+
+@pytest.mark.parametrize(("run", "init"), [("sums-preferred", "encoder-edits"), ("sums-sampled-1", "a2d-qwen3-bd3lm")])
+def test_a_start_that_answers_in_another_way_is_refused_with_the_configuration(run, init):
+    with pytest.raises(ValueError, match=f"{run}.init = '{init}' is trained with .* does not know how to score"):
+        load_project(
+            ROOT / "config", ROOT / "config/laptop.yaml", ROOT / "config/systems.yaml", {"runs": {run: {"init": init}}}
+        )
