@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm.algorithms import algorithm_named
 from dllm.chat.settings import chat_context, chat_generation
 from dllm.config import (
     DataPart,
@@ -41,7 +42,7 @@ from dllm.training.artifact import input_paths
 from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
 from dllm.tuning.look import Source, facts_of, held_out, open_source
-from dllm.tuning.start import Entry, find_data, find_model, free_name, tokenizer_datasets
+from dllm.tuning.start import Entry, as_text, find_data, find_model, free_name, tokenizer_datasets
 
 EXAMPLES = 3
 """Held-out answers that are shown."""
@@ -103,14 +104,15 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     data = next(iter(datasets))
     if len(datasets) > 1:
         data = free_name("data", datasets)
-        datasets[data] = {"mix": [*datasets]}
+        datasets[data] = {"mix": [*datasets]} | {key: wishes.dataset[key] for key in ("rows",) if key in wishes.dataset}
     datasets |= tokenizers
     output = wishes.output or Path("results") / run
-    overlay: Entry = {"replaces": "all", "workdir": str(output), "models": models, "datasets": datasets}
+    overlay: Entry = {"replaces": "all", "workdir": as_text(output), "models": models, "datasets": datasets}
     overlay["recipes"] = {"tune": {"response_end": "one"} if wishes.algorithm == "edit_flows" else {}}
     settings = {"algorithm": wishes.algorithm, "init": name, "data": data, "recipe": "tune", "launch": "cpu"}
     overlay["runs"] = {run: settings | {"steps": 1}}
     project = load_project(None, overlay)
+    algorithm_named(wishes.algorithm).part("sampler")  # without one, nothing could be shown in the end
     for config in download_configs(project).values():
         _download(config, Path(project.workdir), say)
 
@@ -126,6 +128,8 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
             f"length = {length} is longer than the model allows ({positions}); lower it or take another model"
         )
     chosen = defaults.run_settings(facts, parameters=parameters(directory), positions=positions, wished=wishes.run)
+    if (wishes.block_size or 0) > chosen["length"]:
+        raise ValueError(f"block_size = {wishes.block_size} is longer than a row ({chosen['length']}); lower it")
     overlay["recipes"]["tune"]["block_size"] = wishes.block_size or defaults.block_size(facts, chosen["length"])
     further = {name: value for name, value in wishes.run.items() if name not in defaults.WISHED}
     overlay["runs"][run] = settings | {"launch": _launch()} | chosen | further

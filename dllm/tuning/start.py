@@ -31,7 +31,7 @@ def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry],
     path = Path(name).expanduser()
     if path.is_dir():
         directory = checkpoint_directory(str(path), Path.cwd(), "MODEL")
-        return slug(_own_name(path)), {slug(_own_name(path)): {"path": _as_text(directory.resolve())}}, directory
+        return slug(_own_name(path)), {slug(_own_name(path)): {"path": as_text(directory.resolve())}}, directory
     entries = _entries("models")
     if name in entries:
         taken = {name: entries[name]}
@@ -62,9 +62,9 @@ def find_data(
     for name in names:
         path = Path(name).expanduser()
         if name and path.exists() or any(letter in name for letter in "*?["):
-            files.append(_as_text(path.absolute()))
+            files.append(as_text(path.absolute()))
         elif name in entries:
-            datasets[name] = entries[name]
+            datasets[name] = entries[name] | _usable(name, entries[name], wished)
         elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
             entry = {"hub": name, "revision": known.get(name) or _newest(name, "dataset"), "kind": "auto"}
             repositories[name] = entry | {"drop_unusable": True} | wished
@@ -75,11 +75,23 @@ def find_data(
             )
     for name, entry in repositories.items():
         datasets[free_name(slug(name.split("/")[1]), [*datasets, *taken])] = entry
+    if "config" in wished and not any(entry.get("hub") for entry in datasets.values()):
+        raise ValueError(f"config = {wished['config']!r}: is for datasets of the hub, and none is named; leave it out")
     if files:
-        stated = {key: value for key, value in wished.items() if key != "config"}
-        own: Entry = {"files": files, "drop_unusable": True} | stated
+        own: Entry = {"files": files, "drop_unusable": True}
+        own |= _usable(files[0], own, wished)
         datasets[free_name(slug(Path(files[0]).name.split(".")[0]), [*datasets, *taken])] = own
     return datasets
+
+
+def _usable(name: str, entry: Entry, wished: Entry) -> Entry:
+    """What a user states of the rows of an entry. Raises ValueError, one line, for what would be passed over."""
+    whole = "is a mixture, whose parts say it" if entry.get("mix") else ""
+    split = "has a test split of its own" if entry.get("test_split") else ""
+    for key, why in (("kind", whole), ("test_share", whole or split)):
+        if why and key in wished:
+            raise ValueError(f"{key} = {wished[key]!r}: {name} {why}; leave it out")
+    return {key: value for key, value in wished.items() if key != "config" or entry.get("hub")}
 
 
 def tokenizer_datasets(models: dict[str, Entry]) -> dict[str, Entry]:
@@ -100,7 +112,7 @@ def free_name(name: str, taken: Iterable[str]) -> str:
     return next(other for other in numbered if other not in {*taken})
 
 
-def _as_text(path: Path) -> str:
+def as_text(path: Path) -> str:
     """A path as it stands in a config. Raises ValueError, one line, for one that is no text."""
     try:
         str(path).encode()
