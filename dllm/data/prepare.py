@@ -60,7 +60,7 @@ def prepare(
         kind, said = kind_of_part(part, train_rows)
         if config.split == "overlapping" and train_rows is test_rows:  # published fault F7: test rows stay in train
             train = numpy.concatenate([test, train])
-        train = train[: config.rows]
+        train = train[: config.rows][: part.entry.rows]  # a part of a mixture may state its own
         one_source = train_rows is test_rows
         shards += shards_of(number, train, test, one_source=one_source, first=len(shards))
         tokenizing.sources.append({"train": train_rows, "test": test_rows})

@@ -42,7 +42,7 @@ from dllm.training.artifact import input_paths
 from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
 from dllm.tuning.look import Source, facts_of, held_out, open_source
-from dllm.tuning.start import Entry, as_text, find_data, find_model, free_name, tokenizer_datasets
+from dllm.tuning.start import Entry, as_one, as_text, find_data, find_model, tokenizer_datasets
 
 EXAMPLES = 3
 """Held-out answers that are shown."""
@@ -100,11 +100,7 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     run = f"chat-{name}"
     tokenizers = tokenizer_datasets(models)
     datasets = find_data(wishes.data, _pins(wishes), wishes.dataset, tokenizers)
-    datasets = {f"{key}-data" if key in models else key: entry for key, entry in datasets.items()}
-    data = next(iter(datasets))
-    if len(datasets) > 1:
-        data = free_name("data", datasets)
-        datasets[data] = {"mix": [*datasets]} | {key: wishes.dataset[key] for key in ("rows",) if key in wishes.dataset}
+    data, datasets = as_one(datasets, models)
     datasets |= tokenizers
     output = wishes.output or Path("results") / run
     overlay: Entry = {"replaces": "all", "workdir": as_text(output), "models": models, "datasets": datasets}
@@ -230,7 +226,9 @@ def _pins(wishes: Wishes) -> dict[str, str]:
 def _sources(project: Project, data: str) -> Iterator[Source]:
     for name in project.datasets[data].mix or [data]:
         path = str(Path(project.workdir) / download_path(project, name))
-        yield open_source(DataPart(name=name, path=path, entry=project.datasets[name]))
+        entry, whole = project.datasets[name], project.datasets[data].rows
+        rows = min(filter(None, (entry.rows, whole)), default=None)
+        yield open_source(DataPart(name=name, path=path, entry=entry.model_copy(update={"rows": rows})))
 
 
 def _positions(directory: Path) -> int:

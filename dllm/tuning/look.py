@@ -63,7 +63,7 @@ def facts_of(sources: Sequence[Source], tokenizer) -> Facts:
         readable = Readable(part, source.kind, source.rows, unusable)
         passages = [passage for number in numbers if (passage := readable.passage(number, tokenizer))]
         sizes = [(len(p), len(t) + source.is_text) for p, t in encoded(tokenizer, passages)]  # a text has an end
-        usable += len(source.rows) * len(sizes) / max(1, len(numbers))
+        usable += min(len(source.rows), part.entry.rows or len(source.rows)) * len(sizes) / max(1, len(numbers))
         answers += [answer for _, answer in sizes]
         lengths += [prompt + answer for prompt, answer in sizes]
     if not lengths or max(lengths) < 2:

@@ -51,7 +51,8 @@ def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry],
 def find_data(
     names: Sequence[str], known: dict[str, str], wished: Entry, taken: Iterable[str] = ()
 ) -> dict[str, Entry]:
-    """The dataset entries of what a user calls data: files together are one, each hub dataset or entry is one.
+    """The dataset entries of what a user calls data: files together are one, each hub dataset or entry is one, and
+    those of a mixture come with it.
 
     wished: settings of the files and hub datasets; taken: names that mean something else. Raises ValueError, one
     line, as above.
@@ -64,6 +65,7 @@ def find_data(
         if name and path.exists() or any(letter in name for letter in "*?["):
             files.append(as_text(path.absolute()))
         elif name in entries:
+            datasets |= {part: entries[part] for part in entries[name].get("mix") or () if part in entries}
             datasets[name] = entries[name] | _usable(name, entries[name], wished)
         elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
             entry = {"hub": name, "revision": known.get(name) or _newest(name, "dataset"), "kind": "auto"}
@@ -82,6 +84,29 @@ def find_data(
         own |= _usable(files[0], own, wished)
         datasets[free_name(slug(Path(files[0]).name.split(".")[0]), [*datasets, *taken])] = own
     return datasets
+
+
+def as_one(datasets: dict[str, Entry], models: Iterable[str]) -> tuple[str, dict[str, Entry]]:
+    """The name of the dataset that holds all of some, and the entries that it takes: a mixture, unless there is one.
+
+    A mixture among them comes to its parts, each with as many rows as it takes of them. models: names that are taken.
+    """
+    called = {name: f"{name}-data" if name in models else name for name in datasets}
+    datasets = {called[name]: entry for name, entry in datasets.items()}
+    for name, entry in datasets.items():
+        if entry.get("mix"):
+            datasets[name] = entry | {"mix": [called.get(part, part) for part in entry["mix"]]}
+    mixtures = {name: entry for name, entry in datasets.items() if entry.get("mix")}
+    parts = {name: entry for name, entry in datasets.items() if name not in mixtures}
+    if len(parts) == 1 and not mixtures:
+        return next(iter(parts)), parts
+    if len(mixtures) == 1 and {*next(iter(mixtures.values()))["mix"]} == {*parts}:
+        return next(iter(mixtures)), datasets
+    for entry in mixtures.values():
+        for name in parts.keys() & entry["mix"] if entry.get("rows") else ():
+            parts[name] = parts[name] | {"rows": min(entry["rows"], parts[name].get("rows") or entry["rows"])}
+    name = free_name("data", parts)
+    return name, parts | {name: {"mix": [*parts]}}
 
 
 def _usable(name: str, entry: Entry, wished: Entry) -> Entry:

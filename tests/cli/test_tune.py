@@ -126,12 +126,21 @@ def test_entries_of_the_configuration_are_used_by_name_and_several_datasets_are_
 
 def test_what_is_stated_of_the_rows_counts_for_entries_and_for_each_of_several_datasets(here, capsys):
     own = {"files": ["pairs.csv"], "kind": "pairs"}
-    sets = {"mine": own, "both": {"mix": ["mine"]}, "split": {"hub": "a/b", "revision": "0" * 40, "test_split": "test"}}
+    sets = {
+        "mine": own,
+        "few": own | {"rows": 2},
+        "both": {"mix": ["mine", "few"], "rows": 10},
+        "split": {"hub": "a/b", "revision": "0" * 40, "test_split": "test"},
+    }
     (here / "config").mkdir()
     (here / "config/models.yaml").write_text("models: {}")
     (here / "config/datasets.yaml").write_text(yaml.safe_dump({"datasets": sets}))
     status, out, err = tune(capsys, "toy-bert", "mine", "chats.jsonl", "--rows", "5", "--held-out", "0.5", *SHORT)
     assert status == 0 and "prepared 10 rows to train on" in out and "; 24 are held out" in out, err
+    status, out, err = tune(capsys, "toy-bert", "both", "--output", "results/both", *SHORT)
+    assert status == 0 and "prepared 12 rows to train on" in out, err
+    status, out, err = tune(capsys, "toy-bert", "both", "chats.jsonl", "--output", "results/three", *SHORT)
+    assert status == 0 and "prepared 28 rows to train on" in out, err
     assert "--kind 'pairs': both is a mixture" in error_of(capsys, "toy-bert", "both", "--kind", "pairs")
     assert "--held-out 0.1: split has a test split" in error_of(capsys, "toy-bert", "split", "--held-out", "0.1")
 
