@@ -44,6 +44,9 @@ from dllm.tuning import defaults
 from dllm.tuning.look import Source, facts_of, held_out, open_source
 from dllm.tuning.start import Entry, as_one, as_text, find_data, find_model, tokenizer_datasets
 
+UNKNOWN = 0.02
+"""Share of unknown tokens from which on they are said."""
+
 EXAMPLES = 3
 """Held-out answers that are shown."""
 
@@ -118,6 +121,11 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     for source in sources:
         say(f"data     {source.name}: {len(source.rows):,} {source.said}")
     facts = facts_of(sources, load_tokenizer(directory, project.models[name]))
+    if facts.unknown > UNKNOWN:
+        say(
+            f"         {100 * facts.unknown:.0f} % of the tokens to learn are unknown to the tokenizer of {name}, "
+            "and an unknown token is never told from another: a model of this language or script learns more"
+        )
     positions = _positions(directory) - (1 if wishes.algorithm == "edit_flows" else 0)
     if (length := wishes.run.get("length", 0)) > positions:
         raise ValueError(

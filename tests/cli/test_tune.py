@@ -172,6 +172,13 @@ def test_an_encoder_without_a_head_is_given_one_and_that_is_said_in_one_line(her
     assert original == (Path("toy-bert/config.json").read_bytes(), Path("toy-bert/model.safetensors").read_bytes())
 
 
+def test_a_language_that_the_tokenizer_does_not_know_is_said(here, capsys):
+    (here / "far.csv").write_text("question,answer\n" + "who likes the cat ?,ไม่รู้\n" * 20)
+    status, out, err = tune(capsys, "toy-bert", "far.csv", *SHORT)
+    assert status == 0 and "% of the tokens to learn are unknown to the tokenizer of toy-bert" in out, err
+    assert "unknown to" not in tune(capsys, "toy-bert", "pairs.csv", "--output", "results/other", *SHORT)[1]
+
+
 def test_what_was_tuned_can_be_tuned_further(here, capsys):
     assert tune(capsys, "toy-bert", "chats.jsonl", *SHORT)[0] == 0
     status, out, _ = tune(

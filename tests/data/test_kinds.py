@@ -119,6 +119,13 @@ def test_a_row_that_cannot_be_used_is_one_line_with_its_place(row, line):
     str(caught.value).encode()
 
 
+@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\ufeff\u00a0\u2060", "\x00\x07"])
+def test_a_turn_of_which_nothing_is_seen_is_empty(text):
+    row = {"prompt": "Hi", "response": text}
+    with pytest.raises(ValueError, match="row 3: empty text in a turn of role 'assistant'"):
+        messages_of(row, "pairs", "row 3")
+
+
 def test_half_a_character_in_a_text_is_one_line():
     with pytest.raises(ValueError, match="notes row 1: character 1 \\(U\\+D83D\\) is no text"):
         text_of({"text": "a\ud83d"}, "notes row 1")
