@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm.choices import ROW_KINDS
 from dllm.cli.generation import Options, add_options
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ DATA_OPTIONS: Options = {
         "how rows are read: messages, preference, sharegpt, alpaca, pairs, text (default: by the columns)",
     ),
     "subset": ("config", str, "NAME", "configuration of a hub dataset"),
-    "rows": ("rows", int, "N", "train on so many rows only"),
+    "rows": ("rows", int, "N", "train on so many rows only, of each dataset"),
     "held_out": ("test_share", float, "SHARE", "share of the rows that is held out (default: 0.05, at least 8 rows)"),
 }
 """The settings are those of the dataset."""
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if args.kind is not None and args.kind not in (kinds := ("auto", *ROW_KINDS)):
+        raise ValueError(f"--kind {args.kind!r}: allowed: {', '.join(kinds)}")
     wishes = _wishes(args)
     from dllm.cli.train import set_up_torch
 
@@ -100,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         progress = (lambda done, total: None) if args.quiet else ProgressLine("prepare", "row")
         target = follow.follow(tuning, say, progress, quiet=args.quiet, replace=args.replace)
+    except ValueError as error:
+        raise ValueError(_in_options(str(error))) from None
     except follow.Interrupted:
         step = follow.saved_step(tuning)
         print(f"\nstopped and saved{f' after step {step}' if step else ''}; the same command goes on from there:")
@@ -142,8 +147,15 @@ def _given(args: argparse.Namespace, options: dict[str, tuple]) -> dict[str, Any
 def _in_options(line: str) -> str:
     """An error line of the entries that were made of the options, with the option in place of the setting."""
     options = {setting: name.replace("_", "-") for name, (setting, *_) in {**RUN_OPTIONS, **DATA_OPTIONS}.items()}
-    found = re.match(r"overlay: (?:runs|datasets)\.[^ ]*\b(\w+) = ", line)
-    return f"--{options[found[1]]} {line[found.end() :]}" if found and found[1] in options else line
+    options |= {"block_size": "block-size", "algorithm": "algorithm"}
+    found = re.match(r"(?:overlay: (?:runs|datasets|recipes)\.(?:[^ ]*: )?[^ ]*?)?\b(\w+) = ", line)
+    if found and found[1] in options:
+        return f"--{options[found[1]]} {line[found.end() :]}"
+
+    def as_typed(named: re.Match) -> str:
+        return f"--{options[named[1]]}{' ' + named[2] if named[2] else ''}" if named[1] in options else named[0]
+
+    return re.sub(r"`(\w+)`(?: = ([\w.]+))?(?: of the (?:run|dataset))?", as_typed, line)
 
 
 def _say_plan(tuning: Tuning, say) -> None:

@@ -134,7 +134,8 @@ def _ending_with_answer(messages: list[dict], where: str) -> list[dict]:
             f"{where}: begins with its only answer; a row needs a turn of the user first: drop or correct it"
         )
     for message in messages:
-        if message["role"] != "system" and not message["content"].strip():
+        seen = any(letter.isprintable() and not letter.isspace() for letter in message["content"])
+        if message["role"] != "system" and not seen:
             raise ValueError(f"{where}: empty text in a turn of role {message['role']!r}; drop or correct the row")
         check_text(message["content"], where)
     return messages

@@ -13,7 +13,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, groupby, islice, pairwise
+from itertools import accumulate, groupby, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ LIST_OF_OBJECTS = re.compile(r"\s*\[\s*(\{|$)")
 
 DELIMITERS = ",;\t|"
 """What may part the fields of a csv file: spreadsheets write the semicolon where the comma is a decimal point."""
+
+QUOTED = re.compile(r'"[^"]*("|$)')
+"""What stands in quotes in a line, where a delimiter is none."""
+
+STATED = "sep="
+"""How the line begins in which a spreadsheet states the delimiter, before the header."""
 
 BLOCK_ROWS, BLOCK_BYTES = 1024, 2**22
 """Rows of a parquet file that are read at a time, and about how many bytes they may have."""
@@ -175,7 +181,7 @@ def read_file(path: Path, *, may_be_empty: bool = False) -> Sequence[Row]:
     except FileNotFoundError:
         raise ValueError(f"{shown_name(path)}: no such file; check the path, or run the download again") from None
     except DAMAGED:
-        raise ValueError(f"{shown_name(path)}: the compressed file is damaged or was cut off; get it again") from None
+        raise ValueError(f"{shown_name(path)}: {_not_unpacked(path)}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{shown_name(path)}: {_not_utf8(path)}") from None
     except (OSError, ValueError, csv.Error) as error:
@@ -255,24 +261,52 @@ def _all_objects(values: list, *, empty: bool = False) -> bool:
 
 
 def _csv(path: Path, delimiters: str = DELIMITERS) -> Stream:
-    """The rows of a table; its fields are parted by that one of `delimiters` which the header has most often."""
+    """The rows of a table; its fields are parted by that one of `delimiters` which the header has most often, or by
+    the one that is stated."""
     with _opened(path, newline="") as file:
-        header = file.readline()
-    delimiter = max(delimiters, key=header.count)
+        header = next(filter(str.strip, file), "")
+    plain = header.removeprefix(STATED)[:1] if header.startswith(STATED) else QUOTED.sub("", header)
+    delimiter = max(delimiters, key=plain.count)
     return Stream(lambda: _records(path, delimiter), _second)
 
 
 def _records(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
+    """The rows of a table with their numbers; blank lines, and what a spreadsheet writes before the header, are passed
+    over."""
     csv.field_size_limit(2**31 - 1)
+    begin, number, names = 1, 0, list[str]()
     with _opened(path, newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
-        for number, row in enumerate(reader, 1):
-            if "" in row:
-                raise ValueError(
-                    f"{shown_name(path)} line {reader.line_num}: has more fields than the header; put quotes around "
-                    f"texts with {delimiter!r} in them"
-                )
-            yield number, row
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            for fields in reader:
+                if names and fields:
+                    number += 1
+                    yield number, _record(names, fields, f"{shown_name(path)} line {reader.line_num}", delimiter)
+                elif any(map(str.strip, fields)) and not fields[0].startswith(STATED):
+                    names = _names(fields, f"{shown_name(path)} line {begin}")
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{shown_name(path)} line {begin}: cannot be read ({error}); a quote within quotes is written twice, "
+                "and each that is opened is closed"
+            ) from None
+
+
+def _names(fields: list[str], where: str) -> list[str]:
+    """The columns of a header; one without a name, as of row numbers, is given one."""
+    twice = [name for number, name in enumerate(fields) if name.strip() and name in fields[:number]]
+    if twice:
+        raise ValueError(f"{where}: two columns are called {twice[0]!r}; rename or remove one")
+    return [name if name.strip() else f"Unnamed: {number}" for number, name in enumerate(fields)]
+
+
+def _record(names: list[str], fields: list[str], where: str, delimiter: str) -> Row:
+    """A row; a field that is not there is None, and delimiters at the end of a line are no fields."""
+    if any(fields[len(names) :]):
+        raise ValueError(
+            f"{where}: has more fields than the header; put quotes around texts with {delimiter!r} in them"
+        )
+    return dict(zip_longest(names, fields[: len(names)]))
 
 
 def _second(item: tuple[int, Any]) -> Any:
@@ -323,14 +357,25 @@ def _opened(path: str | Path, newline: str | None = None):
     return opened(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
+def _not_unpacked(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        begin = file.read(2)
+    if begin and begin != GZIP:
+        return "is not compressed; take .gz off its name"
+    return "the compressed file is damaged or was cut off; get it again"
+
+
 def _not_utf8(path: str | Path) -> str:
     with open(path, "rb") as file:
         begin = file.read(4)
-    if begin.startswith(b"\x1f\x8b") and not str(path).lower().endswith(".gz"):
+    if begin.startswith(GZIP) and not str(path).lower().endswith(".gz"):
         return "compressed; add .gz to its name"
     wide = "UTF-32" if begin in UTF_32 else "UTF-16" if begin[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
     return f"{wide} text; save it as UTF-8, or download it again if it is damaged"
 
+
+GZIP = b"\x1f\x8b"
+"""How a compressed file begins."""
 
 UTF_32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
 """Byte order marks, of which the first begins as one of UTF-16."""

@@ -23,7 +23,9 @@ from dllm.models.tokenizers import check_messages
 Columns = tuple[str, ...]
 Row = Mapping[str, Any]
 
-ALPACA_COLUMNS = ("instruction", "input", "output")
+INSTRUCTION, EXTRAS, OUTPUTS = "instruction", ("input", "context"), ("output", "response", "answer", "completion")
+"""Alpaca's columns, and what others call them, such as Dolly."""
+
 MESSAGES = ("messages", "conversation", "conversations")
 CONVERSATIONS = ("conversations", "conversation", "messages")
 PROMPTS = ("prompt", "question", "query", "instruction", "input")
@@ -38,6 +40,9 @@ ROLES |= dict.fromkeys(("model", "ai", "bing", "bard"), "assistant") | {"develop
 
 SEEN = 100
 """Rows that are looked at to say what a dataset holds."""
+
+LISTED = 5
+"""Columns that are not read, of which so many are named."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,13 @@ def recognised(rows: Iterable[Row], name: str) -> tuple[str, str]:
     """The kind of a dataset's first rows, and the line that says so. Raises ValueError, one line, if it has none."""
     columns: dict[str, None] = {}
     found: dict[str, Columns] = {}
+    unread: dict[str, None] = {}
     for row in rows:
         columns |= dict.fromkeys(row)
         if kind := kind_of(row):
-            found.setdefault(kind, kinds()[kind].columns(named_plainly(row)))
+            read = kinds()[kind].columns(named_plainly(row))
+            unread |= dict.fromkeys(_unread(row, read))
+            found.setdefault(kind, read)
     if not found:
         raise ValueError(
             f"{name}: rows with the columns {', '.join(columns) or '(none)'} are of no known kind; allowed: "
@@ -74,7 +82,7 @@ def recognised(rows: Iterable[Row], name: str) -> tuple[str, str]:
     if "text" in found and len(found) > 1:
         raise ValueError(f"{name}: holds both texts and conversations; make two datasets of them")
     said = "; ".join(f"{kinds()[kind].called}: {_listed(names)}" for kind, names in found.items())
-    return next(iter(found)), f"rows look like {said}"
+    return next(iter(found)), f"rows look like {said}{_not_read(unread)}"
 
 
 def kind_of(row: Row) -> str | None:
@@ -116,6 +124,22 @@ def _checked(turns: list[dict], where: str) -> list[dict]:
 def has_rejected(kind: str) -> bool:
     """Whether the rows of a kind have a rejected answer beside the chosen one."""
     return kind in ROW_KINDS and resolved(ROW_KINDS[kind]).rejected is not None
+
+
+def _unread(row: Row, read: Columns) -> list[str]:
+    """The columns of a row that hold something and are not read."""
+    return [
+        name
+        for name, value in row.items()
+        if isinstance(name, str) and name.strip().lower() not in (*read, *SYSTEM) and value not in (None, "", [], {})
+    ]
+
+
+def _not_read(unread: Iterable[str]) -> str:
+    """What a line says of columns that are not read, so that nobody takes them for learnt."""
+    names = [*unread]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"; not read: {', '.join(names[:LISTED])}{more}" if names else ""
 
 
 def _listed(names: Columns) -> str:
@@ -203,19 +227,22 @@ def _chat(names: Columns) -> Callable[[Row, str], list[dict]]:
 
 
 def _alpaca_columns(row: Row) -> Columns:
-    here = tuple(name for name in ALPACA_COLUMNS if isinstance(row.get(name), str))
-    return here if {"instruction", "output"} <= {*here} else ()
+    """Those of Alpaca; with an input or a context beside the instruction, the answer may have another name."""
+    extra, output = _first(row, EXTRAS), _first(row, OUTPUTS)
+    here = tuple(name for name in (INSTRUCTION, extra, output) if name and isinstance(row.get(name), str))
+    return here if {INSTRUCTION, output} <= {*here} and (output == OUTPUTS[0] or extra in here) else ()
 
 
 def _alpaca(row: Row, where: str) -> list[dict]:
     """Instruction, a blank line and the input where there is one."""
-    instruction, extra, output = (row.get(column) for column in ALPACA_COLUMNS)
-    extra = extra or ""
-    for column, value in zip(ALPACA_COLUMNS, (instruction, extra, output), strict=True):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: column {column!r} = {value!r} is not a text; columns: {', '.join(row)}")
-    user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
+    extra, output = _first(row, EXTRAS), _first(row, OUTPUTS) or OUTPUTS[0]
+    for column in filter(None, (INSTRUCTION, extra, output)):
+        if not isinstance(row.get(column), str):
+            raise ValueError(
+                f"{where}: column {column!r} = {row.get(column)!r} is not a text; columns: {', '.join(row)}"
+            )
+    user = f"{row[INSTRUCTION]}\n\n{row[extra]}" if extra and row[extra].strip() else row[INSTRUCTION]
+    return _with_system(row, [{"role": "user", "content": user}, {"role": "assistant", "content": row[output]}])
 
 
 def _pair_columns(row: Row) -> Columns:

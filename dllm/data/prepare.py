@@ -60,7 +60,7 @@ def prepare(
         kind, said = kind_of_part(part, train_rows)
         if config.split == "overlapping" and train_rows is test_rows:  # published fault F7: test rows stay in train
             train = numpy.concatenate([test, train])
-        train = train[: config.rows]
+        train = train[: config.rows][: part.entry.rows]  # a part of a mixture may state its own
         one_source = train_rows is test_rows
         shards += shards_of(number, train, test, one_source=one_source, first=len(shards))
         tokenizing.sources.append({"train": train_rows, "test": test_rows})
@@ -132,15 +132,10 @@ def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) ->
     splits = {name: writer.close() | {"dropped_rows": total(name, "dropped_rows")} for name, writer in writers.items()}
     for split in ("test",) if config.parts[0].entry.stream else SPLITS:
         if not splits[split]["rows"]:
-            entry = config.parts[0].entry
-            more = f"`rows` = {config.rows}" if config.rows and split == "train" else ""
-            more = f"`test_share` = {entry.test_share:g}" if split == "test" and not entry.test_split else more
-            raise ValueError(
-                f"{config.name}: the {split} split is empty after tokenizing; the rows are fewer or shorter than one "
-                f"row of length {config.length}, or every prompt is longer; "
-                + (f"raise {more} of the dataset, or " if more else "")
-                + "lower `length` of the run"
-            )
+            long = total(split, "dropped_rows") - total(split, "unusable")
+            first = next((count["first"] for _, of, count in counts if of == split and count["first"]), "")
+            why = _why_empty(config, split, "text" in tokenizing.kinds, long, first)
+            raise ValueError(f"{config.name}: the {split} split is empty after tokenizing; {why}")
     facts: dict[str, Any] = {
         "splits": splits,
         "rows_that_spell_control_tokens": {split: total(split, "spelt") for split in SPLITS},
@@ -151,6 +146,23 @@ def _joined(tokenizing: Tokenizing, shards: Sequence[Shard], vocabulary: int) ->
         first = next(count["first"] for _, _, count in ordered if count["first"])
         facts["unusable"] = {"rows": unusable, "first": first}
     return facts
+
+
+def _why_empty(config: PrepareConfig, split: str, is_text: bool, long: int, first: str) -> str:
+    """What to do about a split without rows, of which `long` have a prompt that fills the length, and others cannot be
+    used, as the first of them says."""
+    entry = config.parts[0].entry
+    more = f"`rows` = {config.rows}" if config.rows and split == "train" else ""
+    more = f"`test_share` = {entry.test_share:g}" if split == "test" and not entry.test_split else more
+    more = f"raise {more} of the dataset, or " if more else ""
+    if is_text:
+        return (
+            f"its rows together are shorter than one row of length {config.length}; {more}lower `length` of the run, "
+            "or give more text, in more paragraphs or lines"
+        )
+    if long:
+        return f"the prompts of {long} rows fill the length of {config.length} tokens; raise `length` of the run"
+    return f"no row of it can be used: {first}" if first else f"no row is left for it; {more}give more rows"
 
 
 def _describe_stream(config: PrepareConfig, source: Path, scratch: Path, manifest: dict) -> None:

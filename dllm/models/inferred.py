@@ -59,7 +59,8 @@ def _of_stock_class(directory: Path, prediction: str | None) -> dict[str, Any]:
             "masks; leave the option out"
         )
     tokenizer = read_tokenizer(directory)
-    end = tokenizer.pad_token or tokenizer.eos_token or tokenizer.sep_token
+    ends = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.sep_token)
+    end = next((token for token in ends if token and token != tokenizer.mask_token), None)
     if end is None or (tokenizer.mask_token is None and not decoder):
         lacks = "mask" if end is not None else "padding or end"
         raise ValueError(f"{directory}: its tokenizer has no {lacks} token, which diffusion needs; take another model")
@@ -94,7 +95,8 @@ def described(directory: Path) -> str:
 
 
 def parameters(directory: Path) -> int:
-    """Parameters of a checkpoint, by the headers of its files of weights. Raises ValueError for a damaged one."""
+    """Parameters of a checkpoint, by the headers of its files of weights. Raises ValueError for none or a
+    damaged one."""
     total = 0
     for path in directory.glob("*.safetensors"):
         try:
@@ -104,4 +106,7 @@ def parameters(directory: Path) -> int:
             total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path}: no file of weights, or a damaged one; fetch or train it again") from None
-    return total or sum(path.stat().st_size for path in directory.glob("pytorch_model*.bin")) // 4
+    total = total or sum(path.stat().st_size for path in directory.glob("pytorch_model*.bin")) // 4
+    if not total:
+        raise ValueError(f"{directory}: no weights (model.safetensors); the checkpoint is incomplete: make it again")
+    return total

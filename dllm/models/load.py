@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -272,6 +272,11 @@ def local_directory(path_or_hub_id: str | Path, revision: str | None) -> Path:
 def _test_itself(model: nn.Module, directory: Path, causal: bool, special: list[int]) -> None:
     """Raise ValueError, one line, if the model attends to the left only, or if its logits would be wrong."""
     if not causal and not is_bidirectional(model, special):
+        if getattr(model.config, "is_decoder", False) and "MaskedLM" in type(model).__name__:
+            raise ValueError(
+                f"{directory}/config.json: has is_decoder: true, with which {type(model).__name__} attends to the left "
+                "only; set it to false if the model was trained to fill in masks"
+            )
         raise ValueError(
             f"{directory}: {type(model).__name__} attends to the left only although is_causal is off; "
             "diffusion needs a bidirectional model: use another attention implementation or transformers >= 5.2"
@@ -357,9 +362,15 @@ def plain_config_of(directory: Path):
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{directory}/config.json: cannot be used ({first_sentence(error)})") from None
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{directory}/config.json: has a quantization_config; weights that are quantized are not read: take the "
+            "checkpoint that they were made of"
+        )
+    return config
 
 
 def _family(config) -> Literal["encoder", "decoder"]:
@@ -383,6 +394,7 @@ def _model(
     auto: Any = AutoModelForMaskedLM if family == "encoder" else AutoModelForCausalLM
     try:
         options = {"config": config, "dtype": dtype or torch.float32, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # they are in the report, and named below
         if published is None:
             model, report = auto.from_pretrained(directory, trust_remote_code=False, **options)
         else:
@@ -397,6 +409,12 @@ def _model(
         raise ValueError(
             f"{directory}: no model can be built of its config.json and weights ({why}); fetch it again"
         ) from None
+    if other := sorted(report["mismatched_keys"]):
+        name, here, wanted = other[0]
+        raise ValueError(
+            f"{directory}: the weights have {name} of {_by(here)} ({len(other)} of another size in all), and "
+            f"config.json says {_by(wanted)}; they are not from the same checkpoint: fetch or train it again"
+        )
     if missing := sorted(report["missing_keys"]):  # transformers only warns, and draws them at random
         raise ValueError(
             f"{directory}: the weights lack {missing[0]} ({len(missing)} in all) that {type(model).__name__} needs; "
@@ -408,3 +426,8 @@ def _model(
             "this is another kind of checkpoint, although its config.json says otherwise"
         )
     return model
+
+
+def _by(shape: Sequence[int]) -> str:
+    """A shape as a person writes it."""
+    return " x ".join(map(str, shape))

@@ -83,8 +83,14 @@ def set_up_tokenizer(
 ) -> None:
     """Give a tokenizer the mask token, the end token and the chat template that a model entry names.
 
-    mask: whether a mask token is needed. Raises ValueError, one line, for a token that the tokenizer lacks.
+    mask: whether a mask token is needed. Raises ValueError, one line, for a token that the tokenizer lacks,
+    and for one that is to be both.
     """
+    if model.mask_token == model.end_token:
+        raise ValueError(
+            f"{path}: mask_token and end_token are both {model.mask_token!r}, and an end that is a mask is never "
+            "written; set end_token of the model's entry to another special token"
+        )
     named = {"mask_token": model.mask_token, "end_token": model.end_token}
     vocabulary = tokenizer.get_vocab()
     if model.mask_token not in vocabulary and model.family == "decoder" and tokenizer.mask_token is None:

@@ -76,7 +76,7 @@ def _documents(entry: DatasetEntry, documents: int, most: int | None, *, overlap
     else:
         test = documents * entry.test_share
         train = documents - (0 if overlapping else test)
-    return (min(train, most) if most else train), test
+    return min([train, *filter(None, (most, entry.rows))]), test
 
 
 def _split(entry: DatasetEntry, taken: float, length: int, *, tokens: int, documents: int) -> Split:

@@ -47,6 +47,8 @@ class Facts:
     lengths: numpy.ndarray
     answers: numpy.ndarray
     is_text: bool
+    unknown: float = 0.0
+    """Share of the tokens to learn that the tokenizer does not know."""
 
     @property
     def tokens(self) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm.algorithms import algorithm_named
 from dllm.chat.settings import chat_context, chat_generation
 from dllm.config import (
     DataPart,
@@ -41,7 +42,10 @@ from dllm.training.artifact import input_paths
 from dllm.training.trainer import Interrupted, train
 from dllm.tuning import defaults
 from dllm.tuning.look import Source, facts_of, held_out, open_source
-from dllm.tuning.start import Entry, find_data, find_model, free_name, tokenizer_datasets
+from dllm.tuning.start import Entry, as_one, as_text, find_data, find_model, tokenizer_datasets
+
+UNKNOWN = 0.02
+"""Share of unknown tokens from which on they are said."""
 
 EXAMPLES = 3
 """Held-out answers that are shown."""
@@ -99,18 +103,15 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     run = f"chat-{name}"
     tokenizers = tokenizer_datasets(models)
     datasets = find_data(wishes.data, _pins(wishes), wishes.dataset, tokenizers)
-    datasets = {f"{key}-data" if key in models else key: entry for key, entry in datasets.items()}
-    data = next(iter(datasets))
-    if len(datasets) > 1:
-        data = free_name("data", datasets)
-        datasets[data] = {"mix": [*datasets]}
+    data, datasets = as_one(datasets, models)
     datasets |= tokenizers
     output = wishes.output or Path("results") / run
-    overlay: Entry = {"replaces": "all", "workdir": str(output), "models": models, "datasets": datasets}
+    overlay: Entry = {"replaces": "all", "workdir": as_text(output), "models": models, "datasets": datasets}
     overlay["recipes"] = {"tune": {"response_end": "one"} if wishes.algorithm == "edit_flows" else {}}
     settings = {"algorithm": wishes.algorithm, "init": name, "data": data, "recipe": "tune", "launch": "cpu"}
     overlay["runs"] = {run: settings | {"steps": 1}}
     project = load_project(None, overlay)
+    algorithm_named(wishes.algorithm).part("sampler")  # without one, nothing could be shown in the end
     for config in download_configs(project).values():
         _download(config, Path(project.workdir), say)
 
@@ -120,12 +121,19 @@ def set_up(wishes: Wishes, say: Callable[[str], None]) -> Tuning:
     for source in sources:
         say(f"data     {source.name}: {len(source.rows):,} {source.said}")
     facts = facts_of(sources, load_tokenizer(directory, project.models[name]))
+    if facts.unknown > UNKNOWN:
+        say(
+            f"         {100 * facts.unknown:.0f} % of the tokens to learn are unknown to the tokenizer of {name}, "
+            "and an unknown token is never told from another: a model of this language or script learns more"
+        )
     positions = _positions(directory) - (1 if wishes.algorithm == "edit_flows" else 0)
     if (length := wishes.run.get("length", 0)) > positions:
         raise ValueError(
             f"length = {length} is longer than the model allows ({positions}); lower it or take another model"
         )
     chosen = defaults.run_settings(facts, parameters=parameters(directory), positions=positions, wished=wishes.run)
+    if (wishes.block_size or 0) > chosen["length"]:
+        raise ValueError(f"block_size = {wishes.block_size} is longer than a row ({chosen['length']}); lower it")
     overlay["recipes"]["tune"]["block_size"] = wishes.block_size or defaults.block_size(facts, chosen["length"])
     further = {name: value for name, value in wishes.run.items() if name not in defaults.WISHED}
     overlay["runs"][run] = settings | {"launch": _launch()} | chosen | further
@@ -226,7 +234,9 @@ def _pins(wishes: Wishes) -> dict[str, str]:
 def _sources(project: Project, data: str) -> Iterator[Source]:
     for name in project.datasets[data].mix or [data]:
         path = str(Path(project.workdir) / download_path(project, name))
-        yield open_source(DataPart(name=name, path=path, entry=project.datasets[name]))
+        entry, whole = project.datasets[name], project.datasets[data].rows
+        rows = min(filter(None, (entry.rows, whole)), default=None)
+        yield open_source(DataPart(name=name, path=path, entry=entry.model_copy(update={"rows": rows})))
 
 
 def _positions(directory: Path) -> int:

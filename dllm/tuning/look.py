@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ def facts_of(sources: Sequence[Source], tokenizer) -> Facts:
             f"{', '.join(texts)}: holds plain text, and the other data conversations; train on the text first, and on "
             "the conversations from the model that comes of it"
         )
+    tokens: Counter[int] = Counter()
     lengths: list[int] = []
     answers: list[int] = []
     usable = 0.0
@@ -62,13 +64,17 @@ def facts_of(sources: Sequence[Source], tokenizer) -> Facts:
         part = source.part.model_copy(update={"entry": source.part.entry.model_copy(update={"drop_unusable": True})})
         readable = Readable(part, source.kind, source.rows, unusable)
         passages = [passage for number in numbers if (passage := readable.passage(number, tokenizer))]
-        sizes = [(len(p), len(t) + source.is_text) for p, t in encoded(tokenizer, passages)]  # a text has an end
-        usable += len(source.rows) * len(sizes) / max(1, len(numbers))
+        ids = encoded(tokenizer, passages)
+        for _, answer_ids in ids:
+            tokens.update(answer_ids)
+        sizes = [(len(p), len(t) + source.is_text) for p, t in ids]  # a text has an end
+        usable += min(len(source.rows), part.entry.rows or len(source.rows)) * len(sizes) / max(1, len(numbers))
         answers += [answer for _, answer in sizes]
         lengths += [prompt + answer for prompt, answer in sizes]
     if not lengths or max(lengths) < 2:
         raise ValueError(f"no row can be used: {next(iter(unusable.values())) if unusable else 'all are empty'}")
-    return Facts(round(usable), numpy.array(lengths), numpy.array(answers), sources[0].is_text)
+    unknown = tokens[tokenizer.unk_token_id] / max(1, tokens.total()) if tokenizer.unk_token_id is not None else 0.0
+    return Facts(round(usable), numpy.array(lengths), numpy.array(answers), sources[0].is_text, unknown)
 
 
 def held_out(source: Source, number: int) -> list[tuple[int, str]]:

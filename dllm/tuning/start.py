@@ -31,7 +31,7 @@ def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry],
     path = Path(name).expanduser()
     if path.is_dir():
         directory = checkpoint_directory(str(path), Path.cwd(), "MODEL")
-        return slug(_own_name(path)), {slug(_own_name(path)): {"path": _as_text(directory.resolve())}}, directory
+        return slug(_own_name(path)), {slug(_own_name(path)): {"path": as_text(directory.resolve())}}, directory
     entries = _entries("models")
     if name in entries:
         taken = {name: entries[name]}
@@ -51,7 +51,8 @@ def find_model(name: str, known: dict[str, str]) -> tuple[str, dict[str, Entry],
 def find_data(
     names: Sequence[str], known: dict[str, str], wished: Entry, taken: Iterable[str] = ()
 ) -> dict[str, Entry]:
-    """The dataset entries of what a user calls data: files together are one, each hub dataset or entry is one.
+    """The dataset entries of what a user calls data: files together are one, each hub dataset or entry is one, and
+    those of a mixture come with it.
 
     wished: settings of the files and hub datasets; taken: names that mean something else. Raises ValueError, one
     line, as above.
@@ -62,9 +63,10 @@ def find_data(
     for name in names:
         path = Path(name).expanduser()
         if name and path.exists() or any(letter in name for letter in "*?["):
-            files.append(_as_text(path.absolute()))
+            files.append(as_text(path.absolute()))
         elif name in entries:
-            datasets[name] = entries[name]
+            datasets |= {part: entries[part] for part in entries[name].get("mix") or () if part in entries}
+            datasets[name] = entries[name] | _usable(name, entries[name], wished)
         elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
             entry = {"hub": name, "revision": known.get(name) or _newest(name, "dataset"), "kind": "auto"}
             repositories[name] = entry | {"drop_unusable": True} | wished
@@ -75,11 +77,46 @@ def find_data(
             )
     for name, entry in repositories.items():
         datasets[free_name(slug(name.split("/")[1]), [*datasets, *taken])] = entry
+    if "config" in wished and not any(entry.get("hub") for entry in datasets.values()):
+        raise ValueError(f"config = {wished['config']!r}: is for datasets of the hub, and none is named; leave it out")
     if files:
-        stated = {key: value for key, value in wished.items() if key != "config"}
-        own: Entry = {"files": files, "drop_unusable": True} | stated
+        own: Entry = {"files": files, "drop_unusable": True}
+        own |= _usable(files[0], own, wished)
         datasets[free_name(slug(Path(files[0]).name.split(".")[0]), [*datasets, *taken])] = own
     return datasets
+
+
+def as_one(datasets: dict[str, Entry], models: Iterable[str]) -> tuple[str, dict[str, Entry]]:
+    """The name of the dataset that holds all of some, and the entries that it takes: a mixture, unless there is one.
+
+    A mixture among them comes to its parts, each with as many rows as it takes of them. models: names that are taken.
+    """
+    called = {name: f"{name}-data" if name in models else name for name in datasets}
+    datasets = {called[name]: entry for name, entry in datasets.items()}
+    for name, entry in datasets.items():
+        if entry.get("mix"):
+            datasets[name] = entry | {"mix": [called.get(part, part) for part in entry["mix"]]}
+    mixtures = {name: entry for name, entry in datasets.items() if entry.get("mix")}
+    parts = {name: entry for name, entry in datasets.items() if name not in mixtures}
+    if len(parts) == 1 and not mixtures:
+        return next(iter(parts)), parts
+    if len(mixtures) == 1 and {*next(iter(mixtures.values()))["mix"]} == {*parts}:
+        return next(iter(mixtures)), datasets
+    for entry in mixtures.values():
+        for name in parts.keys() & entry["mix"] if entry.get("rows") else ():
+            parts[name] = parts[name] | {"rows": min(entry["rows"], parts[name].get("rows") or entry["rows"])}
+    name = free_name("data", parts)
+    return name, parts | {name: {"mix": [*parts]}}
+
+
+def _usable(name: str, entry: Entry, wished: Entry) -> Entry:
+    """What a user states of the rows of an entry. Raises ValueError, one line, for what would be passed over."""
+    whole = "is a mixture, whose parts say it" if entry.get("mix") else ""
+    split = "has a test split of its own" if entry.get("test_split") else ""
+    for key, why in (("kind", whole), ("test_share", whole or split)):
+        if why and key in wished:
+            raise ValueError(f"{key} = {wished[key]!r}: {name} {why}; leave it out")
+    return {key: value for key, value in wished.items() if key != "config" or entry.get("hub")}
 
 
 def tokenizer_datasets(models: dict[str, Entry]) -> dict[str, Entry]:
@@ -100,7 +137,7 @@ def free_name(name: str, taken: Iterable[str]) -> str:
     return next(other for other in numbered if other not in {*taken})
 
 
-def _as_text(path: Path) -> str:
+def as_text(path: Path) -> str:
     """A path as it stands in a config. Raises ValueError, one line, for one that is no text."""
     try:
         str(path).encode()

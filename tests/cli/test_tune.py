@@ -124,6 +124,27 @@ def test_entries_of_the_configuration_are_used_by_name_and_several_datasets_are_
     assert "prepared 32 rows to train on" in out and Path("results/chat-fresh/data/data--toy--48").is_dir()
 
 
+def test_what_is_stated_of_the_rows_counts_for_entries_and_for_each_of_several_datasets(here, capsys):
+    own = {"files": ["pairs.csv"], "kind": "pairs"}
+    sets = {
+        "mine": own,
+        "few": own | {"rows": 2},
+        "both": {"mix": ["mine", "few"], "rows": 10},
+        "split": {"hub": "a/b", "revision": "0" * 40, "test_split": "test"},
+    }
+    (here / "config").mkdir()
+    (here / "config/models.yaml").write_text("models: {}")
+    (here / "config/datasets.yaml").write_text(yaml.safe_dump({"datasets": sets}))
+    status, out, err = tune(capsys, "toy-bert", "mine", "chats.jsonl", "--rows", "5", "--held-out", "0.5", *SHORT)
+    assert status == 0 and "prepared 10 rows to train on" in out and "; 24 are held out" in out, err
+    status, out, err = tune(capsys, "toy-bert", "both", "--output", "results/both", *SHORT)
+    assert status == 0 and "prepared 12 rows to train on" in out, err
+    status, out, err = tune(capsys, "toy-bert", "both", "chats.jsonl", "--output", "results/three", *SHORT)
+    assert status == 0 and "prepared 28 rows to train on" in out, err
+    assert "--kind 'pairs': both is a mixture" in error_of(capsys, "toy-bert", "both", "--kind", "pairs")
+    assert "--held-out 0.1: split has a test split" in error_of(capsys, "toy-bert", "split", "--held-out", "0.1")
+
+
 def test_datasets_of_one_name_are_all_used_and_a_name_too_long_for_a_file_is_shortened(here, capsys):
     sets = {"data": {"files": ["chats.jsonl"]}, "d" * 50: {"files": ["chats.jsonl"]}}
     (here / "config").mkdir()
@@ -149,6 +170,13 @@ def test_an_encoder_without_a_head_is_given_one_and_that_is_said_in_one_line(her
     status, out, _ = tune(capsys, "toy-bert", "chats.jsonl", *SHORT)
     assert status == 0 and out.count("BertModel was saved without an LM head") == 1
     assert original == (Path("toy-bert/config.json").read_bytes(), Path("toy-bert/model.safetensors").read_bytes())
+
+
+def test_a_language_that_the_tokenizer_does_not_know_is_said(here, capsys):
+    (here / "far.csv").write_text("question,answer\n" + "who likes the cat ?,ไม่รู้\n" * 20)
+    status, out, err = tune(capsys, "toy-bert", "far.csv", *SHORT)
+    assert status == 0 and "% of the tokens to learn are unknown to the tokenizer of toy-bert" in out, err
+    assert "unknown to" not in tune(capsys, "toy-bert", "pairs.csv", "--output", "results/other", *SHORT)[1]
 
 
 def test_what_was_tuned_can_be_tuned_further(here, capsys):
@@ -187,14 +215,28 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here, capsys, monkeypatch):
         (("toy-bert", "toy-bert/vocab.bin"), "is neither a file"),
         (("toy-bert", "strange.csv"), "strange: rows with the columns titel, inhalt are of no known kind; allowed: "),
         (("toy-bert", "empty.jsonl"), "empty.jsonl: has no rows"),
-        (("toy-bert", "chats.jsonl", "--kind", "poem"), "--kind 'poem': input should be 'auto', "),
+        (("toy-bert", "chats.jsonl", "--kind", "poem"), "--kind 'poem': allowed: auto, preference, messages, "),
+        (("toy-bert", "chats.jsonl", "--kind", "world"), "--kind 'world': allowed: auto, preference, messages, "),
+        (("toy-bert", "chats.jsonl", "--subset", "en"), "--subset 'en': is for datasets of the hub, and none is named"),
+        (("toy-bert", "chats.jsonl", "--rows", "9" * 20), "--rows 99999999999999999999: input should be at most"),
+        (("toy-bert", "chats.jsonl", "--block-size", "9" * 20), "--block-size 99999999999999999999 is longer than"),
+        (("toy-bert", "chats.jsonl", "--block-size", "65"), "--block-size 65 is longer than a row (64); lower it"),
+        (("toy-bert", "chats.jsonl", "--algorithm", "ar"), "--algorithm 'ar' has no sampler"),
+        (("toy-bert", "chats.jsonl", "--algorithm", "foo"), "--algorithm 'foo'; allowed: mdlm, "),
+        (("toy-bert", "chats.jsonl", "--held-out", "0"), "no row is left for it; raise --held-out 0, or give"),
+        (("toy-bert", "chats.jsonl", "--length", "3"), "fill the length of 3 tokens; raise --length"),
+        (("toy-bert", "chats.jsonl", "--output", os.fsdecode(b"\xe9")), "this path is no text in UTF-8; rename it"),
+        (
+            ("toy-bert", "one.jsonl"),
+            "the test split is empty after tokenizing; no row is left for it; raise --held-out",
+        ),
         (("toy-bert", "chats.jsonl", "--steps", "0"), "--steps 0: input should be greater than 0"),
         (("toy-bert", "chats.jsonl", "--held-out", "2"), "--held-out 2.0: input should be less than 1"),
         (
             ("toy-bert", "chats.jsonl", "--learning-rate", "inf"),
             "--learning-rate inf: input should be a f",
         ),
-        (("toy-bert", "chats.jsonl", "--length", "9999"), "length = 9999 is longer than the model allows (64)"),
+        (("toy-bert", "chats.jsonl", "--length", "9999"), "--length 9999 is longer than the model allows (64)"),
         (("toy-bert", "chats.jsonl", "--steps", "3", "--epochs", "1"), "--steps and --epochs both say how long"),
         (("toy-bert", "chats.jsonl", "--prediction", "next"), "prediction = 'next' is for causal models"),
         (("chats.jsonl", "chats.jsonl"), "MODEL = 'chats.jsonl' is neither a directory"),
@@ -205,6 +247,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(here, capsys, monkeypatch):
 def test_what_cannot_work_says_why_in_one_line(here, capsys, words, line):
     (here / "strange.csv").write_text("titel,inhalt\na,b\n")
     (here / "empty.jsonl").write_text("\n")
+    (here / "one.jsonl").write_text((here / "chats.jsonl").read_text().splitlines()[0])
     (here / "empty").mkdir()
     (here / os.fsdecode(b"caf\xe9.jsonl")).write_text("{}")
     assert line in error_of(capsys, *words)

@@ -111,6 +111,25 @@ def test_the_fields_of_a_csv_file_may_be_parted_as_a_spreadsheet_does(tmp_path, 
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        ",a;x,b\n0,1,2\n",  # with the numbers of the rows
+        "a;x,b,\n1,2,\n",
+        "a;x,b\n1,2,,\n",
+        "\n\r\na;x,b\n\n1,2\n",
+        "sep=,\na;x,b\n1,2\n",
+        "sep=|\na;x|b\n1|2\n",
+        '"a;x","b"\n"1","2"\n',
+        '"a;x";"b"\n"1";"2"\n',
+    ],
+)
+def test_a_table_may_have_what_spreadsheets_add(tmp_path, content):
+    (tmp_path / "a.csv").write_text(content, newline="")
+    (row,) = read_file(tmp_path / "a.csv")
+    assert (row["a;x"], row["b"]) == ("1", "2")
+
+
+@pytest.mark.parametrize(
     ("name", "content", "line"),
     [
         ("a.jsonl", b"", "has no rows"),
@@ -128,7 +147,11 @@ def test_the_fields_of_a_csv_file_may_be_parted_as_a_spreadsheet_does(tmp_path, 
         ("a.jsonl", gzip.compress(b'{"a": 1}\n', mtime=0), "a.jsonl: compressed; add .gz to its name"),
         ("a.csv", b"a,b\n\xff,1\n", "not UTF-8 text"),
         ("a.csv", b"a,b\n1,2,3\n", "line 2: has more fields than the header"),
-        ("a.jsonl.gz", b"not compressed", "the compressed file is damaged"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "line 1: two columns are called 'a'; rename or remove one"),
+        ("a.csv", b'a,b\n1,2\n\n"3,4\n5,6\n', "line 4: cannot be read (unexpected end of data); a quote"),
+        ("a.csv", b'a,b\n"1" x,2\n', "line 2: cannot be read"),
+        ("a.csv", b"a,b,\n1,2,,3\n", "line 2: has more fields than the header"),
+        ("a.jsonl.gz", b"not compressed", "is not compressed; take .gz off its name"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 500, mtime=0)[:40], "the compressed file is damaged"),
         ("a.parquet", b"PAR1 no PAR1", "cannot be read"),
         ("a.docx", b"x", "a file of this kind is not read; allowed: .jsonl"),

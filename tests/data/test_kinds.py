@@ -50,6 +50,7 @@ def test_a_row_of_every_kind_becomes_the_same_conversation(kind, row):
         {"conversations": [{"from": "system", "value": "Be kind."}, *SHARED]},
         {"conversations": SHARED, "system": "Be kind."},
         {"question": "Hi", "response": "Hello!", "system_prompt": "Be kind."},
+        {"instruction": "Hi", "output": "Hello!", "system": "Be kind."},
     ],
 )
 def test_a_system_prompt_is_the_first_turn_wherever_it_is_written(row):
@@ -65,6 +66,26 @@ def test_what_rows_look_like_is_said_in_one_line():
     assert recognised([{"text": "a"}], "x")[0] == "text"
     with pytest.raises(ValueError, match="x: holds both texts and conversations"):
         recognised([{"text": "a"}, {"messages": TURNS}], "x")
+
+
+def test_columns_that_are_not_read_are_said():
+    row = {"prompt": "Hi", "response": "Hello!", "notes": "", "System": "Be kind.", "topic": "x"}
+    assert recognised([row], "x")[1].endswith("columns prompt, response; not read: topic")
+    many = {"text": "a"} | {f"column{i}": i for i in range(8)}
+    assert recognised([many], "x")[1].endswith("not read: column0, column1, column2, column3, column4 and 3 more")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Say hello.", "input": "to Mira", "output": "Hello!"},
+        {"instruction": "Say hello.", "input": "to Mira", "response": "Hello!"},
+        {"instruction": "Say hello.", "context": "to Mira", "response": "Hello!", "category": "open"},
+    ],
+)
+def test_what_stands_beside_an_instruction_is_part_of_the_question(row):
+    assert kind_of(row) == "alpaca"
+    assert messages_of(row, "auto", "")[0]["content"] == "Say hello.\n\nto Mira"
 
 
 @pytest.mark.parametrize("row", [{"titel": "a", "inhalt": "b"}, {}, {"text": 3}, {"prompt": "Hi"}])
@@ -96,6 +117,13 @@ def test_a_row_that_cannot_be_used_is_one_line_with_its_place(row, line):
     assert str(caught.value).startswith("chats.jsonl row 7: ") and line in str(caught.value)
     assert "\n" not in str(caught.value)
     str(caught.value).encode()
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\ufeff\u00a0\u2060", "\x00\x07"])
+def test_a_turn_of_which_nothing_is_seen_is_empty(text):
+    row = {"prompt": "Hi", "response": text}
+    with pytest.raises(ValueError, match="row 3: empty text in a turn of role 'assistant'"):
+        messages_of(row, "pairs", "row 3")
 
 
 def test_half_a_character_in_a_text_is_one_line():

@@ -439,24 +439,37 @@ def test_unusable_rows_are_dropped_and_counted_if_the_entry_says_so(workdir, tok
     assert {*rows_in(workdir, "train"), *rows_in(workdir, "test")} == expected
     assert sum(counts["dropped_rows"] for counts in manifest["splits"].values()) == 20
     part = add_dataset(workdir, "answers", {"train": rows[1::2]}, kind="alpaca", drop_unusable=True)
-    with pytest.raises(ValueError, match="the train split is empty after tokenizing"):
+    with pytest.raises(
+        ValueError, match="the train split is empty after tokenizing; no row of it can be used: .* empty text"
+    ):
         prepare(config_of(part), workdir)
 
 
 @pytest.mark.parametrize(
-    ("source", "length", "split"),
+    ("source", "length", "split", "step"),
     [
-        (lambda workdir: answers(workdir, test_share=0.0), 16, "test"),
-        (lambda workdir: answers(workdir), 5, "train"),
-        (lambda workdir: texts(workdir, rows=TEXTS[:5]), 17, "train"),
-        (lambda workdir: texts(workdir, rows=TEXTS[:5]), 5, "test"),
+        (
+            lambda workdir: answers(workdir, test_share=0.0),
+            16,
+            "test",
+            "no row is left for it; raise `test_share` = 0 ",
+        ),
+        (lambda workdir: answers(workdir), 5, "train", "fill the length of 5 tokens; raise `length` of the run"),
+        (lambda workdir: texts(workdir, rows=TEXTS[:5]), 17, "train", "lower `length` of the run, or give more text"),
+        (
+            lambda workdir: texts(workdir, rows=TEXTS[:5]),
+            5,
+            "test",
+            "raise `test_share` = 0.05 of the dataset, or lower",
+        ),
     ],
     ids=["nothing-held-out", "long-prompts", "short-text", "short-test-text"],
 )
-def test_a_split_that_ends_up_empty_is_one_line(workdir, source, length, split):
+def test_a_split_that_ends_up_empty_is_one_line(workdir, source, length, split, step):
     with pytest.raises(ValueError, match=f"prepared: the {split} split is empty after tokenizing") as caught:
         prepare(config_of(source(workdir), length=length), workdir)
     assert "\n" not in str(caught.value) and not (workdir / "data/prepared").exists()
+    assert step in str(caught.value)
 
 
 def test_too_few_of_the_rows_are_named_where_most_of_a_sets_rows_are_empty(workdir):

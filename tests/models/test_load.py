@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dllm.core.packing import layout_of
-from dllm.models.inferred import parameters
+from dllm.models.inferred import entry_settings, parameters
 from dllm.models.load import load_backbone, longest_row, new_model, read_sidecar
 from dllm.models.self_tests import ordinary_tokens
 from dllm.models.tokenizers import load_tokenizer, read_tokenizer
@@ -110,7 +110,24 @@ def test_weights_that_lack_a_tensor_are_one_line_and_not_drawn_at_random(copy):
 def test_weights_of_another_size_are_one_line(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
-    assert "the weights cannot be loaded" in line_of(copy)
+    assert re.search(
+        r"the weights have bert.encoder.layer.0.intermediate.dense.bias of \d+ \(\d+ of another size in all\), and "
+        "config.json says 80; they are not from the same checkpoint",
+        line_of(copy),
+    )
+
+
+def test_weights_that_are_quantized_are_one_line(copy):
+    config = json.loads((copy / "config.json").read_text())
+    method = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
+    assert "config.json: has a quantization_config; weights that are quantized are not read" in line_of(copy)
+
+
+def test_an_encoder_that_was_saved_as_a_decoder_is_one_line(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    assert "config.json: has is_decoder: true" in line_of(copy)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +185,20 @@ def test_the_size_of_damaged_weights_is_one_line(copy, content):
     (copy / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="model.safetensors: no file of weights, or a damaged one"):
         parameters(copy)
+
+
+def test_the_size_of_missing_weights_is_one_line(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="copy: no weights .model.safetensors."):
+        parameters(copy)
+
+
+def test_the_end_of_a_text_is_never_the_mask(copy):
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "[MASK]", "sep_token": "[PAD]"}))
+    assert entry_settings(copy)["end_token"] == "[PAD]"
+    entry = stock_entry("bert").model_copy(update={"end_token": "[MASK]"})
+    assert "mask_token and end_token are both '[MASK]'" in line_of(copy, entry=entry)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"special_tokens": {"mask": 3, "eos": "[PAD]"}}', "\udcff"])
