@@ -12,6 +12,7 @@ from dllm.config import (
     ConfigError,
     Project,
     RunConfig,
+    dataset_files,
     digest,
     download_configs,
     load_project,
@@ -361,3 +362,19 @@ def test_published_scores_are_shown_where_a_row_is_scored():
 def test_what_a_report_shows_twice_is_one_line_with_file_and_key(overlay, key):
     with pytest.raises(ConfigError, match=rf"^\S+: {key} shows '.*' twice; keep one of them$"):
         project(overlay)
+
+
+@pytest.mark.parametrize(
+    "names, read",
+    [
+        (["test.jsonl", "train.jsonl"], ["train.jsonl"]),
+        (["chats-train-1.csv", "chats-val.csv", "more.csv"], ["chats-train-1.csv", "more.csv"]),
+        (["dev.jsonl", "test.jsonl"], ["dev.jsonl", "test.jsonl"]),  # there is nothing else to learn from
+        (["contest.jsonl", "train.jsonl", "trained.jsonl"], ["contest.jsonl", "train.jsonl", "trained.jsonl"]),
+    ],
+)
+def test_of_a_directory_with_files_for_training_those_for_testing_stay_out(tmp_path, names, read):
+    for name in names:
+        (tmp_path / name).write_text("{}\n")
+    assert [path.name for path in dataset_files([str(tmp_path)], tmp_path, "files")] == read
+    assert len(dataset_files([f"{tmp_path}/*"], tmp_path, "files")) == len(names), "a pattern says what it wants"

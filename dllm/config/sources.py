@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ NO_MODEL_FILES = ("optimizer.bin", "scheduler.bin", "training_args.bin", "traine
 def dataset_files(patterns: Iterable[str], root: Path, where: str) -> list[Path]:
     """The files that paths, patterns and directories name, each once; relative ones start from `root`.
 
+    Of a directory with files for training, those for testing are left out: their rows are not to be learnt.
     where: how an error line names the setting. Raises ValueError, one line, if one names no file that can be read.
     """
     files: dict[Path, None] = {}
@@ -33,6 +35,7 @@ def dataset_files(patterns: Iterable[str], root: Path, where: str) -> list[Path]
         whole = root / Path(pattern).expanduser()
         if whole.is_dir():
             paths = sorted(path for path in whole.iterdir() if is_data_file(path))
+            paths = [path for path in paths if not _is_for_testing(path, paths)]
         elif whole.is_file():
             paths = [whole]
         else:
@@ -50,6 +53,16 @@ def dataset_files(patterns: Iterable[str], root: Path, where: str) -> list[Path]
                 )
             files[path] = None
     return list(files)
+
+
+def _is_for_testing(path: Path, others: Iterable[Path]) -> bool:
+    """Whether a file's name says that it is kept apart, where that of another one says that it is to be learnt."""
+
+    def words(name: str) -> set[str]:
+        return {*re.split(r"[^a-z]+", name.lower())}
+
+    kept = {"test", "validation", "valid", "val", "dev", "eval"}
+    return bool(words(path.name) & kept) and any("train" in words(other.name) for other in others)
 
 
 def is_data_file(path: Path) -> bool:

@@ -28,8 +28,8 @@ INSTRUCTION, EXTRAS, OUTPUTS = "instruction", ("input", "context"), ("output", "
 
 MESSAGES = ("messages", "conversation", "conversations")
 CONVERSATIONS = ("conversations", "conversation", "messages")
-PROMPTS = ("prompt", "question", "query", "instruction", "input")
-RESPONSES = ("response", "answer", "completion", "output")
+PROMPTS = ("prompt", "question", "query", "instruction", "input", "user")
+RESPONSES = ("response", "answer", "completion", "output", "assistant")
 PREFERENCE = ("chosen", "rejected")
 SYSTEM = ("system", "system_prompt")
 """Names of columns, the first that a row has counts."""

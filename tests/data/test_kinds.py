@@ -28,6 +28,7 @@ SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
         ("pairs", {"question": "Hi", "answer": "Hello!", "id": "7"}),
         ("pairs", {"query": "Hi", "completion": "Hello!"}),
         ("pairs", {"input": "Hi", "output": "Hello!"}),
+        ("pairs", {"User": "Hi", "Assistant": "Hello!"}),
         ("pairs", {"instruction": "Hi", "response": "Hello!"}),
         ("pairs", {"prompt": TURNS[:1], "completion": TURNS[1:]}),
         ("preference", {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}),
