@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from dllm.report.format import fixed, interval
 from dllm.report.load import read_decoding_options
 from dllm.report.plan import ReportPlan
-from dllm.report.style import INK, PALETTE, QUIET, WIDTH, head
+from dllm.report.style import PALETTE, QUIET, WIDTH, head, name_rows
 from dllm.report.tables import Table, table_of
 from dllm.report.timed import WALL_TIMES
 
@@ -35,15 +34,8 @@ def draw_decoding(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         left.plot(row.passes, y, "o", color=color, markersize=6)
         right.hlines(y, row.quality_low, row.quality_high, color=color, linewidth=1.6)
         right.plot(row.quality, y, "o", color=color, markersize=6, clip_on=False)
-    for axes, title, unit in ((left, "Forward passes", "per answer"), (right, "Right answers", "per cent")):
-        axes.set_title(title, color=QUIET)
-        axes.set_xlabel(unit)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.grid(axis="y", visible=False)
-    left.set_yticks(list(heights), frame["name"])
-    left.tick_params(axis="y", labelcolor=INK)
-    left.set_ylim(-0.6, len(frame) - 0.4)
+    heads = (("Forward passes", "per answer"), ("Right answers", "per cent"))
+    name_rows((left, right), heads, list(frame["name"]), ticks=6)
     head(figure, _title(frame))
     figure.subplots_adjust(left=0.24, right=0.975, bottom=0.62 / figure.get_figheight(), wspace=0.08)
     return figure

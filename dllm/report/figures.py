@@ -10,7 +10,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from dllm.algorithms import ALGORITHMS, resolved
 from dllm.report.claims import halving_ratios
@@ -18,7 +18,7 @@ from dllm.report.format import fixed, range_of
 from dllm.report.load import read_speed, scores
 from dllm.report.plan import ReportPlan
 from dllm.report.shown import FIGURES
-from dllm.report.style import INK, PALETTE, QUIET, RC, WIDTH, Look, head, looks
+from dllm.report.style import INK, PALETTE, QUIET, RC, WIDTH, Look, head, looks, name_rows
 from dllm.report.systems import algorithm_label
 from dllm.report.tables import TOY, as_csv
 
@@ -127,7 +127,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
     heights = range(len(frame) - 1, -1, -1)
     names = [("nats", "Bound", "nats per answer")]
     names += [(benchmark.name, benchmark.label, "per cent") for benchmark in benchmarks]
-    for axes, (name, title, unit) in zip(panels, names, strict=True):
+    for axes, (name, *_) in zip(panels, names, strict=True):
         for y, row in zip(heights, frame.to_dict("records"), strict=True):
             look = looks_of[row["algorithm"]]
             if not pd.isna(row[name]):
@@ -136,14 +136,7 @@ def draw_systems(frame: pd.DataFrame, plan: ReportPlan) -> Figure:
         chance = frame.get(f"{name}_chance", pd.Series(dtype=float)).dropna()
         if len(chance):
             axes.axvline(chance.iloc[0], color=INK, linewidth=1.3, zorder=1)
-        axes.set_title(title, color=QUIET)
-        axes.set_xlabel(unit)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(list(heights), frame["label"])
-    panels[0].tick_params(axis="y", labelcolor=INK)
-    panels[0].set_ylim(-0.6, len(frame) - 0.4)
+    name_rows(panels, [(title, unit) for _, title, unit in names], list(frame["label"]), ticks=5)
     handles = [
         Line2D([], [], color=look.color, marker=look.marker, linewidth=1.6, label=algorithm_label(name))
         for name, look in looks_of.items()

@@ -81,20 +81,21 @@ def read_samples(workdir: Path, run: str) -> dict:
 
 def read_speed(workdir: Path, run: str) -> pd.DataFrame:
     """Time and quality against the number of denoising steps, most steps first."""
-    path = f"speed/{run}.json"
-    points = read_json(workdir, path, "speed").get("points")
-    if not points:
-        raise ValueError(f"{path} has no points; rule 'speed' makes it again.")
-    return pd.DataFrame(points).sort_values("steps", ascending=False, ignore_index=True)
+    return _measured(workdir, run, "points").sort_values("steps", ascending=False, ignore_index=True)
 
 
 def read_decoding_options(workdir: Path, run: str) -> pd.DataFrame:
     """Ways to decode, the exact one first: passes, seconds, quality, and agreement with the exact decode."""
+    return _measured(workdir, run, "options")
+
+
+def _measured(workdir: Path, run: str, name: str) -> pd.DataFrame:
+    """What rule `speed` measured under a name. Raises ValueError, one line, if that is nothing."""
     path = f"speed/{run}.json"
-    options = read_json(workdir, path, "speed").get("options")
-    if not options:
-        raise ValueError(f"{path} has no options; rule 'speed' makes it again.")
-    return pd.DataFrame(options)
+    rows = read_json(workdir, path, "speed").get(name)
+    if not rows:
+        raise ValueError(f"{path} has no {name}; rule 'speed' makes it again.")
+    return pd.DataFrame(rows)
 
 
 def evaluation_costs(workdir: Path, plan: ReportPlan) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """One look for all figures: sizes, colours that colour-blind readers can tell apart, and labels at line ends."""
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes  # noqa: E402  (the backend comes first)
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 INK, QUIET, GRID = "#22252b", "#5b616b", "#e4e6ea"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -132,6 +133,19 @@ def label_line_ends(axes: Axes, ends: list[tuple[float, float, str, Look]]) -> N
             clip_on=False,
         )
         axes.text(1.045, place, textwrap.fill(text, LABEL_LETTERS), transform=axes.transAxes, va="center", fontsize=9.5)
+
+
+def name_rows(panels: Sequence[Axes], heads: Sequence[tuple[str, str]], names: Sequence[str], *, ticks: int) -> None:
+    """Panels side by side whose rows, from the top, are `names`; heads: title and unit of each, from 0 on."""
+    for axes, (title, unit) in zip(panels, heads, strict=True):
+        axes.set_title(title, color=QUIET)
+        axes.set_xlabel(unit)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(ticks))
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(range(len(names) - 1, -1, -1), names)
+    panels[0].tick_params(axis="y", labelcolor=INK)
+    panels[0].set_ylim(-0.6, len(names) - 0.4)
 
 
 def head(figure: Figure, title: str, *, below: float = 0.0) -> None:

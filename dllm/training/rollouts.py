@@ -8,6 +8,7 @@ process answers its share of the prompts and then knows all answers.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,11 @@ class Answering:
         started = time.perf_counter()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         texts = [tuple(prompts.prompt(number)) for number in numbers]
-        before = [texts[:place].count(text) for place, text in enumerate(texts)]
+        seen = Counter[tuple[int, ...]]()
+        before = []  # how often a prompt stood in the batch before
+        for text in texts:
+            before.append(seen[text])
+            seen[text] += 1
         places = [(place, answer) for place in range(len(numbers)) for answer in range(group)]
         places.sort(key=lambda each: before[each[0]] * group + each[1])  # equal seeds side by side
         own = [(place, answer) for place, answer in places if (place * group + answer) % ranks == rank]
