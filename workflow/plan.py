@@ -178,10 +178,7 @@ class Plan:
 
     def report_inputs(self) -> list[str]:
         """Everything a report reads: evaluations, records of runs, samples, speed."""
-        runs = [f"runs/{run}.json" for run in self.project.runs]
-        evaluations = [f"evals/{row}/{benchmark}.json" for row, benchmark in self.evaluations]
-        samples = [f"samples/{name}.json" for name in self.samples]
-        return [*runs, *evaluations, *samples, *(f"speed/{name}.json" for name in self.speed)]
+        return self.inputs("report", "tables")
 
     def close_rehearsal(self) -> None:
         """Write and print what a rehearsal has shown, whole or broken off; nothing outside of one."""

@@ -315,15 +315,6 @@ class ReportPlan(_Entry):
         """Names of the figures that this plan fills; each becomes svg, png and csv."""
         return tuple(name for name, row in FIGURES.items() if row.fills(self))
 
-    def inputs(self) -> tuple[str, ...]:
-        """Every file the tables, figures, claims and page read, relative to the work directory."""
-        files = [f"runs/{run}/metrics.jsonl" for run in self.trained_runs()]
-        files += [f"runs/{run}/provenance.json" for run in self.trained_runs()]
-        files += [f"evals/{row.run}/{b.name}.json" for row in self.results for b in self.scored(row)]
-        files += [f"samples/{name}.json" for name in self.sample_names()]
-        files += [f"speed/{self.speed}.json"] if self.speed else []
-        return tuple(files)
-
 
 def _is_truncated(project: Project, name: str) -> bool:
     """Whether a run, or one that it starts from, has too few steps to show anything, by number or by its schedule.
