@@ -19,7 +19,6 @@ CASES = {
     "letters": Case("bench.likelihood:letters", "One-letter answers"),
     "endings": Case("bench.likelihood:endings_at_equal_error", "Endings at equal standard error"),
     "racing": Case("bench.racing:racing", "Multiple choice in rounds"),
-    "estimators": Case("bench.likelihood:estimators", "Estimators at equal passes"),
     "generation": Case("bench.generation:generation", "Generation, identical tokens"),
     "serving": Case("bench.serving:serving", "Requests of several clients"),
     "revising": Case("bench.revising:revising", "Samplers that revise, by passes"),

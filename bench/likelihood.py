@@ -1,4 +1,4 @@
-"""Scoring: one-letter answers, endings at equal standard error, and the estimators against each other."""
+"""Scoring: one-letter answers, and endings at equal standard error."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from bench.alternatives import monte_carlo
-from bench.measure import Growth, Result, Row, compare, growth, interleaved, require
+from bench.measure import Result, Row, compare, growth, interleaved, require
 from bench.options import Options
 from bench.workloads import ROOT, Request, answers, endings, laptop, letter_questions
-from dllm.choices import ESTIMATORS
 from dllm.config import LikelihoodSettings, load_project
 from dllm.core.canvas import Score
 from dllm.core.noise import keyed_hash, token_hash
@@ -215,54 +214,6 @@ def _same_bound(ours: Spread, theirs: Spread, options: Options) -> str:
     return require(unbiased or options.quick, "the summed bounds of both estimators agree within four standard errors")
 
 
-def estimators(options: Options) -> Result:
-    """Every estimator's standard error against its passes, and its efficiency where the passes are equal."""
-    trained = laptop(options)
-    model = trained.model
-    lengths = [5, 9] if options.quick else list(range(6, 25, 2))
-    requests = endings(trained, lengths)
-    seeds = 3 if options.quick else 6
-    budgets = (8,) if options.quick else (12, 24, 48)
-    found: dict[str, list[tuple[float, float]]] = {}
-    for name in [name for name in ESTIMATORS if name != "enumerate"]:
-        for budget in budgets:
-            settings = LikelihoodSettings(estimator=name, budget=budget, mc_draws=budget, mc_batch=min(32, budget))
-            try:
-                spread = spread_of(model, requests, settings, seeds)
-            except ValueError:  # the budget is too small for this estimator
-                continue
-            found.setdefault(name, []).append((spread.passes, spread.error))
-    rows = []
-    for name, points in found.items():
-        if name == "mc":
-            continue
-        passes, error = min(points, key=lambda point: abs(math.log(point[0] / (8 if options.quick else 48))))
-        against = min(found["mc"], key=lambda point: abs(math.log(point[0] / passes)))
-        rows.append(
-            compare(
-                [error**2 * passes],
-                [against[1] ** 2 * against[0]],
-                name=f"estimator {name} at about {passes:.0f} passes",
-                against=f"Monte Carlo at {against[0]:.0f} passes",
-                unit="nats² x passes",
-                held_equal=f"{SAME}; variance times passes, so that a small difference in passes does not matter",
-                correct=f"every estimator has the same expectation (tests); variance over {seeds} seeds",
-            )
-        )
-    lines = {name: [error for _, error in points] for name, points in found.items()}
-    curve = Growth(
-        name="estimators",
-        title="Standard error of each estimator",
-        x_label="passes per request (mean)",
-        y_label="standard error, nats (root mean square)",
-        x=[],
-        lines=lines,
-        low={name: [passes for passes, _ in points] for name, points in found.items()},
-        note="Each line has its own x: the passes it really took.",
-    )
-    return Result(rows, [curve], {"requests": len(requests), "seeds": seeds, "target lengths": lengths})
-
-
 @dataclass(frozen=True)
 class Spread:
     """What repeated estimates of the same requests show: their mean and variance over seeds, and their passes."""
@@ -304,11 +255,9 @@ def common_spread(model: DiffusionLM, requests: Sequence[Request], draws: int, s
     return Spread(batches.means, variances, float(draws), seeds * size / draws)
 
 
-def spread_of(
-    model: DiffusionLM, requests: Sequence[Request], settings: LikelihoodSettings, seeds: int, *, first: int = 0
-) -> Spread:
-    """The estimates of every request under `seeds` seeds from `first` on."""
-    every = [settings.model_copy(update={"seed": seed}) for seed in range(first, first + seeds)]
+def spread_of(model: DiffusionLM, requests: Sequence[Request], settings: LikelihoodSettings, seeds: int) -> Spread:
+    """The estimates of every request under `seeds` seeds."""
+    every = [settings.model_copy(update={"seed": seed}) for seed in range(seeds)]
     drawn = [scores(model, requests, each) for each in every]
     nats = torch.tensor([[score.nats for score in each] for each in drawn], dtype=torch.float64)
     passes = sum(score.passes for each in drawn for score in each) / (len(requests) * seeds)

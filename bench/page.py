@@ -111,19 +111,11 @@ def _figures(cases: dict) -> dict[str, tuple[str, Figure, str]]:
             _rows_csv(cases),
         )
     }
-    curves = {c["name"]: c for case in cases.values() for c in case["growth"]}
-    scaling = [c for c in curves.values() if c["name"] != "estimators"]
-    if scaling:
+    if scaling := [curve for case in cases.values() for curve in case["growth"]]:
         caption = (
             "How cost grows. Points are medians, bars the quartiles. Both axes are logarithmic; both lines of a panel "
         )
         figures["growth"] = (caption + "were taken in turn.", _panels(scaling), _growth_csv(scaling))
-    if "estimators" in curves:
-        caption = (
-            "Standard error of each likelihood estimator against the passes it takes, on the same requests. Left and "
-            "down is better. Every estimator has the same expectation."
-        )
-        figures["estimators"] = (caption, _estimators(curves["estimators"]), _estimators_csv(curves["estimators"]))
     if answered := cases.get("revising", {}).get("setup", {}).get("answers"):
         caption = (
             "Ways to revise, against the forward passes of an answer: right answers with their 95 % intervals, the "
@@ -184,20 +176,6 @@ def _panels(curves: list[dict]) -> Figure:
         axes.set_ylim(bottom / 1.2, top * 3)
         axes.minorticks_off()
         axes.legend(loc="upper left", fontsize=8)
-    return figure
-
-
-def _estimators(curve: dict) -> Figure:
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for (name, look), values in zip(looks(curve["lines"]).items(), curve["lines"].values(), strict=True):
-        style = {"color": look.color, "marker": look.marker, "linewidth": 3 if name == "auto" else 1.8}
-        axes.plot(curve["low"][name], values, label=name, alpha=0.75, **style)
-    axes.set(xscale="log", yscale="log", xlabel=curve["x_label"], ylabel=curve["y_label"])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else ""))
-    axes.legend(loc="upper right", ncols=2)
     return figure
 
 
@@ -271,12 +249,6 @@ def _growth_csv(curves: list[dict]) -> str:
         for i, x in enumerate(curve["x"])
     ]
     return _csv(["figure", "x_label", "x", "unit", "line", "median", "low", "high"], rows)
-
-
-def _estimators_csv(curve: dict) -> str:
-    pairs = {name: zip(curve["low"][name], errors, strict=True) for name, errors in curve["lines"].items()}
-    rows = [[name, passes, error] for name, points in pairs.items() for passes, error in points]
-    return _csv(["estimator", "passes", "standard_error"], rows)
 
 
 def _revising_csv(rows: list[dict]) -> str:

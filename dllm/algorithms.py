@@ -20,8 +20,8 @@ class Algorithm:
     """One algorithm. Its parts are classes, or names such as "package.module:Class"; None: it has no such part.
 
     objective: an `objectives.objective.Objective`, called with the recipe and the settings in `takes`.
-    sampler: a `sampling.sampler.Sampler`; scorer: an object with `nelbo` and `greedy_match`; both called without
-    arguments. A server scores with a `nelbo` that takes `between`, as `likelihood.scorer.MaskedScorer.nelbo` does.
+    sampler: a `sampling.sampler.Sampler`; scorer: a `likelihood.scorer.LikelihoodScorer`; both are called without
+    arguments.
     """
 
     name: str

@@ -264,7 +264,7 @@ class DiffusionLM:
         that others can use the model, too. Raises ValueError, one line, for an empty
         target or a pair longer than the model's context.
         """
-        return self._scored("nelbo", prompts, targets, settings, **({} if between is None else {"between": between}))
+        return self._scored("nelbo", prompts, targets, settings, between=between)
 
     def race(
         self,

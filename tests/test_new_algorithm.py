@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass, replace
 
+import numpy
 import pytest
 import torch
 
 from dllm.algorithms import ALGORITHMS, Algorithm
 from dllm.config import ConfigError, GenerateSettings, Recipe, load_project
 from dllm.core.batch import masked_inputs
-from dllm.core.canvas import Completion, Score
+from dllm.core.canvas import Completion
 from dllm.core.corrupt import apply_mask
 from dllm.language_model import load
+from dllm.likelihood.scorer import LikelihoodScorer
 from dllm.objectives.objective import Objective
 from dllm.planning.cost import forwarded_tokens
 from dllm.report.systems import algorithm_label
@@ -46,11 +48,12 @@ class AtOnce(Sampler):
             yield Completion(number, response, 1, 0)
 
 
-class Counted:
+class Counted(LikelihoodScorer):
     """One nat per token."""
 
-    def nelbo(self, backbone, prompts, targets, settings):
-        return [Score(float(len(target)), 0.0, 1) for target in targets]
+    def estimates(self, backbone, prompts, targets, settings, like=None, between=None):
+        nats = numpy.array([float(len(target)) for target in targets])
+        return nats, numpy.zeros((len(nats), 1)), numpy.ones(len(nats), dtype=int)
 
     def greedy_match(self, backbone, prompts, targets, settings):
         return [False] * len(targets)

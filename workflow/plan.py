@@ -26,7 +26,6 @@ from dllm.config import (
     SampleConfig,
     SpeedConfig,
     download_configs,
-    download_name,
     evaluation_configs,
     prepare_configs,
     rehearsed,
@@ -36,7 +35,7 @@ from dllm.config import (
     write_when_changed,
 )
 from dllm.planning.project import ProjectPlan, plan_project
-from dllm.planning.rehearsal import outcome
+from dllm.planning.rehearsal import MADE, outcome
 from dllm.provenance import write_atomically
 from dllm.report.plan import ReportPlan
 from dllm.report.rehearsal import rehearsal_page
@@ -156,19 +155,11 @@ class Plan:
         """The way from the work directory, where jobs start, to the repository; either may be a symbolic link."""
         return os.path.relpath(ROOT, (ROOT / self.project.workdir).resolve())
 
-    def record_of(self, name: str) -> str:
-        """Record of a model or run: the edge of the graph that `init` and `checkpoint` draw."""
-        return f"runs/{name}.json" if name in self.project.runs else f"downloads/{name}.json"
-
-    def data_records(self, config) -> list[str]:
-        """Records of the downloads that a prepared dataset reads."""
-        return sorted({f"{part.path}.json" for part in config.parts} | {f"{config.model_path}.json"})
-
-    def train_inputs(self, run: str) -> list[str]:
-        """Records of the data and of the start of a run."""
-        config = self.runs[run]
-        data = dict.fromkeys([config.data_path, config.bound_path])
-        return [*(f"{path}.json" for path in data), self.record_of(config.init)]
+    def inputs(self, rule: str, name: str) -> list[str]:
+        """Records of what a job reads, which are the edges of the graph; none of a job that is not planned."""
+        job = self.costs.jobs.get((rule, name))
+        records = [MADE[kind].format(made) for kind, made in job.after] if job else []
+        return sorted(records) if rule == "prepare" else records
 
     def offline(self, run: str) -> int:
         """Whether a run trains without the network (1): all do but those whose data is streamed (0)."""
@@ -179,24 +170,6 @@ class Plan:
         entry = self.downloads[name].model or self.downloads[name].dataset
         return int(bool(getattr(entry, "new", None) or getattr(entry, "world", None)))
 
-    def evaluation_inputs(self, row: str, benchmark: str) -> list[str]:
-        """Records of the checkpoint and of the benchmark's data."""
-        entry = self.project.evaluations[row]
-        records = [self.record_of(entry.checkpoint)]
-        dataset = self.project.benchmarks[benchmark].dataset
-        if dataset:
-            records.append(f"downloads/{download_name(self.project, dataset)}.json")
-        return records
-
-    def speed_inputs(self, name: str) -> list[str]:
-        """Records of the checkpoint and of the questions."""
-        entry = self.project.speed[name]
-        dataset = entry.questions.split("/")[0]
-        return [
-            self.record_of(entry.checkpoint),
-            f"downloads/{download_name(self.project, dataset)}.json",
-        ]
-
     def artifacts(self) -> list[str]:
         """Records of everything large, and the answers of the evaluations."""
         kinds: dict[str, Mapping[str, Any]] = {"downloads": self.downloads, "data": self.data, "runs": self.runs}
@@ -205,10 +178,7 @@ class Plan:
 
     def report_inputs(self) -> list[str]:
         """Everything a report reads: evaluations, records of runs, samples, speed."""
-        runs = [f"runs/{run}.json" for run in self.project.runs]
-        evaluations = [f"evals/{row}/{benchmark}.json" for row, benchmark in self.evaluations]
-        samples = [f"samples/{name}.json" for name in self.samples]
-        return [*runs, *evaluations, *samples, *(f"speed/{name}.json" for name in self.speed)]
+        return self.inputs("report", "tables")
 
     def close_rehearsal(self) -> None:
         """Write and print what a rehearsal has shown, whole or broken off; nothing outside of one."""

@@ -194,7 +194,10 @@ def _shown(project: Project) -> Iterator[Problem]:
                     f"report.starts = {name!r} scores {given!r}, no run; name evaluations of runs",
                 )
     shown = {("report", section): [curve.run for curve in getattr(project.report, section)] for section in CURVES}
-    starts = [f"{curve.label}, {project.runs[curve.run].recipe}" for curve in project.report.ablation]
+    starts = [
+        f"{curve.label}, {'published' if project.runs[curve.run].recipe.startswith('published') else 'corrected'}"
+        for curve in project.report.ablation
+    ]
     labels = [row.label for row in project.reported.values()]
     listed = [
         *shown.items(),

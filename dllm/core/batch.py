@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from dllm.core.noise import keyed_uniform
+from dllm.core.noise import keyed_hash, keyed_uniform
 from dllm.core.packing import Layout, layout_of
 
 GOLDEN = 0.6180339887498949
@@ -36,6 +36,11 @@ class Noise:
 
     level: Tensor
     place: Tensor
+
+    @property
+    def keys(self) -> Tensor:
+        """One key [B] per row, from its level and its first place: what else is random in a row is drawn from it."""
+        return keyed_hash(*((value.double() * 2**24).long() for value in (self.level, self.place[:, 0])))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllm.config import Recipe
 from dllm.core.batch import Noise
-from dllm.core.noise import keyed_hash, keyed_uniform
+from dllm.core.noise import keyed_uniform
 from dllm.schedules import SCHEDULES, Schedule
 
 
@@ -73,8 +73,7 @@ def block_levels(noise: Noise, blocks: Tensor) -> Tensor:
     coupled. With one block it is the row's level.
     Source: Arriola et al. 2025 (arXiv:2503.09573), whose training code spreads them over batch and blocks.
     """
-    key = keyed_hash((noise.level.double() * 2**24).long(), (noise.place[:, 0].double() * 2**24).long())
-    draw = keyed_uniform(key[:, None], torch.arange(blocks.shape[1])).masked_fill(~blocks, 2.0)
+    draw = keyed_uniform(noise.keys[:, None], torch.arange(blocks.shape[1])).masked_fill(~blocks, 2.0)
     rank = draw.argsort(dim=-1, stable=True).argsort(-1)
     level = (noise.level.double()[:, None] + rank / blocks.sum(-1, keepdim=True).clamp(min=1)) % 1
     return level.float().clamp(max=1 - 2**-24)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.core.batch import Inputs, Noise
+from dllm.core.batch import Inputs
 from dllm.core.noise import keyed_hash, keyed_uniform
 from dllm.core.packing import Layout, layout_of
 
@@ -285,12 +285,6 @@ class EditInputs(Inputs):
     weight: Tensor
     share: Tensor
     width: int
-
-
-def row_keys(noise: Noise) -> Tensor:
-    """One key [B] per row, from its level and its first place: what a row's own noise is drawn from."""
-    bits = [(value.double() * 2**24).long() for value in (noise.level, noise.place[:, 0])]
-    return keyed_hash(*bits)
 
 
 def edit_inputs(

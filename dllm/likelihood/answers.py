@@ -87,6 +87,10 @@ class Forwards:
     value: Tensor
     counts: Tensor
 
+    def taken(self, rows: Tensor) -> Forwards:
+        """Those of some of the answers, by number."""
+        return Forwards(*(part[rows] for part in vars(self).values()))
+
 
 def sampled(answers: Answers, iteration: int, settings: PolicySettings) -> Forwards:
     """Every pass of the sampler, with the tokens that it drew.

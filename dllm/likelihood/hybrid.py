@@ -16,20 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy
 import torch
 from torch import Tensor
 
 from dllm.config import LikelihoodSettings
-from dllm.core.canvas import Score
 from dllm.core.hybrid import LEAST, MOST, HybridNoise, divergences
 from dllm.core.noise import keyed_hash, keyed_uniform
 from dllm.core.packing import layout_of
-from dllm.likelihood.racing import Estimates, Question, Verdict, race, scores_of
+from dllm.likelihood.racing import Estimates
 from dllm.likelihood.requests import Rows, prompt_hashes, row_lengths, token_batches
-from dllm.likelihood.scorer import MaskedScorer, check_requests, forward_tokens
+from dllm.likelihood.scorer import LikelihoodScorer, MaskedScorer, check_requests, forward_tokens
 from dllm.likelihood.systematic import check_settings, greedy_matches, neighbour_noise
 from dllm.models.backbone import Backbone
 from dllm.models.hybrid_loss import text_log_p
@@ -48,58 +46,29 @@ _SCORED = 256
 
 
 @dataclass(frozen=True)
-class HybridScorer:
-    """Scores of hybrid diffusion. A model trained without random tokens is scored as any masked one."""
+class HybridScorer(LikelihoodScorer):
+    """Scores of hybrid diffusion, from `settings.budget` passes each. A model trained without random tokens is scored
+    as any masked one."""
 
-    def nelbo(
+    def estimates(
         self,
         backbone: Backbone,
         prompts: Rows,
         targets: Rows,
         settings: LikelihoodSettings,
-        *,
-        between: Callable[[], object] | None = None,
-    ) -> list[Score]:
-        """A bound on -log p(target | prompt) per request, in nats, from `settings.budget` passes each.
-
-        between: called after every forward batch, so that others can use the model, too.
-        Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, a
-        budget too small, and for settings that concern masks.
-        """
-        if noise_of(backbone).share == 0:
-            return MaskedScorer().nelbo(backbone, prompts, targets, settings, between=between)
-        return scores_of(*self._estimates(backbone, prompts, targets, settings, prompts, between))
-
-    def race(
-        self,
-        backbone: Backbone,
-        prompts: Rows,
-        targets: Rows,
-        questions: Sequence[Question],
-        settings: LikelihoodSettings,
-    ) -> tuple[list[Score], list[Verdict]]:
-        """See `MaskedScorer.race`."""
-        if noise_of(backbone).share == 0:
-            return MaskedScorer().race(backbone, prompts, targets, questions, settings)
-        return race(partial(self._estimates, backbone), prompts, targets, questions, settings)
-
-    def _estimates(
-        self,
-        backbone: Backbone,
-        prompts: Rows,
-        targets: Rows,
-        settings: LikelihoodSettings,
-        like: Rows,
+        like: Rows | None = None,
         between: Callable[[], object] | None = None,
     ) -> Estimates:
-        """Nats [N], their noise [N, E] and passes [N] of some requests; those of like prompts share random numbers."""
+        """See `LikelihoodScorer.estimates`; settings that concern masks are refused."""
+        if noise_of(backbone).share == 0:
+            return MaskedScorer().estimates(backbone, prompts, targets, settings, like, between)
         check_requests(backbone, prompts, targets)
         check_settings(
             settings,
             model="a model trained with random tokens (algorithm = 'hybrid'), whose bound has an estimator",
             bound="a bound of hybrid noise",
         )
-        budget, keys = settings.budget, keyed_hash(settings.seed, prompt_hashes(like))
+        budget, keys = settings.budget, keyed_hash(settings.seed, prompt_hashes(like or prompts))
         lengths = row_lengths(prompts, targets)
         order = lengths.argsort(kind="stable")
         rows, draws = numpy.repeat(order, budget), numpy.tile(numpy.arange(budget), len(order))
@@ -115,7 +84,7 @@ class HybridScorer:
     def greedy_match(
         self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
     ) -> list[bool]:
-        """Whether the sampler at temperature 0, with as many passes as the target has tokens, gives the target."""
+        """See `LikelihoodScorer.greedy_match`: by the sampler at temperature 0."""
         if noise_of(backbone).share == 0:
             return MaskedScorer().greedy_match(backbone, prompts, targets, settings)
         check_requests(backbone, prompts, targets)

@@ -18,21 +18,19 @@ Source: Austin et al. 2021 (arXiv:2107.03006), eqs. 1 to 4, uniform transitions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy
 import torch
 from torch import Tensor
 
 from dllm.config import LikelihoodSettings
-from dllm.core.canvas import Score
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.renoise import step_divergence
-from dllm.likelihood.racing import Estimates, Question, Verdict, race, scores_of
+from dllm.likelihood.racing import Estimates
 from dllm.likelihood.requests import Rows
-from dllm.likelihood.scorer import check_requests
+from dllm.likelihood.scorer import LikelihoodScorer, check_requests
 from dllm.likelihood.systematic import check_settings, greedy_matches, neighbour_noise
 from dllm.models.backbone import Backbone
 from dllm.models.diffusion_gemma import Prefix, process_steps
@@ -45,61 +43,36 @@ _HELD = 2**24
 
 
 @dataclass(frozen=True)
-class RenoisingScorer:
-    """Bounds by Monte Carlo over noised canvases: levels evenly spaced behind a random offset, one canvas for each."""
+class RenoisingScorer(LikelihoodScorer):
+    """Bounds by Monte Carlo over noised canvases: levels evenly spaced behind a random offset, one canvas for each.
 
-    def nelbo(
-        self,
-        backbone: Backbone,
-        prompts: Rows,
-        targets: Rows,
-        settings: LikelihoodSettings,
-        *,
-        between: Callable[[], object] | None = None,
-    ) -> list[Score]:
-        """A bound on -log p(target | prompt, its length) per request, in nats, from `settings.budget` passes a canvas.
-
-        between: called after the passes of every canvas, so that others can use the model, too.
-        Raises ValueError for an empty target, a row longer than the model's context, a budget too small, and for
-        settings that concern masks.
-        """
-        return scores_of(*self._estimates(backbone, prompts, targets, settings, prompts, between))
-
-    def race(
-        self,
-        backbone: Backbone,
-        prompts: Rows,
-        targets: Rows,
-        questions: Sequence[Question],
-        settings: LikelihoodSettings,
-    ) -> tuple[list[Score], list[Verdict]]:
-        """See `MaskedScorer.race`."""
-        return race(partial(self._estimates, backbone), prompts, targets, questions, settings)
+    They are of -log p(target | prompt, its length), from `settings.budget` passes a canvas.
+    """
 
     def greedy_match(
         self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
     ) -> list[bool]:
-        """Whether the sampler at temperature 0 gives the target; what it writes behind it does not count."""
+        """See `LikelihoodScorer.greedy_match`; what the sampler writes behind the target does not count."""
         _check(backbone, prompts, targets, settings)
         ids = {"mask_id": NO_TOKEN, "seed": settings.seed}
         return greedy_matches(RenoisingSampler(), backbone, prompts, targets, **ids)
 
-    def _estimates(
+    def estimates(
         self,
         backbone: Backbone,
         prompts: Rows,
         targets: Rows,
         settings: LikelihoodSettings,
-        like: Rows,
+        like: Rows | None = None,
         between: Callable[[], object] | None = None,
     ) -> Estimates:
-        """Nats [N], their noise [N, E] and passes [N] of some requests; those of like prompts share random numbers."""
+        """See `LikelihoodScorer.estimates`; `between` is called after the passes of every canvas."""
         _check(backbone, prompts, targets, settings)
         budget, size = settings.budget, backbone.sidecar["block_size"]
         nats, passes = numpy.zeros(len(prompts)), numpy.zeros(len(prompts), dtype=numpy.int64)
         most = max((math.ceil(len(target) / size) for target in targets), default=0)
         noise = numpy.zeros((len(prompts), most, budget - 1))
-        for request, (prompt, target, whose) in enumerate(zip(prompts, targets, like, strict=True)):
+        for request, (prompt, target, whose) in enumerate(zip(prompts, targets, like or prompts, strict=True)):
             key = keyed_hash(settings.seed, token_hash(torch.tensor(list(whose), dtype=torch.long)))
             given = list(prompt) or [backbone.tokenizer.bos_token_id]  # before the second canvas, too
             for number, begin in enumerate(range(0, len(target), size)):

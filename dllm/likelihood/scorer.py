@@ -7,6 +7,7 @@ requests, up to float rounding.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,15 +42,34 @@ HEAD_LOGITS = 2**25
 """Most logits held at once (128 MiB)."""
 
 
-@dataclass(frozen=True)
-class MaskedScorer:
-    """Scores of masked diffusion, of whole texts or block by block.
+class LikelihoodScorer(ABC):
+    """The one interface of scoring. A scorer has no state but its frozen settings; its subclasses are final."""
 
-    rule: how rows are cut into blocks by a model that attends block-causally, from a backbone and `block_size` of the
-    settings; None: the model attends to the whole text.
-    """
+    @abstractmethod
+    def estimates(
+        self,
+        backbone: Backbone,
+        prompts: Rows,
+        targets: Rows,
+        settings: LikelihoodSettings,
+        like: Rows | None = None,
+        between: Callable[[], object] | None = None,
+    ) -> Estimates:
+        """Nats [N], their noise [N, E] and passes [N] of some requests.
 
-    rule: Callable[[Backbone, int | None], BlockRule] | None = None
+        Those of like prompts share random numbers; like: other prompts than their own that decide it. Raises ValueError
+        for an empty target, a target with the mask token, a row longer than the model's context, a budget too small for
+        the estimator, and for settings that mean nothing to it.
+        """
+
+    @abstractmethod
+    def greedy_match(
+        self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
+    ) -> list[bool]:
+        """Whether greedy decoding gives the target: on a canvas of its length, with one pass for each of its tokens.
+
+        Raises ValueError as `estimates`.
+        """
 
     def nelbo(
         self,
@@ -62,17 +82,10 @@ class MaskedScorer:
     ) -> list[Score]:
         """A bound on -log p(target | prompt) per request, in nats.
 
-        between: called after every forward batch, so that others can use the model, too.
-
-        With `settings.block_size`, the sum over the target's blocks of their bounds, each given the prompt and the
-        clean blocks before it: the bound of a decoder that finishes block after block, with block size 1 the
-        left-to-right chain rule, at the target's length the plain bound. A model that attends block-causally is always
-        scored so, in its own blocks; all passes of a request then share one pass over its clean tokens.
-
-        Raises ValueError for an empty target, a target with the mask token, a row longer than the model's context, or a
-        budget too small for the estimator.
+        between: called after every forward batch, so that others can use the model, too. Raises ValueError as
+        `estimates`.
         """
-        return scores_of(*self._estimates(backbone, prompts, targets, settings, None, between))
+        return scores_of(*self.estimates(backbone, prompts, targets, settings, between=between))
 
     def race(
         self,
@@ -82,22 +95,35 @@ class MaskedScorer:
         questions: Sequence[Question],
         settings: LikelihoodSettings,
     ) -> tuple[list[Score], list[Verdict]]:
-        """`nelbo` of the choices of questions, in rounds, as precise as is needed to know the best ones (`race`).
+        """`nelbo` of the choices of questions, in rounds, as precise as is needed to know the best ones (`race`)."""
+        return race(partial(self.estimates, backbone), prompts, targets, questions, settings)
 
-        Raises ValueError as `nelbo`.
-        """
-        return race(partial(self._estimates, backbone), prompts, targets, questions, settings)
 
-    def _estimates(
+@dataclass(frozen=True)
+class MaskedScorer(LikelihoodScorer):
+    """Scores of masked diffusion, of whole texts or block by block.
+
+    With `settings.block_size`, the sum over the target's blocks of their bounds, each given the prompt and the clean
+    blocks before it: the bound of a decoder that finishes block after block, with block size 1 the left-to-right chain
+    rule, at the target's length the plain bound. A model that attends block-causally is always scored so, in its own
+    blocks; all passes of a request then share one pass over its clean tokens.
+
+    rule: how rows are cut into blocks by a model that attends block-causally, from a backbone and `block_size` of the
+    settings; None: the model attends to the whole text.
+    """
+
+    rule: Callable[[Backbone, int | None], BlockRule] | None = None
+
+    def estimates(
         self,
         backbone: Backbone,
         prompts: Rows,
         targets: Rows,
         settings: LikelihoodSettings,
-        like: Rows | None,
+        like: Rows | None = None,
         between: Callable[[], object] | None = None,
     ) -> Estimates:
-        """Nats [N], their noise [N, E] and passes [N] of some requests; see `estimate` and `targets_of`."""
+        """See `LikelihoodScorer.estimates`, and `estimate` and `targets_of`."""
         check_requests(backbone, prompts, targets)
         if not len(prompts):
             return numpy.zeros(0), numpy.zeros((0, 0)), numpy.zeros(0, dtype=numpy.int64)
@@ -120,10 +146,7 @@ class MaskedScorer:
     def greedy_match(
         self, backbone: Backbone, prompts: Rows, targets: Rows, settings: LikelihoodSettings
     ) -> list[bool]:
-        """Whether greedy decoding gives the target: a canvas of its length, one token per pass, most confident first.
-
-        Raises ValueError as `nelbo`.
-        """
+        """See `LikelihoodScorer.greedy_match`; the most confident token is first."""
         check_requests(backbone, prompts, targets)
         rule = self.rule and self.rule(backbone, settings.block_size)
         matches = numpy.zeros(len(prompts), dtype=bool)

@@ -37,7 +37,6 @@ from dllm.core.edits import (
     mask_rows,
     merge,
     owners,
-    row_keys,
     span_keys,
     span_targets,
     spans_of,
@@ -70,7 +69,7 @@ class EditFlows(Objective):
         Raises ValueError for a row longer than `max_length`.
         """
         spans = spans_of(batch.maskable & batch.attention)
-        keys = row_keys(noise)
+        keys = noise.keys
         given = batch.attention & ~batch.maskable
         kinds = (keyed_uniform(keys, _START_STREAM) * len(self.edits.starts)).long()
         aligned = self._starts(batch.tokens, spans, keys, kinds, mask_id)

@@ -70,10 +70,8 @@ class Hybrid(Objective):
             floor = self.recipe.time_floor if self.recipe.corruption == "bernoulli" else 0.0
             t, schedule = floor + (1 - floor) * noise.level, SCHEDULES[self.recipe.schedule]
             level = schedule.mask_ratio(t).clamp(LEAST, MOST)
-            z, chosen = (
-                process.corrupted(batch.tokens, batch.maskable, level, noise.place, _draws(noise)),
-                batch.maskable,
-            )
+            draws = keyed_hash(noise.keys[:, None], torch.arange(noise.place.shape[1]))
+            z, chosen = process.corrupted(batch.tokens, batch.maskable, level, noise.place, draws), batch.maskable
         row, position = chosen.nonzero(as_tuple=True)
         targets, seen = batch.tokens[row, position], z[row, position]
         if self.uniform_share == 0:
@@ -102,12 +100,6 @@ class Hybrid(Objective):
             masked=len(inputs.targets),
             rows=bounds.detach(),
         )
-
-
-def _draws(noise: Noise) -> Tensor:
-    """Integers [B, L] that choose random tokens: the row's noise is its key."""
-    key = keyed_hash((noise.level.double() * 2**24).long(), (noise.place[:, 0].double() * 2**24).long())
-    return keyed_hash(key[:, None], torch.arange(noise.place.shape[1]))
 
 
 def trained_module(config: RunConfig, backbone: Backbone) -> HybridLoss:

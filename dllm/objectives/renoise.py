@@ -21,7 +21,6 @@ from torch import Tensor
 from dllm.config import Recipe, RunConfig
 from dllm.core.batch import Batch, Inputs, LossTerms, Noise
 from dllm.core.corrupt import block_levels
-from dllm.core.edits import row_keys
 from dllm.core.losses import row_shares
 from dllm.core.noise import keyed_uniform
 from dllm.models.backbone import Backbone
@@ -79,7 +78,7 @@ class Renoise(Objective):
         clean, valid = batch.tokens.gather(1, column), torch.arange(width) < count[:, None]
         level, time = self._levels(block_levels(noise, valid[:, ::size]))
         canvas = torch.arange(width) // size
-        keys = row_keys(noise)
+        keys = noise.keys
         drawn = (keyed_uniform(keys[:, None], torch.arange(width), _TOKEN) * self.vocab_size).long()
         replaced = valid & (noise.place.gather(1, column) < time[:, canvas])
         row, place = valid.nonzero(as_tuple=True)

@@ -33,11 +33,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both splits; whether they were counted, not estimated; tokens and rows read to make them; rows of the sources."""
+    """Both splits; tokens and rows read to make them; rows of the sources."""
 
     train: Split
     test: Split
-    counted: bool
     read_tokens: float
     bytes_per_token: int
     read_rows: float = 0.0
@@ -55,7 +54,7 @@ def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared 
     source = float(sum((part.entry.documents or 0) + (part.entry.test_documents or 0) for part in config.parts))
     if counted:
         train, test, rows = counted
-        return Prepared(train, test, True, train.tokens + test.tokens, width, rows, max(source, rows))
+        return Prepared(train, test, train.tokens + test.tokens, width, rows, max(source, rows))
     train, test, read, read_rows = Split(), Split(), 0.0, 0.0
     for entry in (part.entry for part in config.parts):
         documents, tokens = entry.documents, entry.tokens
@@ -66,7 +65,7 @@ def prepared(config: PrepareConfig, workdir: Path, vocabulary: int) -> Prepared 
         read += tokens * min(1.0, (rows + held_out) / documents)
         train = _sum(train, _split(entry, rows, config.length, tokens=tokens, documents=documents))
         test = _sum(test, _split(entry, held_out, config.length, tokens=tokens, documents=documents))
-    return Prepared(train, test, False, read, width, read_rows, source)
+    return Prepared(train, test, read, width, read_rows, source)
 
 
 def _documents(entry: DatasetEntry, documents: int, most: int | None, *, overlapping: bool) -> tuple[float, float]:

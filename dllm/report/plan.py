@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from dllm.config import CurveEntry, ReportedEntry
 from dllm.report.shown import FIGURES, TABLES
@@ -274,22 +274,6 @@ class ReportPlan(_Entry):
             **{name: tuple(PlannedRun.of(project, curve) for curve in getattr(shown, name)) for name in LEARNING},
         )
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> ReportPlan:
-        known = [benchmark.name for benchmark in self.benchmarks]
-        for row in self.reported:
-            if unknown := [name for name in row.scores if name not in known]:
-                raise ValueError(
-                    f"report plan: reported: {row.label}.scores = {unknown[0]!r} is not in the plan; known are "
-                    f"{', '.join(known)}."
-                )
-        for section in (*SECTIONS, "starts", *LEARNING):
-            _check_unique(section, [(entry.run, entry.recipe) for entry in getattr(self, section)])
-        _check_unique("ablation", [(entry.label, entry.recipe) for entry in self.ablation])
-        _check_unique("systems", [(system.row,) for system in self.systems])
-        _check_unique("reported", [(row.label,) for row in self.reported])
-        return self
-
     @property
     def reproduces(self) -> bool:
         """Whether anything of the published report is repeated, whose claims can then be judged."""
@@ -330,21 +314,6 @@ class ReportPlan(_Entry):
     def figure_names(self) -> tuple[str, ...]:
         """Names of the figures that this plan fills; each becomes svg, png and csv."""
         return tuple(name for name, row in FIGURES.items() if row.fills(self))
-
-    def inputs(self) -> tuple[str, ...]:
-        """Every file the tables, figures, claims and page read, relative to the work directory."""
-        files = [f"runs/{run}/metrics.jsonl" for run in self.trained_runs()]
-        files += [f"runs/{run}/provenance.json" for run in self.trained_runs()]
-        files += [f"evals/{row.run}/{b.name}.json" for row in self.results for b in self.scored(row)]
-        files += [f"samples/{name}.json" for name in self.sample_names()]
-        files += [f"speed/{self.speed}.json"] if self.speed else []
-        return tuple(files)
-
-
-def _check_unique(where: str, keys: list[tuple]) -> None:
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"report plan: {where} lists {' / '.join(key)} twice; keep one of them.")
 
 
 def _is_truncated(project: Project, name: str) -> bool:

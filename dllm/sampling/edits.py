@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from dllm.config import EditSettings, GenerateSettings
-from dllm.core.canvas import Canvas, Completion, Ended, infill_canvas
+from dllm.core.canvas import Canvas, Ended, infill_canvas
 from dllm.core.edits import BLANK, DELETE, INSERT, SUBSTITUTE, Edits, open_gaps, rank_within, starts_of
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import Layout, layout_of
 from dllm.models.backbone import Backbone
 from dllm.models.edit_heads import TimedHidden, edit_loss
-from dllm.sampling.in_turn import batch_after_batch
 from dllm.sampling.reveal import propose_tokens, token_confidence
 from dllm.sampling.rows import NO_REVISING, reject_options
 from dllm.sampling.sampler import Sampler
@@ -128,12 +127,6 @@ class EditSampler(Sampler):
         allowed = {"reveal_rule": ("confidence",), "reuse": ("none",), "ahead": ("auto",)} | NO_REVISING
         reject_options("edit_flows", settings, allowed)
         return _Passes(self.trained_with(backbone), backbone, settings).canvases(canvas)
-
-    def complete(
-        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
-    ) -> Iterator[Completion]:
-        """See `Sampler.complete`: one batch of `settings.batch_size` rows follows the other; `ended` is not asked."""
-        return batch_after_batch(self, backbone, canvas, settings)
 
     def trained_with(self, backbone: Backbone) -> EditSettings:
         """How a checkpoint was trained: what its sidecar says, or else these settings."""

@@ -18,11 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from dllm.algorithms import resolved
 from dllm.choices import REVEAL_RULES
 from dllm.config import GenerateSettings
-from dllm.core.canvas import Canvas, Completion, Ended
+from dllm.core.canvas import Canvas, Ended
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.core.packing import layout_of
 from dllm.models.backbone import Backbone
-from dllm.sampling.in_turn import batch_after_batch
 from dllm.sampling.reveal import choose_positions, position_noise, propose_tokens, token_confidence, token_noise
 from dllm.sampling.rows import NO_REVISING, check_context, reject_options
 from dllm.sampling.sampler import Sampler
@@ -60,12 +59,6 @@ class ExpandingSampler(Sampler):
         reject_options("expand", settings, allowed)
         check_context(canvas, backbone.max_length)
         return _canvases(backbone, canvas, settings)
-
-    def complete(
-        self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
-    ) -> Iterator[Completion]:
-        """See `Sampler.complete`; one batch of `settings.batch_size` rows follows the other."""
-        return batch_after_batch(self, backbone, canvas, settings)
 
 
 @dataclass(eq=False)

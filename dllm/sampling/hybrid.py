@@ -24,7 +24,6 @@ from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import layout_of
 from dllm.models.backbone import Backbone
 from dllm.models.hybrid_loss import text_log_p
-from dllm.sampling.in_turn import batch_after_batch
 from dllm.sampling.reveal import nucleus, propose_tokens
 from dllm.sampling.rows import NO_REVISING, check_context, reject_options
 from dllm.sampling.sampler import MaskedSampler, Sampler
@@ -74,10 +73,10 @@ class HybridSampler(Sampler):
     def complete(
         self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
     ) -> Iterator[Completion]:
-        """See `Sampler.complete`; one batch of `settings.batch_size` rows follows the other."""
+        """See `Sampler.complete`."""
         if noise_of(backbone).share == 0:
             return MaskedSampler().complete(backbone, canvas, settings, ended=ended)
-        return batch_after_batch(self, backbone, canvas, settings)
+        return super().complete(backbone, canvas, settings, ended=ended)
 
 
 @torch.no_grad()

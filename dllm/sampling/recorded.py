@@ -14,6 +14,7 @@ from dllm.config import GenerateSettings
 from dllm.core.canvas import Canvas
 from dllm.models.backbone import Backbone
 from dllm.sampling.loop import DenoisingLoop
+from dllm.sampling.rows import hides_ahead
 from dllm.sampling.sampler import MaskedSampler
 
 
@@ -59,13 +60,6 @@ def recorded(
             length, start + ((canvas.positions - start).div(size, rounding_mode="floor") + 1) * size
         )
     return Recorded(canvas.tokens.cpu(), drawn.cpu(), visible.cpu())
-
-
-def hides_ahead(backbone: Backbone, settings: GenerateSettings) -> bool:
-    """Whether what is right of the active block is not there yet, in a response that is all masks at first."""
-    if settings.ahead == "auto":
-        return backbone.sidecar.get("response_end") == "block"
-    return settings.ahead == "hidden"
 
 
 def answer_ends(tokens: Tensor, starts: Tensor, lengths: Tensor, *, eos_id: int, block_size: int) -> Tensor:

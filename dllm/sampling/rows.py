@@ -165,6 +165,7 @@ def first_rows(
     if rule is not None:
         first_mask = numpy.where(masked.any(1), masked.argmax(1), length)
         origin, size = rule.starts(numpy.minimum(start, first_mask)), rule.size
+    behind = numpy.where(masked.any(1), length - masked.argmax(1), 0)  # positions from the first mask on
     kind = numpy.empty(count, dtype=object)
     kind[:] = [Kind(settings.reveal_rule, settings.temperature > 0, settings.top_p < 1)] * count
     # a share of 0 takes nothing back: this is the sampler without remasking, token for token
@@ -179,7 +180,7 @@ def first_rows(
         start=start,
         length=length,
         origin=origin,
-        alone=_hides_ahead(backbone, masked, length, settings) | (rule is not None),
+        alone=(hides_ahead(backbone, settings) & (masked.sum(1) == behind)) | (rule is not None),
         refresh=numpy.full(count, settings.refresh or 0),
         kind=kind,
         remask=numpy.full(count, remask, dtype=object),
@@ -250,14 +251,11 @@ def check_context(canvas: Canvas, max_length: int) -> None:
         )
 
 
-def _hides_ahead(backbone: Backbone, masked: ndarray, length: ndarray, settings: GenerateSettings) -> ndarray:
-    """Rows [B] in which the positions right of the active block are not there yet (never if a given token is there)."""
-    hidden = settings.ahead == "hidden"
+def hides_ahead(backbone: Backbone, settings: GenerateSettings) -> bool:
+    """Whether what is right of the active block is not there yet, in a response that is all masks at first."""
     if settings.ahead == "auto":
-        hidden = backbone.sidecar.get("response_end") == "block"
-    # everything behind the first mask is masked
-    behind = numpy.where(masked.any(1), length - masked.argmax(1), 0)
-    return (masked.sum(1) == behind) & hidden
+        return backbone.sidecar.get("response_end") == "block"
+    return settings.ahead == "hidden"
 
 
 def to_device(values: ndarray | Sequence[ndarray], device: torch.device):

@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from dllm.config import GenerateSettings
 from dllm.core.attention_pattern import BlockRule
 from dllm.core.canvas import Canvas, Completion, Ended
@@ -35,14 +37,23 @@ class Sampler(ABC):
         canvas has the full size, and one that was handed out is never changed. `ended` ends rows early.
         """
 
-    @abstractmethod
     def complete(
         self, backbone: Backbone, canvas: Canvas, settings: GenerateSettings, *, ended: Ended | None = None
     ) -> Iterator[Completion]:
         """Every row of a canvas, which may be many and on the host, in the order in which they are done.
 
         At most `settings.batch_size` rows are computed together. A row's tokens and passes are those of the row alone.
+        Here one batch is denoised after the other, the longest rows first, and `ended` is not asked.
         """
+        for rows in canvas.length.argsort(descending=True, stable=True).split(settings.batch_size):
+            frames = self.denoise(backbone, canvas.taken(rows, backbone.device), settings)
+            last = next(frames)
+            passes, done = torch.zeros_like(last.start), last.done
+            for last in frames:
+                passes, done = torch.where(done, passes, last.nfe), last.done
+            share = last.computed // len(rows)
+            for row, response, nfe in zip(rows.tolist(), last.responses(), passes.tolist(), strict=True):
+                yield Completion(row, response, nfe, share)
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ class Policy:
             some = torch.from_numpy(numbers)
             inputs = policy_inputs(
                 answers.taken(some),
-                Forwards(*(part[some] for part in vars(forwards).values())),
+                forwards.taken(some),
                 advantages=advantages[some],
                 shares=shares[some],
                 mask_id=self.backbone.mask_id,

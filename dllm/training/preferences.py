@@ -23,7 +23,7 @@ from dllm.core.noise import keyed_hash
 from dllm.core.policy import PolicyInputs, preference_margins
 from dllm.data.collate import ResponseEnd, collate, ended_lengths, epoch_batches
 from dllm.data.tokens import TokenRows, open_pairs
-from dllm.likelihood.answers import Answers, Forwards, bound, policy_inputs
+from dllm.likelihood.answers import Answers, bound, policy_inputs
 from dllm.models.backbone import Backbone
 from dllm.objectives.grpo import SampledNLL, log_likelihoods
 from dllm.training.devices import Devices
@@ -168,7 +168,7 @@ class Preferences:
                 places,
                 policy_inputs(
                     answers.taken(some),
-                    Forwards(*(part[some] for part in vars(forwards).values())),
+                    forwards.taken(some),
                     advantages=torch.tensor([1.0, -1.0]).repeat(len(places)),
                     shares=torch.ones(len(some)),
                     mask_id=self.backbone.mask_id,

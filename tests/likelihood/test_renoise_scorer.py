@@ -144,7 +144,7 @@ def test_a_text_without_a_prompt_is_behind_a_start_token_in_all_its_canvases(bac
     settings, text = LikelihoodSettings(budget=10), [2, 1, 3]
     alone = RenoisingScorer().nelbo(backbone, [[]], [text], settings)[0].nats
     start = [backbone.tokenizer.bos_token_id]
-    behind = RenoisingScorer()._estimates(backbone, [start], [text], settings, [[]])[0]  # with the same random numbers
+    behind = RenoisingScorer().estimates(backbone, [start], [text], settings, [[]])[0]  # with the same random numbers
     assert alone == behind[0]
 
 

@@ -19,7 +19,6 @@ from dllm.core.edits import (
     edit_inputs,
     merge,
     outstanding,
-    row_keys,
     span_targets,
     spans_of,
     state_at,
@@ -301,7 +300,7 @@ def inputs_from(sources, batch, noise, mask_id):
     columns = merge(batch.tokens, batch.attention & ~batch.maskable, spans, [aligned], mask_id)
     kappa, t = KAPPAS["cubic"], noise.level * algorithm.edits.time_ceiling
     weight = kappa.weight(t)
-    return edit_inputs(columns, state_at(columns, kappa.value(t), row_keys(noise)), t, weight, weight, pad_id=mask_id)
+    return edit_inputs(columns, state_at(columns, kappa.value(t), noise.keys), t, weight, weight, pad_id=mask_id)
 
 
 def test_a_given_source_is_edited_into_the_target():

@@ -35,7 +35,7 @@ from dllm.planning.shapes import forward_flops, head_flops, parameters
 from dllm.training.trainer import make_plan
 
 SHAPE = Shape(model_type="bert", layers=4, width=256, heads=4, intermediate=1024, vocabulary=1000, positions=512)
-TEXT = Prepared(Split(1000, 256_000, 256_000, 256, 256), Split(), True, 256_000, 2)
+TEXT = Prepared(Split(1000, 256_000, 256_000, 256, 256), Split(), 256_000, 2)
 ONE_GPU = Place(hardware("a100-80gb"), devices=1)
 EXACT = Recipe()
 
@@ -70,7 +70,7 @@ def test_block_diffusion_forwards_its_targets_twice_and_its_prompt_once(anchor, 
 
 
 def test_chat_tuning_in_blocks_costs_less_than_twice_as_much_without():
-    data = Prepared(Split(1000, 90_000, 30_000, 90, 180), Split(), True, 90_000, 2)
+    data = Prepared(Split(1000, 90_000, 30_000, 90, 180), Split(), 90_000, 2)
     recipe = Recipe(block_size=16, response_end="one")
     plain, blocks = (
         training(a_run(algorithm=name, steps=1000), recipe, SHAPE, data, ONE_GPU).flops for name in ("mdlm", "bd3lm")
@@ -109,7 +109,7 @@ def test_memory_is_sixteen_bytes_a_parameter_and_grows_with_the_micro_batch():
 
 
 def test_the_last_evaluation_reads_at_most_test_rows():
-    data = Prepared(TEXT.train, Split(5000, 1_280_000, 1_280_000, 256, 256), True, 256_000, 2)
+    data = Prepared(TEXT.train, Split(5000, 1_280_000, 1_280_000, 256, 256), 256_000, 2)
 
     def flops(test_rows, **changes):
         return training(a_run(**changes), Recipe(), SHAPE, data, ONE_GPU, test_rows).flops
@@ -229,7 +229,7 @@ def test_text_becomes_full_rows(tmp_path):
     found = prepared(to_prepare(kind="text", test_share=0.0), tmp_path, 70_000)
     assert found.train.rows == math.floor(3_000_000 / 512)
     assert found.train.targets == found.train.tokens == found.train.rows * 512
-    assert found.bytes_per_token == 4 and not found.counted
+    assert found.bytes_per_token == 4
 
 
 def test_a_set_without_estimates_is_not_planned_until_it_is_counted(tmp_path):
@@ -240,13 +240,13 @@ def test_a_set_without_estimates_is_not_planned_until_it_is_counted(tmp_path):
     counts = {"rows": 10, "tokens": 100, "target_tokens": 40, "longest_row": 20}
     manifest.write_text(f'{{"splits": {{"train": {counts}, "test": {counts}}}}}'.replace("'", '"'))
     found = prepared(config, tmp_path, 1000)
-    assert found.counted and found.train.tokens == 100 and found.train.targets == 40
+    assert found.train.tokens == 100 and found.train.targets == 40
     manifest.write_text("{")
     assert prepared(config, tmp_path, 1000) is None
 
 
 def test_a_pair_costs_both_answers_forward_and_backward_and_forward_through_the_start():
-    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(), True, 64_000, 2)
+    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(), 64_000, 2)
 
     def cost(**changes):
         return training(a_run(algorithm="dpo", **changes), EXACT, SHAPE, chats, ONE_GPU)
@@ -267,7 +267,7 @@ def test_a_pair_costs_both_answers_forward_and_backward_and_forward_through_the_
 
 def test_answers_that_are_rewarded_cost_their_passes_and_a_share_of_being_drawn():
     """FLOPs of `grpo` by its passes, its reuse of answers and the start that it is compared with."""
-    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(), True, 64_000, 2)
+    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(), 64_000, 2)
 
     def flops(**changes) -> float:
         answers = GenerateSettings(max_new_tokens=32, steps=8, temperature=1.0, reveal_rule="entropy")
@@ -284,7 +284,7 @@ def test_answers_that_are_rewarded_cost_their_passes_and_a_share_of_being_drawn(
 
 
 def test_each_answer_to_a_held_out_prompt_costs_the_same():
-    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(100, 6_400, 3_200, 64, 64), True, 64_000, 2)
+    chats = Prepared(Split(1000, 64_000, 32_000, 64, 64), Split(100, 6_400, 3_200, 64, 64), 64_000, 2)
 
     def flops(answers: int) -> float:
         policy = {"reward_funcs": ["number"], "num_generations": 4, "num_generations_eval": answers}

@@ -67,4 +67,4 @@ def test_the_plan_of_the_systems_reads_the_runs_that_learn_from_rewards():
     project = load_project(ROOT / "config", ROOT / "config/laptop.yaml", ROOT / "config/systems.yaml")
     plan = ReportPlan.of(project)
     assert {"policies", "policy-answers"} < set(plan.table_names()) and "policies" in plan.figure_names()
-    assert "runs/sums-sampled-2/metrics.jsonl" in plan.inputs()
+    assert "sums-sampled-2" in plan.trained_runs()

@@ -9,15 +9,9 @@ localrules:
     download,
 
 
-def download_inputs(wildcards):
-    """Record of the download that brings a model's tokenizer, or has the same one."""
-    path = PLAN.downloads[wildcards.name].tokenizer_path
-    return [f"{path}.json"] if path else []
-
-
 rule download:
     input:
-        download_inputs,
+        lambda wildcards: PLAN.inputs("download", wildcards.name),
         config="configs/downloads/{name}.yaml",
     output:
         "downloads/{name}.json",

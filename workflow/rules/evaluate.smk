@@ -7,7 +7,7 @@
 
 rule evaluate:
     input:
-        lambda wildcards: PLAN.evaluation_inputs(wildcards.row, wildcards.benchmark),
+        lambda wildcards: PLAN.inputs("evaluate", f"{wildcards.row}/{wildcards.benchmark}"),
         config="configs/evals/{row}/{benchmark}.yaml",
     output:
         scores="evals/{row}/{benchmark}.json",
@@ -37,7 +37,7 @@ rule evaluate:
 
 rule sample:
     input:
-        lambda wildcards: PLAN.record_of(PROJECT.samples[wildcards.name].checkpoint),
+        lambda wildcards: PLAN.inputs("sample", wildcards.name),
         config="configs/samples/{name}.yaml",
     output:
         "samples/{name}.json",
@@ -60,7 +60,7 @@ rule sample:
 
 rule speed:
     input:
-        lambda wildcards: PLAN.speed_inputs(wildcards.name),
+        lambda wildcards: PLAN.inputs("speed", wildcards.name),
         config="configs/speed/{name}.yaml",
     output:
         "speed/{name}.json",

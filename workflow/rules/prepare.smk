@@ -7,7 +7,7 @@
 
 rule prepare:
     input:
-        lambda wildcards: PLAN.data_records(PLAN.data[wildcards.name]),
+        lambda wildcards: PLAN.inputs("prepare", wildcards.name),
         config="configs/data/{name}.yaml",
     output:
         "data/{name}.json",

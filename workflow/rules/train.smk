@@ -8,7 +8,7 @@
 
 rule train:
     input:
-        lambda wildcards: PLAN.train_inputs(wildcards.run),
+        lambda wildcards: PLAN.inputs("train", wildcards.run),
         config="configs/runs/{run}.yaml",
     output:
         "runs/{run}.json",

@@ -37,9 +37,6 @@ export const shown = (text) => text.replaceAll("\r\n", "\n").replace(UNSEEN, sig
 /** "1 pass", "2 passes": a number with its noun. */
 export const counted = (count, one, many = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 
-/** Seconds as people read them. */
-export const inSeconds = (seconds) => `${seconds < 10 ? seconds.toFixed(1) : Math.round(seconds)} s`;
-
 /** Copies a text; where the browser has no clipboard for pages that came without TLS, by a selection. */
 export async function copy(text) {
   try {
