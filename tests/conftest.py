@@ -5,6 +5,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
+# toy models gain nothing from threads, and every core has a worker of its own: what tests start inherits it, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 LONGEST = (
     "workflow/test_smoke.py",
     "cache/test_clone.py",

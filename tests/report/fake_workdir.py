@@ -309,3 +309,11 @@ def _write(path: Path, record: dict) -> None:
 if __name__ == "__main__":
     made = write_workdir(Path(sys.argv[1]))
     print(build_all(made, ReportPlan.model_validate(plan_dict()))[-3])
+
+
+def read_by(plan: ReportPlan) -> list[str]:
+    """Every file that the tables, figures, claims and page of a plan read, relative to the work directory."""
+    files = [f"runs/{run}/{name}" for run in plan.trained_runs() for name in ("metrics.jsonl", "provenance.json")]
+    files += [f"evals/{row.run}/{scored.name}.json" for row in plan.results for scored in plan.scored(row)]
+    files += [f"samples/{name}.json" for name in plan.sample_names()]
+    return [*files, f"speed/{plan.speed}.json"] if plan.speed else files

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from fake_workdir import build_all, plan_dict, write_workdir
+from fake_workdir import build_all, plan_dict, read_by, write_workdir
 
 from dllm.report.figures import build_figures
 from dllm.report.load import read_metrics, scores
@@ -70,7 +70,7 @@ def test_the_metrics_are_the_numbers_of_the_tables(built, plan):
 
 
 def test_the_plan_names_every_file_that_is_read(workdir, plan):
-    wanted = {Path(path) for path in plan.inputs()}
+    wanted = {Path(path) for path in read_by(plan)}
     for path in [p for p in workdir.rglob("*") if p.is_file()]:
         if path.relative_to(workdir) not in wanted:
             path.unlink()

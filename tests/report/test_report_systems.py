@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from fake_workdir import build_all, plan_dict
+from fake_workdir import build_all, plan_dict, read_by
 
 from dllm.report.load import final_answer_nats, read_metrics
 from dllm.report.plan import ReportPlan
@@ -82,7 +82,7 @@ def test_the_page_shows_systems_and_no_claims_of_a_report_that_is_not_repeated(c
     assert (counted / "report/systems-seconds.csv").exists() and (counted / "figures/systems.svg").exists()
     text = (counted / "report/report.md").read_text()
     assert "Systems side by side" in text and "Can BERTs chat" not in text
-    inputs = systems.inputs()
+    inputs = read_by(systems)
     assert "runs/openwebtext-large/metrics.jsonl" in inputs and "samples/chat-large.json" in inputs
 
 
