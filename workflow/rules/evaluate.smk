@@ -7,7 +7,9 @@
 
 rule evaluate:
     input:
-        lambda wildcards: PLAN.inputs("evaluate", f"{wildcards.row}/{wildcards.benchmark}"),
+        lambda wildcards: PLAN.inputs(
+            "evaluate", f"{wildcards.row}/{wildcards.benchmark}"
+        ),
         config="configs/evals/{row}/{benchmark}.yaml",
     output:
         scores="evals/{row}/{benchmark}.json",
