@@ -127,7 +127,11 @@ def test_relative_paths_start_from_the_repository_and_do_not_name_it(tmp_path):
     for path in CONFIG.glob("*.yaml"):
         (tmp_path / "config" / path.name).write_text(path.read_text())
     (tmp_path / "rows.csv").write_text("question,answer\na,b\n")
-    overlay = {"replaces": "all", "workdir": "results/x", "datasets": {"mine": {"files": ["rows.csv"]}}}
+    overlay = {
+        "replaces": "all",
+        "workdir": "results/x",
+        "datasets": {"mine": {"files": "rows.csv"}},
+    }  # one needs no list
     overlay["runs"] = {"one": {"init": "bert-base", "data": "mine", "steps": 1}}
     (source,) = download_configs(load_project(tmp_path / "config", overlay))["mine"].sources
     assert source == "../../rows.csv"
@@ -147,7 +151,7 @@ def test_relative_paths_start_from_the_repository_and_do_not_name_it(tmp_path):
             "/slurm': a directory without files that are read; allowed: .jsonl",
         ),
         ({"datasets": {"chats": {"hub": "a/b", "revision": "0" * 40}}}, "needs exactly one of `hub`, `files`, `world`"),
-        ({"datasets": {"chats": {"test_split": "test"}}}, "`files`, which have no splits"),
+        ({"datasets": {"chats": {"test_split": "test"}}}, "`files` have no splits"),
         (
             {"datasets": {"chats": {"files": [__file__]}}},
             "test_own_files.py is of no kind that is read; allowed: .jsonl",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dllm.algorithms import trained_blocks
-from dllm.config import GenerateSettings, did_you_mean
+from dllm.config import GenerateSettings, did_you_mean, merge_first
 
 CHAT_TOKENS = 128
 """Length of a chat answer's canvas, where the model's context has room for it."""
@@ -36,7 +36,8 @@ def find_checkpoint(name: str | None = None) -> str:
         if (directory / "config.json").is_file():
             return str(directory)
     if path.is_dir():
-        raise ValueError(f"{name}: no config.json in it or in its model/; this is not a checkpoint directory")
+        step = merge_first(path) or "no config.json in it or in its model/; this is not a checkpoint directory"
+        raise ValueError(f"{name}: {step}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~", "results/")):
         return name
     hint = did_you_mean(name, list(runs)) if runs else "Run `make report` first, or give a model directory."

@@ -75,6 +75,7 @@ from dllm.config.sources import (
     checkpoint_files,
     content_digest,
     dataset_files,
+    merge_first,
 )
 
 __all__ = [
@@ -84,9 +85,9 @@ __all__ = [
     "OptimizerSettings", "PolicySettings", "PreferenceSettings", "PrepareConfig", "Project", "REVISION", "Recipe",
     "Rehearsal", "ReportEntry", "ReportedEntry", "Resources", "RunConfig", "RunEntry", "SampleConfig", "SampleEntry",
     "Scorer", "Settings", "Shape", "SpeedConfig", "SpeedEntry", "WEIGHT_FILES", "checked_options",
-    "checkpoint_directory",
-    "checkpoint_files", "checkpoint_path", "content_digest", "dataset_files", "did_you_mean", "digest",
-    "download_configs", "download_name", "download_path", "evaluation_configs", "launch_error", "load_project",
-    "option", "overlaid", "prepare_configs", "prepared_name", "read_config", "read_yaml", "rehearsed", "run_configs",
-    "sample_configs", "schema", "speed_configs", "write_when_changed", "yaml_text",
+    "checkpoint_directory", "checkpoint_files", "checkpoint_path", "content_digest", "dataset_files", "did_you_mean",
+    "digest", "download_configs", "download_name", "download_path", "evaluation_configs", "launch_error",
+    "load_project",
+    "merge_first", "option", "overlaid", "prepare_configs", "prepared_name", "read_config", "read_yaml",
+    "rehearsed", "run_configs", "sample_configs", "schema", "speed_configs", "write_when_changed", "yaml_text",
 ]  # fmt: skip

@@ -115,7 +115,7 @@ class DatasetEntry(Pinned):
 
     files: list[str] | None = option(
         None,
-        "files on this disk, or patterns such as data/*.jsonl, absolute or below the repository (docs/tune.md)",
+        "files on this disk, or one, or patterns such as data/*.jsonl, absolute or below the repository, docs/tune.md",
         min_length=1,
         exclude_if=is_none,
     )
@@ -157,16 +157,15 @@ class DatasetEntry(Pinned):
     @model_validator(mode="before")
     @classmethod
     def files_are_recognised(cls, given: Any) -> Any:
-        return {"kind": "auto"} | given if isinstance(given, dict) and given.get("files") else given
+        files = given.get("files") if isinstance(given, dict) else None
+        return {"kind": "auto"} | given | {"files": [files] if isinstance(files, str) else files} if files else given
 
     @model_validator(mode="after")
     def one_source(self) -> DatasetEntry:
         if sum(x is not None for x in (self.hub, self.files, self.world, self.mix)) != 1:
             raise ValueError("needs exactly one of `hub`, `files`, `world` and `mix`")
         if self.files and self.test_split:
-            raise ValueError(
-                f"test_split = {self.test_split!r} is not for `files`, which have no splits; set test_share"
-            )
+            raise ValueError(f"test_split = {self.test_split!r}, and `files` have no splits; set test_share")
         if self.stream and (self.hub is None or self.kind != "text" or self.test_split or self.rows):
             raise ValueError(
                 "stream = true is for text from the hub that is used whole and has no test split of its own; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -81,7 +82,21 @@ def checkpoint_directory(path: str, root: Path, where: str) -> Path:
     for directory in (whole, whole / "model"):
         if (directory / "config.json").is_file():
             return directory
-    raise ValueError(f"{where} = {path!r}: no checkpoint there ({whole} has no config.json); check the path")
+    step = merge_first(whole) or f"no checkpoint there ({whole} has no config.json); check the path"
+    raise ValueError(f"{where} = {path!r}: {step}")
+
+
+def merge_first(directory: Path) -> str:
+    """What to do about a directory with an adapter and no model of its own; empty if it is none."""
+    try:
+        adapter = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+    return (
+        f"an adapter{f' of {base}' if isinstance(base, str) else ''} without its model; merge the two (peft: "
+        "merge_and_unload, then save_pretrained of model and tokenizer) and name the directory of the result"
+    )
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

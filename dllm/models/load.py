@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dllm.algorithms import resolved
-from dllm.config import ModelEntry
+from dllm.config import ModelEntry, merge_first
 from dllm.core.precision import has_fast_bf16, hold_products_in_bf16
 from dllm.families import FAMILIES, OWN_CLASS, Family
 from dllm.models.backbone import Backbone
@@ -335,8 +335,9 @@ def stock_config_of(directory: Path, published: Family | None):
     from transformers import CONFIG_MAPPING
 
     if not (directory / "config.json").exists():
-        step = how_to_make(directory, "so this is not a checkpoint directory")
-        raise ValueError(f"{directory}: no config.json, {step}")
+        step = merge_first(directory)
+        step = step or f"no config.json, {how_to_make(directory, 'so this is not a checkpoint directory')}"
+        raise ValueError(f"{directory}: {step}")
     if not any((directory / name).exists() for name in WEIGHTS):
         raise ValueError(f"{directory}: no weights ({WEIGHTS[0]}); the checkpoint is incomplete: make it again")
     raw = published_config(directory)

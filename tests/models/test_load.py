@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dllm.chat.settings import find_checkpoint
+from dllm.config import checkpoint_directory
 from dllm.core.packing import layout_of
 from dllm.models.inferred import entry_settings, parameters
 from dllm.models.load import load_backbone, longest_row, new_model, read_sidecar
@@ -78,6 +80,14 @@ def test_a_missing_directory_is_one_line(tmp_path):
     for path in (tmp_path / "nothing", "nothing", "./a/b", "~/no-such-checkpoint"):
         assert "no checkpoint there; give a directory with config.json, or a hub id" in line_of(path)
     assert "no config.json" in line_of(tmp_path)
+
+
+def test_an_adapter_alone_is_said_to_be_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    assert "an adapter of a/b without its model; merge the two" in line_of(tmp_path)
+    for named in (find_checkpoint, lambda path: checkpoint_directory(path, tmp_path, "MODEL")):
+        with pytest.raises(ValueError, match="an adapter of a/b without its model; merge the two"):
+            named(str(tmp_path))
 
 
 def test_missing_weights_are_one_line(copy):
