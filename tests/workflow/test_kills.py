@@ -19,9 +19,9 @@ from workflow.warm import of_jobs
 pytestmark = pytest.mark.slow
 
 MOMENTS = {
-    "logs/prepare/*.log": 0.5,  # something is being prepared
+    "logs/prepare/*.log": 0.2,  # something is being prepared
     ".work/modernbert-large-*/metrics.jsonl": 0.1,  # the first training runs
-    ".work/chat-large-*/step-*": 0.5,  # the longest has a checkpoint
+    ".work/chat-large-*/step-*": 0.3,  # the longest has a checkpoint
     "logs/evaluate/*/*.log": 0.1,  # the model is evaluated
 }
 """When it is killed, one moment after another: at most so many seconds after the first file of this name is there."""
