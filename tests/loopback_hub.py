@@ -12,8 +12,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -65,7 +67,8 @@ class LoopbackHub:
             raise NotThere("GatedRepo")
         if repository in self.refused:
             raise NotThere("BadToken")
-        files = {p.relative_to(directory).as_posix(): p for p in sorted(directory.rglob("*")) if p.is_file()}
+        found = sorted(Path(folder, name) for folder, _, names in os.walk(directory) for name in names)
+        files = {path.relative_to(directory).as_posix(): path for path in found}
         if revision not in (None, "main", _commit(files)):
             raise NotThere("RevisionNotFound")
         return files
@@ -76,7 +79,25 @@ class LoopbackHub:
 
 
 def _blob(path: Path) -> str:
+    return _hashed(path, "blob", *_state(path))
+
+
+def _sha256(path: Path) -> str:
+    return _hashed(path, "sha256", *_state(path))
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What is another after a file has changed."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+@cache
+def _hashed(path: Path, kind: str, *state: int) -> str:
+    """A hash of a file, which is read once for all requests."""
     content = path.read_bytes()
+    if kind == "sha256":
+        return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -94,8 +115,7 @@ def _leaf(name: str, path: Path) -> dict:
 def _sibling(name: str, path: Path) -> dict:
     entry = {"rfilename": name, "size": path.stat().st_size, "blobId": _blob(path)}
     if name.endswith(BY_HASH):
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        entry["lfs"] = {"sha256": sha256, "size": path.stat().st_size, "pointerSize": 130}
+        entry["lfs"] = {"sha256": _sha256(path), "size": path.stat().st_size, "pointerSize": 130}
     return entry
 
 

@@ -1,6 +1,7 @@
 """The benchmark's own promises: pairs in turn, honest verdicts, alternatives that compute what ours compute."""
 
 import contextlib
+import gc
 import io
 import json
 
@@ -32,6 +33,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Before each job that is timed garbage is collected, which is not looked for in all that pytest has loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

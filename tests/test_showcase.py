@@ -40,8 +40,14 @@ def built(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.fixture(scope="module")
+def files(built) -> list[str]:
+    """What is shown of it, by path."""
+    return list(showcase().shown_files(built))
+
+
 @pytest.fixture
-def repository(tmp_path, built) -> tuple[Path, Path]:
+def repository(tmp_path, built, files) -> tuple[Path, Path]:
     """A repository with a README, and a run whose numbers come from its only commit."""
     root = tmp_path / "repository"
     root.mkdir()
@@ -51,7 +57,7 @@ def repository(tmp_path, built) -> tuple[Path, Path]:
     git(root, "add", ".")
     git(root, "commit", "--quiet", "-m", "one")
     workdir = root / "results" / "laptop"
-    for path in showcase().shown_files(built):
+    for path in files:
         (workdir / path).parent.mkdir(parents=True, exist_ok=True)
         if (built / path).exists():
             (workdir / path).write_bytes((built / path).read_bytes())

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dllm.config import download_configs, load_project, write_when_changed
-from tests.hub_commands import ROOT, hub_environment, run_commands
+from tests.hub_commands import ROOT, commands_of, hub_environment
 from tests.hub_layouts import DATASETS, chat, write_dataset
 from tests.loopback_hub import LoopbackHub
 from tests.stock import save_stock
@@ -128,23 +128,23 @@ def told(tmp_path_factory):
             path.write_text(yaml.safe_dump(overlay(hub, found.workdir, **changes)))
             return ["check", str(path), "--config-directory", str(ROOT / "config"), *words]
 
-        environment = hub_environment(hub.url, home / "home")
-        sound = command("sound")
-        (found.sound,) = run_commands([sound], environment)
-        found.requests = list(hub.requests)
-        commands = [command(name, "--only", pin_of(name), **changes) for name, (changes, _) in WRONG.items()]
-        only = [[*sound, "--only", name] for name in ("gsm8k", "gsm9k")]
-        *wrong, found.one, found.unknown = run_commands([*commands, *only], environment)
-        found.wrong = dict(zip(WRONG, wrong, strict=True))
-        configs = download_configs(load_project(ROOT / "config", home / "sound.yaml")).values()
-        files = [write_when_changed(found.workdir / f"configs/{c.name}.yaml", c) for c in configs]
-        run_commands([["download", str(file), "--workdir", str(found.workdir)] for file in files], environment)
-    environment = hub_environment(NOWHERE, home / "home")
-    found.nowhere, found.offline = run_commands([sound, [*sound, "--offline"]], environment)
-    damaged = found.workdir / "downloads/chats/data/train-00001-of-00002.parquet"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    (found.workdir / "downloads/lines.json").unlink()
-    (found.damaged,) = run_commands([[*sound, "--offline"]], environment)
+        with commands_of(hub_environment(hub.url, home / "home")) as run:
+            sound = command("sound")
+            found.sound = run(sound)
+            found.requests = list(hub.requests)
+            found.wrong = {
+                name: run(command(name, "--only", pin_of(name), **changes)) for name, (changes, _) in WRONG.items()
+            }
+            found.one, found.unknown = (run([*sound, "--only", name]) for name in ("gsm8k", "gsm9k"))
+            for config in download_configs(load_project(ROOT / "config", home / "sound.yaml")).values():
+                file = write_when_changed(found.workdir / f"configs/{config.name}.yaml", config)
+                run(["download", str(file), "--workdir", str(found.workdir)])
+    with commands_of(hub_environment(NOWHERE, home / "home")) as run:
+        found.nowhere, found.offline = run(sound), run([*sound, "--offline"])
+        damaged = found.workdir / "downloads/chats/data/train-00001-of-00002.parquet"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+        (found.workdir / "downloads/lines.json").unlink()
+        found.damaged = run([*sound, "--offline"])
     return found
 
 

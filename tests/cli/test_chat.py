@@ -156,6 +156,7 @@ def test_a_message_that_is_no_text_fails_alone(model, capsys, bad):
 
 
 def test_bytes_that_are_no_text_on_standard_input_fail_alone(project):
+    import os
     import subprocess
     import sys
 
@@ -163,6 +164,7 @@ def test_bytes_that_are_no_text_on_standard_input_fail_alone(project):
         [sys.executable, "-m", "dllm", "chat", "chat-toy", *OPTIONS],
         input=b"Who are you?\n\xff\nWho are you?\n",
         cwd=project,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
     )
     assert done.returncode == 2 and done.stdout.count(b"Bot: ") == 2, done.stderr

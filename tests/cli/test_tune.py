@@ -255,7 +255,7 @@ def test_what_cannot_work_says_why_in_one_line(here, capsys, words, line):
 
 @pytest.mark.slow
 def test_model_and_data_of_the_hub_are_pinned_and_an_earlier_start_is_gone_on_with_without_the_hub(tmp_path):
-    from tests.hub_commands import hub_environment, run_commands
+    from tests.hub_commands import commands_of, hub_environment
     from tests.loopback_hub import LoopbackHub
 
     make_model(tmp_path / "hub/models/a/toy-bert", entry_for())
@@ -265,17 +265,16 @@ def test_model_and_data_of_the_hub_are_pinned_and_an_earlier_start_is_gone_on_wi
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (data / "README.md").write_text("---\nlicense: mit\n---\n# Answers\n")
     words = ["tune", "a/toy-bert", "a/answers", *SHORT, "--output", str(tmp_path / "out")]
-    environment = dict(home=tmp_path / "home", HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    with LoopbackHub(tmp_path / "hub") as hub:
-        done, missing = run_commands(
-            [words, ["tune", "a/nothing", "a/answers"]], hub_environment(hub.url, **environment)
-        )
+    hub = LoopbackHub(tmp_path / "hub")
+    environment = hub_environment(hub.url, tmp_path / "home", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    with commands_of(environment, loaded="dllm.tuning.follow datasets accelerate torch._dynamo") as run:
+        with hub:
+            done, missing = run(words), run(["tune", "a/nothing", "a/answers"])
+        again = run(words)
     assert done[0] == 0, done[2]
     assert "24 rows look like instructions and answers (Alpaca): columns instruction, input, output" in done[1]
     assert "licence  answers: mit" in done[1]
     assert missing[0] == 2 and "a/nothing: no such model on the hub" in missing[2]
     config = yaml.safe_load((tmp_path / "out/configs/downloads/toy-bert.yaml").read_text())
     assert config["model"]["hub"] == "a/toy-bert" and len(config["model"]["revision"]) == 40
-    nowhere = hub_environment("http://127.0.0.1:9", **environment)
-    (again,) = run_commands([words], nowhere)
     assert again[0] == 0 and "trained already" in again[1], again[2]

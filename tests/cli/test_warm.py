@@ -21,13 +21,23 @@ ROOT = Path(__file__).parent.parent.parent
 OWN = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.fixture(scope="module")
+def started():
+    """The warm processes of these tests, each with its name: the last one may still be there."""
+    found: list[tuple[subprocess.Popen, str]] = []
+    yield found
+    for process, _ in found:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
-def served():
+def served(started):
     """(warm process, environment of its jobs)."""
-    process, name = warm.start(OWN)
-    yield process, OWN | {VARIABLE: name}
-    process.kill()
-    process.wait()
+    if not started or started[-1][0].stdin.closed:
+        started.append(warm.start(OWN))
+    process, name = started[-1]
+    return process, OWN | {VARIABLE: name}
 
 
 def dllm(*arguments: str, **options) -> subprocess.Popen:
@@ -48,7 +58,7 @@ def until(condition) -> None:
 
 def long_run(directory: Path, name: str, **options) -> subprocess.Popen:
     """A training that has begun and would take minutes."""
-    write_when_changed(directory / "long.yaml", run_config(name, steps=100_000, evaluations=1))
+    write_when_changed(directory / "long.yaml", run_config(name, steps=20_000, evaluations=1))
     running = dllm("train", "long.yaml", "--quiet", cwd=directory, **options)
     until(lambda: [p for p in directory.glob(f".work/{name}-*/metrics.jsonl") if '"train"' in p.read_text()])
     return running

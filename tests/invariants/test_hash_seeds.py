@@ -61,19 +61,25 @@ def without_times(value: object) -> object:
 
 @pytest.mark.slow
 def test_two_processes_with_other_hash_seeds_leave_the_same_bytes(tmp_path):
+    """This one, whose seed was drawn unless the environment states it, and one of a seed that is not drawn."""
+    import torch
+
     from tests.training.conftest import entry_for, make_model
 
+    torch.set_num_threads(1)
     make_model(tmp_path / "toy", entry_for())
     words = ("cat", "dog", "sun", "moon")
     rows = [{"prompt": f"who likes {a} and {b} ?", "response": f"the {b}"} for a in words for b in words] * 4
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    works = [tmp_path / name / "work" for name in ("here", "there")]
+    make_all(tmp_path, works[0])
+    seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
+    command = [sys.executable, "-m", "tests.invariants.test_hash_seeds", str(tmp_path), str(works[1])]
+    environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     made = []
-    for seed in ("0", "1"):
-        work = tmp_path / seed / "work"
-        command = [sys.executable, "-m", "tests.invariants.test_hash_seeds", str(tmp_path), str(work)]
-        environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for work in works:
         files = [path for path in sorted(work.rglob("*")) if path.is_file() and ".work" not in path.parts]
         made.append({str(p.relative_to(work)): content(p) for p in files if p.name != "provenance.json"})
     assert {"evals/adapted/both.json", "runs/adapted/adapter/adapter_config.json"} <= made[0].keys()

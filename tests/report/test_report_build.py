@@ -69,7 +69,7 @@ def test_the_metrics_are_the_numbers_of_the_tables(built, plan):
     assert set(metrics["loss"]) == set(plan.trained_runs())
 
 
-def test_the_plan_names_every_file_that_is_read(workdir, plan):
+def test_the_plan_names_every_file_that_is_read(workdir, plan, unsaved):
     wanted = {Path(path) for path in read_by(plan)}
     for path in [p for p in workdir.rglob("*") if p.is_file()]:
         if path.relative_to(workdir) not in wanted:
@@ -87,7 +87,7 @@ def test_the_plan_names_every_file_that_is_read(workdir, plan):
         ("speed/chat-large.json", "speed"),
     ],
 )
-def test_a_missing_file_is_named_with_the_rule_that_makes_it(workdir, plan, path, rule):
+def test_a_missing_file_is_named_with_the_rule_that_makes_it(workdir, plan, unsaved, path, rule):
     (workdir / path).unlink()
     with pytest.raises(ValueError, match=rf"^{re.escape(path)} is missing .*rule '{rule}' makes it") as error:
         build_all(workdir, plan)
@@ -102,7 +102,7 @@ def test_a_damaged_line_is_named_with_its_number(workdir):
         read_metrics(workdir, "chat-base")
 
 
-def test_a_section_without_runs_is_left_out(workdir):
+def test_a_section_without_runs_is_left_out(workdir, unsaved):
     everything = plan_dict()
     for section in ("openwebtext", "ablation", "samples", "speed", "reported"):
         everything.pop(section)
@@ -267,7 +267,7 @@ def test_faster_decoding_is_shown_with_its_agreement(built):
     assert "62.0" in row and "91.0" in row
 
 
-def test_an_evaluation_without_its_costs_is_named(workdir, plan):
+def test_an_evaluation_without_its_costs_is_named(workdir, plan, unsaved):
     path = workdir / "evals/chat-large/mmlu.json"
     record = json.loads(path.read_text())
     record.pop("passes_per_document")

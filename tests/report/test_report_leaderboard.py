@@ -103,7 +103,7 @@ def test_every_score_links_to_its_record_and_its_samples(board, html):
     assert all(record.replace(".json", ".samples.jsonl") in links for record in records)
 
 
-def test_the_whole_report_leads_to_the_board_and_has_it_as_a_table(tmp_path):
+def test_the_whole_report_leads_to_the_board_and_has_it_as_a_table(tmp_path, unsaved):
     workdir = write_workdir(tmp_path)
     systems = [{"row": "chat-large", "label": "x", "algorithm": "mdlm", "stages": ["chat-large"]}]
     written = build_all(workdir, board_plan(systems=systems, samples="", speed=""))

@@ -148,7 +148,7 @@ def test_the_same_seed_writes_the_same_fake_work_directory(tmp_path):
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
 
 
-def test_a_new_table_figure_or_claim_is_one_function_and_one_row(workdir, plan, monkeypatch):
+def test_a_new_table_figure_or_claim_is_one_function_and_one_row(workdir, plan, monkeypatch, unsaved):
     def best(workdir, plan, name):
         frame = scores(workdir, plan).nlargest(1, "value")[["label", "value"]]
         return tables.table_of(name, "The best score.", ("Model", "Score"), [], frame)

@@ -77,7 +77,7 @@ def test_a_start_is_compared_with_the_same_training_only():
     assert [start.twin for start in plan.starts] == ["pretrained", "", ""]
 
 
-def test_the_page_asks_what_a_start_gives_and_shows_all_answers(tmp_path, plan):
+def test_the_page_asks_what_a_start_gives_and_shows_all_answers(tmp_path, plan, unsaved):
     build_all(finished(tmp_path, random=4.0, pretrained=3.0, larger=2.5), plan)
     page = (tmp_path / "report/index.html").read_text()
     for anchor in ("answer", "claims", "starts", "systems", "provenance"):

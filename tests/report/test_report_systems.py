@@ -71,7 +71,7 @@ def test_the_first_answers_stand_in_one_table(counted, systems):
     assert len(table.rows) == 1 and table.columns[0] == "System" and len(table.columns) == 3
 
 
-def test_the_page_shows_systems_and_no_claims_of_a_report_that_is_not_repeated(counted, systems):
+def test_the_page_shows_systems_and_no_claims_of_a_report_that_is_not_repeated(counted, systems, unsaved):
     build_all(counted, systems)
     page = (counted / "report/index.html").read_text()
     for anchor in ("systems", "speed", "provenance"):

@@ -32,6 +32,8 @@ def test_a_training_on_four_machines_gets_a_task_and_eight_gpus_on_each():
 
 def test_an_evaluation_gets_one_gpu_and_a_preparation_none():
     assert flags("evaluate", "chat-large/mmlu")[0] == {"--nodes=1", "--gpus=1", "--cpus-per-task=8"}
+    for rule in ("sample", "speed"):
+        assert flags(rule, "chat-large")[0] == {"--nodes=1", "--gpus=1", "--cpus-per-task=1"}
     assert flags("prepare", "alpaca--modernbert-base--512")[0] == {"--nodes=1", "--ntasks=1", "--cpus-per-task=5"}
 
 

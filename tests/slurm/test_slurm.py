@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import threading
 from dataclasses import dataclass
@@ -38,6 +39,19 @@ def box(tmp_path_factory):
     found.stop()
 
 
+LESS = "samples: {chat-large: null}\nspeed: {chat-large: null}\n"
+"""What the cluster does not make: the flags of these jobs are those of an evaluation (test_profile.py)."""
+
+
+def begun(local: Path, workdir: Path) -> None:
+    """A work directory with what another has downloaded, prepared but for the chat, and pretrained."""
+    for place in ("configs", "downloads", "data"):
+        shutil.copytree(local / place, workdir / place, ignore=shutil.ignore_patterns("chat--world--*"))
+    run = "runs/modernbert-large"
+    shutil.copytree(local / run, workdir / run)
+    shutil.copy2(local / f"{run}.json", workdir / f"{run}.json")
+
+
 @dataclass
 class Run:
     """A finished run of the graph: its work directory, the local one, and what Slurm says of each job, by log file."""
@@ -54,6 +68,9 @@ def run(box, tmp_path_factory, worker_id):
     local = reference(tmp_path_factory, worker_id)
     home = tmp_path_factory.mktemp("cluster")
     files = overlays(home)
+    begun(local, home / "work")
+    (home / "less.yaml").write_text(LESS)
+    files.append(home / "less.yaml")
     (home / "profile.yaml").write_text(SITE)
     preempted: list[str] = [""]
     ended = threading.Event()
@@ -120,7 +137,7 @@ def test_a_preempted_training_goes_on_from_its_checkpoint(run):
 
 
 def test_jobs_get_the_machines_memory_and_time_they_ask_for(run):
-    assert len(run.jobs) == 10
+    assert len(run.jobs) == 5, "two trainings, two evaluations, and the preparation of what one run is trained on"
     two = [line for line in run.jobs.values() if "NumNodes=2" in line]
     assert len(two) == 1 and "NumTasks=2" in two[0] and "alpaca-untuned" in two[0]
     for line in run.jobs.values():

@@ -49,11 +49,15 @@ def snakemake(*arguments: str, overlays=(), check: bool = True, **more: str) -> 
 
 
 def planned(*arguments: str, overlays=()) -> list[tuple[str, str, str]]:
-    """(rule, target, shell command) of every job a dry run plans, sorted.
+    """(rule, target, shell command) of every job a dry run plans, sorted."""
+    return commands_in(snakemake("--dry-run", "--printshellcmds", "--cores", "1", *arguments, overlays=overlays).stdout)
+
+
+def commands_in(text: str) -> list[tuple[str, str, str]]:
+    """(rule, target, shell command) of every job whose command is printed, sorted.
 
     Rule and target are read off the log file that every command writes: logs/<rule>/<target>.log.
     """
-    text = snakemake("--dry-run", "--printshellcmds", "--cores", "1", *arguments, overlays=overlays).stdout
     commands = re.findall(r"^Shell command: (.*&> .*)$", text, re.M)
     names = [re.search(r"&> logs/([a-z]+)/?(.*)\.log$", command).groups() for command in commands]
     return sorted((rule, target, command) for (rule, target), command in zip(names, commands, strict=True))
@@ -77,17 +81,23 @@ with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
         if job.log:
             asked = [f"{name}={job.resources.get(name)}" for name in ("mem_mb", "runtime", "disk_mb", "gpu")]
             asked += [f"{name}={job.resources.get(name)}" for name in PLACES if job.resources.get(name) is not None]
-            print(*str(job.log[0]).removeprefix("logs/").removesuffix(".log").split("/", 1), *asked, sep="\t")
+            words = str(job.log[0]).removeprefix("logs/").removesuffix(".log").split("/", 1)
+            print("job", *words, *asked, sep="\t")
+            print("Shell command:", job.shellcmd)
 """
-"""What Snakemake itself would ask for; a dry run does not print it for rules with a message."""
+"""What Snakemake itself would run and ask for; a dry run does not print the latter for rules with a message."""
 
 
-def asked_resources(overlays) -> list[list[str]]:
-    """[rule, target, resource=value ...] of every job, sorted; the target of a rule of its own is missing."""
+def asked_jobs(overlays) -> tuple[list[tuple[str, str, str]], list[list[str]]]:
+    """Of every job (rule, target, shell command), as `planned`, and [rule, target, resource=value ...], sorted.
+
+    The target of a rule of its own is missing in the second.
+    """
     command = [sys.executable, "-c", ASKED, *map(str, overlays)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return sorted(line.split("\t") for line in done.stdout.splitlines() if "mem_mb=" in line)
+    asked = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("job\t")]
+    return commands_in(done.stdout), sorted(asked)
 
 
 @pytest.fixture(scope="session")

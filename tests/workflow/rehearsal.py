@@ -66,13 +66,16 @@ def overlays(home: Path) -> list[Path]:
     return [ROOT / "config/laptop.yaml", home / "small.yaml"]
 
 
-def reference(tmp_path_factory, worker_id: str) -> Path:
-    """The work directory of the uninterrupted local run, made once for all workers of a test session."""
+def reference(tmp_path_factory, worker_id: str, **variables: str) -> Path:
+    """The work directory of the uninterrupted local run, made once for all workers of a test session.
+
+    variables: more of Snakemake's environment, where it is this worker that makes it.
+    """
     base = tmp_path_factory.getbasetemp()
     home = (base if worker_id == "master" else base.parent) / "reference"
     with file_lock(home / "lock"):
         if not (home / "done").exists():
-            snakemake("--cores", "2", overlays=overlays(home))
+            snakemake("--cores", "2", overlays=overlays(home), **variables)
             (home / "done").touch()
     return home / "work"
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dllm.config import load_project
 from tests.workflow.compact import configs_text, defaults_text, jobs_text
-from tests.workflow.conftest import ROOT, asked_resources, planned, snakemake
+from tests.workflow.conftest import ROOT, asked_jobs, snakemake
+from workflow.plan import check_writable, make_plan
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -27,31 +29,37 @@ def check_snapshot(name: str, text: str) -> None:
 
 
 @pytest.fixture(scope="module", params=["paper", "one-gpu", "laptop"])
-def plan(request, tmp_path_factory):
-    """(name, planned jobs, work directory) of a shipped configuration in a fresh directory."""
+def asked(request, tmp_path_factory):
+    """(name, planned jobs, what each asks for, work directory) of a shipped configuration in a fresh directory."""
     workdir = tmp_path_factory.mktemp(request.param) / "work"
     elsewhere = workdir.parent / "elsewhere.yaml"
     elsewhere.write_text(f"workdir: {workdir}\n")
-    return request.param, planned(overlays=[ROOT / "config" / f"{request.param}.yaml", elsewhere]), workdir
+    return request.param, *asked_jobs([ROOT / "config" / f"{request.param}.yaml", elsewhere]), workdir
 
 
-def test_every_job_its_command_line_and_its_resources_are_as_in_the_snapshot(plan):
-    name, jobs, workdir = plan
-    asked = asked_resources([ROOT / "config" / f"{name}.yaml", workdir.parent / "elsewhere.yaml"])
-    check_snapshot(f"{name}.jobs.txt", jobs_text(jobs, asked, os.path.relpath(ROOT, workdir)))
+@pytest.fixture(scope="module")
+def plan(asked):
+    """(name, planned jobs, work directory) of a shipped configuration."""
+    name, jobs, _, workdir = asked
+    return name, jobs, workdir
+
+
+def test_every_job_its_command_line_and_its_resources_are_as_in_the_snapshot(asked):
+    name, jobs, resources, workdir = asked
+    check_snapshot(f"{name}.jobs.txt", jobs_text(jobs, resources, os.path.relpath(ROOT, workdir)))
 
 
 def test_every_default_is_as_in_the_snapshot():
     check_snapshot("defaults.yaml", defaults_text())
 
 
-def test_a_resource_that_an_entry_states_is_what_is_asked_for(tmp_path):
-    overlay = tmp_path / "mine.yaml"
-    stated = "{memory_gib: 3, runtime_minutes: 77}"
-    overlay.write_text(f"workdir: {tmp_path / 'work'}\nruns: {{chat-large: {{resources: {stated}}}}}\n")
-    asked = asked_resources([ROOT / "config/laptop.yaml", overlay])
-    (chat,) = [words for words in asked if words[:2] == ["train", "chat-large"]]
-    assert {"mem_mb=3072", "runtime=77", "gpu=0"} <= {*chat}
+def test_a_resource_that_an_entry_states_is_what_is_asked_for():
+    """Of the rules, which ask for what the plan says: see the snapshots."""
+    stated = {"runs": {"chat-large": {"resources": {"memory_gib": 3, "runtime_minutes": 77}}}}
+    asked = make_plan(load_project(ROOT / "config", ROOT / "config/laptop.yaml", stated)).resources(
+        "train", "chat-large"
+    )
+    assert {"mem_mb": 3072, "runtime": 77, "gpu": 0}.items() <= asked.items()
 
 
 def test_every_resolved_config_is_as_in_the_snapshot(plan):
@@ -81,13 +89,13 @@ def test_only_downloads_and_runs_on_streamed_data_may_use_the_network(plan):
     assert online == streamed[name]
 
 
-def test_planning_twice_writes_nothing_new(tmp_path):
-    overlay = tmp_path / "o.yaml"
-    overlay.write_text(f"workdir: {tmp_path / 'work'}\n")
-    planned(overlays=[ROOT / "config/laptop.yaml", overlay])
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work/configs").rglob("*.yaml")}
-    planned(overlays=[ROOT / "config/laptop.yaml", overlay])
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "work/configs").rglob("*.yaml")}
+def test_planning_twice_writes_nothing_new(plan):
+    """First by Snakemake, then in this process, as the Snakefile does it."""
+    name, _, workdir = plan
+    before = {p: p.stat().st_mtime_ns for p in (workdir / "configs").rglob("*.*")}
+    overlays = [ROOT / f"config/{name}.yaml", workdir.parent / "elsewhere.yaml"]
+    make_plan(load_project(ROOT / "config", *overlays)).write(workdir)
+    assert before == {p: p.stat().st_mtime_ns for p in (workdir / "configs").rglob("*.*")} and len(before) > 15
 
 
 @pytest.mark.parametrize(
@@ -107,8 +115,6 @@ def test_a_mistake_in_a_config_stops_the_workflow_with_one_line(tmp_path, overla
 
 
 def test_a_work_directory_of_somebody_else_is_named_before_anything_runs(monkeypatch, tmp_path):
-    from workflow.plan import check_writable
-
     (tmp_path / ".snakemake/locks").mkdir(parents=True)
     check_writable(tmp_path)
     for place in ("", ".snakemake", ".snakemake/locks"):
@@ -123,7 +129,7 @@ def test_a_work_directory_of_somebody_else_is_named_before_anything_runs(monkeyp
 def test_a_job_runs_also_where_the_environment_is_not_activated(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"workdir: {tmp_path / 'work'}\n")
-    target = "downloads/bert-base-untrained.json"
+    target = "downloads/pocket-world.json"
     overlays = [ROOT / "config/laptop.yaml", path]
     snakemake(target, "--nolock", "--cores", "1", overlays=overlays, PATH=os.defpath)
     assert (tmp_path / "work" / target).is_file()

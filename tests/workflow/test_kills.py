@@ -5,7 +5,9 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,49 +18,50 @@ from workflow.warm import of_jobs
 
 pytestmark = pytest.mark.slow
 
-KILLS = 8
-SHARES = (1.0, 5.5)
-"""From a start to its kill, in times of what Snakemake takes to start; that depends on what else the machine does."""
+MOMENTS = {
+    "logs/prepare/*.log": 0.2,  # something is being prepared
+    ".work/modernbert-large-*/metrics.jsonl": 0.1,  # the first training runs
+    ".work/chat-large-*/step-*": 0.3,  # the longest has a checkpoint
+    "logs/evaluate/*/*.log": 0.1,  # the model is evaluated
+}
+"""When it is killed, one moment after another: at most so many seconds after the first file of this name is there."""
 
 
-def test_a_graph_killed_at_eight_moments_ends_with_the_same_numbers(tmp_path, tmp_path_factory, worker_id):
+def test_a_graph_killed_at_four_moments_ends_with_the_same_numbers(tmp_path, tmp_path_factory, worker_id):
     """SIGKILL to everything at once, as when a machine goes down; then what docs/reproduce.md says to do."""
-    whole = results(reference(tmp_path_factory, worker_id))
-    moments = random.Random(20)
-    files = overlays(tmp_path)
+    delays = random.Random(20)
+    files, work = overlays(tmp_path), tmp_path / "work"
     options = ["--cores", "2", "--rerun-incomplete", "--until", "evaluate"]  # the report is written in seconds
-    started = time.monotonic()
-    snakemake("--unlock", overlays=files)
-    seconds = time.monotonic() - started
-    kills = 0
     with warm_jobs(of_jobs(variables())) as names:  # it alone survives, and its jobs do not
-        while kills < KILLS:
+        whole = results(reference(tmp_path_factory, worker_id, **names))
+        for name, seconds in MOMENTS.items():
             # as `--unlock` does, which takes as long as a start
-            shutil.rmtree(tmp_path / "work/.snakemake/locks", ignore_errors=True)
-            if killed(options, files, variables() | names, seconds * moments.uniform(*SHARES)):
-                kills += 1
-            else:  # finished in between: the next kills hit another run
-                check(tmp_path / "work", whole)
-                shutil.rmtree(tmp_path / "work")
+            shutil.rmtree(work / ".snakemake/locks", ignore_errors=True)
+            assert not list(work.glob(name)), "the kills hit one part of the graph after another"
+            kill(
+                options, files, variables() | names, lambda name=name: any(work.glob(name)), delays.uniform(0, seconds)
+            )
         snakemake("--unlock", overlays=files)
         snakemake(*options, overlays=files, **names)
-    check(tmp_path / "work", whole)
+    check(work, whole)
 
 
-def killed(options: list[str], files: list[Path], environment: dict[str, str], seconds: float) -> bool:
-    """Run Snakemake and kill it and all its jobs after so many seconds; False if it finished before."""
+def kill(
+    options: list[str], files: list[Path], environment: dict[str, str], begun: Callable[[], bool], seconds: float
+) -> None:
+    """Run Snakemake and kill it and all its jobs so many seconds after something has begun."""
     command = [str(BIN / "snakemake"), *options, "--configfile", *map(str, files)]
-    running = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    try:
-        said, _ = running.communicate(timeout=seconds)
-        assert running.returncode == 0, said.decode()
-        return False
-    except subprocess.TimeoutExpired:
+    with tempfile.TemporaryFile("w+") as said:
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=environment, start_new_session=True, stdout=said, stderr=subprocess.STDOUT
+        )
+        while not begun() and running.poll() is None:
+            time.sleep(0.02)
+        time.sleep(seconds)
+        said.seek(0)
+        assert running.poll() is None, f"it ended before: {said.read()}"
         os.killpg(running.pid, signal.SIGKILL)
-        running.communicate()
-        return True
+        running.wait()
 
 
 def check(workdir: Path, whole: dict[str, object]) -> None:
