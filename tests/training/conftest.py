@@ -1,6 +1,7 @@
 """A tiny trained-from-scratch setting: a word-level tokenizer, a small stock encoder, prepared text and answers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,10 @@ def make_model(directory: Path, entry: ModelEntry) -> None:
     write_record(directory, kind="model", name=directory.name, config_digest="", inputs={})
 
 
-@pytest.fixture
-def workdir(tmp_path) -> Path:
-    """A work directory with a toy model and raw rows of text and answers."""
-    torch.set_num_threads(1)
-    make_model(tmp_path / "downloads" / "toy-model", entry_for())
-    raw = tmp_path / "downloads" / "toy"
+def prepare_toys(directory: Path) -> None:
+    """Write a toy model and rows of text and answers, raw and prepared."""
+    make_model(directory / "downloads" / "toy-model", entry_for())
+    raw = directory / "downloads" / "toy"
     generator = torch.Generator().manual_seed(0)
 
     def words(n):
@@ -80,8 +79,18 @@ def workdir(tmp_path) -> Path:
                 length=24,
                 split="disjoint",
             ),
-            tmp_path,
+            directory,
         )
+
+
+@pytest.fixture
+def workdir(tmp_path, tmp_path_factory) -> Path:
+    """A work directory of the test's own with a toy model and its data; copied, for they are made once."""
+    torch.set_num_threads(1)
+    toys = tmp_path_factory.getbasetemp() / "toys"
+    if not (toys / "data").exists():
+        prepare_toys(toys)
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
