@@ -32,7 +32,8 @@ def launched(workdir: Path, launch: str, *command, real: bool = False) -> subpro
     (workdir / "launch.yaml").write_text(yaml.safe_dump(settings))
     arguments = ["--config_file", "launch.yaml", "--num_processes", "2", *map(str, command)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    if not real and not torch.accelerator.is_available():  # a driver does not survive a fork
+    # a driver does not survive a fork, and elsewhere these packages do not
+    if not real and sys.platform == "linux" and not torch.accelerator.is_available():
         return forked(workdir, arguments, environment)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
     return subprocess.run(launcher, cwd=workdir, env=environment, capture_output=True, text=True, timeout=LIMIT)
