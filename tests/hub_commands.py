@@ -1,6 +1,7 @@
 """Command lines of dllm against a loopback hub, in a process of their own: its address is read at import.
 
-The process reads a JSON list of command lines and prints [status, output, error] of each as a line of JSON.
+The process reads a JSON list of command lines and prints [status, output, error] of each as a line of JSON. What stands
+first in a command line and is an object changes variables from there on; HF_ENDPOINT is then that of `HfApi` only.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ def hub_environment(url: str, home: Path, **more: str) -> dict[str, str]:
     return kept | fixed | more
 
 
-def run_commands(commands: list[list[str]], environment: dict[str, str]) -> list[tuple[int, str, str]]:
+def run_commands(commands: list[list], environment: dict[str, str]) -> list[tuple[int, str, str]]:
     """(status, output, error) of command lines `dllm ...`, run one after another in one process."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.hub_commands"],
@@ -34,10 +35,15 @@ def run_commands(commands: list[list[str]], environment: dict[str, str]) -> list
 
 def _main() -> None:
     time.sleep = lambda seconds: None  # the hub's client waits between its attempts
+    from huggingface_hub import constants
+
     from dllm.cli.main import main
 
     told = []
     for command in json.load(sys.stdin):
+        if isinstance(command[0], dict):
+            os.environ.update(command.pop(0))
+            constants.ENDPOINT = os.environ["HF_ENDPOINT"]
         output, error = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
             status = main(command)
