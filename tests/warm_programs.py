@@ -61,16 +61,17 @@ def interpreter_of(program: Path) -> Path:
 
 @contextlib.contextmanager
 def warm_interpreter(
-    python: Path, programs: list[Path], home: Path, environment: dict[str, str], early: tuple[str, ...] = ()
+    python: Path, programs: list[Path], home: Path, environment: dict[str, str], early=(), first=()
 ) -> Iterator[list[Path]]:
     """Write commands below `home` that do what these programs do, scripts of a Python or that itself.
 
-    environment: in which packages are loaded; early: beginnings of the variables in which a command must agree with it.
+    environment: in which packages are loaded; early: beginnings of the variables in which a command must agree with it;
+    first: modules that most of the programs load, loaded when the first of them is asked for.
     """
     name = f"\0test-{secrets.token_hex(16)}"
     commands = [home / program.name for program in programs]
     itself = commands[programs.index(python)] if python in programs else python
-    server = [python, "-I", __file__, name[1:], itself, *early]
+    server = [python, "-I", __file__, name[1:], itself, json.dumps([early, first])]
     running = subprocess.Popen(server, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     running.stdout.read(1)
     for program, command in zip(programs, commands, strict=True):
@@ -84,7 +85,7 @@ def warm_interpreter(
         running.wait()
 
 
-def serve(name: str, itself: str, early: tuple[str, ...]) -> None:
+def serve(name: str, itself: str, early: tuple[str, ...], first: list[str]) -> None:
     """Answer until standard input ends; `itself` is the command that scripts take for their Python."""
     own = chosen(os.environ, early)
     sys.executable = itself
@@ -110,6 +111,8 @@ def serve(name: str, itself: str, early: tuple[str, ...]) -> None:
                 client, _ = server.accept()
                 head, files, _, _ = socket.recv_fds(client, 8, 3)
                 job = json.loads(client.recv(struct.unpack("=q", head)[0], socket.MSG_WAITALL))
+                load(first)
+                first = []
                 if chosen(job[2], early) == own and single():
                     told = os.memfd_create("told")
                     if not (worker := os.fork()):
@@ -139,8 +142,9 @@ def load(modules: list[str]) -> None:
     for name in modules:
         with contextlib.suppress(BaseException):
             importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
+    if modules:
+        gc.collect()
+        gc.freeze()
 
 
 def become(job, files: list[int], told: int) -> None:
@@ -184,4 +188,5 @@ def become(job, files: list[int], told: int) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(sys.argv[1], sys.argv[2], tuple(sys.argv[3:]))
+    early, first = json.loads(sys.argv[3])
+    serve(sys.argv[1], sys.argv[2], tuple(early), first)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dllm.cli.ask import VARIABLE
+from dllm.cli.warm import LOADED
 from dllm.config import read_yaml
 from tests.warm_programs import EARLY, interpreter_of, warm_interpreter
 from tests.workflow.rehearsal import small_overlay
@@ -59,10 +60,11 @@ def commands(tmp_path_factory) -> Iterator[tuple[Path, ...]]:
         return
     home, environment = tmp_path_factory.mktemp("commands"), variables_of(())
     dvc, python, dllm = Path(dvc_command()), BIN / "python", BIN / "dllm"
+    loaded = [name for name in LOADED if not name.startswith("dllm.")]
     with (
-        warm_interpreter(interpreter_of(dvc), [dvc], home, environment) as keeping,
-        warm_interpreter(python, [BIN / "snakemake"], home, environment) as planning,
-        warm_interpreter(python, [python, dllm], home, of_jobs(environment), EARLY) as working,
+        warm_interpreter(interpreter_of(dvc), [dvc], home, environment, first=["dvc.cli"]) as keeping,
+        warm_interpreter(python, [BIN / "snakemake"], home, environment, first=["snakemake.cli"]) as planning,
+        warm_interpreter(python, [python, dllm], home, of_jobs(environment), EARLY, loaded) as working,
     ):
         yield (*keeping, *planning, *working)
 
