@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,24 @@ def metrics_of(workdir: Path, run: str) -> list[dict]:
     """The deterministic part of a run's metrics."""
     rows = [json.loads(line) for line in (workdir / "runs" / run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
+
+def train_once(config: RunConfig, workdir: Path) -> None:
+    """Train a run on the toys, or copy it: of all tests of a process that need it, the first one trains it."""
+    key, run = config.model_dump_json(), f"runs/{config.name}"
+    if key in KEPT:
+        shutil.copytree(KEPT[key] / "run", workdir / run)
+        shutil.copy2(KEPT[key] / "run.json", workdir / f"{run}.json")
+        return
+    trainer.train(config, workdir, quiet=True)
+    kept = Path(tempfile.mkdtemp(dir=workdir.parent))
+    shutil.copytree(workdir / run, kept / "run")
+    shutil.copy2(workdir / f"{run}.json", kept / "run.json")
+    KEPT[key] = kept
+
+
+KEPT: dict[str, Path] = {}
+"""Copies of runs that `train_once` has trained, by their configurations."""
 
 
 def train_until(config: RunConfig, workdir: Path, *, step: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from dllm.config import AdapterSettings, OptimizerSettings, RunConfig, launch_error, write_when_changed
 from dllm.training.trainer import train
-from tests.training.conftest import entry_for, make_model, metrics_of, run_config
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_once
 from tests.training.launches import launched
 from tests.training.test_trainer import assert_same_run, same_weights, weights
 
@@ -74,7 +74,7 @@ def test_two_processes_train_the_run_of_one_and_resume_it(workdir, launch):
     settings = {"steps": 8, "evaluations": 4, "eval_rows": 5}
     plain = {"one": run_config("one", **settings), "lora": adapter_run(workdir, "lora-one")}
     for config in plain.values():
-        train(config, workdir, quiet=True)
+        train_once(config, workdir)
     # how a step is laid out moves rounding only, and is where a shard could be missed
     layout = {"micro_batch_tokens": 40, "activation_checkpointing": True}
     two, cut = (run_config(name, **settings, **layout) for name in ("two", "cut"))

@@ -18,7 +18,7 @@ from dllm.training import trainer
 from dllm.training.optimizer import build_optimizers, share_of_peak
 from dllm.training.trainer import Interrupted, make_plan, train
 from tests.plain_forward import plain_hidden
-from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_until
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_once, train_until
 from tests.training.launches import launched
 
 
@@ -86,7 +86,7 @@ def test_a_killed_run_resumes_to_the_same_bits(workdir, optimizer):
 
 
 def test_sigterm_saves_the_step_and_ends_with_a_failure(workdir, monkeypatch):
-    train(run_config("whole"), workdir, quiet=True)
+    train_once(run_config("whole"), workdir)
     step = trainer._Run._step
 
     def signalled(self, number):
@@ -105,7 +105,7 @@ def test_sigterm_saves_the_step_and_ends_with_a_failure(workdir, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(workdir):
-    train(run_config("whole"), workdir, quiet=True)
+    train_once(run_config("whole"), workdir)
     train_until(run_config("cut"), workdir, step=5)
     (state,) = (workdir / ".work").glob("cut-*")
     newest = max(state.glob("step-*"), key=lambda p: int(p.name[5:]))
@@ -312,7 +312,7 @@ def test_a_diverging_run_says_what_to_lower(workdir):
 )
 def test_two_processes_train_the_same_run_as_one(workdir, changes, real):
     """Data-parallel over gloo: DistributedDataParallel averages gradients, so only rounding may differ."""
-    train(run_config("one"), workdir, quiet=True)
+    train_once(run_config("one"), workdir)
     config = write_when_changed(workdir / "configs/runs/two.yaml", run_config("two", **changes))
     done = launched(workdir, "ddp", "-m", "dllm", "train", config, "--workdir", workdir, "--quiet", real=real)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -341,7 +341,7 @@ trainer.train(read_config(sys.argv[1], RunConfig), Path(sys.argv[2]), quiet=True
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(workdir):
-    train(run_config("one"), workdir, quiet=True)
+    train_once(run_config("one"), workdir)
     config = write_when_changed(workdir / "configs/runs/cut.yaml", run_config("cut"))
     (workdir / "signalled.py").write_text(SIGNALLED)
     done = launched(workdir, "ddp", workdir / "signalled.py", config, workdir)
