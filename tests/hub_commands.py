@@ -1,6 +1,7 @@
 """Command lines of dllm against a loopback hub, in a process of their own: its address is read at import.
 
-The process reads command lines, each a line of JSON, and prints [status, output, error] of each as a line of JSON.
+The process reads command lines, each a line of JSON, and prints [status, output, error] of each as a line of JSON. What
+stands first in a command line and is an object changes variables from there on; HF_ENDPOINT is then that of `HfApi` only.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ Told = tuple[int, str, str]
 
 
 @contextmanager
-def commands_of(environment: dict[str, str], *, loaded: str = "") -> Iterator[Callable[[list[str]], Told]]:
+def commands_of(environment: dict[str, str], *, loaded: str = "") -> Iterator[Callable[[list], Told]]:
     """Runs command lines `dllm ...` one after another in one process, which has loaded its packages once.
 
     loaded: modules that it loads first; then every command runs in a copy of it, as in a process of its own.
@@ -43,7 +44,7 @@ def commands_of(environment: dict[str, str], *, loaded: str = "") -> Iterator[Ca
         subprocess.Popen(command, **pipes, stderr=errors, text=True, env=environment, cwd=ROOT) as process,
     ):
 
-        def run(words: list[str]) -> Told:
+        def run(words: list) -> Told:
             process.stdin.write(json.dumps(words) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
@@ -55,7 +56,7 @@ def commands_of(environment: dict[str, str], *, loaded: str = "") -> Iterator[Ca
         process.stdin.close()
 
 
-def run_commands(commands: list[list[str]], environment: dict[str, str]) -> list[Told]:
+def run_commands(commands: list[list], environment: dict[str, str]) -> list[Told]:
     """(status, output, error) of command lines `dllm ...`, run one after another in one process."""
     with commands_of(environment) as run:
         return [run(words) for words in commands]
@@ -73,9 +74,14 @@ def _main() -> None:
             os._exit(0)
 
 
-def _told(words: list[str]) -> Told:
+def _told(words: list) -> Told:
+    from huggingface_hub import constants
+
     from dllm.cli.main import main
 
+    if isinstance(words[0], dict):
+        os.environ.update(words.pop(0))
+        constants.ENDPOINT = os.environ["HF_ENDPOINT"]
     output, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
         status = main(words)

@@ -5,14 +5,19 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dllm.cli.ask import VARIABLE
+from dllm.cli.warm import LOADED
 from dllm.config import read_yaml
+from tests.warm_programs import EARLY, interpreter_of, warm_interpreter
 from tests.workflow.rehearsal import small_overlay
+from workflow.warm import of_jobs
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -35,11 +40,41 @@ def pytest_collection_modifyitems(items) -> None:
                 item.add_marker(pytest.mark.skip(reason="there is no dvc command; run `make dvc`"))
 
 
+def variables_of(commands: tuple[Path, ...]) -> dict[str, str]:
+    """The environment of a checkout's commands."""
+    found = os.environ | {
+        "COLUMNS": "200",
+        "DVC_NO_ANALYTICS": "1",
+        "OMP_NUM_THREADS": "1",
+        **{f"GIT_{who}_{what}": "dllm" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    }
+    found.pop("CI", None)
+    return found | ({VARIABLE: ""} if commands else {})  # no process of Snakemake's own for its jobs
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> Iterator[tuple[Path, ...]]:
+    """dvc, snakemake, dllm and python, as copies of processes that have loaded their packages."""
+    if sys.platform != "linux":  # elsewhere a fork of a process with these packages is not safe
+        yield ()
+        return
+    home, environment = tmp_path_factory.mktemp("commands"), variables_of(())
+    dvc, python, dllm = Path(dvc_command()), BIN / "python", BIN / "dllm"
+    loaded = [name for name in LOADED if not name.startswith("dllm.")]
+    with (
+        warm_interpreter(interpreter_of(dvc), [dvc], home, environment, first=["dvc.cli"]) as keeping,
+        warm_interpreter(python, [BIN / "snakemake"], home, environment, first=["snakemake.cli"]) as planning,
+        warm_interpreter(python, [python, dllm], home, of_jobs(environment), EARLY, loaded) as working,
+    ):
+        yield (*keeping, *planning, *working)
+
+
 @dataclass(frozen=True)
 class Checkout:
-    """A git checkout of the small project."""
+    """A git checkout of the small project, and the commands that take the places of installed ones."""
 
     path: Path
+    commands: tuple[Path, ...] = ()
 
     @property
     def work(self) -> Path:
@@ -52,16 +87,14 @@ class Checkout:
         if not tools.exists():
             tools.mkdir()
             (tools / "dvc").symlink_to(dvc_command())
-        environment = os.environ | {
+            for path in self.commands:
+                (tools / path.name).unlink(missing_ok=True)
+                (tools / path.name).symlink_to(path)
+        environment = variables_of(self.commands) | {
             "PATH": f"{tools}:{BIN}:{os.environ['PATH']}",
             "PYTHONPATH": str(self.path),
-            "COLUMNS": "200",
-            "DVC_NO_ANALYTICS": "1",
             "DVC_SITE_CACHE_DIR": str(self.path.parent / "site"),  # by path, and paths return in another session
-            "OMP_NUM_THREADS": "1",
-            **{f"GIT_{who}_{what}": "dllm" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
         }
-        environment.pop("CI", None)
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
             cwd=self.path,
@@ -111,7 +144,7 @@ def overlaid(base: dict, update: dict) -> dict:
     return base | update | both
 
 
-def copy_sources(path: Path) -> Checkout:
+def copy_sources(path: Path, commands: tuple[Path, ...]) -> Checkout:
     """A git repository at `path` with the files of this one as they stand, results left out, and its remote `storage`.
 
     The remote is the directory `storage` beside it, and compares what arrives with its hash.
@@ -122,17 +155,17 @@ def copy_sources(path: Path) -> Checkout:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, path / name)
     (path.parent / "storage").mkdir()
-    checkout = Checkout(path)
+    checkout = Checkout(path, commands)
     checkout.run("git init -q -b main && dvc remote add -d storage ../storage")
     checkout.run("dvc remote modify storage verify true")
     return checkout
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory) -> Checkout:
+def published(tmp_path_factory, commands) -> Checkout:
     """The small project, finished, committed, and its data pushed to the directory `storage` beside it."""
     home = tmp_path_factory.mktemp("cache")
-    project = copy_sources(home / "dllm")
+    project = copy_sources(home / "dllm", commands)
     project.run(f"dvc remote modify storage url {home / 'storage'}")
     (project.path / "config/paper.yaml").write_text(yaml.safe_dump(small_paper(), sort_keys=False))
     project.run("git add -A && git commit -qm code")
@@ -148,7 +181,7 @@ def storage(published) -> Path:
 
 
 @pytest.fixture
-def clone(published, tmp_path) -> Checkout:
+def clone(published, commands, tmp_path) -> Checkout:
     """A fresh clone, with nothing pulled."""
     subprocess.run(["git", "clone", "-q", str(published.path), str(tmp_path / "clone")], check=True)
-    return Checkout(tmp_path / "clone")
+    return Checkout(tmp_path / "clone", commands)

@@ -22,16 +22,16 @@ CACHE = "python ../../workflow/cache.py"
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory) -> Checkout:
+def fresh(tmp_path_factory, commands) -> Checkout:
     """A repository without results, and an empty remote beside it."""
-    return copy_sources(tmp_path_factory.mktemp("fresh") / "project")
+    return copy_sources(tmp_path_factory.mktemp("fresh") / "project", commands)
 
 
 @pytest.fixture
-def project(fresh, tmp_path) -> Checkout:
+def project(fresh, commands, tmp_path) -> Checkout:
     """A copy of both, for the configuration of DVC names the remote by its place beside it."""
     shutil.copytree(fresh.path.parent, tmp_path, symlinks=True, dirs_exist_ok=True)
-    return Checkout(tmp_path / "project")
+    return Checkout(tmp_path / "project", commands)
 
 
 def make_dataset(project: Checkout, name: str, files: int = 3) -> None:

@@ -38,7 +38,7 @@ def trained(workdir, kind="bert", *, name="run", **changes) -> Path:
 
 
 def elsewhere(jobs: list[dict], out: Path) -> list[tuple[torch.Tensor, str]]:
-    """Logits of exports, and what the programs of their cards print, in a process without dllm."""
+    """Logits of exports, and what the programs of their cards print, in a process without dllm; it starts slowly."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-P", HERE / "stock_logits.py", json.dumps(jobs), out],
@@ -74,9 +74,16 @@ RUNS = {
 }
 
 
-def test_stock_transformers_computes_the_same_and_samples_the_same_without_dllm(workdir, tmp_path):
+@pytest.fixture(scope="module")
+def stand_ins():
+    models = load_project("config", "config/laptop.yaml", "config/systems.yaml").models
+    return {entry.published: small(entry) for entry in models.values() if entry.published}
+
+
+def test_stock_transformers_computes_the_same_and_samples_the_same_without_dllm(workdir, stand_ins, tmp_path):
     """Equal to the last bit: it is the same code, weights and tokens. (Ours samples from a packed forward, which sums
-    in another order; the texts agree as long as no two tokens are equally sure.)"""
+    in another order; the texts agree as long as no two tokens are equally sure.) A published checkpoint is exported as
+    its stock class."""
     question = "who likes the sun ?"
     models, jobs = {}, []
     for name, (kind, changes) in RUNS.items():
@@ -85,8 +92,13 @@ def test_stock_transformers_computes_the_same_and_samples_the_same_without_dllm(
         assert there == workdir / f"exports/{name}-transformers" and is_export(there)
         auto = "AutoModelForCausalLM" if kind == "llama" else "AutoModelForMaskedLM"
         jobs.append({"directory": str(there), "auto": auto, "tokens": TOKENS, "question": question})
-    found = elsewhere(jobs, tmp_path / "found.pt")
-    for (name, model), job, (computed, said) in zip(models.items(), jobs, found, strict=True):
+    save_stand_in(stand_ins["LLaDA"], load_tokenizer(workdir / "downloads/toy-model"), tmp_path / "llada")
+    llada = export(tmp_path / "llada", output=tmp_path / "out")
+    jobs.append({"directory": str(llada), "auto": "AutoModelForCausalLM", "tokens": TOKENS, "question": None})
+    *found, (of_llada, _) = elsewhere(jobs, tmp_path / "found.pt")
+    assert torch.equal(of_llada, logits(load_backbone(tmp_path / "llada")))
+    assert dllm.load(llada).backbone.sidecar == dllm.load(tmp_path / "llada").backbone.sidecar
+    for (name, model), job, (computed, said) in zip(models.items(), jobs[:-1], found, strict=True):
         lm = dllm.load(model)
         assert torch.equal(computed, logits(lm.backbone)), name
         sidecar = lm.backbone.sidecar
@@ -94,12 +106,6 @@ def test_stock_transformers_computes_the_same_and_samples_the_same_without_dllm(
         turns = [{"role": "user", "content": question}]
         assert said == lm.generate([turns], settings)[0] and said, name
         assert dllm.load(job["directory"]).generate([turns], settings) == [said]
-
-
-@pytest.fixture(scope="module")
-def stand_ins():
-    models = load_project("config", "config/laptop.yaml", "config/systems.yaml").models
-    return {entry.published: small(entry) for entry in models.values() if entry.published}
 
 
 @pytest.mark.parametrize("name", ["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "RND1"])
@@ -126,15 +132,6 @@ def test_a_trained_model_of_a_family_is_exported_as_the_family_was_published(wor
     }
     hints = json.loads((there / "generation_config.json").read_text())
     assert hints["mask_token_id"] == again.mask_id and "base_model: authors/base" in (there / "README.md").read_text()
-
-
-def test_a_published_checkpoint_is_exported_as_its_stock_class(stand_ins, workdir, tmp_path):
-    save_stand_in(stand_ins["LLaDA"], load_tokenizer(workdir / "downloads/toy-model"), tmp_path / "llada")
-    there = export(tmp_path / "llada", output=tmp_path / "out")
-    job = {"directory": str(there), "auto": "AutoModelForCausalLM", "tokens": TOKENS, "question": None}
-    ((computed, _),) = elsewhere([job], tmp_path / "found.pt")
-    assert torch.equal(computed, logits(load_backbone(tmp_path / "llada")))
-    assert dllm.load(there).backbone.sidecar == dllm.load(tmp_path / "llada").backbone.sidecar
 
 
 def test_weights_keep_their_precision(workdir, tmp_path):

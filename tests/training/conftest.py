@@ -1,6 +1,8 @@
 """A tiny trained-from-scratch setting: a word-level tokenizer, a small stock encoder, prepared text and answers."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -49,12 +51,10 @@ def make_model(directory: Path, entry: ModelEntry) -> None:
     write_record(directory, kind="model", name=directory.name, config_digest="", inputs={})
 
 
-@pytest.fixture
-def workdir(tmp_path) -> Path:
-    """A work directory with a toy model and raw rows of text and answers."""
-    torch.set_num_threads(1)
-    make_model(tmp_path / "downloads" / "toy-model", entry_for())
-    raw = tmp_path / "downloads" / "toy"
+def prepare_toys(directory: Path) -> None:
+    """Write a toy model and rows of text and answers, raw and prepared."""
+    make_model(directory / "downloads" / "toy-model", entry_for())
+    raw = directory / "downloads" / "toy"
     generator = torch.Generator().manual_seed(0)
 
     def words(n):
@@ -80,8 +80,18 @@ def workdir(tmp_path) -> Path:
                 length=24,
                 split="disjoint",
             ),
-            tmp_path,
+            directory,
         )
+
+
+@pytest.fixture
+def workdir(tmp_path, tmp_path_factory) -> Path:
+    """A work directory of the test's own with a toy model and its data; copied, for they are made once."""
+    torch.set_num_threads(1)
+    toys = tmp_path_factory.getbasetemp() / "toys"
+    if not (toys / "data").exists():
+        prepare_toys(toys)
+    shutil.copytree(toys, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -105,6 +115,24 @@ def metrics_of(workdir: Path, run: str) -> list[dict]:
     """The deterministic part of a run's metrics."""
     rows = [json.loads(line) for line in (workdir / "runs" / run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
+
+def train_once(config: RunConfig, workdir: Path) -> None:
+    """Train a run on the toys, or copy it: of all tests of a process that need it, the first one trains it."""
+    key, run = config.model_dump_json(), f"runs/{config.name}"
+    if key in KEPT:
+        shutil.copytree(KEPT[key] / "run", workdir / run)
+        shutil.copy2(KEPT[key] / "run.json", workdir / f"{run}.json")
+        return
+    trainer.train(config, workdir, quiet=True)
+    kept = Path(tempfile.mkdtemp(dir=workdir.parent))
+    shutil.copytree(workdir / run, kept / "run")
+    shutil.copy2(workdir / f"{run}.json", kept / "run.json")
+    KEPT[key] = kept
+
+
+KEPT: dict[str, Path] = {}
+"""Copies of runs that `train_once` has trained, by their configurations."""
 
 
 def train_until(config: RunConfig, workdir: Path, *, step: int) -> None:

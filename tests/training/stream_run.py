@@ -1,7 +1,8 @@
 """Training from a stream, in a process of its own: the hub's address is read when its client is imported.
 
 `python -m tests.training.stream_run WORKDIR REVISION` fetches and prepares the streamed corpus, trains it at one go,
-trains it again killed on the way and resumed, and prints what a reader of the stream sees, as JSON.
+trains it again killed on the way and resumed, and once more in two processes, and prints what a reader of the stream
+sees, as JSON.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy
 
-from dllm.config import DataPart, DatasetEntry, DownloadConfig, PrepareConfig
+from dllm.config import DataPart, DatasetEntry, DownloadConfig, PrepareConfig, write_when_changed
 from dllm.data import stream
 from dllm.data.download import download
 from dllm.data.prepare import prepare
@@ -23,6 +24,7 @@ from dllm.training import trainer
 from dllm.training.micro_batches import TrainingSplit, micro_batches
 from dllm.training.trainer import train
 from tests.training.conftest import entry_for, make_model, run_config
+from tests.training.launches import launched
 
 LENGTH, BATCH = 24, 8
 SETTINGS = {"data": "web", "data_path": "data/web", "length": LENGTH, "steps": 30, "evaluations": 5}
@@ -110,6 +112,10 @@ def main() -> None:
     states = sorted(workdir.glob(".work/cut-*/step-*/progress.json"))
     told["states"] = [json.loads(path.read_text())["stream"] for path in states]
     train(run_config("cut", **SETTINGS), workdir, quiet=True)
+
+    pair = write_when_changed(workdir / "pair.yaml", run_config("pair", **SETTINGS))
+    done = launched(workdir, "ddp", "-m", "dllm", "train", pair, "--workdir", workdir, "--quiet")
+    assert done.returncode == 0, done.stderr[-4000:]
     print(json.dumps(told, default=lambda value: value.tolist() if isinstance(value, numpy.ndarray) else str(value)))
 
 

@@ -2,20 +2,14 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import yaml
 
 from dllm.config import AdapterSettings, OptimizerSettings, RunConfig, launch_error, write_when_changed
 from dllm.training.trainer import train
-from tests.training.conftest import entry_for, make_model, metrics_of, run_config
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_once
+from tests.training.launches import launched
 from tests.training.test_trainer import assert_same_run, same_weights, weights
-
-LAUNCHES = Path(__file__).resolve().parents[2] / "config/accelerate"
 
 TRAINED = """
 import sys
@@ -45,19 +39,13 @@ destroy()
 """
 
 
-def in_two_processes(workdir, launch, configs: list[RunConfig], *options):
+def in_two_processes(workdir, launch, configs: list[RunConfig], *options, real: bool = False):
     """Train the configs one after the other, in two gloo processes that a shipped launch file describes."""
-    settings = yaml.safe_load((LAUNCHES / f"{launch}.yaml").read_text()) | {"use_cpu": True, "main_process_port": 0}
-    (workdir / "launch.yaml").write_text(yaml.safe_dump(settings))
     (workdir / "trained.py").write_text(TRAINED)
     for config in configs:
         write_when_changed(workdir / f"configs/runs/{config.name}.yaml", config)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch.yaml"]
-    script = ["--num_processes", "2", "trained.py", str(workdir), ",".join(c.name for c in configs), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        launcher + script, cwd=workdir, env=environment, capture_output=True, text=True, timeout=240
-    )  # fmt: skip
+    names = ",".join(config.name for config in configs)
+    done = launched(workdir, launch, "trained.py", workdir, names, *options, real=real)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -86,7 +74,7 @@ def test_two_processes_train_the_run_of_one_and_resume_it(workdir, launch):
     settings = {"steps": 8, "evaluations": 4, "eval_rows": 5}
     plain = {"one": run_config("one", **settings), "lora": adapter_run(workdir, "lora-one")}
     for config in plain.values():
-        train(config, workdir, quiet=True)
+        train_once(config, workdir)
     # how a step is laid out moves rounding only, and is where a shard could be missed
     layout = {"micro_batch_tokens": 40, "activation_checkpointing": True}
     two, cut = (run_config(name, **settings, **layout) for name in ("two", "cut"))
@@ -109,7 +97,7 @@ def test_two_processes_train_the_run_of_one_and_resume_it(workdir, launch):
         return
     with pytest.raises(ValueError, match=f"its shards were written by {launch}.*, and this is replicated; go on with"):
         train(cut, workdir, quiet=True)
-    done = in_two_processes(workdir, launch, [cut])
+    done = in_two_processes(workdir, launch, [cut], real=True)
     assert "going on from step 4 of 8" in done.stdout
     assert metrics_of(workdir, "cut") == metrics_of(workdir, "two")
     assert same_weights(weights(workdir, "cut"), weights(workdir, "two"))

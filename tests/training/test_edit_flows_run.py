@@ -24,7 +24,7 @@ from dllm.objectives.edit_flows import trained_module
 from dllm.training.optimizer import build_optimizers
 from dllm.training.trainer import train
 from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_until
-from tests.training.test_trainer import in_two_processes
+from tests.training.launches import launched
 
 STARTS = EditSettings(starts=["empty", "masked", "noisy"], masks=6, schedule="linear", adapter_rank=8)
 
@@ -135,7 +135,7 @@ def test_muon_leaves_the_heads_to_adamw(workdir):
 def test_two_processes_train_the_same_run_as_one(workdir):
     train(edit_config("one"), workdir, quiet=True)
     config = write_when_changed(workdir / "configs/runs/two.yaml", edit_config("two", micro_batch_size=3))
-    done = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
+    done = launched(workdir, "ddp", "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_equal(weights(workdir, "one"), weights(workdir, "two"), 1e-4)  # as above
 

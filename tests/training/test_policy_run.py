@@ -13,9 +13,10 @@ from dllm.models.backbone import Backbone
 from dllm.training import trainer
 from dllm.training.rollouts import Answering
 from dllm.training.trainer import train
-from tests.training.conftest import metrics_of, run_config, train_until, workdir  # noqa: F401
+from tests.training.conftest import metrics_of, run_config, train_once, train_until, workdir  # noqa: F401
+from tests.training.launches import launched
 from tests.training.test_backends import in_two_processes as in_shards
-from tests.training.test_trainer import in_two_processes, same_weights, weights
+from tests.training.test_trainer import same_weights, weights
 
 REWARD = """
 def red(prompt, answer, reference):
@@ -138,9 +139,9 @@ def test_the_cut_into_micro_batches_does_not_change_a_run(workdir, likelihood, l
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_policy_as_one(workdir):  # noqa: F811
-    train(policy_run("one"), workdir, quiet=True)
+    train_once(policy_run("one"), workdir)
     config = write_when_changed(workdir / "configs/runs/two.yaml", policy_run("two"))
-    done = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
+    done = launched(workdir, "ddp", "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_policy(workdir, "one", "two")
 
@@ -150,7 +151,7 @@ def test_two_processes_train_the_same_policy_as_one(workdir):  # noqa: F811
 def test_processes_that_hold_shards_train_the_same_policy_as_one(workdir, launch):  # noqa: F811
     if launch == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'dllm[cluster]'")
-    train(policy_run("one"), workdir, quiet=True)
+    train_once(policy_run("one"), workdir)
     in_shards(workdir, launch, [policy_run("two")])
     assert_same_policy(workdir, "one", "two")
 

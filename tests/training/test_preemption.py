@@ -66,7 +66,7 @@ def hold(lock, held, seconds):
 
 def test_a_second_attempt_waits_and_a_killed_one_lets_go(tmp_path, capfd):
     lock = tmp_path / "state" / "lock"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     held = context.Event()
     other = context.Process(target=hold, args=(lock, held, 600))
     other.start()

@@ -21,9 +21,10 @@ from dllm.data.prepare import prepare
 from dllm.training import trainer
 from dllm.training.trainer import train
 from tests.training.conftest import WORDS, entry_for, metrics_of, run_config, train_until, workdir  # noqa: F401
+from tests.training.launches import launched
 from tests.training.test_backends import in_two_processes as in_shards
 from tests.training.test_policy_run import SIDECAR
-from tests.training.test_trainer import in_two_processes, same_weights, weights
+from tests.training.test_trainer import same_weights, weights
 from tests.workflow.conftest import ROOT
 
 
@@ -101,7 +102,7 @@ def test_two_processes_train_the_same_model_as_one(workdir):  # noqa: F811
     # 18 test pairs and 7 of them are no multiple of the processes
     train(pairs_run("one", eval_rows=7), workdir, quiet=True)
     config = write_when_changed(workdir / "configs/runs/two.yaml", pairs_run("two", eval_rows=7))
-    done = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
+    done = launched(workdir, "ddp", "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(workdir, "one", "two")
     ours, theirs = ([r for r in metrics_of(workdir, name) if r["split"] != "train"] for name in ("one", "two"))

@@ -12,16 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm.config import write_when_changed
 from tests.hub_commands import hub_environment
 from tests.loopback_hub import LoopbackHub
-from tests.training.conftest import WORDS, metrics_of, run_config
-from tests.training.stream_run import SETTINGS
-from tests.training.test_trainer import assert_same_run, in_two_processes
+from tests.training.conftest import WORDS, metrics_of
+from tests.training.test_trainer import assert_same_run
 
-pytestmark = (
-    pytest.mark.slow
-)  # one process that fetches, streams and trains twice, and two that train together: 30 s of CPU
+pytestmark = pytest.mark.slow  # a process that fetches, streams and trains twice, and then with a copy of its own
 
 ROOT = Path(__file__).parent.parent.parent
 SHARDS, DOCUMENTS = 5, 60
@@ -59,12 +55,6 @@ def streamed(tmp_path_factory):
             [*command, hub.commit("datasets", "web/text")], capture_output=True, text=True, env=environment, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        config = write_when_changed(workdir / "pair.yaml", run_config("pair", **SETTINGS))
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            pair = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
-        assert pair.returncode == 0, pair.stderr[-4000:]
     return workdir, json.loads(done.stdout.splitlines()[-1]), hub
 
 

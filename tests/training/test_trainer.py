@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -20,7 +18,8 @@ from dllm.training import trainer
 from dllm.training.optimizer import build_optimizers, share_of_peak
 from dllm.training.trainer import Interrupted, make_plan, train
 from tests.plain_forward import plain_hidden
-from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_until
+from tests.training.conftest import entry_for, make_model, metrics_of, run_config, train_once, train_until
+from tests.training.launches import launched
 
 
 def weights(workdir, run):
@@ -87,7 +86,7 @@ def test_a_killed_run_resumes_to_the_same_bits(workdir, optimizer):
 
 
 def test_sigterm_saves_the_step_and_ends_with_a_failure(workdir, monkeypatch):
-    train(run_config("whole"), workdir, quiet=True)
+    train_once(run_config("whole"), workdir)
     step = trainer._Run._step
 
     def signalled(self, number):
@@ -106,7 +105,7 @@ def test_sigterm_saves_the_step_and_ends_with_a_failure(workdir, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(workdir):
-    train(run_config("whole"), workdir, quiet=True)
+    train_once(run_config("whole"), workdir)
     train_until(run_config("cut"), workdir, step=5)
     (state,) = (workdir / ".work").glob("cut-*")
     newest = max(state.glob("step-*"), key=lambda p: int(p.name[5:]))
@@ -307,34 +306,15 @@ def test_a_diverging_run_says_what_to_lower(workdir):
         train(run_config(steps=40, optimizer=wild), workdir, quiet=True)
 
 
-TWO_PROCESSES = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-use_cpu: true
-num_machines: 1
-num_processes: 2
-machine_rank: 0
-mixed_precision: 'no'
-main_process_port: 0
-"""
-
-
-def in_two_processes(workdir, *command):
-    """Run `accelerate launch COMMAND` on two gloo processes."""
-    launch = workdir / "two.yaml"
-    launch.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch), *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True, timeout=240)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"micro_batch_tokens": 30}], ids=["rows", "tokens"])
-def test_two_processes_train_the_same_run_as_one(workdir, changes):
+@pytest.mark.parametrize(
+    ("changes", "real"), [({"micro_batch_size": 3}, True), ({"micro_batch_tokens": 30}, False)], ids=["rows", "tokens"]
+)
+def test_two_processes_train_the_same_run_as_one(workdir, changes, real):
     """Data-parallel over gloo: DistributedDataParallel averages gradients, so only rounding may differ."""
-    train(run_config("one"), workdir, quiet=True)
+    train_once(run_config("one"), workdir)
     config = write_when_changed(workdir / "configs/runs/two.yaml", run_config("two", **changes))
-    done = in_two_processes(workdir, "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
+    done = launched(workdir, "ddp", "-m", "dllm", "train", config, "--workdir", workdir, "--quiet", real=real)
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads((workdir / "runs/two/provenance.json").read_text())
     assert facts["processes"] == 2
@@ -361,10 +341,10 @@ trainer.train(read_config(sys.argv[1], RunConfig), Path(sys.argv[2]), quiet=True
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(workdir):
-    train(run_config("one"), workdir, quiet=True)
+    train_once(run_config("one"), workdir)
     config = write_when_changed(workdir / "configs/runs/cut.yaml", run_config("cut"))
     (workdir / "signalled.py").write_text(SIGNALLED)
-    done = in_two_processes(workdir, workdir / "signalled.py", config, workdir)
+    done = launched(workdir, "ddp", workdir / "signalled.py", config, workdir)
     assert done.returncode != 0 and "143" in done.stderr
     assert not (workdir / "runs" / "cut.json").exists()
     (state,) = (workdir / ".work").glob("cut-*")
