@@ -1,7 +1,7 @@
 """Command lines of dllm against a loopback hub, in a process of their own: its address is read at import.
 
 The process reads command lines, each a line of JSON, and prints [status, output, error] of each as a line of JSON. What
-stands first in a command line and is an object changes variables from there on; HF_ENDPOINT is then that of `HfApi` only.
+stands first in a command line and is an object changes variables from there on; HF_ENDPOINT then of `HfApi` alone.
 """
 
 import contextlib
