@@ -53,6 +53,7 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
         first = first_sentence(error)
         raise ValueError(f"{path}: no usable tokenizer ({first}); fetch or train the checkpoint again") from None
+    tokenizer.init_kwargs.pop("local_files_only", None)  # of this call, not of the tokenizer: it would be saved with it
     if family and family.template:
         tokenizer.chat_template = chat_template(family.template)
     return tokenizer

@@ -73,6 +73,13 @@ def test_without_an_entry_nothing_is_changed(saved, tokenizer):
     assert loaded.get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_is_saved_does_not_say_whether_the_hub_was_in_reach(saved, tmp_path, offline, monkeypatch):
+    monkeypatch.setattr("transformers.tokenization_utils_base.is_offline_mode", lambda: offline)
+    load_tokenizer(saved, stock_entry("bert")).save_pretrained(tmp_path / "again")
+    assert "local_files_only" not in (tmp_path / "again/tokenizer_config.json").read_text()
+
+
 def test_a_models_own_chat_template_is_kept_if_the_entry_says_so(tmp_path, tokenizer):
     own = word_tokenizer()
     own.chat_template = "{{ messages[0]['content'] }}"
