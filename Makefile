@@ -48,15 +48,13 @@ endef
 
 install: $(INSTALLED)
 
-# pip would compile 22,000 files, most of which nobody imports: Python compiles what it imports
 $(INSTALLED): pyproject.toml envs/pip.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 	  { echo "$(PYTHON) is $$($(PYTHON) -V); Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "Installing into $(VENV): about a minute, and some gigabytes where PyTorch brings CUDA."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint envs/pip.txt \
-	  --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/pip.txt --editable '.[dev]'
 	@printf %s "$(abspath $(VENV))" > $@
 
 dvc: .venv-dvc/.installed

@@ -18,12 +18,12 @@ LARGE = 3 * 2**20
 
 
 @pytest.fixture
-def fetched(tmp_path):
+def fetched(tmp_path, commands):
     """(hub, checkout, download): a project whose model is fetched from a hub, and a function that fetches it."""
     directory = tmp_path / "served/models/large/toy"
     save_stock(directory.parent, "bert").rename(directory)
     (directory / "large.safetensors").write_bytes(random.Random(0).randbytes(LARGE))
-    checkout = copy_sources(tmp_path / "dllm")
+    checkout = copy_sources(tmp_path / "dllm", commands)
     with LoopbackHub(tmp_path / "served") as hub:
         write_when_changed(
             checkout.path / "toy.yaml", model_config("toy", "large/toy", hub.commit("models", "large/toy"))
