@@ -115,6 +115,21 @@ class Plan:
 
         return {resource: request(resource) for resource in ("mem_mb", "runtime", "disk_mb", *more)}
 
+    @cached_property
+    def _urgency(self) -> dict[tuple[str, str], int]:
+        """The place of every job, where those whose longest chain of jobs to the end is shorter come before it."""
+        chains = self.costs.chains
+        ordered = sorted(chains, key=lambda key: (chains[key][0], len(chains[key][1])))
+        return {key: place for place, key in enumerate(ordered)}
+
+    def priority(self, rule: str) -> Callable:
+        """How early Snakemake starts a job that is ready, as a function of its wildcards: the longest chain first."""
+
+        def found(wildcards) -> int:
+            return self._urgency.get((rule, "/".join(wildcards)), 0)
+
+        return found
+
     def resources(self, rule: str, name: str) -> Mapping[str, int | str]:
         """Everything a job asks its executor for. On several machines: one task each, which the launcher starts.
 

@@ -142,18 +142,28 @@ class ProjectPlan:
         return [*self.notes, *lines]
 
     @cached_property
+    def chains(self) -> dict[tuple[str, str], tuple[float, list[Job]]]:
+        """The chain of jobs that takes longest of those that each job begins, and its seconds, alone on a machine."""
+        waiting: dict[tuple[str, str], list[tuple[str, str]]] = {key: [] for key in self.jobs}
+        for key, job in self.jobs.items():
+            for made in job.after:
+                if made in waiting:
+                    waiting[made].append(key)
+        found: dict[tuple[str, str], tuple[float, list[Job]]] = {}
+
+        def begun_by(key: tuple[str, str]) -> tuple[float, list[Job]]:
+            if key not in found:
+                job = self.jobs[key]
+                seconds, chain = max(map(begun_by, waiting[key]), default=(0.0, []), key=_seconds)
+                found[key] = seconds + job.cost.seconds, [job, *chain]
+            return found[key]
+
+        return {key: begun_by(key) for key in self.jobs}
+
+    @property
     def longest_chain(self) -> tuple[float, list[Job]]:
         """Seconds of the chain of jobs that takes longest with a machine for every job, and the chain."""
-        best: dict[tuple[str, str], tuple[float, list[Job]]] = {}
-
-        def ends(key: tuple[str, str]) -> tuple[float, list[Job]]:
-            if key not in best:
-                job = self.jobs[key]
-                seconds, chain = max((ends(k) for k in job.after if k in self.jobs), default=(0.0, []), key=_seconds)
-                best[key] = seconds + job.cost.seconds, [*chain, job]
-            return best[key]
-
-        return max((ends(key) for key in self.jobs), default=(0.0, []), key=_seconds)
+        return max(self.chains.values(), default=(0.0, []), key=_seconds)
 
 
 def _seconds(pair: tuple[float, list[Job]]) -> float:

@@ -10,6 +10,7 @@ from dllm.numbers import duration
 from dllm.planning.measured import comparable, measure
 from dllm.planning.project import RULES, plan_project
 from dllm.planning.show import aligned, as_json, count, text
+from workflow.plan import make_plan
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -23,10 +24,7 @@ def plan(request, tmp_path_factory):
     return plan_project(project(request.param), tmp_path_factory.mktemp("empty"))
 
 
-def test_every_job_of_the_workflow_is_planned(plan, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "workflow"))
-    from plan import make_plan
-
+def test_every_job_of_the_workflow_is_planned(plan):
     jobs = make_plan(plan.project)
     wanted = {("download", name) for name in jobs.downloads} | {("prepare", name) for name in jobs.data}
     wanted |= {("train", name) for name in jobs.runs} | {("evaluate", "/".join(key)) for key in jobs.evaluations}
@@ -51,9 +49,6 @@ def test_every_job_asks_for_what_it_is_predicted_to_take_and_more(plan):
 
 
 def test_a_preparation_asks_for_memory_by_the_rows_of_its_sources_and_for_more_when_it_failed(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "workflow"))
-    from plan import make_plan
-
     few, many = (
         plan_project(project("paper", {"datasets": {"alpaca": {"documents": rows}}}), tmp_path).job(
             "prepare", "alpaca--modernbert-base--512"
@@ -73,6 +68,18 @@ def test_a_job_waits_for_planned_jobs_only_and_the_longest_chain_follows_the_edg
     assert seconds == pytest.approx(sum(job.cost.seconds for job in chain))
     assert all((a.rule, a.name) in b.after for a, b in zip(chain, chain[1:], strict=False))
     assert chain[-1].name == "page"
+
+
+@pytest.mark.parametrize("config", ["laptop", "paper"])
+def test_of_jobs_that_are_ready_the_one_with_the_longest_chain_to_the_end_starts_first(config):
+    found = make_plan(project(config))
+    place = {key: found.priority(key[0])(key[1].split("/")) for key in found.costs.jobs if key[0] != "report"}
+    for key, job in found.costs.jobs.items():
+        for made in job.after:
+            assert key not in place or place[made] > place[key], "what is waited for comes before what waits"
+    assert place["train", "modernbert-large-wikitext"] < place["train", "chat-large"]
+    first = found.costs.longest_chain[1][0]
+    assert place[first.rule, first.name] == max(place.values())
 
 
 def test_the_published_chat_runs_take_about_the_published_hours():

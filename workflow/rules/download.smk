@@ -21,6 +21,7 @@ rule download:
         "benchmarks/download/{name}.tsv"
     wildcard_constraints:
         name=one_of(PLAN.downloads),
+    priority: PLAN.priority("download")
     resources:
         **PLAN.requests("download"),
     params:

@@ -21,6 +21,7 @@ rule evaluate:
     wildcard_constraints:
         row=one_of(PROJECT.evaluations),
         benchmark=one_of(PROJECT.benchmarks),
+    priority: PLAN.priority("evaluate")
     threads: 1
     resources:
         **PLAN.requests("evaluate", *PLACES),
@@ -49,6 +50,7 @@ rule sample:
         "benchmarks/sample/{name}.tsv"
     wildcard_constraints:
         name=one_of(PLAN.samples),
+    priority: PLAN.priority("sample")
     threads: 1
     resources:
         **PLAN.requests("sample", "gpu"),
@@ -72,6 +74,7 @@ rule speed:
         "benchmarks/speed/{name}.tsv"
     wildcard_constraints:
         name=one_of(PLAN.speed),
+    priority: PLAN.priority("speed")
     threads: 1
     resources:
         **PLAN.requests("speed", "gpu"),

@@ -17,6 +17,7 @@ rule prepare:
         "benchmarks/prepare/{name}.tsv"
     wildcard_constraints:
         name=one_of(PLAN.data),
+    priority: PLAN.priority("prepare")
     threads: lambda wildcards: PLAN.resources("prepare", wildcards.name)["cpus_per_task"]
     resources:
         **PLAN.requests("prepare"),

@@ -18,6 +18,7 @@ rule train:
         "benchmarks/train/{run}.tsv"
     wildcard_constraints:
         run=one_of(PLAN.runs),
+    priority: PLAN.priority("train")
     threads: 1
     resources:
         **PLAN.requests("train", *PLACES),
