@@ -134,13 +134,12 @@ def command_lines() -> str:
 # --- what lies outside
 
 
-def test_a_program_begins_in_an_empty_directory_that_is_gone_afterwards(everywhere):
+def test_a_program_begins_in_an_empty_directory_that_is_gone_afterwards(everywhere, tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))  # no other test's programs begin there
     where = "import os; assert not os.listdir('.'); open('a', 'w').write('x'); assert os.listdir('.') == ['a']"
     assert run_program(where).passed
-    before = set(os.listdir(sandbox.tempfile.gettempdir()))
     run_program("import os; os.mkdir('d'); open('d/f', 'w').close(); os.chmod('d', 0)")
-    new = set(os.listdir(sandbox.tempfile.gettempdir())) - before
-    assert not any(name.startswith("program-") for name in new)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_file_has_a_largest_size(everywhere, monkeypatch):
