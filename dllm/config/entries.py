@@ -115,7 +115,7 @@ class DatasetEntry(Pinned):
 
     files: list[str] | None = option(
         None,
-        "files on this disk, or one, or patterns such as data/*.jsonl, absolute or below the repository, docs/tune.md",
+        "one or several files of this disk, or patterns (data/*.jsonl), absolute or below the repository; docs/tune.md",
         min_length=1,
         exclude_if=is_none,
     )
