@@ -18,6 +18,8 @@ from dllm.language_model import Answer, DiffusionLM
 from dllm.sampling.sampler import MaskedSampler
 
 SAME = "same trained weights, fp32, threads, prompts, canvas, blocks, greedy choice, one token per pass"
+LAPTOP_BLOCK = 16
+"""Tokens: the block size that the laptop's recipe trains with."""
 LONGEST_PROMPT = 32
 """Tokens: the laptop model's context of 160 less a canvas of 128."""
 
@@ -77,21 +79,23 @@ def _never_ending(trained: Laptop, prompts: list[list[int]], options: Options) -
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(5, vocabulary, (20 + 4 * n,), generator=generator).tolist() for n in range(count)]
     large = DiffusionLM(backbone, algorithm_named("mdlm"))
-    for what, model, given, tokens in (
-        ("laptop model", trained.model, prompts[:count], 16 if options.quick else 64),
-        (f"vocabulary {vocabulary:,}, random weights", large, drawn, new),
+    own = trained.model, prompts[:count], 16 if options.quick else 64, LAPTOP_BLOCK
+    for what, ahead, (model, given, tokens, block) in (
+        ("laptop model, later blocks hidden", "hidden", own),
+        ("laptop model, later blocks visible", "visible", own),
+        (f"vocabulary {vocabulary:,}, random weights", "visible", (large, drawn, new, 32)),
     ):
-        settings = GenerateSettings(max_new_tokens=tokens, ahead="visible", early_stop=False)
+        settings = GenerateSettings(max_new_tokens=tokens, block_size=block, ahead=ahead, early_stop=False)
         jobs = {
             "ours": partial(tokens_of, model.backbone, given, settings),
             "theirs": partial(batched, model, given, settings),
         }
         correct = require(jobs["ours"]() == jobs["theirs"](), "every token of the canvas is the same")
-        times = interleaved(jobs, options.repeats(5), warmup=0, at_most=25)
+        times = interleaved(jobs, options.repeats(5), warmup=0, at_most=30)
         yield compare(
             times["ours"],
             times["theirs"],
-            name=f"generation, {tokens} tokens, every one of them, {len(given)} ragged prompts; {what}",
+            name=f"generation, {tokens} tokens, all of them, block {block}, {len(given)} ragged prompts; {what}",
             against="all rows in one padded batch, full canvas, logits everywhere",
             held_equal=SAME.replace("trained ", ""),
             correct=correct,

@@ -70,11 +70,17 @@ def attention(
         packed.calls += 1
         if packed.part is packed.layout:
             stored = None  # everything is fresh: attend to it where it is
-    kernel = kernel_for(packed, q, dropout, window, stored=stored is not None)
+    shortened = packed.read is not None and is_last(module)
+    computed, places = packed, packed.read
+    if shortened and where == "cpu" and not q.requires_grad:
+        computed, asking, places = packed.asking()
+        q = q.index_select(0, asking)
+    kernel = kernel_for(computed, q, dropout, window, stored=stored is not None)
     with torch.autocast(where, enabled=False):
-        out = kernel(q, k, v, stored, packed, window, {"dropout_p": dropout, "scale": scaling})
-    out = out[None].to(given)
-    return out if packed.read is None or not is_last(module) else at_places(out, packed.read), None
+        out = kernel(q, k, v, stored, computed, window, {"dropout_p": dropout, "scale": scaling})
+    if shortened:
+        return at_places(out.index_select(0, places)[None].to(given), packed.read, packed.part.tokens), None
+    return out[None].to(given), None
 
 
 def _window_of(module: nn.Module, is_causal: bool | None, sliding_window: int | None) -> Window:

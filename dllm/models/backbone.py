@@ -94,22 +94,29 @@ class Backbone:
             attention = torch.arange(layout.width, device=tokens.device) < layout.cu_seqlens.diff()[:, None]
         return part.pack(padded_hidden(self.model, attention, compute=self.compute, input_ids=tokens))
 
-    def hidden_at(self, tokens: Tensor, layout: Layout, row: Tensor, position: Tensor) -> Tensor:
+    def hidden_at(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        row: Tensor,
+        position: Tensor,
+        *,
+        cache: KVCache | None = None,
+        part: Layout | None = None,
+    ) -> Tensor:
         """The last hidden states [N, D] that score the tokens at `position` [N] of `row` [N] of `tokens` [B, L].
 
-        On a CPU the last layer is computed for them alone: the same states, up to rounding, for less time.
+        On a CPU the last layer is computed for them alone: the same states, up to rounding, for less time. With a cache
+        and a part they are among the part's, as `hidden` has it.
         Raises ValueError as `hidden` does.
         """
-        places = self.read_at(layout, row, position)
-        if not (self.shortens and tokens.device.type == "cpu" and 0 < len(places) < layout.tokens):
-            return self.hidden(tokens, layout).index_select(0, places)
+        part = part or layout
+        places = self.read_at(part, row, position)
+        if not (self.shortens and tokens.device.type == "cpu" and 0 < len(places) < part.tokens):
+            return self.hidden(tokens, layout, cache=cache, part=part).index_select(0, places)
         _check_shape(tokens, layout)
-        batch = PackedBatch(layout, layout, read=places)
-        return packed_hidden(self.model, batch, compute=self.compute, input_ids=layout.pack(tokens)[None])
-
-    def logits(self, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor) -> Tensor:
-        """fp32 logits [N, V] that score the tokens at `position` [N] of `row` [N], from hidden states [T, D]."""
-        return self.head_logits(hidden.index_select(0, self.read_at(layout, row, position)))
+        batch = PackedBatch(layout, part, cache, read=places)
+        return packed_hidden(self.model, batch, compute=self.compute, input_ids=part.pack(tokens)[None])
 
     def nll(self, rows: Tensor, targets: Tensor) -> Tensor:
         """-log p [N], fp32 nats, of `targets` [N] under the logits of hidden states [N, D].

@@ -6,7 +6,8 @@ into one call at every length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy
 import torch
@@ -36,12 +37,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Run:
-    """Rows first..first + count - 1 in order, all with the same range of queries and number of keys."""
+    """Rows first..first + count - 1 in order, all with the same range of queries and number of keys.
+
+    begin: place of their first token in the packed order of the layout.
+    """
 
     first: int
     count: int
     queries: int
     keys: int
+    begin: int
     blocks: tuple[Block, ...]
 
 
@@ -50,9 +55,9 @@ def by_row(q: Tensor, k: Tensor, v: Tensor, stored, batch: PackedBatch, window: 
     runs = planned(batch, "runs", window, _runs)
     queries = q.split([run.count * run.queries for run in runs])
     if stored is None:
-        sizes = [run.count * run.keys for run in runs]
         keys, values = (
-            [x.unflatten(0, (run.count, run.keys)) for x, run in zip(y.split(sizes), runs, strict=True)] for y in (k, v)
+            [y.narrow(0, run.begin, run.count * run.keys).unflatten(0, (run.count, run.keys)) for run in runs]
+            for y in (k, v)
         )
     else:
         keys, values = ([y[run.first : run.first + run.count, : run.keys] for run in runs] for y in stored)
@@ -74,7 +79,8 @@ def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, options: dict) -> Tens
         k, v = (torch.cat([x[:, :, keys] for keys in block.keys], 2) for x in (k, v))
     elif block.keys is not None:
         k, v = k[:, :, block.keys], v[:, :, block.keys]
-    return scaled_dot_product_attention(q, k, v, attn_mask=block.mask, is_causal=block.causal, **options)
+    mask = block.mask if block.mask is None else block.mask.to(q.dtype)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=block.causal, **options)
 
 
 def _runs(layout: Layout, part: Layout, window: Window) -> list[Run]:
@@ -82,7 +88,9 @@ def _runs(layout: Layout, part: Layout, window: Window) -> list[Run]:
     runs: list[Run] = []
     known: dict = {}
     pattern = None if layout.blocks is None else layout.blocks.pattern
-    for row, (first, count, length) in enumerate(zip(part.begins, part.lengths, layout.lengths, strict=True)):
+    begins = accumulate(layout.lengths, initial=0)
+    ranges = zip(part.begins, part.lengths, layout.lengths, begins, strict=False)
+    for row, (first, count, length, begin) in enumerate(ranges):
         if not count:
             continue
         if pattern is None:
@@ -95,9 +103,9 @@ def _runs(layout: Layout, part: Layout, window: Window) -> list[Run]:
                 known[shape] = _block_causal(layout, row, first, count, pattern, window, known)
         last = runs[-1] if runs else None
         if last and last.first + last.count == row and last.blocks is known[shape]:
-            runs[-1] = Run(last.first, last.count + 1, count, length, last.blocks)
+            runs[-1] = replace(last, count=last.count + 1)
         else:
-            runs.append(Run(row, 1, count, length, known[shape]))
+            runs.append(Run(row, 1, count, length, begin, known[shape]))
     return runs
 
 
@@ -174,7 +182,7 @@ def _next_cut(low: int, end: int, clean: int, key_end: numpy.ndarray, span: nump
 def _pattern_mask(
     pattern: AttentionPattern, base: int, queries: slice, keys: slice | tuple[slice, slice], window: Window
 ) -> Tensor | None:
-    """[queries, keys] bool for places of a row that begins at `base`; None if all is seen."""
+    """[queries, keys], added to scores, for places of a row that begins at `base`; None if all is seen."""
     parts = keys if isinstance(keys, tuple) else (keys,)
     at_k = base + numpy.concatenate([numpy.arange(part.start, part.stop) for part in parts])
     at_q = slice(base + queries.start, base + queries.stop)
@@ -182,16 +190,21 @@ def _pattern_mask(
     if window != WHOLE_ROW:
         of_q, of_k = pattern.position[at_q][:, None], pattern.position[at_k][None]
         seen &= in_window(torch.from_numpy(of_q), torch.from_numpy(of_k), window)
-    return None if seen.all() else seen
+    return None if seen.all() else _added(seen)
 
 
 def _mask(queries: int, keys: int, ahead: int, window: Window, masks: dict) -> Tensor | None:
-    """[queries, keys] bool, the first query standing `ahead` keys behind the first key; None if all is seen."""
+    """[queries, keys], added to scores; the first query stands `ahead` keys behind the first key. None: all is seen."""
     all_left = window.left is None or ahead + queries - 1 <= window.left
     all_right = window.right is None or keys - 1 - ahead <= window.right
     if all_left and all_right:
         return None
     shape = ("mask", queries, keys, ahead)
     if shape not in masks:
-        masks[shape] = in_window(torch.arange(queries)[:, None] + ahead, torch.arange(keys), window)
+        masks[shape] = _added(in_window(torch.arange(queries)[:, None] + ahead, torch.arange(keys), window))
     return masks[shape]
+
+
+def _added(seen: Tensor) -> Tensor:
+    """0 where `seen` and -inf elsewhere, fp32: what SDPA would make of it in every call."""
+    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)

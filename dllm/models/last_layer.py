@@ -20,10 +20,10 @@ def is_last(module: nn.Module) -> bool:
     return getattr(module, "layer_idx", None) == config.num_hidden_layers - 1
 
 
-def at_places(values: Tensor, places: Tensor) -> Tensor:
-    """values [1, T, ...] at places [N] long: [1, N, ...], until they are added to further rows [1, T, ...]."""
-    rows = values.index_select(1, places).as_subclass(Rows)
-    rows.places, rows.total = places, values.shape[1]
+def at_places(values: Tensor, places: Tensor, total: int) -> Tensor:
+    """values [1, N, ...] of places [N] long among T = total: `Rows`, until others [1, T, ...] are added to them."""
+    rows = values.as_subclass(Rows)
+    rows.places, rows.total = places, total
     return rows
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm.core.packing import Layout
+from dllm.core.packing import Layout, part_of
 from dllm.models.kv_cache import KVCache
+
+TILE = 16
+"""Positions: a range of queries begins and ends at multiples of it, so that the next pass often has the same."""
 
 
 class PackedBatch:
@@ -26,6 +29,27 @@ class PackedBatch:
         self.calls = 0
         if cache is not None:
             cache.start_pass(layout, part)
+
+    def asking(self) -> tuple[PackedBatch, Tensor, Tensor]:
+        """The last layer's queries: of each row the whole tiles that have all its places of `read`. On a CPU.
+
+        Returned: the batch whose part they are; their places in this one's part; the places of `read` among them.
+        """
+        part, read = self.part, self.read
+        row = torch.bucketize(read, part.cu_seqlens[1:], right=True)
+        position = read - part.shift.index_select(0, row)
+        ends = torch.full((2, part.rows), -part.width)
+        ends.scatter_reduce_(1, row.expand(2, -1), torch.stack([-position, position + 1]), "amax")
+        ranges = []
+        for first, count, low, high in zip(part.begins, part.lengths, *ends.tolist(), strict=True):
+            low, high = max(first, -low // TILE * TILE), min(first + count, -(-high // TILE) * TILE)
+            ranges.append((low, high) if low < high else (first, first))
+        key = ("asking", self.layout, *ranges)
+        if key not in part.plans:
+            queries = part_of(self.layout, *zip(*ranges, strict=True))
+            part.plans[key] = queries, queries.places_in(part)
+        queries, asking = part.plans[key]
+        return PackedBatch(self.layout, queries), asking, queries.index(row, position)
 
 
 @dataclass(frozen=True)

@@ -126,14 +126,14 @@ def _surest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The position of the surest mask of each row [B], its token and that one's probability; full [B] bool."""
     layout = layout_of(canvas.length.tolist(), canvas.tokens.shape[1], device=canvas.tokens.device)
-    hidden = backbone.hidden(canvas.tokens, layout)
     rule = REVEAL_RULES[settings.reveal_rule]
     score = torch.full(canvas.tokens.shape, -torch.inf, device=canvas.tokens.device)
     token, sure = torch.zeros_like(canvas.tokens), torch.zeros_like(score)
     row, position = canvas.masked.nonzero(as_tuple=True)
+    hidden = backbone.hidden_at(canvas.tokens, layout, row, position)
     for here in torch.arange(len(row), device=row.device).split(_HEAD_ROWS):
         at = row[here], position[here]
-        logits = backbone.logits(hidden, layout, *at)
+        logits = backbone.head_logits(hidden[here])
         logits[:, backbone.mask_id] = -torch.inf
         logits[:, expand].masked_fill_(full[at[0]], -torch.inf)
         key = keys[at[0]]

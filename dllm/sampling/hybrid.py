@@ -134,12 +134,12 @@ def _pass(
     Settled [B, L] bool: given tokens, and text that is the model's first choice; jump and draw [B, L] are uniform.
     """
     layout = layout_of(canvas.length.tolist(), canvas.tokens.shape[1], device=canvas.tokens.device)
-    hidden = backbone.hidden(canvas.tokens, layout)
     tokens, sure, settled = canvas.tokens.clone(), canvas.confidence.clone(), ~noisy
     row, position = noisy.nonzero(as_tuple=True)
+    hidden = backbone.hidden_at(canvas.tokens, layout, row, position)
     for here in torch.arange(len(row), device=row.device).split(_HEAD_ROWS):
         at = row[here], position[here]
-        log_p = text_log_p(backbone, backbone.logits(hidden, layout, *at))
+        log_p = text_log_p(backbone, backbone.head_logits(hidden[here]))
         x_hat = _tempered(log_p, settings)
         z = canvas.tokens[at]
         new = _reverse(process, z, x_hat, level[at[0]], lower[at[0]], jump[at], draw[at])

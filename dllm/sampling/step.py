@@ -183,7 +183,7 @@ class DenoisingStep:
         runs on a part of the candidates at a time, so that memory does not grow with their number.
         """
         rows = self.rows
-        hidden, layout = self._forward()
+        states = self._forward(row, position)
         size = max(1, _HEAD_LOGITS.get(self.device.type, 2**26) // self.backbone.vocab_size)
         proposals = []
         for kind, begin, end in spans:
@@ -191,7 +191,7 @@ class DenoisingStep:
             for low in range(begin, end, size):
                 part = slice(low, min(low + size, end))
                 own, at = row[part], position[part]
-                logits = self._logits(hidden, layout, own, at)
+                logits = self._logits([each[part] for each in states], own)
                 noise = token_noise(rows.keys[own], at, step[part]) if kind.drawn else None
                 top_p = rows.top_p[own, None] if kind.nucleus else 1.0
                 token = propose_tokens(logits, noise, temperature=rows.temperature[own, None], top_p=top_p)
@@ -201,19 +201,20 @@ class DenoisingStep:
         token, probability, score = (torch.cat(parts) for parts in zip(*proposals, strict=True))
         return token, probability, score
 
-    def _forward(self) -> tuple[Tensor, Layout]:
-        """Hidden states [T, D] of what this pass computes, and its layout."""
+    def _forward(self, row: Tensor, position: Tensor) -> list[Tensor]:
+        """Hidden states [N, D] that score the tokens at `position` [N] of `row` [N]; guided: of copies, too."""
         rows, plan, rule = self.rows, self.rows.plan, self.forward.rule
         here = plan.of_block(plan.begin), plan.of_block(plan.end)
         lengths = numpy.where(rows.alone, numpy.minimum(rows.length, here[1]), rows.length)
         tokens = rows.tokens
         layout = self._layout_of(lengths)
         if self._cache is None:
-            if self.forward.guided:
-                bare = torch.where(rows.response, tokens, self.backbone.mask_id)
-                tokens = torch.cat([tokens, bare])
             rows.computed[:] += lengths * self.forward.copies
-            return self.backbone.hidden(tokens, layout), layout
+            if not self.forward.guided:
+                return [self.backbone.hidden_at(tokens, layout, row, position)]
+            tokens = torch.cat([tokens, torch.where(rows.response, tokens, self.backbone.mask_id)])
+            row, position = torch.cat([row, row + len(rows)]), position.repeat(2)
+            return list(self.backbone.hidden_at(tokens, layout, row, position).chunk(2))
         # who predicts one ahead reads the first position of a block off the one before it
         begin, end = numpy.maximum(0, here[0] - (self.backbone.prediction == "next")), lengths
         if rule is not None:
@@ -236,7 +237,7 @@ class DenoisingStep:
             self._cache.reorder([known.get(number, -1) for number in rows.number.tolist()])
             self._cached = rows.number
         rows.computed[:] += end - begin
-        return self.backbone.hidden(tokens, layout, cache=self._cache, part=part), part
+        return [self.backbone.hidden_at(tokens, layout, row, position, cache=self._cache, part=part)]
 
     def _layout_of(self, lengths: ndarray) -> Layout:
         """The layout of the first `lengths` [B] positions of the rows, and of their copies behind them."""
@@ -256,15 +257,13 @@ class DenoisingStep:
             self._layouts[key] = make().to(self.device)
         return self._layouts[key]
 
-    def _logits(self, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor) -> Tensor:
-        """Scores [N, V] fp32, with no chance for the mask token.
+    def _logits(self, states: list[Tensor], row: Tensor) -> Tensor:
+        """Scores [N, V] fp32 of `row` [N], with no chance for the mask token, from what `_forward` returns of them.
 
         With guidance s: u + (s + 1)(c - u), u the scores with every given token masked (Nie et al. 2025, appendix A.2).
         """
-        backbone, rows = self.backbone, self.rows
-        logits = backbone.logits(hidden, layout, row, position)
-        if self.forward.guided:
-            bare = backbone.logits(hidden, layout, row + len(rows), position)
-            logits = bare + rows.guidance[row, None] * (logits - bare)
-        logits[:, backbone.mask_id] = -torch.inf
+        logits, *bare = (self.backbone.head_logits(hidden) for hidden in states)
+        if bare:
+            logits = bare[0] + self.rows.guidance[row, None] * (logits - bare[0])
+        logits[:, self.backbone.mask_id] = -torch.inf
         return logits

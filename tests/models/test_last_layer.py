@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from dllm.config import RunConfig
-from dllm.core.packing import layout_of
+from dllm.core.packing import layout_of, part_of
 from dllm.models import attention as packed_attention
 from dllm.models.backbone import TokenNLL
 from dllm.models.hidden import base_of
+from dllm.models.kv_cache import KVCache
 from dllm.models.last_layer import at_places
+from dllm.models.packed_batch import PackedBatch
 from dllm.models.self_tests import can_shorten
 from dllm.training import setup
 from tests.models.families import CASES, ragged, stock_model
@@ -35,6 +37,39 @@ def test_states_where_they_are_read_are_those_of_the_whole_layer_with_their_grad
     assert type(read) is torch.Tensor
     torch.testing.assert_close(read, whole, atol=ROUNDING, rtol=0)
     assert_same_gradients(gradients(model, read), gradients(model, whole))
+
+
+@pytest.mark.parametrize("prediction", ["in_place", "next"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_in_inference_only_rows_near_them_ask_and_the_states_are_the_same(case, prediction):
+    backbone = door(stock_model(case), prediction)
+    tokens, _ = ragged(LENGTHS)
+    layout = layout_of(LENGTHS)
+    places = backbone.read_at(layout, ROW, POSITION)
+    whole = backbone.hidden(tokens, layout).index_select(0, places)
+    torch.testing.assert_close(backbone.hidden_at(tokens, layout, ROW, POSITION), whole, atol=ROUNDING, rtol=0)
+    batch, asking, among = PackedBatch(layout, layout, read=places).asking()
+    assert batch.part.lengths == (40, 7, 0, 7, 0, 7)
+    assert torch.equal(asking[among], places)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_part_whose_other_positions_are_stored_is_read_likewise(case):
+    backbone, whole, short = door(stock_model(case)), KVCache(), KVCache()
+    layout = layout_of(LENGTHS)
+    begins = [length // 3 for length in LENGTHS]
+    part = part_of(layout, begins, [length - length // 4 for length in LENGTHS])
+    row = torch.arange(len(LENGTHS)).repeat(2)
+    position = torch.tensor([*begins, *(length - length // 4 - 1 for length in LENGTHS)])
+    for seed, given in ((0, layout), (1, part)):
+        tokens, _ = ragged(LENGTHS, seed)
+        expected = backbone.hidden(tokens, layout, cache=whole, part=given)
+        read = backbone.hidden_at(tokens, layout, row, position, cache=short, part=given)
+        torch.testing.assert_close(read, expected[backbone.read_at(given, row, position)], atol=ROUNDING, rtol=0)
+    for kept, expected in zip(sum(short.pools, []), sum(whole.pools, []), strict=True):
+        torch.testing.assert_close(kept, expected, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["bert", "modernbert", "llama"])
@@ -80,7 +115,7 @@ def test_tokens_that_are_not_those_of_the_layout_are_an_error():
 
 def test_rows_as_many_as_there_are_units_keep_their_shapes():
     values = torch.randn(1, 32, 2, 16)
-    rows = at_places(values, torch.tensor([3, 1, 30]))
+    rows = at_places(values.narrow(1, 0, 3), torch.tensor([3, 1, 30]), 32)
     assert rows.reshape(1, 32, -1).shape == (1, 3, 32)
     assert rows.reshape(-1, 32).shape == (3, 32)
 
