@@ -7,6 +7,8 @@ HERE = Path(__file__).parent
 
 # toy models gain nothing from threads, and every core has a worker of its own: what tests start inherits it, too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# workers, and the hundreds of processes that tests start, read each other's bytecode: compiling takes each a second
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 LONGEST = (
     "workflow/test_smoke.py",
@@ -23,6 +25,17 @@ def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: many tests wait for processes that wait, too. A worker takes about 1.2 GiB."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores + 1, 8)
+
+
+def pytest_configure(config) -> None:
+    """Each worker begins to collect at another place, so that no two of them compile the same files at a time."""
+    worker = getattr(config, "workerinput", None)
+    if worker and config.args == config.getini("testpaths"):
+        files = sorted(
+            str(path) for path in HERE.iterdir() if path.match("test_*.py") or path.is_dir() and path.name[0] != "_"
+        )
+        first = len(files) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+        config.args = files[first:] + files[:first]
 
 
 def pytest_collection_modifyitems(items) -> None:
