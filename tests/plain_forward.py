@@ -49,14 +49,15 @@ def scores(backbone: Backbone, hidden: Tensor, layout: Layout, row: Tensor, posi
     return backbone.head_logits(hidden.index_select(0, backbone.read_at(layout, row, position)))
 
 
-def plain_hidden(backbone: Backbone, tokens: Tensor, layout: Layout, *, cache=None, part=None) -> Tensor:
-    """`Backbone.hidden` without packing, cache or parts."""
+def plain_hidden(backbone: Backbone, tokens: Tensor, layout: Layout, *, cache=None, part=None, read=None) -> Tensor:
+    """`Backbone.hidden` without packing, cache or parts, and with a whole last layer."""
     if layout.blocks is not None:
         hidden = block_hidden(backbone.model, tokens, layout)
     else:
         attention = torch.arange(layout.width, device=tokens.device) < layout.cu_seqlens.diff()[:, None]
         hidden = layout.pack(hidden_states(backbone.model, tokens, attention))
-    return hidden if part is None else hidden.index_select(0, part.places_in(layout))
+    hidden = hidden if part is None else hidden.index_select(0, part.places_in(layout))
+    return hidden if read is None else hidden.index_select(0, read)
 
 
 def block_hidden(model: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:

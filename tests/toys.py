@@ -144,12 +144,14 @@ class ToyBackbone(Backbone):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def hidden(self, tokens: Tensor, layout: Layout, *, cache=None, part: Layout | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, layout: Layout, *, cache=None, part: Layout | None = None, read=None) -> Tensor:
         part = part or layout
         if layout.blocks is None:
             attention = torch.arange(layout.width) < layout.cu_seqlens.diff()[:, None]
-            return part.pack(self.model.logits_of(tokens, attention))
-        return self._block_by_block(tokens, layout, part)
+            hidden = part.pack(self.model.logits_of(tokens, attention))
+        else:
+            hidden = self._block_by_block(tokens, layout, part)
+        return hidden if read is None else hidden.index_select(0, read)
 
     def head_logits(self, rows: Tensor) -> Tensor:
         return rows.float()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dllm.models.kernel_by_row import by_row
 from dllm.models.kernels import kernel_for
 from dllm.models.last_layer import at_places, is_last
 from dllm.models.packed_batch import PackedBatch, Window
@@ -72,10 +73,10 @@ def attention(
             stored = None  # everything is fresh: attend to it where it is
     shortened = packed.read is not None and is_last(module)
     computed, places = packed, packed.read
-    if shortened and where == "cpu" and not q.requires_grad:
+    kernel = kernel_for(packed, q, dropout, window, stored=stored is not None)
+    if shortened and kernel is by_row and not q.requires_grad:
         computed, asking, places = packed.asking()
         q = q.index_select(0, asking)
-    kernel = kernel_for(computed, q, dropout, window, stored=stored is not None)
     with torch.autocast(where, enabled=False):
         out = kernel(q, k, v, stored, computed, window, {"dropout_p": dropout, "scale": scaling})
     if shortened:

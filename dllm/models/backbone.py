@@ -65,13 +65,21 @@ class Backbone:
         return next(self.model.parameters()).device
 
     def hidden(
-        self, tokens: Tensor, layout: Layout, *, cache: KVCache | None = None, part: Layout | None = None
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        *,
+        cache: KVCache | None = None,
+        part: Layout | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states [T, D] of the real tokens of `tokens` [B, L], at no cost for padding.
 
         part (`core.packing.part_of`): the result is of these positions only, in the part's order. With a cache, which
         keeps every layer's keys and values, nothing else is computed: they attend to the others as the cache holds
         them, and the rest of `tokens` is not read. Without one everything is computed and the part taken.
+        read: the result is at these places [N] of that, in this order. On a CPU the last layer is computed for them
+        alone: the same states, up to rounding, for less time.
         A class that cannot be packed takes the padded forward instead, whole, as if the cache were always fresh.
 
         Raises ValueError if tokens and layout disagree, for a part that the cache cannot complete, and for rows that
@@ -81,9 +89,12 @@ class Backbone:
         part = part or layout
         if self.packable:
             computed = layout if cache is None else part
-            batch = PackedBatch(layout, computed, cache)
+            short = self.shortens and tokens.device.type == "cpu" and computed is part and read is not None
+            short = short and 0 < len(read) < part.tokens
+            batch = PackedBatch(layout, computed, cache, read if short else None)
             hidden = packed_hidden(self.model, batch, compute=self.compute, input_ids=computed.pack(tokens)[None])
-            return hidden if computed is part else hidden.index_select(0, part.places_in(layout))
+            hidden = hidden if computed is part else hidden.index_select(0, part.places_in(layout))
+            return hidden if read is None or short else hidden.index_select(0, read)
         if layout.blocks is not None:
             raise ValueError(
                 f"{type(self.model).__name__} computes attention in its own way, and block-causal attention needs "
@@ -92,7 +103,8 @@ class Backbone:
         attention = None
         if min(layout.lengths) < layout.width:
             attention = torch.arange(layout.width, device=tokens.device) < layout.cu_seqlens.diff()[:, None]
-        return part.pack(padded_hidden(self.model, attention, compute=self.compute, input_ids=tokens))
+        hidden = part.pack(padded_hidden(self.model, attention, compute=self.compute, input_ids=tokens))
+        return hidden if read is None else hidden.index_select(0, read)
 
     def hidden_at(
         self,
@@ -104,19 +116,9 @@ class Backbone:
         cache: KVCache | None = None,
         part: Layout | None = None,
     ) -> Tensor:
-        """The last hidden states [N, D] that score the tokens at `position` [N] of `row` [N] of `tokens` [B, L].
-
-        On a CPU the last layer is computed for them alone: the same states, up to rounding, for less time. With a cache
-        and a part they are among the part's, as `hidden` has it.
-        Raises ValueError as `hidden` does.
-        """
-        part = part or layout
-        places = self.read_at(part, row, position)
-        if not (self.shortens and tokens.device.type == "cpu" and 0 < len(places) < part.tokens):
-            return self.hidden(tokens, layout, cache=cache, part=part).index_select(0, places)
-        _check_shape(tokens, layout)
-        batch = PackedBatch(layout, part, cache, read=places)
-        return packed_hidden(self.model, batch, compute=self.compute, input_ids=part.pack(tokens)[None])
+        """`hidden` where it scores the tokens at `position` [N] of `row` [N] of `tokens` [B, L]: [N, D]."""
+        read = self.read_at(part or layout, row, position)
+        return self.hidden(tokens, layout, cache=cache, part=part, read=read)
 
     def nll(self, rows: Tensor, targets: Tensor) -> Tensor:
         """-log p [N], fp32 nats, of `targets` [N] under the logits of hidden states [N, D].

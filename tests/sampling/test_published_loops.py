@@ -139,7 +139,8 @@ def table_of(backbone):
         layout = layout_of([len(row)])
         hidden = backbone.hidden(torch.tensor([row]), layout)
         places = torch.arange(len(row))
-        logits = backbone.logits(hidden, layout, torch.zeros_like(places), places).clone()
+        read = backbone.read_at(layout, torch.zeros_like(places), places)
+        logits = backbone.head_logits(hidden[read]).clone()
         logits[:, M] = -torch.inf
         return logits
 
