@@ -20,7 +20,9 @@ def chromium() -> str:
         return path
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise NoBrowser("no chromium, and it can be installed only by root with apt-get")
-    done = subprocess.run(["apt-get", "install", "-y", "-q", "chromium"], capture_output=True, text=True, check=False)
+    # what it recommends is half a desktop, with other versions of systemd and perl
+    command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", "chromium", "fonts-liberation"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or (path := shutil.which("chromium")) is None:
         raise NoBrowser(f"apt-get install chromium: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     return path

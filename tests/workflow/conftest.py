@@ -1,17 +1,21 @@
 """Running Snakemake as a person would, in a work directory of its own."""
 
+import atexit
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from dllm.cli import warm
 from dllm.cli.ask import VARIABLE
+from tests.warm_programs import warm_interpreter
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -39,10 +43,25 @@ def warm_jobs(*environments: dict[str, str]) -> Iterator[dict[str, str]]:
             process.wait()
 
 
+@cache
+def planning() -> tuple[Path, Path]:
+    """The commands snakemake and python of a process that has loaded Snakemake, for what only plans."""
+    programs = [BIN / "snakemake", BIN / "python"]
+    if sys.platform == "linux":
+        stack = ExitStack()
+        atexit.register(stack.close)
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        first = ["snakemake.cli", "snakemake.api"]
+        programs = stack.enter_context(warm_interpreter(programs[1], programs, home, variables(), first=first))
+    snakemake, python = programs
+    return snakemake, python
+
+
 def snakemake(*arguments: str, overlays=(), check: bool = True, **more: str) -> subprocess.CompletedProcess:
     """Run Snakemake in the repository root with the laptop configuration and overlays on top; `more` are variables."""
     files = [str(path) for path in overlays]
-    command = [str(BIN / "snakemake"), *arguments, *(["--configfile", *files] if files else [])]
+    program = planning()[0] if {"-n", "--dry-run"} & set(arguments) else BIN / "snakemake"
+    command = [str(program), *arguments, *(["--configfile", *files] if files else [])]
     done = subprocess.run(command, cwd=ROOT, env=variables() | more, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -93,8 +112,11 @@ def asked_jobs(overlays) -> tuple[list[tuple[str, str, str]], list[list[str]]]:
 
     The target of a rule of its own is missing in the second.
     """
-    command = [sys.executable, "-c", ASKED, *map(str, overlays)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(ASKED)
+        script.flush()
+        command = [planning()[1], script.name, *map(str, overlays)]
+        done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     asked = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("job\t")]
     return commands_in(done.stdout), sorted(asked)
