@@ -1,6 +1,7 @@
 """Stand-ins for programs do what the programs do: else tests that use them would test something else."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,36 @@ def test_a_stand_in_does_what_its_program_does(tmp_path):
         assert parent(directory) == os.getpid()
     assert said(directory, copy) == said(directory, program)
     assert parent(directory) == os.getpid()
+
+
+WAITS = f"""#!{sys.executable}
+import os, signal, sys
+if sys.argv[1:] == ["finishes"]:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+print(os.getpid(), flush=True)
+signal.pause()
+"""
+
+
+def test_what_ends_a_stand_in_ends_its_copy(tmp_path):
+    program = tmp_path / "program"
+    program.write_text(WAITS)
+    program.chmod(0o755)
+    (tmp_path / "commands").mkdir()
+    with warm_interpreter(Path(sys.executable), [program], tmp_path / "commands", {}) as (copy,):
+        for words, number in (
+            ((), signal.SIGTERM),
+            (("finishes",), signal.SIGTERM),
+            ((), signal.SIGINT),
+            ((), signal.SIGKILL),
+        ):
+            ended = []
+            for command in (copy, program):
+                running = subprocess.Popen([command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                there = Path("/proc") / running.stdout.readline().strip()
+                running.send_signal(number)
+                _, wrong = running.communicate(timeout=60)
+                ended.append((running.returncode, wrong.splitlines()[-1:]))
+                while there.exists():
+                    pass
+            assert ended[0] == ended[1]

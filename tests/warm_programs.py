@@ -1,9 +1,10 @@
 """Programs written in Python that many tests start: each by a copy of an interpreter that has loaded its packages.
 
 `warm_interpreter` writes commands that stand in for real ones, on PATH. They hand arguments, directory, environment and
-files to a process of the real one's interpreter, which forks and becomes the program; where that process is gone, or a
-variable differs that packages read while they are loaded, a command starts the real program. What a copy has loaded of
-its interpreter's packages its parent loads, too, for the next one; what comes from a checkout is loaded anew.
+files to a process of the real one's interpreter, which forks and becomes the program, and pass on what ends them; where
+that process is gone, or a variable differs that packages read while they are loaded, a command starts the real program.
+What a copy has loaded of its interpreter's packages its parent loads, too, for the next one; what comes from a checkout
+is loaded anew.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ EARLY = ("HF_", "OMP_", "GOTO_", "OPENBLAS_", "MKL_", "NUMEXPR_", "VECLIB_", "TR
 
 ASK = """#!{python} -IS
 # {program}
-import json, os, socket, struct, sys
+import json, os, signal, socket, struct, sys
 with socket.socket(socket.AF_UNIX) as server:
     try:
         server.connect({name!r})
@@ -42,11 +43,18 @@ with socket.socket(socket.AF_UNIX) as server:
         socket.send_fds(server, [struct.pack("=q", len(asked))], [0, 1, 2])
         server.sendall(asked)
         answer = server.recv(4, socket.MSG_WAITALL)
+        if answer:
+            copy = struct.unpack("=i", answer)[0]
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: os.kill(copy, number))
+            answer = server.recv(4, socket.MSG_WAITALL)
     except OSError:
         answer = b""
 if answer:
     status = struct.unpack("=i", answer)[0]
     if status < 0:
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 os.execv({program!r}, [{program!r}, *sys.argv[1:]])
@@ -90,16 +98,20 @@ def serve(name: str, itself: str, early: tuple[str, ...], first: list[str]) -> N
     own = chosen(os.environ, early)
     sys.executable = itself
     workers: dict[int, tuple[int, socket.socket, int]] = {}
+    asking: dict[socket.socket, int] = {}
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"\0{name}")
         server.listen(64)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         while True:
-            ready = select.select([0, server, *workers], [], [])[0]
+            ready = select.select([0, server, *workers, *asking], [], [])[0]
             if 0 in ready:
                 return
+            for client in [client for client in asking if client in ready]:  # it was killed
+                os.kill(asking.pop(client), signal.SIGKILL)
             for handle in [handle for handle in workers if handle in ready]:
                 worker, client, told = workers.pop(handle)
+                asking.pop(client, None)
                 os.close(handle)
                 with contextlib.suppress(OSError):
                     client.sendall(struct.pack("=i", os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])))
@@ -120,6 +132,9 @@ def serve(name: str, itself: str, early: tuple[str, ...], first: list[str]) -> N
                         client.close()
                         become(job, files, told)
                     workers[os.pidfd_open(worker)] = worker, client, told
+                    asking[client] = worker
+                    with contextlib.suppress(OSError):
+                        client.sendall(struct.pack("=i", worker))
                 else:
                     client.close()
                 for file in files:
@@ -170,9 +185,9 @@ def become(job, files: list[int], told: int) -> None:
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) or end.code is None else print(end.code, file=sys.stderr) or 1
-    except BaseException:
+    except BaseException as end:
         sys.excepthook(*sys.exc_info())
-        status = 1
+        status = -signal.SIGINT if isinstance(end, KeyboardInterrupt) else 1
     finally:
         threading._shutdown()
         atexit._run_exitfuncs()
@@ -183,6 +198,9 @@ def become(job, files: list[int], told: int) -> None:
         loaded = [name for name in sys.modules if name not in before]
         loaded = [name for name in loaded if str(getattr(sys.modules[name], "__file__", "")).startswith(packages)]
         os.write(told, json.dumps(loaded).encode())
+        if status == -signal.SIGINT:  # as an interpreter ends
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         os._exit(status or 0)
 
 

@@ -113,14 +113,16 @@ def chunks(text: str) -> list[tuple[str, dict]]:
     return found
 
 
+OWN = {"PYTHONPATH": str(Path(__file__).parent.parent.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+"""Variables of a server's process."""
+
+
 @contextmanager
-def process(*words: str, cwd=None, **environment: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`dllm serve` as a process, and its address; killed at the end if it is still there."""
-    root = Path(__file__).parent.parent.parent
-    own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "dllm", "serve", *words]
+def process(*words: str, cwd=None, python=sys.executable, **more: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`dllm serve` as a process, and its address; killed at the end if it is still there. more: variables."""
+    command = [python, "-m", "dllm", "serve", *words]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
-    made = subprocess.Popen(command, env=os.environ | own | environment, **options)
+    made = subprocess.Popen(command, env=os.environ | OWN | more, **options)
     try:
         line = made.stdout.readline()
         assert "http://" in line, made.communicate()

@@ -1,11 +1,13 @@
 """`dllm serve` as a process: what it prints, how it ends, what it refuses to begin with."""
 
 import http.client
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -14,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from dllm.cli.main import main
+from dllm.cli.warm import LOADED
 from dllm.serving.app import make_server
 from dllm.serving.run import bound, run_server
-from tests.serving.servers import TURNS, ask, process
+from tests.serving.servers import OWN, TURNS, ask, process
 from tests.serving.test_faults import becomes
 from tests.toys import LEARNT, save_toy
+from tests.warm_programs import EARLY, warm_interpreter
 
 CHAT = "/v1/chat/completions"
 LONG = {"model": "toy", "messages": TURNS, "max_tokens": 40, "block_size": 1, "n": 60, "temperature": 1.0}
@@ -27,6 +31,18 @@ LONG = {"model": "toy", "messages": TURNS, "max_tokens": 40, "block_size": 1, "n
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return save_toy(tmp_path_factory.mktemp("served") / "toy", teach=LEARNT, length=64)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Iterator[Path]:
+    """A Python that has loaded what a server loads; the first test takes a real one."""
+    real = Path(sys.executable)
+    if sys.platform != "linux":
+        yield real
+        return
+    home, loaded = tmp_path_factory.mktemp("commands"), [*LOADED, "dllm.cli.serve", "dllm.serving.run"]
+    with warm_interpreter(real, [real], home, os.environ | OWN, EARLY, loaded) as (copy,):
+        yield copy
 
 
 def asks(url: str, body) -> threading.Thread:
@@ -70,8 +86,8 @@ def test_asked_to_stop_it_finishes_what_runs_and_refuses_what_is_new(checkpoint)
 
 
 @pytest.mark.slow
-def test_idle_it_stops_at_once_also_with_open_connections(checkpoint):
-    with process(str(checkpoint), "--port", "0", "--device", "cpu") as (server, url):
+def test_idle_it_stops_at_once_also_with_open_connections(checkpoint, python):
+    with process(str(checkpoint), "--port", "0", "--device", "cpu", python=python) as (server, url):
         port = int(url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as half:
             half.sendall(b"POST / HTTP/1.1\r\n")
@@ -81,8 +97,8 @@ def test_idle_it_stops_at_once_also_with_open_connections(checkpoint):
 
 
 @pytest.mark.slow
-def test_asked_twice_it_stops_with_what_runs(checkpoint):
-    with process(str(checkpoint), "--port", "0", "--device", "cpu") as (server, url):
+def test_asked_twice_it_stops_with_what_runs(checkpoint, python):
+    with process(str(checkpoint), "--port", "0", "--device", "cpu", python=python) as (server, url):
         asking = asks(url, LONG | {"stream": True})
         assert becomes(partial(is_running, url))
         server.send_signal(signal.SIGTERM)
@@ -94,10 +110,10 @@ def test_asked_twice_it_stops_with_what_runs(checkpoint):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_answers_the_same_and_no_file_has_changed(checkpoint, tmp_path):
+def test_killed_and_started_again_it_answers_the_same_and_no_file_has_changed(checkpoint, python, tmp_path):
     before, answers = files_below(checkpoint), []
     for _ in range(2):
-        with process(str(checkpoint), "--port", "0", "--device", "cpu", cwd=tmp_path) as (server, url):
+        with process(str(checkpoint), "--port", "0", "--device", "cpu", cwd=tmp_path, python=python) as (server, url):
             answers.append(ask(url, CHAT, {"model": "toy", "messages": TURNS}).json["choices"])
             asking = asks(url, LONG)
             assert becomes(partial(is_running, url))
@@ -109,12 +125,12 @@ def test_killed_and_started_again_it_answers_the_same_and_no_file_has_changed(ch
 
 
 @pytest.mark.slow
-def test_two_models_are_served_side_by_side_and_warned_of_where_all_can_ask(checkpoint, tmp_path):
+def test_two_models_are_served_side_by_side_and_warned_of_where_all_can_ask(checkpoint, python, tmp_path):
     other = save_toy(tmp_path / "other", run="other", length=64)
     (tmp_path / "key").write_text("0123456789abcdef")
     (tmp_path / "key").chmod(0o644)
     words = [str(checkpoint), str(other), "--port", "0", "--device", "cpu", "--host", "0.0.0.0"]
-    with process(*words, "--api-key-file", str(tmp_path / "key")) as (server, url):
+    with process(*words, "--api-key-file", str(tmp_path / "key"), python=python) as (server, url):
         local = url.replace("0.0.0.0", "127.0.0.1")
         key = {"authorization": "Bearer 0123456789abcdef"}
         assert [one["id"] for one in ask(local, "/v1/models", headers=key).json["data"]] == ["toy", "other"]
