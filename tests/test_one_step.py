@@ -1,7 +1,7 @@
 """docs/one_step.py is the training step of the package, and the tutorial shows it as it is."""
 
 import importlib.util
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -44,10 +44,11 @@ def test_one_step_is_the_step_of_the_objective(workdir, data):  # noqa: F811
         assert same and (ours.grad is None or not torch.equal(ours, plain)), name
 
 
-def test_it_is_a_command(workdir):  # noqa: F811
+def test_it_is_a_command(workdir, monkeypatch, capsys):  # noqa: F811
     paths = [str(workdir / "downloads/toy-model"), str(workdir / "data/text")]
-    done = subprocess.run([sys.executable, str(SCRIPT), *paths], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("nats per token")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *paths])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out.strip().endswith("nats per token")
 
 
 def test_the_tutorial_shows_it_as_it_is():

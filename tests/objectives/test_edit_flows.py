@@ -528,7 +528,7 @@ def test_a_stock_model_learns_to_insert_delete_and_substitute(kind, tmp_path):
     objective, model = flow(), backbone.model
     scores = EditLoss(backbone, new_edit_heads(model, rank=16))
     optimizer = torch.optim.AdamW(scores.parameters(), lr=3e-3, weight_decay=0.0)
-    steps = 200
+    steps = 110
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
