@@ -20,14 +20,13 @@ pytestmark = pytest.mark.slow
 
 MOMENTS = {
     "logs/prepare/*.log": 0.2,  # something is being prepared
-    ".work/modernbert-large-*/metrics.jsonl": 0.1,  # the first training runs
     ".work/chat-large-*/step-*": 0.3,  # the longest has a checkpoint
     "logs/evaluate/*/*.log": 0.1,  # the model is evaluated
 }
 """When it is killed, one moment after another: at most so many seconds after the first file of this name is there."""
 
 
-def test_a_graph_killed_at_four_moments_ends_with_the_same_numbers(tmp_path, tmp_path_factory, worker_id):
+def test_a_graph_killed_at_three_moments_ends_with_the_same_numbers(tmp_path, tmp_path_factory, worker_id):
     """SIGKILL to everything at once, as when a machine goes down; then what docs/reproduce.md says to do."""
     delays = random.Random(20)
     files, work = overlays(tmp_path), tmp_path / "work"
