@@ -165,6 +165,7 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
         ("a: 2026-13-45\n", "x.yaml: not valid YAML: a value cannot be read .month must be in 1..12.; put quotes"),
         ("? [1, 2]\n: 3\n", "x.yaml:1: not valid YAML: a key that is no word"),
         ("[" * 600, "nested too deeply"),
+        ("a: " + "[" * 100_000 + "]" * 100_000, "nested too deeply"),
         ("\udcff", "is no text in UTF-8"),
     ],
 )
