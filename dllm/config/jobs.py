@@ -438,7 +438,8 @@ def write_when_changed(path: str | Path, settings: BaseModel | dict[str, Any]) -
 def yaml_text(settings: BaseModel | dict[str, Any]) -> str:
     """A settings object as YAML."""
     content = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=118)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text five times as fast, where it is built
+    return yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True, width=118)
 
 
 def schema() -> dict[str, Any]:
