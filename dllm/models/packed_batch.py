@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -30,6 +31,11 @@ class PackedBatch:
         if cache is not None:
             cache.start_pass(layout, part)
 
+    @property
+    def whole(self) -> Hashable:
+        """What tells the layout from others among a part's plans; weak, for the part may be among its own."""
+        return None if self.part is self.layout else ref(self.layout)
+
     def asking(self) -> tuple[PackedBatch, Tensor, Tensor]:
         """The last layer's queries: of each row the whole tiles that have all its places of `read`. On a CPU.
 
@@ -44,7 +50,7 @@ class PackedBatch:
         for first, count, low, high in zip(part.begins, part.lengths, *ends.tolist(), strict=True):
             low, high = max(first, -low // TILE * TILE), min(first + count, -(-high // TILE) * TILE)
             ranges.append((low, high) if low < high else (first, first))
-        key = ("asking", self.layout, *ranges)
+        key = ("asking", self.whole, *ranges)
         if key not in part.plans:
             queries = part_of(self.layout, *zip(*ranges, strict=True))
             part.plans[key] = queries, queries.places_in(part)
@@ -66,7 +72,7 @@ WHOLE_ROW = Window(None, None)
 def planned(batch: PackedBatch, kernel: str, window: Window, make: Callable):
     """What `make(layout, part, window)` works out for a batch, once for all layers with the same window."""
     plans = batch.part.plans
-    key = (kernel, window, batch.layout if batch.part is not batch.layout else None)
+    key = (kernel, window, batch.whole)
     if key not in plans:
         plans[key] = make(batch.layout, batch.part, window)
     return plans[key]

@@ -1,5 +1,8 @@
 """The last layer computed where it is read: the numbers of the whole layer, for fewer rows."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -52,6 +55,19 @@ def test_in_inference_only_rows_near_them_ask_and_the_states_are_the_same(case, 
     batch, asking, among = PackedBatch(layout, layout, read=places).asking()
     assert batch.part.lengths == (40, 7, 0, 7, 0, 7)
     assert torch.equal(asking[among], places)
+
+
+@torch.no_grad()
+def test_what_is_planned_for_a_layout_goes_with_it():
+    backbone, layout = door(stock_model("modernbert")), layout_of(LENGTHS)
+    gc.disable()
+    try:
+        backbone.hidden_at(ragged(LENGTHS)[0], layout, ROW, POSITION)
+        gone = weakref.ref(layout)
+        del layout
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("case", CASES)
