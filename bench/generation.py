@@ -18,8 +18,6 @@ from dllm.language_model import Answer, DiffusionLM
 from dllm.sampling.sampler import MaskedSampler
 
 SAME = "same trained weights, fp32, threads, prompts, canvas, blocks, greedy choice, one token per pass"
-LAPTOP_BLOCK = 16
-"""Tokens: the block size that the laptop's recipe trains with."""
 LONGEST_PROMPT = 32
 """Tokens: the laptop model's context of 160 less a canvas of 128."""
 
@@ -79,7 +77,8 @@ def _never_ending(trained: Laptop, prompts: list[list[int]], options: Options) -
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(5, vocabulary, (20 + 4 * n,), generator=generator).tolist() for n in range(count)]
     large = DiffusionLM(backbone, algorithm_named("mdlm"))
-    own = trained.model, prompts[:count], 16 if options.quick else 64, LAPTOP_BLOCK
+    trained_block = trained.model.backbone.sidecar.get("block_size", 32)
+    own = trained.model, prompts[:count], 16 if options.quick else 64, trained_block
     for what, ahead, (model, given, tokens, block) in (
         ("laptop model, later blocks hidden", "hidden", own),
         ("laptop model, later blocks visible", "visible", own),

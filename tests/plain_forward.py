@@ -44,7 +44,7 @@ def logits_at(model: nn.Module, hidden: Tensor, where: Tensor, prediction: str =
     return head_logits(model, hidden[row, position]).float()
 
 
-def scores(backbone: Backbone, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor) -> Tensor:
+def packed_logits(backbone: Backbone, hidden: Tensor, layout: Layout, row: Tensor, position: Tensor) -> Tensor:
     """fp32 logits [N, V] that score the tokens at `position` [N] of `row` [N], from packed hidden states [T, D]."""
     return backbone.head_logits(hidden.index_select(0, backbone.read_at(layout, row, position)))
 

@@ -75,7 +75,11 @@ def warm_interpreter(
 
     environment: in which packages are loaded; early: beginnings of the variables in which a command must agree with it;
     first: modules that most of the programs load, loaded when the first of them is asked for.
+    Elsewhere than on Linux the programs themselves: a fork of a process with these packages is not safe there.
     """
+    if sys.platform != "linux":
+        yield programs
+        return
     name = f"\0test-{secrets.token_hex(16)}"
     commands = [home / program.name for program in programs]
     itself = commands[programs.index(python)] if python in programs else python

@@ -16,7 +16,7 @@ from dllm.models.kv_cache import KVCache
 from dllm.models.load import for_inference
 from tests.models.families import CASES, ragged, stock_model
 from tests.oracles import tabular_backbone
-from tests.plain_forward import door, hidden_states, logits_at, scores
+from tests.plain_forward import door, hidden_states, logits_at, packed_logits
 from tests.stock import FIRST_WORD, KINDS, stock_backbone
 from tests.synchronisation import forbid_synchronisation
 
@@ -85,7 +85,7 @@ def test_packed_logits_are_the_padded_ones_in_the_order_asked_for(case, predicti
     padded = logits_at(model, hidden_states(model, tokens, attention), everywhere, prediction)
     expected = padded.view(*tokens.shape, -1)[ROW, POSITION]
     backbone = door(model, prediction)
-    ours = scores(backbone, backbone.hidden(tokens, layout), layout, ROW, POSITION)
+    ours = packed_logits(backbone, backbone.hidden(tokens, layout), layout, ROW, POSITION)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, atol=5e-5, rtol=0)  # logits of order 10
 
@@ -120,7 +120,7 @@ def test_the_module_for_training_gives_the_backbones_nll(prediction, monkeypatch
     backbone = door(stock_model("modernbert"), prediction)
     tokens, _ = ragged(LENGTHS)
     layout = layout_of(LENGTHS)
-    logits = scores(backbone, backbone.hidden(tokens, layout), layout, ROW, POSITION)
+    logits = packed_logits(backbone, backbone.hidden(tokens, layout), layout, ROW, POSITION)
     expected = nn.functional.cross_entropy(logits, TARGETS, reduction="none")
     for chunk in (None, 2):
         hold(monkeypatch, chunk)
@@ -262,9 +262,9 @@ def test_layers_in_bf16_leave_the_head_and_the_scores_in_fp32(case, packable, mo
     assert found.dtype == torch.float32 and not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
     row, position = torch.tensor([0, 1]), torch.tensor([3, 2])
-    logits = scores(mixed, found, layout, row, position)
+    logits = packed_logits(mixed, found, layout, row, position)
     assert logits.dtype == torch.float32
-    assert torch.equal(logits, scores(plain, found, layout, row, position))  # its head is untouched
+    assert torch.equal(logits, packed_logits(plain, found, layout, row, position))  # its head is untouched
     assert (logits != logits.bfloat16().float()).any()
 
 
@@ -326,7 +326,7 @@ def test_a_toy_is_a_backbone_of_its_own():
     expected = backbone.model.logits_of(tokens)
     layout, row, position = layout_of([3]), torch.tensor([0, 0]), torch.tensor([2, 1])
     hidden = backbone.hidden(tokens, layout)
-    assert torch.equal(scores(backbone, hidden, layout, row, position), expected[0, [2, 1]])
+    assert torch.equal(packed_logits(backbone, hidden, layout, row, position), expected[0, [2, 1]])
     nll = TokenNLL(backbone)(tokens, layout, row, position, torch.tensor([0, 1]))
     torch.testing.assert_close(nll, -expected[0, [2, 1]].log_softmax(-1)[[0, 1], [0, 1]])
 

@@ -17,7 +17,7 @@ from dllm.models.load import load_backbone, longest_row, new_model, read_sidecar
 from dllm.models.self_tests import ordinary_tokens
 from dllm.models.tokenizers import load_tokenizer, read_tokenizer
 from tests.models.own_ids import SPECIAL, save_with_own_ids
-from tests.plain_forward import hidden_states, scores
+from tests.plain_forward import hidden_states, packed_logits
 from tests.stock import KINDS, save_stock, stock_entry
 from tests.toys import save_toy
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_with_the_special_ids_of_its_family_passes_its_tests(tmp_pa
     tokens, layout = torch.arange(200, 224).view(2, 12), layout_of([12, 7])
     tokens[1, 7:] = backbone.pad_id
     row, position = torch.tensor([0, 0, 1]), torch.tensor([0, 11, 6])
-    ours = scores(backbone, backbone.hidden(tokens, layout), layout, row, position)
+    ours = packed_logits(backbone, backbone.hidden(tokens, layout), layout, row, position)
     stock = backbone.model(input_ids=tokens, attention_mask=(tokens != backbone.pad_id).long()).logits
     torch.testing.assert_close(ours, stock[row, position], atol=1e-4, rtol=1e-4)
 

@@ -53,8 +53,8 @@ print(next(backbone.model.parameters()).dtype, weights, most - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "copies"), [("LLaDA", 0), ("RND1", 1)])
-def test_bf16_weights_are_mapped_from_disk_and_experts_are_stacked_once(family, copies, tmp_path):
+@pytest.mark.parametrize(("family", "at_most"), [("LLaDA", 0.35), ("RND1", 1.5)])
+def test_bf16_weights_are_mapped_from_disk_and_experts_are_stacked_once(family, at_most, tmp_path):
     """The published layout has one tensor for each expert, the stock class one for all of a layer."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -70,5 +70,5 @@ def test_bf16_weights_are_mapped_from_disk_and_experts_are_stacked_once(family, 
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     kind, weights, most = done.stdout.split()[-3:]
     assert kind == "torch.bfloat16" and int(weights) > 1e8
-    # how many of its tensors are on their way at a time is a matter of threads
-    assert int(most) < (copies + 0.6) * int(weights)
+    # of what is stacked there is one copy, and how much is on its way at a time is a matter of threads
+    assert int(most) < at_most * int(weights)

@@ -28,7 +28,7 @@ from dllm.sampling.step import DenoisingStep, Forward
 from tests.models.families import CASES, VOCAB, ragged, stock_model
 from tests.objectives.test_mdlm import every_noise, raw_bound, repeated
 from tests.oracles import enumerated_nelbo, tabular_backbone
-from tests.plain_forward import block_hidden, door, scores
+from tests.plain_forward import block_hidden, door, packed_logits
 from tests.samplers import in_batches, no_cache
 from tests.synchronisation import forbid_synchronisation
 from tests.training_loss import training_loss
@@ -212,7 +212,7 @@ def test_who_predicts_one_ahead_reads_a_blocks_first_token_off_the_clean_one_bef
         position, span = pattern.position[place], pattern.span[place]
         at = position - 1 if (position - 5) % 3 == 0 else place - 1
         assert pattern.span[at] in (-1, span)
-        found = scores(ahead, hidden, inputs.layout, torch.tensor([0]), torch.tensor([place]))
+        found = packed_logits(ahead, hidden, inputs.layout, torch.tensor([0]), torch.tensor([place]))
         torch.testing.assert_close(found, head_logits(backbone.model, hidden[at : at + 1]))
 
 

@@ -17,6 +17,7 @@ from dllm.sampling.sampler import block_sampler
 from tests.models.published import dream, llada2
 from tests.models.published.pieces import block_causal, make_weights, save_byte_tokenizer, save_checkpoint
 from tests.oracles import tabular_backbone
+from tests.plain_forward import packed_logits
 from tests.sampling import published_loops
 
 BLOCK, END, MASK = 32, 257, llada2.MASK
@@ -139,8 +140,7 @@ def table_of(backbone):
         layout = layout_of([len(row)])
         hidden = backbone.hidden(torch.tensor([row]), layout)
         places = torch.arange(len(row))
-        read = backbone.read_at(layout, torch.zeros_like(places), places)
-        logits = backbone.head_logits(hidden[read]).clone()
+        logits = packed_logits(backbone, hidden, layout, torch.zeros_like(places), places).clone()
         logits[:, M] = -torch.inf
         return logits
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from dllm.cli.main import main
-from dllm.cli.warm import LOADED
 from dllm.serving.app import make_server
 from dllm.serving.run import bound, run_server
 from tests.serving.servers import OWN, TURNS, ask, process
@@ -36,11 +35,11 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Iterator[Path]:
     """A Python that has loaded what a server loads; the first test takes a real one."""
-    real = Path(sys.executable)
-    if sys.platform != "linux":
-        yield real
-        return
-    home, loaded = tmp_path_factory.mktemp("commands"), [*LOADED, "dllm.cli.serve", "dllm.serving.run"]
+    real, home, loaded = (
+        Path(sys.executable),
+        tmp_path_factory.mktemp("commands"),
+        ["dllm.language_model", "dllm.serving.run"],
+    )
     with warm_interpreter(real, [real], home, os.environ | OWN, EARLY, loaded) as (copy,):
         yield copy
 

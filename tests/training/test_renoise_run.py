@@ -60,7 +60,7 @@ def test_a_run_learns_and_transformers_reads_what_was_trained(workdir, start, ad
     monkeypatch.setattr(trainer, "write_artifact", looked_at)
     target = train(run_config(steps=60 if adapter is None else 100, adapter=adapter, **start), workdir, quiet=True)
     losses = [row["loss"] for row in metrics_of(workdir, "run") if row["split"] == "eval"]
-    assert losses[-1] < (0.9 if adapter is None else 0.992) * losses[0]  # its embeddings stay those of nobody
+    assert losses[-1] < (0.9 if adapter is None else 0.99) * losses[0]  # its embeddings stay those of nobody
     assert not any("vision" in name for name in seen["trained"])
     assert adapter is None or all(".lora_" in name for name in seen["trained"])
     theirs, report = DiffusionGemmaForBlockDiffusion.from_pretrained(target / "model", output_loading_info=True)

@@ -46,14 +46,11 @@ def warm_jobs(*environments: dict[str, str]) -> Iterator[dict[str, str]]:
 @cache
 def planning() -> tuple[Path, Path]:
     """The commands snakemake and python of a process that has loaded Snakemake, for what only plans."""
-    programs = [BIN / "snakemake", BIN / "python"]
-    if sys.platform == "linux":
-        stack = ExitStack()
-        atexit.register(stack.close)
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        first = ["snakemake.cli", "snakemake.api"]
-        programs = stack.enter_context(warm_interpreter(programs[1], programs, home, variables(), first=first))
-    snakemake, python = programs
+    stack = ExitStack()
+    atexit.register(stack.close)
+    home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    programs, first = [BIN / "snakemake", BIN / "python"], ["snakemake.cli", "snakemake.api"]
+    snakemake, python = stack.enter_context(warm_interpreter(programs[1], programs, home, variables(), first=first))
     return snakemake, python
 
 
