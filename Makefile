@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 $(foreach stamp,$(INSTALLED) .venv-dvc/.installed,\
   $(if $(filter-out $(abspath $(dir $(stamp))),$(shell cat $(stamp) 2>/dev/null)),$(shell rm -f $(stamp))))
 export PATH := $(abspath $(BIN)):$(PATH)
-# what one process has compiled the next ones read: there are hundreds, and they are short
+# what one process has compiled the next ones read
 unexport PYTHONDONTWRITEBYTECODE
 # without a home that can be written, what Snakemake and the hub's client keep stands in the clone
 ifeq ($(XDG_CACHE_HOME)$(shell [ -w "$$HOME" ] && [ -d "$$HOME" ] && echo home),)

@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 
 # toy models gain nothing from threads, and every core has a worker of its own: what tests start inherits it, too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# workers, and the hundreds of processes that tests start, read each other's bytecode: compiling takes each a second
+# workers, and the processes that tests start, read each other's bytecode: no file is compiled twice
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 LONGEST = (
