@@ -2,7 +2,7 @@
 
 Nothing here is slowed down on purpose: greedy decoding skips the float64 noise that published samplers draw, and the
 scores of the mask token are ruled out exactly as ours are, so that both sides compute the same numbers. Each function
-uses a stock `transformers` model and nothing of ours.
+uses a stock `transformers` model and nothing of ours, rotary positions included (`stock_rotary`).
 Sources: Nie et al. 2025 (arXiv:2502.09992), algorithms 2, 3 and 5 and the authors' code; Sahoo et al. 2024
 (arXiv:2406.07524).
 """
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dllm.models.rotary import stock_rotary
 
+
+@stock_rotary()
 @torch.no_grad()
 def monte_carlo(
     model: nn.Module,
@@ -51,6 +54,7 @@ def monte_carlo(
     return total / (draws // batch)
 
 
+@stock_rotary()
 @torch.no_grad()
 def sample_batch(
     model: nn.Module,
@@ -88,6 +92,7 @@ def sample_batch(
     return [row[first : first + new_tokens].tolist() for row, (first,) in zip(tokens, start.tolist(), strict=True)]
 
 
+@stock_rotary()
 def masked_loss(
     model: nn.Module, tokens: Tensor, attention: Tensor, masked: Tensor, share: Tensor, mask_id: int
 ) -> Tensor:
@@ -100,6 +105,7 @@ def masked_loss(
     return (nll * masked * share[:, None]).sum()
 
 
+@stock_rotary()
 def masked_loss_selected(
     model: nn.Module, tokens: Tensor, attention: Tensor, masked: Tensor, share: Tensor, mask_id: int
 ) -> Tensor:

@@ -18,6 +18,7 @@ from dllm.core.canvas import Score
 from dllm.core.noise import keyed_hash, token_hash
 from dllm.language_model import DiffusionLM
 from dllm.likelihood.designs import estimate, likelihood_design
+from dllm.models.rotary import stock_rotary
 
 SAME = "same trained weights, fp32, threads, prompts and targets; the mask token is ruled out on both sides"
 LEAST_LENGTH, MOST_LENGTH = 5, 40
@@ -306,6 +307,7 @@ def _label(settings: LikelihoodSettings) -> str:
     return f"{settings.estimator}, budget {settings.budget}"
 
 
+@stock_rotary()
 def _logits(model: nn.Module, tokens: torch.Tensor, mask_id: int) -> torch.Tensor:
     logits = model(input_ids=tokens).logits.float()
     logits[..., mask_id] = -torch.inf

@@ -22,6 +22,7 @@ from dllm.models.kernel_by_row import by_row
 from dllm.models.kernels import kernel_for
 from dllm.models.last_layer import at_places, is_last
 from dllm.models.packed_batch import PackedBatch, Window
+from dllm.models.rotary import replace_rotary
 
 NAME = "dllm"
 
@@ -118,9 +119,11 @@ def register() -> str:
 def choose(model: nn.Module) -> bool:
     """Switch a stock model from `sdpa` to our attention, which equals it until rows are packed; False if it cannot.
 
+    Its rotary positions are then ours, too (`models.rotary`).
     A class that computes attention by itself, or was loaded with another implementation, stays as it is.
     """
     current = model.config._attn_implementation
     if current == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(register())
+        replace_rotary(model)
     return model.config._attn_implementation == NAME
