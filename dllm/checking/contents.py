@@ -103,11 +103,15 @@ def tokenizer_errors(entry: ModelEntry, directory: Path, other: Path) -> Iterato
 
 
 def _classes(entry: ModelEntry) -> list[str]:
-    """Names of the configurations that the classes of a family are made of."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    """Names of the configurations that the classes of a family are made of; no such class is loaded for it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
-    known = MODEL_FOR_MASKED_LM_MAPPING if entry.family == "encoder" else MODEL_FOR_CAUSAL_LM_MAPPING
-    return [config.__name__ for config in known]
+    known = MODEL_FOR_MASKED_LM_MAPPING_NAMES if entry.family == "encoder" else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return [CONFIG_MAPPING_NAMES[model_type] for model_type in known if model_type in CONFIG_MAPPING_NAMES]
 
 
 def task_errors(config: EvaluationConfig, workdir: Path, rows: Rows, counts: Rows) -> Iterator[str]:
