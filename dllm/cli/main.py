@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
 from traceback import extract_tb
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from dllm.surroundings import check_surroundings
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
     name = " ".join(["dllm", *words[:1]]) if words and words[0] in VERBS else "dllm"
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, partial(_interrupt, name))
     try:
         status = None
         if arguments is None and os.environ.get("DLLM_WARM"):
@@ -104,6 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         _say(name, f"error: {bug_line(error)}")
         return 70
+
+
+def _interrupt(name: str, number: int, frame: FrameType | None) -> None:
+    """Ends at once in an import, which leaves nothing half done: an exception in one can meet C++ that aborts."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _say(name, "interrupted")
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _open_streams() -> None:

@@ -199,6 +199,22 @@ def test_an_interrupt_is_status_130(verb, capsys):
     assert capsys.readouterr().err == "dllm train: interrupted\n"
 
 
+def test_an_interrupt_while_packages_are_loaded_meets_no_code_of_theirs(tmp_path):
+    """Some are C++ that calls Python, and abort where that raises an exception."""
+    body = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    os.abort()\n"
+    (tmp_path / "loaded.py").write_text(body)
+    code = f"""if True:
+        import sys; sys.argv = ["dllm", "train"]; sys.path.insert(0, {str(tmp_path)!r})
+        from types import SimpleNamespace
+        from dllm.cli import main as command
+        verb = SimpleNamespace(HELP="do it", add_arguments=lambda parser: None, run=lambda args: __import__("loaded"))
+        command.import_module = lambda name: verb
+        raise SystemExit(command.main())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "dllm train: interrupted\n")
+
+
 def test_a_reader_that_goes_away_is_no_error():
     code = "from dllm.cli import main as m\nm.overview = lambda: 'x' * 10**6\nraise SystemExit(m.main(['--help']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
