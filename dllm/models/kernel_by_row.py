@@ -56,7 +56,7 @@ def by_row(q: Tensor, k: Tensor, v: Tensor, stored, batch: PackedBatch, window: 
     queries = q.split([run.count * run.queries for run in runs])
     if stored is None:
         keys, values = (
-            [y.narrow(0, run.begin, run.count * run.keys).unflatten(0, (run.count, run.keys)) for run in runs]
+            [y.narrow(0, run.begin, run.count * run.keys).view(run.count, run.keys, *y.shape[1:]) for run in runs]
             for y in (k, v)
         )
     else:
@@ -64,7 +64,7 @@ def by_row(q: Tensor, k: Tensor, v: Tensor, stored, batch: PackedBatch, window: 
     options = options | {"enable_gqa": q.shape[1] != k.shape[1]}
     out = []
     for run, run_q, run_k, run_v in zip(runs, queries, keys, values, strict=True):
-        run_q = run_q.unflatten(0, (run.count, run.queries)).transpose(1, 2)
+        run_q = run_q.view(run.count, run.queries, *run_q.shape[1:]).transpose(1, 2)
         run_k, run_v = run_k.transpose(1, 2), run_v.transpose(1, 2)
         seen = [_block(run_q, run_k, run_v, block, options) for block in run.blocks]
         whole = seen[0] if len(seen) == 1 else torch.cat(seen, 2)
