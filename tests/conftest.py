@@ -23,9 +23,9 @@ LONGEST = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many tests wait for processes that wait, too. A worker takes about 1.2 GiB."""
+    """Two more than there are cores: many tests wait for processes that wait, too. A worker takes about 1.2 GiB."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores + 1, 8)
+    return min(cores + 2, 8)
 
 
 def pytest_configure(config) -> None:

@@ -18,6 +18,7 @@ from dllm.exporting.export import export, is_export
 from dllm.models.edit_heads import new_edit_heads, save_edit_heads
 from dllm.models.load import load_backbone, save_stand_in
 from dllm.models.published import family_of, published_config, read_tensors
+from dllm.models.rotary import stock_rotary
 from dllm.models.tokenizers import load_tokenizer
 from dllm.provenance import directory_digest, write_record
 from dllm.training.trainer import train
@@ -60,7 +61,8 @@ def livelier(model: Path) -> Path:
 
 
 def logits(backbone) -> torch.Tensor:
-    with torch.no_grad():
+    """As the stock class computes them."""
+    with torch.no_grad(), stock_rotary():
         return backbone.model(input_ids=torch.tensor(TOKENS)).logits
 
 
