@@ -68,26 +68,31 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Laid out as [B, L, heads, size], which is how stock classes lay out what they turn.
     """
     cos, (first, second) = cos.unsqueeze(-2), sin.unsqueeze(-2).chunk(2, -1)
-    q, k = (_Turn.apply(x, cos, first, second, 1) for x in (q, k))
+    q, k = ((_Turn.apply if x.requires_grad else _turn)(x, cos, first, second, 1) for x in (q, k))
     return q, k
 
 
-class _Turn(torch.autograd.Function):
+def _turn(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: int) -> Tensor:
     """x * cos; off its first half goes the second of x times `first`, to its second the first times `second` (sign 1).
 
     With the sign -1 and the other two exchanged it is its own gradient.
     """
+    x = x.transpose(1, 2)
+    out = x * cos
+    (low, high), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
+    left.addcmul_(high, first, value=-sign)
+    right.addcmul_(low, second, value=sign)
+    return out.transpose(1, 2)
+
+
+class _Turn(torch.autograd.Function):
+    """`_turn` of an x that has a gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: int) -> Tensor:
         ctx.save_for_backward(cos, first, second)
         ctx.sign = sign
-        x = x.transpose(1, 2)
-        out = x * cos
-        (low, high), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
-        left.addcmul_(high, first, value=-sign)
-        right.addcmul_(low, second, value=sign)
-        return out.transpose(1, 2)
+        return _turn(x, cos, first, second, sign)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
