@@ -294,14 +294,18 @@ class Prefetcher(Iterator[MicroBatch]):
 
     An error in making an item is raised where the item is taken. The thread draws nothing from a global
     random state and ends with the block, whatever ends the block. pin: put the inputs into page-locked memory.
+    Ctrl-C may come at any moment: within a `queue.Queue`, which is Python, it can leave a lock taken for ever.
     """
 
     _END = object()
 
     def __init__(self, made: Iterator[MicroBatch], *, ahead: int = AHEAD, pin: bool = False):
         self._source, self._pin = made, pin
-        self._made: queue.Queue = queue.Queue(maxsize=ahead)
-        self._closed = threading.Event()
+        self._made: queue.SimpleQueue = queue.SimpleQueue()
+        self._room: queue.SimpleQueue = queue.SimpleQueue()  # something for each item that may be made
+        for _ in range(ahead):
+            self._room.put(None)
+        self._closed = False
         self._thread = threading.Thread(target=self._make, name="dllm-input", daemon=True)
 
     def __enter__(self) -> Prefetcher:
@@ -309,7 +313,8 @@ class Prefetcher(Iterator[MicroBatch]):
         return self
 
     def __exit__(self, *exception) -> None:
-        self._closed.set()
+        self._closed = True
+        self._room.put(None)
         self._thread.join()
 
     def __next__(self) -> MicroBatch:
@@ -320,23 +325,17 @@ class Prefetcher(Iterator[MicroBatch]):
         if isinstance(made, BaseException):
             self._made.put(made)
             raise made
+        self._room.put(None)
         return made
 
     def _make(self) -> None:
         try:
             for part in self._source:
-                if not self._put(replace(part, inputs=part.inputs.pin_memory()) if self._pin else part):
+                part = replace(part, inputs=part.inputs.pin_memory()) if self._pin else part
+                self._room.get()
+                if self._closed:
                     return
-            self._put(self._END)
+                self._made.put(part)
+            self._made.put(self._END)
         except BaseException as error:  # handed to the thread that trains, which alone can end the run
-            self._put(error)
-
-    def _put(self, item) -> bool:
-        """Wait for room; False when the block has ended meanwhile."""
-        while not self._closed.is_set():
-            try:
-                self._made.put(item, timeout=0.05)
-                return True
-            except queue.Full:
-                continue
-        return False
+            self._made.put(error)

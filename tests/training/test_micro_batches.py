@@ -1,6 +1,9 @@
 """The input pipeline: which rows a step takes, how they are laid out, and a thread that changes nothing."""
 
+import itertools
+import sys
 import threading
+import time
 
 import numpy
 import pytest
@@ -252,6 +255,51 @@ def test_the_thread_ends_with_its_block_whatever_ends_it(fault):
         assert type(caught) is fault
     assert not input_threads()
     assert len(made) <= 2 + 3 + 1  # taken, waiting, and one in the hand
+
+
+def test_an_interrupt_at_any_moment_of_asking_leaves_no_thread_that_waits():
+    """Ctrl-C comes between any two instructions: here at each of those that asking for a part takes, one after another.
+
+    In a thread of its own: where the block does not end, the test does.
+    """
+
+    def asked(moment: int) -> bool:
+        """Whether asking takes so many instructions."""
+        left = moment
+
+        def step(frame, event, argument):
+            nonlocal left
+            frame.f_trace_opcodes = True
+            if event == "opcode" and frame.f_code is not tracing.__code__:
+                left -= 1
+                if not left:
+                    raise KeyboardInterrupt
+            return step
+
+        def tracing(parts):
+            sys.settrace(step)
+            try:
+                next(parts)
+            finally:
+                sys.settrace(None)
+
+        try:
+            with Prefetcher(itertools.count(), ahead=1) as parts:
+                time.sleep(0.001 * (moment % 2))  # there is a part already, or not yet
+                tracing(parts)
+        except KeyboardInterrupt:
+            pass
+        return left <= 0
+
+    def all_of_them():
+        ended.extend(itertools.takewhile(asked, itertools.count(1)))
+
+    ended: list[int] = []
+    thread = threading.Thread(target=all_of_them, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), f"interrupted at instruction {len(ended) + 1}, the block does not end"
+    assert len(ended) > 10 and not input_threads()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
