@@ -2,7 +2,10 @@
 
 import gc
 import os
+import threading
 from pathlib import Path
+
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 
@@ -10,6 +13,9 @@ HERE = Path(__file__).parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # workers, and the processes that tests start, read each other's bytecode: no file is compiled twice
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# that of tqdm is shared with forked processes: one that a test kills while it makes a bar would keep it for ever
+tqdm.set_lock(threading.RLock())
 
 LONGEST = (
     "workflow/test_smoke.py",
