@@ -46,6 +46,13 @@ def docstring_is_markdown(app, what, name, obj, options, lines: list[str]) -> No
     lines[:] = [".. raw:: html", "", *("   " + line for line in html.splitlines()), ""] if html else []
 
 
+def contents_open_where_the_reader_is(app, page, template, context: dict, doctree) -> None:
+    """Leaves out of the contents at the left what is below another page: hundreds of modules, on every page."""
+    contents = context["toctree"]
+    context["toctree"] = lambda **options: contents(**options | {"collapse": True})
+
+
 def setup(app) -> dict:
     app.connect("autodoc-process-docstring", docstring_is_markdown)
+    app.connect("html-page-context", contents_open_where_the_reader_is, priority=400)  # the theme's comes at 500
     return {"parallel_read_safe": True, "parallel_write_safe": True}
