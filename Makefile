@@ -48,6 +48,9 @@ if [ -t 1 ]; then show="--logger rich"; else show="--quiet host reason"; fi; \
   $(BIN)/snakemake --cores $(CORES) --rerun-incomplete $$show $(2) || $(call LOCKED,$(1))
 endef
 
+# compiles what jobs load, a fifth of what is installed; pip would compile all of it, for a minute more
+LOAD := from importlib import import_module; from dllm.cli.warm import LOADED; list(map(import_module, LOADED))
+
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml envs/pip.txt
@@ -56,7 +59,9 @@ $(INSTALLED): pyproject.toml envs/pip.txt
 	@echo "Installing into $(VENV): about a minute, and some gigabytes where PyTorch brings CUDA."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/pip.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint envs/pip.txt \
+	  --editable '.[dev]'
+	@$(BIN)/python -c '$(LOAD)'
 	@printf %s "$(abspath $(VENV))" > $@
 
 dvc: .venv-dvc/.installed
