@@ -1,11 +1,17 @@
 """How many tests run at a time, and in which order."""
 
+import contextlib
 import gc
 import os
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
 from tqdm import tqdm
+
+from dllm.cli.warm import LOADED
+from tests.warm_programs import EARLY, warm_interpreter
 
 HERE = Path(__file__).parent
 
@@ -27,11 +33,47 @@ LONGEST = (
 )
 """Files of minutes. Those of one test or two come after others: a worker has its next file before it ends one."""
 
+PACKAGES = ("pytest", "openai")
+"""What tests import besides the packages of jobs."""
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """Two more than there are cores: many tests wait for processes that wait, too. A worker takes about 1.2 GiB."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores + 2, 8)
+
+
+COPIES = contextlib.ExitStack()
+"""What is there for the workers, from their start to their end."""
+
+WORKER = """#!{python}
+import sys
+exec(sys.argv[-1])
+"""
+
+
+def pytest_xdist_setupnodes(config, specs) -> None:
+    """Workers are copies of a process that has loaded the packages, which would take each of them ten seconds.
+
+    For all tests only: some of one file may need less than is loaded here.
+    """
+    if sys.platform != "linux" or config.args != config.getini("testpaths"):
+        return
+    home = Path(COPIES.enter_context(tempfile.TemporaryDirectory()))
+    worker = home / "real" / "worker"
+    worker.parent.mkdir()
+    worker.write_text(WORKER.format(python=sys.executable))
+    worker.chmod(0o755)
+    loaded = [*PACKAGES, *(name for name in LOADED if not name.startswith("dllm."))]
+    (command,) = COPIES.enter_context(
+        warm_interpreter(Path(sys.executable), [worker], home, dict(os.environ), EARLY, loaded)
+    )
+    for spec in specs:
+        spec.python = str(command)
+
+
+def pytest_unconfigure() -> None:
+    COPIES.close()
 
 
 def pytest_configure(config) -> None:
