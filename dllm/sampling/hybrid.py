@@ -24,7 +24,7 @@ from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.core.packing import layout_of
 from dllm.models.backbone import Backbone
 from dllm.models.hybrid_loss import text_log_p
-from dllm.sampling.reveal import nucleus, propose_tokens
+from dllm.sampling.reveal import most_probable, nucleus, propose_tokens
 from dllm.sampling.rows import NO_REVISING, check_context, reject_options
 from dllm.sampling.sampler import MaskedSampler, Sampler
 
@@ -143,7 +143,7 @@ def _pass(
         x_hat = _tempered(log_p, settings)
         z = canvas.tokens[at]
         new = _reverse(process, z, x_hat, level[at[0]], lower[at[0]], jump[at], draw[at])
-        tokens[at], settled[at] = new, (new == z) & (z == log_p.argmax(-1))
+        tokens[at], settled[at] = new, (new == z) & (z == most_probable(log_p))
         kept = torch.where(new == z, sure[at], log_p.gather(1, new[:, None])[:, 0].exp())
         sure[at] = kept.masked_fill(new == process.mask_id, 0.0)
     return tokens, sure, settled

@@ -29,7 +29,7 @@ from dllm.core.canvas import Canvas, Completion, Ended, Progress
 from dllm.core.noise import keyed_hash, keyed_uniform, token_hash
 from dllm.models.backbone import Backbone
 from dllm.models.diffusion_gemma import Prefix, process_steps
-from dllm.sampling.reveal import propose_tokens, token_confidence, token_noise
+from dllm.sampling.reveal import most_probable, propose_tokens, token_confidence, token_noise
 from dllm.sampling.rows import NO_REVISING, reject_options
 from dllm.sampling.sampler import Sampler
 
@@ -213,7 +213,7 @@ class _Row:
             raw = prefix.predict(tokens[None], None if logits is None else logits[None])[0]
             self.passes, self.computed = self.passes + 1, self.computed + self.size
             logits = how.tempered(raw, step)
-            best = logits.argmax(-1)
+            best = most_probable(logits)
             entropy = _entropy(logits)
             stable = len(earlier) == how.stable and all(torch.equal(best, other) for other in earlier)
             if step + 1 == how.passes or (stable and bool(entropy.mean() < how.mean_entropy)):

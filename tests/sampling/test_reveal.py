@@ -8,6 +8,7 @@ from dllm.choices import REVEAL_RULES, parallel_rules
 from dllm.core.canvas import canvas_for, first_position, infill_canvas
 from dllm.sampling.reveal import (
     choose_positions,
+    most_probable,
     nucleus,
     propose_tokens,
     token_confidence,
@@ -30,6 +31,19 @@ def test_rules_rank_a_sure_position_above_an_unsure_one():
     for name in sorted(set(REVEAL_RULES) - {"random"}):
         score = resolved(REVEAL_RULES[name].score)(logits, confidence, None)
         assert score[0] > score[1] and score.isfinite().all(), name
+
+
+@pytest.mark.parametrize("size", [5, 64, 100, 1024])
+def test_the_most_probable_token_is_the_first_of_the_largest(size):
+    generator = torch.Generator().manual_seed(size)
+    drawn = torch.randint(0, 3 * size, (300, size), generator=generator).float()
+    drawn[:100] = torch.randint(0, 3, (100, size), generator=generator)  # many are equal
+    drawn[100:200, torch.randint(0, size, (size // 2,), generator=generator)] = -torch.inf
+    drawn[-1] = -torch.inf
+    drawn[-2, :-1], drawn[-3, 1:] = -torch.inf, -torch.inf
+    plain = [max(range(size), key=lambda token: row[token]) for row in drawn.tolist()]
+    assert most_probable(drawn).tolist() == plain
+    assert most_probable(drawn[:0]).tolist() == []
 
 
 @pytest.mark.parametrize("number", [0.05, 0.3, 0.5, 0.9])
