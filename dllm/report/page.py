@@ -62,6 +62,7 @@ def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
     """Everything both templates show; `root` is the way from the page to the work directory."""
     record = read_json(workdir, "claims.json", "claims")
     samples = read_samples(workdir, plan.samples) if plan.samples else {}
+    sources = trace(workdir, plan)
     return {
         "plan": plan,
         "root": root,
@@ -80,8 +81,8 @@ def gather(workdir: Path, plan: ReportPlan, *, root: str) -> dict:
         "frames": frames(samples["film"]) if samples.get("film") else (),
         "conversations": samples.get("conversations", ()),
         "faults": FAULTS,
-        "trace": trace(workdir, plan),
-        "run_rows": _run_rows(workdir, plan),
+        "trace": sources,
+        "run_rows": _run_rows(sources),
     }
 
 
@@ -193,7 +194,7 @@ def _named(plan: ReportPlan, runs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(labels.get(run, run) for run in runs if run))
 
 
-def _run_rows(workdir: Path, plan: ReportPlan) -> list[dict]:
+def _run_rows(sources: pd.DataFrame) -> list[dict]:
     """The runs of the provenance table, ready to print."""
     return [
         {
@@ -209,7 +210,7 @@ def _run_rows(workdir: Path, plan: ReportPlan) -> list[dict]:
             "tokens": quantity(row.tokens),
             "parameters": quantity(row.parameters),
         }
-        for row in trace(workdir, plan).itertuples()
+        for row in sources.itertuples()
     ]
 
 

@@ -1,4 +1,3 @@
-import shutil
 import sys
 from pathlib import Path
 
@@ -7,7 +6,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_workdir import build_all, plan_dict, write_workdir  # noqa: E402  (this folder is no package)
+from fake_workdir import brief_dict, build_all, plan_dict, write_workdir  # noqa: E402  (this folder is no package)
 
 from dllm.report.plan import ReportPlan  # noqa: E402
 
@@ -15,6 +14,12 @@ from dllm.report.plan import ReportPlan  # noqa: E402
 @pytest.fixture
 def plan() -> ReportPlan:
     return ReportPlan.model_validate(plan_dict())
+
+
+@pytest.fixture
+def brief() -> ReportPlan:
+    """The plan without its many curves, for tests of what does not depend on them."""
+    return ReportPlan.model_validate(brief_dict())
 
 
 @pytest.fixture
@@ -32,14 +37,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def unsaved(built: Path, monkeypatch) -> None:
-    """Every figure is drawn, but a file of `built` stands for it, the one of its name if there is one.
+def unsaved(monkeypatch) -> set[str]:
+    """Every figure is drawn, but saved only if a test adds its name to this set; a line or an older file stands for it.
 
     For tests of what stands around figures: to save them takes longer than all else of a report.
     """
+    names: set[str] = set()
+    real = Figure.savefig
 
     def save(figure: Figure, path: Path, **options) -> None:
-        own = built / "figures" / path.name
-        shutil.copy(own if own.exists() else own.with_stem("scores"), path)
+        if path.stem in names:
+            real(figure, path, **options)
+        elif not path.exists():
+            path.write_text("<svg/>\n", encoding="utf-8")
 
     monkeypatch.setattr(Figure, "savefig", save)
+    return names

@@ -101,6 +101,11 @@ def plan_dict(toy: bool = False) -> dict:
     }
 
 
+def brief_dict(toy: bool = False) -> dict:
+    """The same plan without encoders, OpenWebText and ablation: half the tables and figures, a third of the time."""
+    return plan_dict(toy) | {"pretraining": [], "openwebtext": [], "ablation": []}
+
+
 def write_workdir(folder: Path, *, seed: int = 0) -> Path:
     """Writes the work directory below `folder`; the same seed writes the same bytes. Returns `folder`."""
     noise = np.random.default_rng(seed)

@@ -5,7 +5,7 @@ import re
 
 import pandas as pd
 import pytest
-from fake_workdir import build_all, plan_dict, write_workdir
+from fake_workdir import brief_dict, build_all, write_workdir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ MISSING = {"LLaDA9 <script>": "its weights are not there"}
 
 def board_plan(**changes) -> ReportPlan:
     """The plan of the fake work directory with every row on the board, one of them a base model."""
-    plan = plan_dict(toy=True) | {"missing": MISSING}
+    plan = brief_dict(toy=True) | {"missing": MISSING}
     plan["leaderboard"] = [
         {
             "row": row["run"],

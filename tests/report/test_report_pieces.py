@@ -148,7 +148,7 @@ def test_the_same_seed_writes_the_same_fake_work_directory(tmp_path):
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
 
 
-def test_a_new_table_figure_or_claim_is_one_function_and_one_row(workdir, plan, monkeypatch, unsaved):
+def test_a_new_table_figure_or_claim_is_one_function_and_one_row(workdir, brief, monkeypatch, unsaved):
     def best(workdir, plan, name):
         frame = scores(workdir, plan).nlargest(1, "value")[["label", "value"]]
         return tables.table_of(name, "The best score.", ("Model", "Score"), [], frame)
@@ -164,7 +164,7 @@ def test_a_new_table_figure_or_claim_is_one_function_and_one_row(workdir, plan, 
     monkeypatch.setitem(TABLES, "best", TableRow(best, lambda plan: plan.results))
     monkeypatch.setitem(FIGURES, "best", FigureRow(figures.scores_frame, draw, lambda plan: plan.results, "The best."))
     monkeypatch.setattr(claims, "CLAIMS", (*claims.CLAIMS, (sixth, lambda workdir, plan: (scores(workdir, plan),))))
-    build_all(workdir, plan)
+    build_all(workdir, brief)
     assert "best.csv" in {path.name for path in (workdir / "tables").iterdir()}
     assert "best.svg" in {path.name for path in (workdir / "figures").iterdir()}
     page = (workdir / "report/index.html").read_text()

@@ -84,8 +84,3 @@ def test_the_page_shows_systems_and_no_claims_of_a_report_that_is_not_repeated(c
     assert "Systems side by side" in text and "Can BERTs chat" not in text
     inputs = read_by(systems)
     assert "runs/openwebtext-large/metrics.jsonl" in inputs and "samples/chat-large.json" in inputs
-
-
-def test_a_report_without_systems_has_nothing_of_them(built, plan):
-    assert "systems" not in plan.table_names() and not (built / "figures/systems.svg").exists()
-    assert 'id="systems"' not in (built / "report/index.html").read_text()
