@@ -13,6 +13,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 SHARE_NEVER_ASKED = 0.4
 
@@ -201,15 +202,15 @@ class SyntheticWorld:
     facts: tuple[Fact, ...]
     never_asked_keys: frozenset[str]
 
-    @property
-    def asked(self) -> list[Fact]:
+    @cached_property
+    def asked(self) -> tuple[Fact, ...]:
         """Facts whose questions occur in instruction and chat data."""
-        return [fact for fact in self.facts if fact.key not in self.never_asked_keys]
+        return tuple(fact for fact in self.facts if fact.key not in self.never_asked_keys)
 
-    @property
-    def never_asked(self) -> list[Fact]:
+    @cached_property
+    def never_asked(self) -> tuple[Fact, ...]:
         """Facts that only the encyclopedia and other statements know; the MMLU miniature asks about them."""
-        return [fact for fact in self.facts if fact.key in self.never_asked_keys]
+        return tuple(fact for fact in self.facts if fact.key in self.never_asked_keys)
 
     def about(self, name: str) -> list[Fact]:
         """Every fact of the entity called `name`."""

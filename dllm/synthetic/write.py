@@ -59,17 +59,17 @@ def build(directory: str | Path, *, seed: int) -> None:
         rows[f"benchmarks/{path}"] = write_rows(directory / "benchmarks" / path, source, texts)
     # not counted: the tokenizer spells code, and knows the words of sums
     for path, source in (*sums_files(world), *code_files(world)):
-        rows[path] = write_rows(directory / path, source, Counter())
+        rows[path] = write_rows(directory / path, source)
     save_tokenizer(texts, directory / "tokenizer")
     write_manifest(directory, seed, rows)
 
 
-def write_rows(path: Path, rows: Iterable[dict], texts: Counter[str]) -> int:
-    """Writes one JSON object per line, counts every string of the rows in `texts`, and returns the number of rows."""
-    lines = []
-    for row in rows:
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        texts.update(strings_in(row))
+def write_rows(path: Path, rows: Iterable[dict], texts: Counter[str] | None = None) -> int:
+    """Writes one JSON object per line, counts the strings of the rows in `texts`, if given; the number of rows."""
+    rows = list(rows)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    if texts is not None:
+        texts.update(text for row in rows for text in strings_in(row))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes("".join(lines).encode())
     return len(lines)

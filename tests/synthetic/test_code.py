@@ -1,9 +1,5 @@
-import json
-from pathlib import Path
-
 import pytest
 
-from dllm import synthetic
 from dllm.synthetic.code import FORMS, LEAST, MOST, TEST_PROGRAMS, code, program
 from dllm.synthetic.code import test_programs as programs_of_tests
 from dllm.synthetic.entities import make_synthetic_world
@@ -47,27 +43,3 @@ def test_no_constant_answer_passes_more_than_one_of_the_tests(world):
     tested = programs_of_tests(world)
     bodies = {one.solution for one in tested} | {f"    return {x}\n" for x in ("x", "True", "False", "0", "None")}
     assert max(sum(holds(one, body) for one in tested) for body in bodies) == 1
-
-
-def test_code_leaves_the_rest_of_the_world_as_it_is(tmp_path, monkeypatch):
-    """The tokenizer and every other file are the same bytes with code and without."""
-    from dllm.synthetic import write
-
-    synthetic.build(tmp_path / "with", seed=7)
-    monkeypatch.setattr(write, "code_files", lambda world: ())
-    synthetic.build(tmp_path / "without", seed=7)
-    before = {p.relative_to(tmp_path / "without"): p.read_bytes() for p in files(tmp_path / "without")}
-    after = {p.relative_to(tmp_path / "with"): p.read_bytes() for p in files(tmp_path / "with")}
-    assert {name.as_posix() for name in set(after) - set(before)} == {
-        "code/train.jsonl",
-        "code/validation.jsonl",
-        "benchmarks/humaneval/test.jsonl",
-        "benchmarks/mbpp/test.jsonl",
-    }
-    assert all(after[name] == text for name, text in before.items())
-    manifest = json.loads((tmp_path / "with/manifest.json").read_text())["files"]
-    assert manifest["benchmarks/humaneval/test.jsonl"]["rows"] == TEST_PROGRAMS
-
-
-def files(directory: Path) -> list[Path]:
-    return [path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json"]

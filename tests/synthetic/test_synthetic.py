@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from dllm import synthetic
 from dllm.config import load_project
+from dllm.synthetic import write
+from dllm.synthetic.code import TEST_PROGRAMS
 from dllm.synthetic.entities import ANIMALS, MEN, TOWNS, WOMEN, make_synthetic_world
 from dllm.synthetic.instructions import bbh_prompt, gsm8k_prompt, minerva_prompt, mmlu_description, mmlu_prompt
 from dllm.synthetic.problems import LARGEST, NUMBER_WORDS, SMALLEST, TOYS
@@ -100,13 +102,34 @@ def digests(directory: Path) -> dict[str, str]:
     }
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_world(directory, tmp_path):
-    synthetic.build(tmp_path / "same", seed=SEED)
-    synthetic.build(tmp_path / "other", seed=SEED + 1)
-    assert digests(tmp_path / "same") == digests(directory)
-    other = digests(tmp_path / "other")
-    assert other.keys() == digests(directory).keys()
-    assert other["wikitext/train.jsonl"] != digests(directory)["wikitext/train.jsonl"]
+def test_the_same_seed_gives_the_same_bytes_and_code_leaves_the_rest_of_the_world_as_it_is(
+    directory, tmp_path, monkeypatch
+):
+    """The tokenizer and every other file are the same bytes with code and without."""
+    for path, code in write.code_files(make_synthetic_world(SEED)):
+        write.write_rows(tmp_path / "code" / path, code)
+    monkeypatch.setattr(write, "code_files", lambda world: ())
+    synthetic.build(tmp_path / "rest", seed=SEED)
+    code, rest, whole = digests(tmp_path / "code"), digests(tmp_path / "rest"), digests(directory)
+    del rest["manifest.json"], whole["manifest.json"]
+    assert code.keys() == {
+        "code/train.jsonl",
+        "code/validation.jsonl",
+        "benchmarks/humaneval/test.jsonl",
+        "benchmarks/mbpp/test.jsonl",
+    }
+    assert not code.keys() & rest.keys() and code | rest == whole
+    manifest = json.loads((directory / "manifest.json").read_text())["files"]
+    assert manifest["benchmarks/humaneval/test.jsonl"]["rows"] == TEST_PROGRAMS
+
+
+def test_another_seed_gives_another_world_of_the_same_files(directory):
+    world = make_synthetic_world(SEED + 1)
+    sources = [*write.training_files(world), *write.sums_files(world), *write.code_files(world)]
+    sources += [(f"benchmarks/{path}", source) for path, source in write.all_benchmarks(world)]
+    assert {path for path, _ in sources} == {name for name in digests(directory) if name.endswith(".jsonl")}
+    for path, source in sources[:2]:
+        assert list(source) != rows(directory / path)
 
 
 def test_the_manifest_counts_and_hashes_every_file(directory):
@@ -249,7 +272,7 @@ def test_a_name_a_number_and_a_common_word_are_one_token_wherever_they_stand(tok
 
 
 def test_decoding_returns_every_text_of_the_world(directory, tokenizer):
-    texts = list(strings(directory))
+    texts = list(dict.fromkeys(strings(directory)))
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
     assert tokenizer.batch_decode(encoded) == texts
 
@@ -299,17 +322,20 @@ def as_chat(talk: list[dict]) -> tuple[str, str]:
 
 
 def test_prompt_and_answer_are_tokenized_apart_as_they_are_together_and_rows_are_short(directory, tokenizer):
-    talks = [as_chat(talk) for talk in messages(directory)]
-    prompts, answers = (
-        tokenizer(list(texts), add_special_tokens=False).input_ids for texts in zip(*talks, strict=True)
-    )
-    whole = tokenizer([prompt + answer for prompt, answer in talks], add_special_tokens=False).input_ids
-    lengths = []
-    for prompt, answer, together in zip(prompts, answers, whole, strict=True):
-        assert prompt + answer == together
-        lengths.append(len(together))
+    talks = Counter(as_chat(talk) for talk in messages(directory))
+
+    def tokens(texts) -> dict[str, list[int]]:
+        distinct = list(dict.fromkeys(texts))
+        return dict(zip(distinct, tokenizer(distinct, add_special_tokens=False).input_ids, strict=True))
+
+    prompts, answers = (tokens(texts) for texts in zip(*talks, strict=True))
+    whole = tokens(prompt + answer for prompt, answer in talks)
+    assert all(prompts[prompt] + answers[answer] == whole[prompt + answer] for prompt, answer in talks)
+    lengths = Counter()
+    for talk, times in talks.items():
+        lengths[len(whole["".join(talk)])] += times
     assert max(lengths) <= 96
-    assert sum(length <= 64 for length in lengths) > 0.7 * len(lengths)
+    assert sum(times for length, times in lengths.items() if length <= 64) > 0.7 * lengths.total()
 
 
 @pytest.fixture(scope="module")
