@@ -16,7 +16,7 @@ class Options:
 
     def repeats(self, count: int) -> int:
         """How many rounds are timed."""
-        return 2 if self.quick else count
+        return 1 if self.quick else count
 
     def target(self, ratio: float | None) -> float | None:
         """The least ratio wanted, if there is one; a smoke run has none."""

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageChops
 
 from dllm.report.plan import ReportPlan
-from tests.report.fake_workdir import build_all, plan_dict, write_workdir
+from dllm.report.style import RC
+from tests.report.fake_workdir import brief_dict, build_all, write_workdir
 
 ROOT = Path(__file__).parent.parent
 README = "# A\n\n<!-- results -->\nold\n<!-- /results -->\n\nB\n"
@@ -34,9 +35,11 @@ def git(root: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A finished run with invented numbers."""
+    """A finished run with invented numbers, its images of few pixels: each is shown a dozen times."""
     workdir = write_workdir(tmp_path_factory.mktemp("built") / "laptop")
-    build_all(workdir, ReportPlan.model_validate(plan_dict(toy=True)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RC, "savefig.dpi", 20)
+        build_all(workdir, ReportPlan.model_validate(brief_dict(toy=True)))
     return workdir
 
 

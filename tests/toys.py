@@ -20,6 +20,10 @@ WORDS = (
 ).split()
 
 
+TAUGHT: dict[str, dict[str, Tensor]] = {}
+"""Weights of toys that were taught: the tests of a process teach the same ones again and again."""
+
+
 def word_tokenizer(words: tuple[str, ...] | list[str] = WORDS):
     """A PreTrainedTokenizerFast: one token per word (▁ is the space before it), line break, tag or special."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -86,7 +90,11 @@ def save_toy(
     tokenizer = word_tokenizer(words)
     model = toy_model(kind, len(tokenizer), max_length=max_length)
     if teach:
-        learn_by_heart(model, tokenizer, teach)
+        key = json.dumps([kind, words, max_length, teach])
+        if key not in TAUGHT:
+            learn_by_heart(model, tokenizer, teach)
+            TAUGHT[key] = model.state_dict()
+        model.load_state_dict(TAUGHT[key])
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     facts = {

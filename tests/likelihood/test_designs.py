@@ -81,9 +81,8 @@ def pairwise_models(length, count):
     change = torch.randn(count, length, generator=random).double() * 1.5
 
     def nll_of(masked):
-        masked = masked.double()
-        pairs = (masked[..., chosen[0]] * masked[..., chosen[1]]).permute(2, 0, 1, 3)
-        return 2 + torch.einsum("mij,ksj->mksi", single, masked) + change[:, None, None] * pairs
+        pairs = (masked[..., chosen[0]] & masked[..., chosen[1]]).permute(2, 0, 1, 3)
+        return 2 + torch.einsum("mij,ksj->mksi", single, masked.double()) + change[:, None, None] * pairs
 
     others = (chosen[0] != place).long() + ((chosen[1] != place) & (chosen[1] != chosen[0])).long()
     chance = torch.tensor([1, 1 / 2, 1 / 3]).double()[others]

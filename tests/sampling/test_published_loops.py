@@ -21,8 +21,8 @@ from tests.plain_forward import packed_logits
 from tests.sampling import published_loops
 
 BLOCK, END, MASK = 32, 257, llada2.MASK
-SMALLER = {"num_hidden_layers": 2, "num_experts": 8, "n_group": 2, "topk_group": 1, "max_position_embeddings": 192}
-CONFIG = llada2.CONFIG | SMALLER
+CONFIG = llada2.CONFIG | {"num_hidden_layers": 2, "first_k_dense_replace": 2, "max_position_embeddings": 192}
+"""Without experts, which the plain statement visits token by token: `tests/models/test_weights.py` has them."""
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def table_of(backbone):
 
 @pytest.mark.parametrize("prediction", ["in_place", "next"])
 @pytest.mark.parametrize("rule", ["confidence", "margin", "entropy"])
-@pytest.mark.parametrize("room", [3, 6, 12])
+@pytest.mark.parametrize("room", [3, 12])
 @torch.no_grad()
 def test_dreamon_fills_holes_as_published(rule, room, prediction):
     lengths = set()

@@ -178,9 +178,9 @@ def eager_to_end(backbone):
 @pytest.mark.parametrize("rule", REVEAL_RULES)
 def test_stopping_early_keeps_the_answer_and_saves_passes(rule):
     saved = 0
-    for seed in range(10):
+    for seed in range(4):
         backbone = eager_to_end(tabular_backbone(seed=seed))
-        canvas = canvas_of(backbone, [[1], [2, 3]], [12, 16])
+        canvas = canvas_of(backbone, [[1], [2, 3], [0]], [12, 16, 9])
         full = drained(backbone, canvas, settings(reveal_rule=rule))
         short = drained(backbone, canvas, settings(reveal_rule=rule, early_stop=True))
         for a, b in zip(full.responses(), short.responses(), strict=True):
@@ -421,7 +421,7 @@ def test_batches_one_after_the_other_give_the_same_rows():
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "llama"])
 def test_reuse_that_is_refreshed_in_every_pass_is_exact(kind, reuse, tmp_path):
     backbone = stock_backbone(tmp_path, kind)
-    prompts, counts = [[7, 8, 9], [10], [11, 12, 13, 14, 15]], [9, 12, 6]
+    prompts, counts = [[7, 8, 9], [10], [11, 12, 13, 14, 15]], [5, 8, 6]  # two blocks each, whole ones and begun ones
     exact = completed(backbone, prompts, counts, settings())
     fresh = completed(backbone, prompts, counts, settings(reuse=reuse, refresh=1))
     assert fresh == exact
