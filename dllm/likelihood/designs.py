@@ -169,7 +169,7 @@ def _window_weights(windows: Tensor, totals: Tensor, lengths: Tensor) -> Tensor:
     weights = torch.zeros(windows.shape, dtype=torch.float64)
     mean = _padded([_window_means(length) for length in lengths.tolist()])
     identity = torch.eye(count + more, dtype=torch.float64)
-    height = max(1, 2**22 // (most * len(identity) ** 2))
+    height = max(1, 2**18 // (most * len(identity) ** 2))  # of keys at a time: two megabytes, which a cache holds
     for low in range(0, len(windows), height):
         here = slice(low, low + height)
         some, inside = windows[here], torch.arange(most) < lengths[here, None]
