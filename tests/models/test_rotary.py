@@ -72,7 +72,7 @@ def test_its_gradient_is_that_of_its_numbers():
     cos, sin = (x + torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2)) for x in (cos, sin))
     query, key = (x.detach().requires_grad_() for x in given)
     assert torch.autograd.gradcheck(turned, (query, key, cos, sin))
-    assert torch.autograd.gradgradcheck(turned, (query, key, cos, sin))
+    assert torch.autograd.gradgradcheck(turned, (query, key, cos, sin), fast_mode=True)  # along a random direction
 
 
 def test_half_precision_and_other_calls_are_those_of_the_stock_function(monkeypatch):
