@@ -178,7 +178,7 @@ def eager_to_end(backbone):
 @pytest.mark.parametrize("rule", REVEAL_RULES)
 def test_stopping_early_keeps_the_answer_and_saves_passes(rule):
     saved = 0
-    for seed in range(4):
+    for seed in range(6):
         backbone = eager_to_end(tabular_backbone(seed=seed))
         canvas = canvas_of(backbone, [[1], [2, 3], [0]], [12, 16, 9])
         full = drained(backbone, canvas, settings(reveal_rule=rule))
