@@ -2,7 +2,7 @@
 
 A launch loads PyTorch three times, which is most of its CPU seconds. `forked` leaves everything to accelerate, from
 reading the file to the variables that it sets, but for the last step: where torchrun would start two interpreters, it
-forks two copies of this one. Every kind of launch is tested with a real one, too.
+forks two copies of this one. `test_backends.py` has one that is real.
 """
 
 import gc

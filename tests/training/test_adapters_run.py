@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 from transformers import AutoModelForMaskedLM
@@ -86,6 +85,8 @@ def test_adapters_lower_the_loss_and_the_merged_model_is_the_one_that_was_traine
 
 
 def test_the_adapter_is_one_that_peft_loads(workdir):
+    from peft import PeftModel  # two seconds, with what it imports: not for every worker that collects this
+
     target = train(run_config(steps=10, adapter=AdapterSettings(rank=4), optimizer=RATE), workdir, quiet=True)
     targets = json.loads((target / "adapter/adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(targets) and len(targets) > 3, "no order of a set is in the file"
