@@ -20,7 +20,7 @@ from dllm.config import (
 from dllm.data.prepare import prepare
 from dllm.training import trainer
 from dllm.training.trainer import train
-from tests.training.conftest import WORDS, entry_for, metrics_of, run_config, train_until, workdir  # noqa: F401
+from tests.training.conftest import WORDS, entry_for, metrics_of, run_config, train_once, train_until, workdir  # noqa: F401
 from tests.training.launches import launched
 from tests.training.test_backends import in_two_processes as in_shards
 from tests.training.test_policy_run import SIDECAR
@@ -75,8 +75,8 @@ def test_chosen_answers_of_held_out_pairs_become_likelier(workdir):  # noqa: F81
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(workdir):  # noqa: F811
-    train(pairs_run("whole", steps=5, evaluations=5), workdir, quiet=True)
-    cut = pairs_run("cut", steps=5, evaluations=5)
+    train(pairs_run("whole", steps=5, evaluations=5, eval_rows=5), workdir, quiet=True)
+    cut = pairs_run("cut", steps=5, evaluations=5, eval_rows=5)
     train_until(cut, workdir, step=3)
     train(cut, workdir, quiet=True)
     assert metrics_of(workdir, "cut") == metrics_of(workdir, "whole")
@@ -100,7 +100,7 @@ def test_the_cut_into_micro_batches_does_not_change_a_run(workdir, response_end)
 @pytest.mark.slow
 def test_two_processes_train_the_same_model_as_one(workdir):  # noqa: F811
     # 18 test pairs and 7 of them are no multiple of the processes
-    train(pairs_run("one", eval_rows=7), workdir, quiet=True)
+    train_once(pairs_run("one", eval_rows=7), workdir)
     config = write_when_changed(workdir / "configs/runs/two.yaml", pairs_run("two", eval_rows=7))
     done = launched(workdir, "ddp", "-m", "dllm", "train", config, "--workdir", workdir, "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -114,8 +114,8 @@ def test_two_processes_train_the_same_model_as_one(workdir):  # noqa: F811
 
 @pytest.mark.slow
 def test_processes_that_hold_shards_train_the_same_model_as_one(workdir):  # noqa: F811
-    train(pairs_run("one"), workdir, quiet=True)
-    in_shards(workdir, "fsdp", [pairs_run("two")])
+    train_once(pairs_run("one", eval_rows=7), workdir)
+    in_shards(workdir, "fsdp", [pairs_run("two", eval_rows=7)])
     assert_same(workdir, "one", "two")
 
 

@@ -58,7 +58,7 @@ def test_a_run_learns_and_transformers_reads_what_was_trained(workdir, start, ad
         finish(trained, *arguments)
 
     monkeypatch.setattr(trainer, "write_artifact", looked_at)
-    target = train(run_config(steps=60 if adapter is None else 100, adapter=adapter, **start), workdir, quiet=True)
+    target = train(run_config(steps=30 if adapter is None else 100, adapter=adapter, **start), workdir, quiet=True)
     losses = [row["loss"] for row in metrics_of(workdir, "run") if row["split"] == "eval"]
     assert losses[-1] < (0.9 if adapter is None else 0.99) * losses[0]  # its embeddings stay those of nobody
     assert not any("vision" in name for name in seen["trained"])
@@ -105,6 +105,7 @@ def test_the_loss_of_the_test_rows_is_their_score(workdir, start):
 
 
 def test_a_killed_run_resumes_to_the_same_bits_and_micro_batches_do_not_matter(workdir, start):
+    start["eval_rows"] = 5
     train(run_config("whole", **start), workdir, quiet=True)
     train_until(run_config("cut", **start), workdir, step=3)
     train(run_config("cut", **start), workdir, quiet=True)
