@@ -142,14 +142,15 @@ def _documents(tasks: dict, data: Path, rows: Rows) -> int | None:
     """Documents of all tasks in the real files; None if one leaves rows out, or where the first bytes do not tell."""
     total = 0
     sizes: dict[str | None, Rows] = {}
-    with cards_read_once():
-        for task in tasks["tasks"].values():
-            config, split = task.config.dataset_name, task.config.test_split or task.config.validation_split
-            sizes.setdefault(config, split_sizes(data, config, rows))
-            found = sizes[config].get(re.sub(r"\[.*", "", split or ""))
-            if found is None or len(task.eval_docs) != len(task.dataset[split]):
-                return None
-            total += found
+    for task in tasks["tasks"].values():
+        config, split = task.config.dataset_name, task.config.test_split or task.config.validation_split
+        if config not in sizes:
+            with cards_read_once(config):
+                sizes[config] = split_sizes(data, config, rows)
+        found = sizes[config].get(re.sub(r"\[.*", "", split or ""))
+        if found is None or len(task.eval_docs) != len(task.dataset[split]):
+            return None
+        total += found
     return total
 
 
