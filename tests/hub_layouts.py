@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -588,5 +589,12 @@ def write_hub(root: Path) -> None:
     """Every repository below `root`, as `LoopbackHub` serves them."""
     for repository, layout in DATASETS.items():
         write_dataset(root / "datasets" / repository, layout)
+    written: dict[str, Model] = {}
     for repository, model in MODELS.items():
-        write_model(root / "models" / repository, model)
+        # of two sizes, the second is the first here
+        same = next((name for name, other in written.items() if other == model), None)
+        if same:
+            shutil.copytree(root / "models" / same, root / "models" / repository)
+        else:
+            write_model(root / "models" / repository, model)
+        written[repository] = model

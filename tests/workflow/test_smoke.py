@@ -11,7 +11,15 @@ from subprocess import CompletedProcess
 import pytest
 import yaml
 
-from dllm.config import DatasetEntry, ModelEntry, download_configs, evaluation_configs, load_project, run_configs
+from dllm.config import (
+    DatasetEntry,
+    ModelEntry,
+    download_configs,
+    evaluation_configs,
+    load_project,
+    read_yaml,
+    run_configs,
+)
 from tests.hub_commands import hub_environment
 from tests.hub_layouts import DATASETS, MODELS, write_hub
 from tests.loopback_hub import LoopbackHub
@@ -37,7 +45,6 @@ FEWER = {
     "chat-base-published": KINDS,  # asked what chat-base is, with another scorer
     "gpt2": KINDS,  # likewise
     "chat-large": ["gsm8k", "winogrande"],  # as chat-base, but for the size of the model, which the hub's do not have
-    "chat-large-published": ["gsm8k", "winogrande"],  # as chat-base-published
     "gpt2-medium": ["gsm8k", "winogrande"],  # as gpt2
     "qwen1.5-0.5b": ["gsm8k", "winogrande"],  # asked as gpt2
     "qwen1.5-0.5b-chat": ["gsm8k", "mmlu"],  # asked as gpt2, but for the template of its chats
@@ -46,8 +53,38 @@ FEWER = {
 is asked them all. The snapshots have all their configs (test_dag.py).
 """
 
-SHORT = {"evaluations": {row: {"benchmarks": benchmarks} for row, benchmarks in FEWER.items()}}
-ONE_GPU = {"evaluations": {"gpt2": SHORT["evaluations"]["gpt2"]}}
+UNTRAINED = (
+    # one of two sizes, which the hub's models do not have: large ones are trained from ModernBERT
+    *("bert-large-wikitext", "roberta-large-wikitext", "bert-large-wikitext-published"),
+    *("roberta-large-wikitext-published", "modernbert-large-wikitext-published", "chat-large-published"),
+    "alpaca-after-wikitext-published",  # starts from one of them, as others do from a run of that recipe
+)
+"""Runs of the paper that are not rehearsed here: each is another one but for what the hub's miniatures do not have."""
+
+
+def shortened() -> dict:
+    """The overlay that takes these runs, and what asks for them, out of the paper, and has its rows asked less."""
+    report = read_yaml(ROOT / "config/experiments.yaml")["report"]
+    shown = {
+        section: [entry for entry in entries if entry["run"] not in UNTRAINED]
+        for section, entries in report.items()
+        if isinstance(entries, list)
+    }
+    rows = {row: {"benchmarks": benchmarks} for row, benchmarks in FEWER.items()}
+    return {
+        "runs": dict.fromkeys(UNTRAINED),
+        "evaluations": {**rows, "chat-large-published": None},
+        "report": shown,
+    }
+
+
+SHORT = shortened()
+ONE_GPU = {
+    "evaluations": {
+        "gpt2": SHORT["evaluations"]["gpt2"],
+        "modernbert-base": {"benchmarks": ["gsm8k", "hellaswag"]},  # turns of a chat, and a text
+    }
+}
 
 
 def pins(hub: LoopbackHub, *names: str) -> dict:
@@ -139,7 +176,7 @@ def test_every_rule_of_the_paper_works_from_download_to_page(paper):
     page = (workdir / "report/rehearsal.html").read_text()
     project = load_project(ROOT / "config", ROOT / "config/paper.yaml", SHORT)
     for jobs in (evaluation_configs(project), run_configs(project)):
-        assert len(jobs) > 20 and f"{len(jobs)} of {len(jobs)}" in page
+        assert len(jobs) > 15 and f"{len(jobs)} of {len(jobs)}" in page
 
 
 def test_every_row_is_asked_every_task_of_its_benchmarks(paper):
@@ -172,7 +209,7 @@ def test_every_rule_of_the_path_on_one_gpu_works_too(hub, jobs, paper, tmp_path)
     }
     assert same == {"modernbert-base-wikitext", "chat-base"} and len(runs) == 6
     # an encoder of the hub, which comes without a chat template
-    assert json.loads((workdir / "evals/modernbert-base/mmlu.json").read_text())["n"] == 57
+    assert json.loads((workdir / "evals/modernbert-base/gsm8k.json").read_text())["n"] == 1
 
 
 def test_the_small_path_works_from_weights_without_safetensors_to_a_page_of_three_starts(hub, jobs, tmp_path):
