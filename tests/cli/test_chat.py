@@ -155,20 +155,12 @@ def test_a_message_that_is_no_text_fails_alone(model, capsys, bad):
         chat.once(bad)
 
 
-def test_bytes_that_are_no_text_on_standard_input_fail_alone(project):
-    import os
-    import subprocess
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-m", "dllm", "chat", "chat-toy", *OPTIONS],
-        input=b"Who are you?\n\xff\nWho are you?\n",
-        cwd=project,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-    )
-    assert done.returncode == 2 and done.stdout.count(b"Bot: ") == 2, done.stderr
-    assert done.stderr.count(b"\n") == 1
+def test_bytes_that_are_no_text_on_standard_input_fail_alone(here, monkeypatch, capsys):
+    piped = io.TextIOWrapper(io.BytesIO(b"Who are you?\n\xff\nWho are you?\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdin", piped)
+    assert main(["chat", "chat-toy", *OPTIONS]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("Bot: ") == 2 and captured.err.count("\n") == 1, captured.err
 
 
 def test_a_prompt_that_is_no_text_is_one_line(here, capsys):

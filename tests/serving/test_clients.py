@@ -2,7 +2,6 @@
 
 import asyncio
 
-import openai
 import pytest
 
 from tests.serving.serial import SerialEngine
@@ -12,11 +11,23 @@ from tests.toys import LEARNT
 HELLO = "Hello! I am a toy."
 
 
-def client(url: str, kind=openai.OpenAI, **options):
-    return kind(base_url=f"{url}/v1", **{"api_key": "none", "max_retries": 0} | options)
+@pytest.fixture(scope="module")
+def openai():
+    """The client's package: a second of a core, which is not spent where this file is only collected."""
+    import openai
+
+    return openai
 
 
-def test_it_gets_an_answer(url):
+@pytest.fixture(scope="module")
+def client(openai):
+    def made(url: str, kind=openai.OpenAI, **options):
+        return kind(base_url=f"{url}/v1", **{"api_key": "none", "max_retries": 0} | options)
+
+    return made
+
+
+def test_it_gets_an_answer(url, client):
     said = client(url).chat.completions.create(model="toy", messages=TURNS, seed=0, temperature=0, top_p=1, n=2)
     assert [choice.message.content for choice in said.choices] == [HELLO, HELLO]
     assert said.choices[0].finish_reason == "stop"
@@ -24,7 +35,7 @@ def test_it_gets_an_answer(url):
     assert said.dllm["passes"] > 0
 
 
-def test_it_streams_an_answer_past_the_canvases(url):
+def test_it_streams_an_answer_past_the_canvases(url, client):
     stream = client(url).chat.completions.create(
         model="toy",
         messages=TURNS,
@@ -39,14 +50,14 @@ def test_it_streams_an_answer_past_the_canvases(url):
     assert sum("canvas" in (c.model_extra or {}) for c in chunks) == 4
 
 
-def test_it_goes_on_with_a_conversation_it_got(url):
+def test_it_goes_on_with_a_conversation_it_got(url, client):
     turns, answer = LEARNT[3]
     first = client(url).chat.completions.create(model="toy", messages=turns[:1])
     said = client(url).chat.completions.create(model="toy", messages=[turns[0], first.choices[0].message, turns[2]])
     assert said.choices[0].message.content == answer
 
 
-def test_it_completes_a_text_and_streams_it(url):
+def test_it_completes_a_text_and_streams_it(url, client):
     whole = client(url).completions.create(model="toy", prompt=["Hello", "Who"], max_tokens=4)
     parts = client(url).completions.create(model="toy", prompt=["Hello", "Who"], max_tokens=4, stream=True)
     texts = ["", ""]
@@ -56,12 +67,12 @@ def test_it_completes_a_text_and_streams_it(url):
     assert texts == [choice.text for choice in whole.choices]
 
 
-def test_it_lists_the_models(url):
+def test_it_lists_the_models(url, client):
     assert [model.id for model in client(url).models.list()] == ["toy"]
     assert client(url).models.retrieve("toy").owned_by == "dllm"
 
 
-def test_many_of_its_tasks_are_answered_at_once(url):
+def test_many_of_its_tasks_are_answered_at_once(url, client, openai):
     async def all_of_them() -> list[str]:
         async with client(url, openai.AsyncOpenAI) as asked:
 
@@ -78,7 +89,7 @@ def test_many_of_its_tasks_are_answered_at_once(url):
     assert asyncio.run(all_of_them()) == [answer for _, answer in LEARNT for _ in range(2)]
 
 
-def test_it_knows_every_error(url, taught):
+def test_it_knows_every_error(url, taught, client, openai):
     asked = client(url).chat.completions
     with pytest.raises(openai.NotFoundError, match="no model 'gpt' here"):
         asked.create(model="gpt", messages=TURNS)
