@@ -161,8 +161,7 @@ def test_the_package_works_with_what_it_needs_and_nothing_else(tmp_path):
     assert {"torch", "transformers"} < names and not names & {"pytest", "ruff", "mypy", "sphinx"}
     site = linked(sorted(names - set(BASIC)), tmp_path / "site")
     code = f"import sys; sys.path[:0] = [{str(source)!r}, {str(site)!r}]; import dllm.language_model, dllm.cli.main\n"
-    # the compiler takes more than a second to load, and nothing is compiled here
-    code += "assert not {'pytest', 'torch._dynamo'} & set(sys.modules); sys.exit(dllm.cli.main.main(['--help']))"
+    code += "assert 'pytest' not in sys.modules; sys.exit(dllm.cli.main.main(['--help']))"
     run = {"cwd": tmp_path, "capture_output": True, "text": True}
     said = subprocess.run([sys.executable, "-I", "-S", "-c", code], **run)  # -S: no other packages
     assert "verbs:" in said.stdout, said.stderr

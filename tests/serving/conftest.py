@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,10 +9,15 @@ from tests.toys import LEARNT, save_toy
 
 
 @pytest.fixture(scope="session")
-def taught(tmp_path_factory):
-    """A toy that knows the answers of `LEARNT`."""
+def checkpoint(tmp_path_factory) -> Path:
+    """A toy that knows the answers of `LEARNT`: to teach it takes two seconds. No test writes there."""
     torch.set_num_threads(1)
-    return dllm.load(save_toy(tmp_path_factory.mktemp("taught"), teach=LEARNT, length=64), device="cpu")
+    return save_toy(tmp_path_factory.mktemp("taught") / "toy", teach=LEARNT, length=64)
+
+
+@pytest.fixture(scope="session")
+def taught(checkpoint):
+    return dllm.load(checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="session")

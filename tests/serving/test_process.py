@@ -20,16 +20,11 @@ from dllm.serving.app import make_server
 from dllm.serving.run import bound, run_server
 from tests.serving.servers import OWN, TURNS, ask, process
 from tests.serving.test_faults import becomes
-from tests.toys import LEARNT, save_toy
+from tests.toys import save_toy
 from tests.warm_programs import EARLY, warm_interpreter
 
 CHAT = "/v1/chat/completions"
 LONG = {"model": "toy", "messages": TURNS, "max_tokens": 40, "block_size": 1, "n": 60, "temperature": 1.0}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_toy(tmp_path_factory.mktemp("served") / "toy", teach=LEARNT, length=64)
 
 
 @pytest.fixture(scope="module")
