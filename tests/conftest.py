@@ -48,8 +48,11 @@ COPIES = contextlib.ExitStack()
 
 WORKER = """#!{python}
 import sys
-exec(sys.argv[-1])
+code = sys.argv.pop()
+del __file__
+exec(code)
 """
+"""What `python -c CODE` does: processes that a worker starts do not run the file of its main module again."""
 
 
 def pytest_xdist_setupnodes(config, specs) -> None:

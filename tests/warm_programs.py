@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -157,10 +158,11 @@ def single() -> bool:
 
 
 def load(modules: list[str]) -> None:
-    """Import what can be imported."""
-    for name in modules:
-        with contextlib.suppress(BaseException):
-            importlib.import_module(name)
+    """Import what can be imported, whatever it says."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        for name in modules:
+            with contextlib.suppress(BaseException):
+                importlib.import_module(name)
     if modules:
         gc.collect()
         gc.freeze()
