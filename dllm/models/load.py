@@ -16,6 +16,7 @@ from torch import nn
 
 from dllm.algorithms import resolved
 from dllm.config import ModelEntry, merge_first
+from dllm.core.memory import reuse_memory
 from dllm.core.precision import has_fast_bf16, hold_products_in_bf16
 from dllm.families import FAMILIES, OWN_CLASS, Family
 from dllm.models.backbone import Backbone
@@ -113,6 +114,7 @@ def for_inference(backbone: Backbone, *, mixed: bool = False) -> Backbone:
     On a device without fast bf16 the products are fp32 instead, and weights that are held in bf16 are widened to fp32,
     in place; that is said in one line.
     """
+    reuse_memory(backbone.device.type)
     half = any(p.dtype == torch.bfloat16 for p in backbone.model.parameters())
     if has_fast_bf16(backbone.device):
         if not mixed:

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 
 from dllm.config import OptimizerSettings, RunConfig, launch_error
 from dllm.core.batch import LossTerms
+from dllm.core.memory import reuse_memory
 from dllm.core.precision import WidenedWeights, has_fast_bf16
 from dllm.objectives.objective import Objective
 from dllm.training.micro_batches import MicroBatch
@@ -76,6 +77,7 @@ class Devices(ABC):
         or weights that cannot be sharded.
         """
         self.accelerator, self.scores, self.bf16, self.clip = accelerator, scores, bf16, settings.clip
+        reuse_memory(accelerator.device.type)
         self._prepare(settings)
         self._hosts = _host_group() if accelerator.num_processes > 1 else None
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dllm.config import ModelEntry
+from dllm.core.memory import reuse_memory
 from dllm.models.load import load_backbone, save_stand_in
 from tests.toys import word_tokenizer
 
@@ -35,6 +36,7 @@ def anonymous() -> int:
 
 def measured(model: Path, small: Path) -> str:
     """Type and bytes of the weights of a model, and by how much loading it raised what this process has at most."""
+    reuse_memory("cpu")  # as when another model has computed before
     load_backbone(small)  # what a first load imports is not what a model takes
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory that others have given back would be taken for nothing
