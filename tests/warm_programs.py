@@ -13,7 +13,6 @@ import atexit
 import contextlib
 import gc
 import importlib
-import io
 import json
 import os
 import runpy
@@ -159,10 +158,14 @@ def single() -> bool:
 
 def load(modules: list[str]) -> None:
     """Import what can be imported, whatever it says."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        for name in modules:
-            with contextlib.suppress(BaseException):
-                importlib.import_module(name)
+    said, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # and not another `sys.stderr`, which packages keep for what they log
+    for name in modules:
+        with contextlib.suppress(BaseException):
+            importlib.import_module(name)
+    os.dup2(said, 2)
+    os.close(said)
+    os.close(nowhere)
     if modules:
         gc.collect()
         gc.freeze()
