@@ -175,8 +175,8 @@ def test_every_rule_of_the_paper_works_from_download_to_page(paper):
     assert "Rehearsal: all " in done.stderr and "rehearsal.html" in done.stderr
     page = (workdir / "report/rehearsal.html").read_text()
     project = load_project(ROOT / "config", ROOT / "config/paper.yaml", SHORT)
-    for jobs in (evaluation_configs(project), run_configs(project)):
-        assert len(jobs) > 15 and f"{len(jobs)} of {len(jobs)}" in page
+    for jobs, count in ((evaluation_configs(project), 25), (run_configs(project), 17)):
+        assert len(jobs) == count and f"{count} of {count}" in page
 
 
 def test_every_row_is_asked_every_task_of_its_benchmarks(paper):
